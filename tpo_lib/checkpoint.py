@@ -1,0 +1,196 @@
+"""Checkpoints that survive anything: atomic, verified, and free of pickle.
+
+A checkpoint is a folder of safetensors and JSON files plus `MANIFEST.json`, which lists the SHA-256 of every other file.
+It is written beside its final place, flushed to disk and renamed, so a folder with its final name is complete; a folder
+that was altered afterwards is detected by the digests and the one before it is used instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MANIFEST = "MANIFEST.json"
+PREFIX = "step-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint folder is incomplete or was altered; the message names the folder and the file."""
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder through `write(folder)` and give it its final name only once every byte is on disk.
+
+    If anything raises (a full disk, an interrupt), the unfinished folder is removed and `final` is left as it was.
+    """
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left over from a kill
+    unfinished.mkdir(parents=True)
+    try:
+        write(unfinished)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        manifest = {path.relative_to(unfinished).as_posix(): sha256_file(path) for path in files}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _fsync(path)
+        _rename_over(unfinished, final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _rename_over(unfinished: Path, final: Path) -> None:
+    """Rename a folder; one that already has the name is deleted only once the new one stands in its place."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # left over from a kill
+    try:
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(unfinished, final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of `folder` has the digest its manifest promises."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or not manifest:
+            raise ValueError("it lists no files")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); the checkpoint is not usable") from error
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing; the checkpoint is not usable")
+        if sha256_file(path) != digest:
+            raise CheckpointError(f"{folder}: {name} was truncated or altered; the checkpoint is not usable")
+
+
+def newest(folder: Path, *, warn: Callable[[str], None] = print) -> Path | None:
+    """Return the newest checkpoint below `folder` that verifies, telling of every one that had to be passed over."""
+    for candidate in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            verify(candidate)
+        except CheckpointError as error:
+            warn(f"{error}; looking for the one before it")
+        else:
+            return candidate
+    return None
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Remove all but the `count` newest checkpoints below `folder`; count is at least 1."""
+    if count < 1:
+        raise ValueError(f"keep_last={count} would leave no checkpoint to resume from; keep at least 1")
+    for old in sorted(folder.glob(f"{PREFIX}*"))[:-count]:
+        shutil.rmtree(old)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Name of the checkpoint of `step` (zero-padded, so that names sort as numbers)."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write a nested dict of tensors and JSON values as `path`.safetensors and `path`.json, without pickle."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def strip(value):
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.detach().cpu().contiguous().clone()
+            return {"__tensor__": name}
+        if isinstance(value, dict):
+            return {"__dict__": [[key, strip(item)] for key, item in value.items()]}  # keeps integer keys integers
+        if isinstance(value, list | tuple):
+            return [strip(item) for item in value]
+        return value
+
+    tree = strip(state)
+    save_file(tensors, str(path.with_suffix(".safetensors")))
+    path.with_suffix(".json").write_text(json.dumps(tree))
+
+
+def load_state(path: Path) -> dict:
+    """Read what `save_state` wrote."""
+    tensors = load_file(str(path.with_suffix(".safetensors")))
+
+    def fill(value):
+        if isinstance(value, dict):
+            if "__tensor__" in value:
+                return tensors[value["__tensor__"]]
+            return {key: fill(item) for key, item in value["__dict__"]}
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        return value
+
+    return fill(json.loads(path.with_suffix(".json").read_text()))
+
+
+def save_progress(
+    folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], *, step: int, **extra
+) -> None:
+    """Write the checkpoint of `step` below `folder`: weights, optimizers and JSON values; the last two are kept."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, **extra}
+    write_atomically(step_folder(folder, step), lambda target: save_state(target / "state", state))
+    keep_last(folder, 2)
+
+
+def load_progress(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
+    """Continue from the newest sound checkpoint below `folder`; returns its state, {} where there is none."""
+    found = newest(folder)
+    if found is None:
+        return {}
+    state = load_state(found / "state")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; a second run into it is refused. The lock dies with the process."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise RuntimeError(
+                f"{folder} is in use by another run (process {owner}); choose another --output-dir or wait for it to end"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

@@ -1,0 +1,161 @@
+"""Logits and labels in, per-token statistics out: the only place where labels are shifted, masked and scored.
+
+The position that predicts token t+1 is t, so column t of every statistic belongs to label t+1. All arithmetic is
+float32 (float64 stays float64) and goes through log_softmax, never through log(softmax): the latter is -inf as soon as
+one logit lies about 104 below the largest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpo_lib.types import IGNORE, TokenStats
+
+
+def response_mask(labels: Tensor) -> Tensor:
+    """Return (N, T-1) bool: True in column t where token t+1 belongs to the response.
+
+    Args:
+        labels: (N, T) integer, -100 outside the response, not shifted.
+
+    Raises:
+        ValueError: labels are not a 2-D integer tensor, or a row has no response token to score (its first token
+            cannot be one: nothing predicts it). The message names the row.
+
+    Example:
+        >>> response_mask(torch.tensor([[-100, -100, 7, 9]]))
+        tensor([[False,  True,  True]])
+    """
+    if labels.ndim != 2 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be an (N, T) integer tensor, got {tuple(labels.shape)} {labels.dtype}")
+    mask = labels[:, 1:] != IGNORE  # (N, T-1)
+    empty = (~mask.any(dim=1)).nonzero().flatten()
+    if len(empty):
+        rows = ", ".join(map(str, empty.tolist()[:8])) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
+        raise ValueError(
+            f"labels row {rows} of {len(labels)} has no response token to score (all {IGNORE} after the first column); "
+            "drop the pair or raise max_length so that its response is not cut away"
+        )
+    return mask
+
+
+def token_stats(
+    policy_logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    guide_logits: Tensor | None = None,
+    with_kl: bool = False,
+) -> TokenStats:
+    """Score every response token under policy, reference and guide.
+
+    logps = log_softmax(policy_logits_t)[y^{t+1}];  kl = sum_z pi_ref(z|s_t) [log pi_ref(z|s_t) - log pi_theta(z|s_t)],
+    the term of TDPO's sequential KL (arXiv 2404.11999; direction as in its objective: reference first).
+
+    Args:
+        policy_logits: (N, T, V) logits of the policy, or (R, V) logits at the R response positions alone, in the order
+            of `response_mask(labels)`: the cheap way, since most positions of a padded batch are not scored.
+        labels: (N, T) integer, -100 outside the response, not shifted.
+        ref_logits: as policy_logits, from the frozen reference (no gradient flows into it), or None.
+        guide_logits: as ref_logits, from the frozen guide of TGDPO, or None.
+        with_kl: also compute the forward KL over the whole vocabulary (needs ref_logits).
+
+    Returns:
+        TokenStats with (N, T-1) fields in nats, exactly 0 off-mask.
+
+    Raises:
+        ValueError: shapes disagree, a label lies outside the vocabulary, a row has no response token, or with_kl is
+            asked for without ref_logits.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 4)  # uniform over 4 tokens
+        >>> stats = token_stats(logits, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), logits, with_kl=True)
+        >>> stats.logps
+        tensor([[-1.3863, -1.3863],
+                [-1.3863,  0.0000]])
+    """
+    mask = response_mask(labels)  # (N, T-1)
+    targets = labels[:, 1:][mask]  # (R,)
+    policy = _log_probs(policy_logits, mask, "policy_logits")  # (R, V)
+    vocab = policy.shape[-1]
+    _check_vocabulary(labels, vocab)
+    if with_kl and ref_logits is None:
+        raise ValueError(
+            "with_kl=True needs ref_logits: KL(pi_ref || pi_theta) is taken over the reference's distribution"
+        )
+
+    def at_targets(log_probs: Tensor) -> Tensor:
+        return _unpack(log_probs.gather(-1, targets[:, None])[:, 0], mask)  # (R, V) -> (N, T-1)
+
+    ref = _frozen(ref_logits, mask, "ref_logits", vocab)
+    guide = _frozen(guide_logits, mask, "guide_logits", vocab)
+    return TokenStats(
+        logps=at_targets(policy),
+        ref_logps=None if ref is None else at_targets(ref),
+        mask=mask,
+        kl=_unpack(_kl(ref, policy), mask) if with_kl else None,
+        guide_logps=None if guide is None else at_targets(guide),
+    )
+
+
+def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
+    """Cut the statistics of N = 2B sequences into those of the B chosen and the B rejected ones.
+
+    Raises:
+        ValueError: N is odd.
+    """
+    n = len(stats.mask)
+    if n % 2:
+        raise ValueError(f"{n} sequences cannot be split into pairs; stack all chosen first, then all rejected")
+
+    def half(part: slice) -> TokenStats:
+        fields = {name: getattr(stats, name) for name in TokenStats.__dataclass_fields__}
+        return TokenStats(**{name: None if value is None else value[part] for name, value in fields.items()})
+
+    return half(slice(0, n // 2)), half(slice(n // 2, n))
+
+
+def _check_vocabulary(labels: Tensor, vocab: int) -> None:
+    outside = ((labels != IGNORE) & ((labels < 0) | (labels >= vocab))).nonzero()  # (bad, 2)
+    if len(outside):
+        row, column = outside[0].tolist()
+        raise ValueError(
+            f"label {int(labels[row, column])} in row {row}, column {column} lies outside the vocabulary of {vocab} logits; "
+            "do tokenizer and model belong together?"
+        )
+
+
+def _log_probs(logits: Tensor, mask: Tensor, name: str) -> Tensor:
+    """(N, T, V) or (R, V) logits -> (R, V) log-probabilities at the response positions, in float32 or float64."""
+    n, t = mask.shape[0], mask.shape[1] + 1
+    if logits.ndim == 3 and logits.shape[:2] == (n, t):
+        logits = logits[:, :-1][mask]  # (R, V)
+    elif logits.ndim != 2 or len(logits) != int(mask.sum()):
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}; labels of shape {(n, t)} with {int(mask.sum())} response tokens "
+            f"need ({n}, {t}, V) or ({int(mask.sum())}, V)"
+        )
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _frozen(logits: Tensor | None, mask: Tensor, name: str, vocab: int) -> Tensor | None:
+    """The same for a model that is not trained: its graph is cut here."""
+    if logits is None:
+        return None
+    if logits.shape[-1] != vocab:
+        raise ValueError(
+            f"{name} has {logits.shape[-1]} vocabulary entries, the policy {vocab}; they must share one tokenizer"
+        )
+    return _log_probs(logits.detach(), mask, name)
+
+
+def _kl(ref: Tensor, policy: Tensor) -> Tensor:
+    """KL(ref || policy) from log-probabilities: (R, V), (R, V) -> (R,). A token the reference excludes adds 0."""
+    p = ref.exp()
+    return torch.where(p > 0, p * (ref - policy), 0.0).sum(-1)
+
+
+def _unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """(R,) values at response positions -> (N, T-1), exactly 0 elsewhere whatever stood there."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

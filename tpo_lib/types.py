@@ -1,0 +1,72 @@
+"""The three records that flow through the library: PairBatch -> TokenStats -> LossOutput.
+
+Shapes: B pairs, N = 2B sequences (all chosen first, then all rejected), T tokens, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IGNORE = -100  # label of every position that is not scored: prompt and padding
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B tokenized preference pairs as 2B right-padded sequences, chosen first.
+
+    Attributes:
+        input_ids: (N, T) int64 token ids, prompt followed by response.
+        attention_mask: (N, T) int64, 1 on tokens, 0 on padding.
+        labels: (N, T) int64, the token id on response positions, -100 elsewhere. Not shifted.
+        rows: (B,) int64, the row of each pair in its table.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def to(self, device) -> PairBatch:
+        """Return the same batch on another device."""
+        return PairBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the objectives need to know about every response token, in nats.
+
+    Column t of every field scores token t+1 of the sequence and is exactly 0 where `mask` is False.
+
+    Attributes:
+        logps: (N, T-1) log pi_theta(y^t | s_t).
+        ref_logps: (N, T-1) log pi_ref(y^t | s_t); None where no reference was given (SFT and SimPO need none).
+        mask: (N, T-1) bool, True on response tokens.
+        kl: (N, T-1) KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the whole vocabulary, >= 0 up to rounding; None if
+            not asked for.
+        guide_logps: (N, T-1) log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO; None if not given.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    mask: Tensor
+    kl: Tensor | None = None
+    guide_logps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """An objective's value on B pairs.
+
+    Attributes:
+        loss: (B,) nats, differentiable. The loop takes the mean over pairs.
+        chosen_reward: (B,) implicit reward of the chosen response under this very objective, detached.
+        rejected_reward: (B,) the same for the rejected response, detached.
+        token_weights: (N, T-1) TGDPO's f(r_hat) on every response token (chosen first), 0 off-mask; else None.
+    """
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+    token_weights: Tensor | None = None
