@@ -1,0 +1,121 @@
+"""The command line on tiny models saved in the hub's format; no network."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from tpo_lib.cli import main
+from tpo_lib.data import load_pairs
+
+PAIRS = [
+    {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(12)
+]
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return {
+        "model": str(tiny.checkpoint_folder(tmp_path / "llama")),
+        "gpt2": str(tiny.checkpoint_folder(tmp_path / "gpt2", tiny.gpt2)),
+        "reward": str(tiny.classifier(tmp_path / "reward")),
+        "pairs": str(tmp_path / "pairs.jsonl"),
+        "out": str(tmp_path / "out"),
+    }
+
+
+def train(files, *more, model="model") -> None:
+    where = ["--model", files[model], "--pairs", files["pairs"], "--output-dir", files["out"]]
+    main(["train", *where, "--batch-size", "4", "--device", "cpu", "--warmup-steps", "1", *more])
+
+
+@pytest.mark.parametrize("model", ["model", "gpt2"])
+def test_train_writes_a_model_and_its_metrics(files, tmp_path, capsys, model):
+    train(
+        files, "--loss-type", "tdpo2", "--beta", "0.2", "--eval-pairs", files["pairs"], "--eval-every", "2", model=model
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 3
+    assert "eval_kl/margin" in rows[-1]
+    assert json.loads((tmp_path / "out" / "final" / "training.json").read_text())["beta"] == 0.2
+    assert "trained 3 updates" in capsys.readouterr().out
+
+
+def test_training_continues_only_with_resume(files, capsys):
+    train(files)
+    with pytest.raises(SystemExit, match="2"):
+        train(files)
+    assert "continue it with --resume" in capsys.readouterr().err
+    train(files, "--resume")
+
+
+def test_tgdpo_trains_its_guide_first_and_says_so(files, tmp_path, capsys):
+    train(files, "--loss-type", "tgdpo", "--beta", "0.3")
+    assert "training one with dpo (beta 0.3)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "final" / "training.json").read_text())["guide_beta"] == 0.3
+    files["out"] += "2"
+    train(files, "--loss-type", "tgdpo", "--guide", str(tmp_path / "out" / "guide"))  # its record tells its beta
+    assert json.loads((tmp_path / "out2" / "final" / "training.json").read_text())["guide_beta"] == 0.3
+    files["out"] += "3"
+    with pytest.raises(SystemExit):
+        train(files, "--loss-type", "tgdpo", "--guide", files["model"])
+    assert "does not say which beta it was trained with; pass it as --guide-beta" in capsys.readouterr().err
+
+
+def test_pairs_are_sampled_scored_and_written(files, tmp_path, capsys):
+    output = tmp_path / "made.jsonl"
+    where = ["--model", files["model"], "--reward", files["reward"], "--output", str(output)]
+    small = ["--num-prompts", "6", "--max-new-tokens", "8", "--device", "cpu"]
+    main(["pairs", *where, "--cache-dir", str(tmp_path), *small])
+    table, skipped = load_pairs(output)
+    assert not skipped
+    assert 0 < len(table) <= 36
+    assert all(row["chosen_score"] > row["rejected_score"] for row in table)
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert "dropped" in capsys.readouterr().err
+
+
+def test_evaluate_prints_intervals(files, tmp_path, capsys):
+    where = ["--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "evaluation.json")]
+    small = ["--num-prompts", "5", "--max-new-tokens", "6", "--device", "cpu"]
+    main(["evaluate", files["model"], *where, *small])
+    assert "reward" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert metrics["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--beta", "0"], "beta=0.0 must be greater than 0"),
+        (["--model", "nobody/nothing"], "--preset pocket"),
+        (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--precision", "fp16"], "fp16 needs a CUDA device"),
+        (["--batch-size", "13"], "12 pairs are fewer than the 13"),
+    ],
+)
+def test_user_errors_end_with_one_line(files, more, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as exit:
+        train(files, *more)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_folder_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert "--output-dir is missing" in capsys.readouterr().err
+
+
+def test_bad_rows_stop_or_are_listed(files, tmp_path, capsys):
+    with open(files["pairs"], "a") as file:
+        file.write(json.dumps({"prompt": "x", "chosen": " same", "rejected": " same"}) + "\n")
+    with pytest.raises(SystemExit):
+        train(files)
+    assert "row 12" in capsys.readouterr().err
+    train(files, "--on-bad-rows", "skip")
+    assert "skipped" in capsys.readouterr().err

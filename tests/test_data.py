@@ -1,0 +1,634 @@
+"""data.py: every layout loads to one table, every bad row is named, and batches hold what was put into them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tpo_lib import data, formats
+from tpo_lib.data import BadRow, BadRowsError, EncodedPair, load_pairs
+
+EOS = "<|end|>"
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GOOD = {"prompt": "The film", "chosen": " was good", "rejected": " was bad"}
+
+
+def tiny_tokenizer(*, bos: bool = True, trailing_eos: bool = False, chat_template: str | None = None):
+    """One token a byte; token 0 is BOS and EOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({EOS: 0} | {byte: i + 1 for i, byte in enumerate(alphabet)}, []))
+    tokenizer.add_special_tokens([EOS])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos or trailing_eos:
+        template = f"{EOS} $A" * bos + f"$A {EOS}" * (not bos)
+        template = f"{EOS} $A {EOS}" if bos and trailing_eos else template
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(EOS, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_file_type_gives_the_same_table(tmp_path, suffix):
+    rows = [GOOD, {"prompt": "Zoë\nsaid", "chosen": ' "yes", twice', "rejected": " no"}]
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(GOOD))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        write_jsonl(path, rows)
+    table, bad = load_pairs(path)
+    assert table.to_list() == rows
+    assert bad == []
+
+
+def test_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n  \n" + json.dumps(GOOD).encode())
+    assert load_pairs(path)[0].to_list() == [GOOD, GOOD]
+
+
+def test_json_lines_in_a_json_file(tmp_path):
+    assert load_pairs(write_jsonl(tmp_path / "pairs.json", [GOOD]))[0].to_list() == [GOOD]
+
+
+def test_long_csv_fields_are_read_and_the_csv_module_is_left_alone(tmp_path):
+    before = csv.field_size_limit(1000)
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\np," + "x" * 200_000 + ",y\n")
+    assert len(load_pairs(path)[0][0]["chosen"]) == 200_000
+    assert csv.field_size_limit(before) == 1000
+
+
+def test_folder_of_files_keeps_the_splits_apart(tmp_path):
+    write_jsonl(tmp_path / "train-00000-of-00002.jsonl", [GOOD])
+    write_jsonl(tmp_path / "train-00001-of-00002.jsonl", [GOOD | {"prompt": "Second"}])
+    write_jsonl(tmp_path / "test.jsonl", [GOOD | {"prompt": "Held out"}])
+    assert load_pairs(tmp_path)[0]["prompt"] == ["The film", "Second"]
+    assert load_pairs(tmp_path, split="test")[0]["prompt"] == ["Held out"]
+    with pytest.raises(FileNotFoundError, match=r"split 'dev' \(found: test.jsonl, train"):
+        load_pairs(tmp_path, split="dev")
+
+
+def test_folder_with_unnamed_files_is_train_without_the_test_file(tmp_path):
+    write_jsonl(tmp_path / "mine.jsonl", [GOOD])
+    write_jsonl(tmp_path / "test_prefs.jsonl", [GOOD | {"prompt": "Held out"}])
+    assert load_pairs(tmp_path)[0]["prompt"] == ["The film"]
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    table = datasets.Dataset.from_list([GOOD])
+    table.save_to_disk(str(tmp_path / "table"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "splits"))
+    assert load_pairs(tmp_path / "table")[0].to_list() == [GOOD]
+    assert load_pairs(tmp_path / "splits", split="test")[0].to_list() == [GOOD]
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
+        load_pairs(tmp_path / "splits", split="dev")
+
+
+def test_messages_with_a_prompt_column(tmp_path):
+    row = {
+        "prompt": [said("user", "Hi")],
+        "chosen": [said("assistant", "Hello")],
+        "rejected": [said("assistant", "Go")],
+    }
+    assert load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list() == [row]
+
+
+def test_implicit_prompt_in_messages_as_in_ultrafeedback_binarized(tmp_path):
+    start = [said("system", "Be kind"), said("user", "Hi")]
+    row = {
+        "chosen": [*start, said("assistant", "Hello")],
+        "rejected": [*start, said("assistant", "Go")],
+        "score_chosen": 8.5,
+        "score_rejected": 2,
+    }
+    (loaded,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list()
+    assert loaded["prompt"] == start
+    assert (loaded["chosen"], loaded["rejected"]) == ([said("assistant", "Hello")], [said("assistant", "Go")])
+    assert (loaded["chosen_score"], loaded["rejected_score"]) == (8.5, 2.0)
+
+
+def test_text_prompt_repeated_as_first_message_is_not_doubled(tmp_path):
+    row = {"prompt": "Hi", "chosen": [said("user", "Hi"), said("assistant", "A")]}
+    row["rejected"] = [said("user", "Hi"), said("assistant", "B")]
+    (loaded,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list()
+    assert loaded["prompt"] == [said("user", "Hi")]
+    assert loaded["chosen"] == [said("assistant", "A")]
+
+
+def test_text_prompt_with_response_messages_becomes_a_user_message(tmp_path):
+    row = {"prompt": "Hi", "chosen": [said("assistant", "A")], "rejected": [said("assistant", "B")]}
+    (loaded,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list()
+    assert loaded["prompt"] == [said("user", "Hi")]
+
+
+def test_implicit_prompt_in_transcripts_as_in_hh_rlhf(tmp_path):
+    start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant:"
+    row = {"chosen": start + " Like so.", "rejected": start + " Like that."}
+    (loaded,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list()
+    assert loaded == {"prompt": start, "chosen": " Like so.", "rejected": " Like that."}
+
+
+def test_transcripts_that_part_early_split_at_the_last_shared_turn(tmp_path):
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    row = {"chosen": start + " A\n\nHuman: x\n\nAssistant: B", "rejected": start + " C\n\nHuman: y\n\nAssistant: D"}
+    (loaded,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0].to_list()
+    assert loaded["prompt"] == start
+
+
+def test_instruction_column_as_in_the_mk1111_sets(tmp_path):
+    row = {"instruction": "Write a haiku", "input": "about rain", "chosen": "Rain", "rejected": "Sun"}
+    (loaded,) = load_pairs(
+        write_jsonl(
+            tmp_path / "p.jsonl",
+            [row],
+        )
+    )[0].to_list()
+    assert loaded == {"prompt": "Write a haiku\nabout rain", "chosen": "Rain", "rejected": "Sun"}
+    del row["input"]
+    assert load_pairs(write_jsonl(tmp_path / "p.jsonl", [row]))[0]["prompt"] == ["Write a haiku"]
+
+
+def test_repeated_prefix_is_removed_once_and_announced_once(tmp_path, capsys):
+    rows = [
+        {"text": "I saw", "chosen": "I saw joy", "rejected": "I saw I saw"},
+        {"text": "So", "chosen": "So good", "rejected": "So so"},
+    ]
+    loaded = load_pairs(write_jsonl(tmp_path / "p.jsonl", rows))[0].to_list()
+    assert loaded[0] == {"prompt": "I saw", "chosen": " joy", "rejected": " I saw"}
+    assert loaded[1]["rejected"] == " so"
+    assert capsys.readouterr().err.count("it was removed from those of 2 rows") == 1
+
+
+def test_prefix_repeated_in_nearly_all_rows_makes_the_others_bad(tmp_path):
+    rows = [{"text": "I", "chosen": "I a", "rejected": "I b"}] * 19 + [{"text": "I", "chosen": "I a", "rejected": "b"}]
+    table, (bad,) = load_pairs(write_jsonl(tmp_path / "p.jsonl", rows), on_bad_rows="skip")
+    assert table["chosen"] == [" a"] * 19
+    assert (bad.row, bad.column) == (19, "chosen")
+    assert "does not repeat its prompt" in bad.problem
+    assert "repair or remove the row" in bad.fix
+
+
+def test_prefix_repeated_by_chance_is_left(tmp_path, capsys):
+    rows = [{"text": "I", "chosen": "I a", "rejected": "I b"}] * 2 + [{"text": "I", "chosen": "a", "rejected": "b"}]
+    assert load_pairs(write_jsonl(tmp_path / "p.jsonl", rows))[0]["chosen"] == ["I a", "I a", "a"]
+    assert capsys.readouterr().err == ""
+
+
+def test_scores_and_flags_from_csv_text(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "prompt,chosen,rejected,chosen_score,rejected_score,chosen_complete\np,a,b,0.75,,False\nq,a,b,1,0,\n"
+    )
+    table, _ = load_pairs(path)
+    assert table["chosen_score"] == [0.75, 1.0]
+    assert table["rejected_score"] == [None, 0.0]
+    assert table["chosen_complete"] == [False, True]
+
+
+# ---- bad rows
+
+MESSAGES = {"prompt": [said("user", "Hi")], "chosen": [said("assistant", "A")], "rejected": [said("assistant", "B")]}
+BAD_ROWS = {
+    "missing": (GOOD, {"prompt": "p", "chosen": "a"}, "rejected", "is missing", "fill it in or remove"),
+    "null": (GOOD, GOOD | {"prompt": None}, "prompt", "is missing", "fill it in or remove"),
+    "empty": (GOOD, GOOD | {"rejected": " \n"}, "rejected", "is empty", "write a response or remove"),
+    "identical": (GOOD, GOOD | {"rejected": GOOD["chosen"]}, "rejected", "is identical to chosen", "remove the row"),
+    "number": (GOOD, GOOD | {"chosen": 3.5}, "chosen", "is not text but float 3.5", "store it as a string"),
+    "surrogate": (
+        GOOD,
+        GOOD | {"chosen": "a\ud800"},
+        "chosen",
+        "invalid UTF-8 at character 1",
+        "save the text as UTF-8",
+    ),
+    "not a message": (MESSAGES, MESSAGES | {"chosen": ["A"]}, "chosen", "a message is expected", 'write {"role": ...'),
+    "image": (
+        MESSAGES,
+        MESSAGES | {"chosen": [said("assistant", [{"type": "image"}])]},
+        "chosen",
+        "is not text but list",
+        "store it as a string",
+    ),
+    "no messages": (MESSAGES, MESSAGES | {"chosen": []}, "chosen", "is empty", "write a response"),
+    "mixed responses": (
+        GOOD,
+        GOOD | {"rejected": [said("assistant", "B")]},
+        "rejected",
+        "one response is text",
+        "same form",
+    ),
+    "mixed rows": (GOOD, MESSAGES, "prompt", "text and messages are mixed", "in the form of the first"),
+    "score": (
+        GOOD | {"chosen_score": 1},
+        GOOD | {"chosen_score": "high"},
+        "chosen_score",
+        "not a finite number but 'high'",
+        "number",
+    ),
+    "infinite": (
+        GOOD | {"score_chosen": 1},
+        GOOD | {"score_chosen": 1e999},
+        "score_chosen",
+        "not a finite number",
+        "number",
+    ),
+    "flag": (
+        GOOD,
+        GOOD | {"chosen_complete": "maybe"},
+        "chosen_complete",
+        "neither true nor false",
+        "write true or false",
+    ),
+    "transcript": (
+        {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+        {"chosen": "a", "rejected": "b"},
+        "chosen",
+        "share no '\\n\\nAssistant:'",
+        "add a prompt column",
+    ),
+    "identical messages": (
+        {
+            "chosen": [said("user", "x"), said("assistant", "a")],
+            "rejected": [said("user", "x"), said("assistant", "b")],
+        },
+        {
+            "chosen": [said("user", "x"), said("assistant", "a")],
+            "rejected": [said("user", "x"), said("assistant", "a")],
+        },
+        "rejected",
+        "is identical to chosen",
+        "remove the row",
+    ),
+    "no shared message": (
+        {
+            "chosen": [said("user", "x"), said("assistant", "a")],
+            "rejected": [said("user", "x"), said("assistant", "b")],
+        },
+        {
+            "chosen": [said("user", "x"), said("assistant", "a")],
+            "rejected": [said("user", "y"), said("assistant", "b")],
+        },
+        "chosen",
+        "share no first message",
+        "add a prompt column",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_by_row_and_column_with_the_fix(tmp_path, kind):
+    good, broken, column, problem, fix = BAD_ROWS[kind]
+    path = write_jsonl(tmp_path / "p.jsonl", [good, good, broken, good])
+    with pytest.raises(BadRowsError) as raised:
+        load_pairs(path)
+    table, listed = load_pairs(path, on_bad_rows="skip")
+    assert raised.value.rows == listed
+    assert len(table) == 3
+    (bad,) = listed
+    assert (bad.row, bad.column) == (2, column)
+    assert problem in bad.problem
+    assert "(p.jsonl, line 3)" in bad.problem
+    assert fix in bad.fix
+    assert f"row 2, column {column!r}: {bad.problem}; {bad.fix}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "problem"),
+    [
+        (
+            "p.jsonl",
+            b'{"prompt": "p", "chosen": "a\xff", "rejected": "b"}',
+            "chosen",
+            "invalid UTF-8 at character 1 (p.jsonl, line 2)",
+        ),
+        ("p.jsonl", b'{"prompt": "p", "chosen": "a"', "*", "not valid JSON"),
+        ("p.jsonl", b'["p", "a", "b"]', "*", "a JSON object is expected, this is a list"),
+        ("p.csv", b"p,a,b\xff", "rejected", "invalid UTF-8 at character 1 (p.csv, from line 3)"),
+        ("p.csv", b"p,a,b,c", "*", "4 fields under a header of 3"),
+        ("p.csv", b"p,a", "rejected", "is missing"),
+        ("p.csv", b'p,"a"x,b', "*", "not valid CSV"),
+    ],
+)
+def test_broken_bytes_are_named_by_row(tmp_path, name, content, column, problem):
+    good = json.dumps(GOOD).encode() if name.endswith("jsonl") else b"prompt,chosen,rejected\np,a,b"
+    path = tmp_path / name
+    path.write_bytes(good + b"\n" + content + b"\n" + good.splitlines()[-1] + b"\n")
+    table, (bad,) = load_pairs(path, on_bad_rows="skip")
+    assert len(table) == 2
+    assert (bad.row, bad.column) == (1, column)
+    assert problem in bad.problem
+    assert bad.fix
+
+
+def test_invalid_utf8_in_parquet_is_named_by_row_and_column(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"a", b"a\xff", b"a"], type=pyarrow.binary()).view(pyarrow.string())
+    columns = {"prompt": ["p", "q", "r"], "chosen": raw, "rejected": ["b", "b", "b"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    table, (bad,) = load_pairs(tmp_path / "p.parquet", on_bad_rows="skip")
+    assert table["prompt"] == ["p", "r"]
+    assert (bad.row, bad.column) == (1, "chosen")
+    assert "invalid UTF-8 at character 1" in bad.problem
+
+
+def test_many_bad_rows_are_counted_and_the_first_ten_listed(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [GOOD, *[GOOD | {"chosen": ""}] * 13])
+    with pytest.raises(BadRowsError) as raised:
+        load_pairs(path)
+    text = str(raised.value)
+    assert text.startswith("13 of the rows of")
+    assert "row 10," in text
+    assert "row 11," not in text
+    assert "and 3 more" in text
+    assert "--on-bad-rows skip" in text
+
+
+@pytest.mark.parametrize("content", ['{"prompt": 1', json.dumps(GOOD | {"chosen": ""})])
+def test_a_file_without_a_usable_row_is_an_error_even_when_skipping(tmp_path, content):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(BadRowsError, match="row 0"):
+        load_pairs(tmp_path / "p.jsonl", on_bad_rows="skip")
+
+
+def test_unknown_layout_lists_what_was_found_and_what_is_accepted(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"question": "q", "good": "a", "bad": "b"}])
+    with pytest.raises(ValueError, match=r"found: question, good, bad\. Accepted layouts: prompt, chosen, rejected"):
+        load_pairs(path)
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "a"}])
+    with pytest.raises(ValueError, match="columns chosen and rejected are needed, found: prompt, chosen"):
+        load_pairs(path)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="found: none at all"):
+        load_pairs(tmp_path / "empty.jsonl")
+
+
+def test_wrong_names_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl does not exist; pass a file \(.jsonl"):
+        load_pairs(tmp_path / "nowhere.jsonl")
+    (tmp_path / "p.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"this one in '\.txt'; convert it"):
+        load_pairs(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="on_bad_rows must be"):
+        load_pairs(tmp_path / "p.txt", on_bad_rows="ignore")
+
+
+def test_hub_names_go_to_load_dataset_with_their_split(monkeypatch):
+    asked = []
+
+    def fake(name, *, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(formats, "load_dataset", fake)
+    assert load_pairs("org/pairs", split="train_prefs")[0].to_list() == [GOOD]
+    assert asked == [("org/pairs", "train_prefs")]
+
+
+def test_without_a_network_the_message_names_the_alternative(tmp_path):
+    code = "from tpo_lib.data import load_pairs; load_pairs('Anthropic/hh-rlhf')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ConnectionError: the data set 'Anthropic/hh-rlhf' (split 'train') is not a local file")
+    assert "pass a local .jsonl" in last
+    assert "--preset pocket" in last
+
+
+# ---- encoding
+
+
+def table_of(*rows):
+    return data.pairs_table(list(rows))
+
+
+def test_prompt_gets_bos_and_complete_responses_get_one_eos(tokenizer):
+    rows = [
+        GOOD | {"chosen_complete": True, "rejected_complete": False},
+        {"prompt": "p", "chosen": f"a{EOS}", "rejected": "b", "chosen_complete": True, "rejected_complete": True},
+    ]
+    pairs, report = data.encode_pairs(table_of(*rows), tokenizer, max_length=64)
+    assert tokenizer.decode(pairs[0].prompt_ids) == f"{EOS}The film"
+    assert tokenizer.decode(pairs[0].chosen_ids) == f" was good{EOS}"
+    assert tokenizer.decode(pairs[0].rejected_ids) == " was bad"
+    assert tokenizer.decode(pairs[1].chosen_ids) == f"a{EOS}"
+    assert str(report) == "2 pairs kept, 0 responses cut to max_length, 0 rows skipped"
+
+
+def test_without_flags_every_response_is_complete(tokenizer):
+    (pair,), _ = data.encode_pairs(table_of(GOOD), tokenizer, max_length=64)
+    assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_tokenizer_that_ends_texts_does_not_end_the_prompt(bos):
+    tokenizer = tiny_tokenizer(bos=bos, trailing_eos=True)
+    (pair,), _ = data.encode_pairs(table_of(GOOD), tokenizer, max_length=64)
+    assert tokenizer.decode(pair.prompt_ids) == EOS * bos + "The film"
+    assert pair.chosen_ids.count(0) == 1
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_long_responses_are_cut_at_the_end_and_counted(tokenizer, swap):
+    long, short = ("rejected", "chosen") if swap else ("chosen", "rejected")
+    row = {"prompt": "The film", long: " was good", short: " was bad"}
+    (pair,), report = data.encode_pairs(table_of(row), tokenizer, max_length=18)  # 9 prompt tokens; 10 and 9 with EOS
+    assert tokenizer.decode(getattr(pair, f"{long}_ids")) == " was good"
+    assert tokenizer.decode(getattr(pair, f"{short}_ids")) == f" was bad{EOS}"
+    assert report.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length", "column", "problem", "fix"),
+    [
+        (
+            GOOD | {"prompt": "x" * 20},
+            21,
+            "prompt",
+            "takes 21 tokens, which leaves no room",
+            "raise max_length above 21",
+        ),
+        (GOOD | {"chosen": EOS}, 64, "chosen", "tokenizes to nothing", "write a response"),
+        (GOOD, 12, "rejected", "has the same first 3 tokens as chosen", "raise max_length"),
+        (GOOD | {"rejected": " was good" + EOS}, 64, "rejected", "has the same tokens as chosen", "remove the row"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_named(tokenizer, row, max_length, column, problem, fix):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(BadRowsError, match=f"row 1, column '{column}': {problem}"):
+        data.encode_pairs(table_of(good, row), tokenizer, max_length=max_length)
+    pairs, report = data.encode_pairs(table_of(good, row, good), tokenizer, max_length=max_length, on_bad_rows="skip")
+    assert [pair.row for pair in pairs] == [0, 2]
+    (bad,) = report.skipped
+    assert (bad.row, bad.column) == (1, column)
+    assert problem in bad.problem
+    assert fix in bad.fix
+    assert "1 rows skipped (the first: row 1" in str(report)
+
+
+def test_a_prompt_of_exactly_max_length_minus_one_leaves_room(tokenizer):
+    (pair,), _ = data.encode_pairs(table_of({"prompt": "xx", "chosen": "a", "rejected": "b"}), tokenizer, max_length=4)
+    assert len(pair.chosen_ids) == 1
+
+
+def test_an_empty_prompt_needs_a_bos():
+    row = GOOD | {"prompt": ""}
+    (pair,), _ = data.encode_pairs(table_of(row), tiny_tokenizer(), max_length=64)
+    assert pair.prompt_ids == [0]
+    with pytest.raises(BadRowsError, match="row 0, column 'prompt': has no tokens"):
+        data.encode_pairs(table_of(row), tiny_tokenizer(bos=False), max_length=64)
+
+
+def test_tokenizer_without_eos_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        data.encode_pairs(table_of(GOOD), tokenizer, max_length=64)
+
+
+def test_messages_go_through_the_chat_template_with_one_eos():
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    row = MESSAGES | {"chosen_complete": True, "rejected_complete": False}
+    (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    assert tokenizer.decode(pair.prompt_ids) == f"<user>Hi{EOS}\n<assistant>"  # no second BOS from the tokenizer
+    assert tokenizer.decode(pair.chosen_ids) == f"A{EOS}"
+    assert tokenizer.decode(pair.rejected_ids) == "B"
+
+
+def test_messages_without_a_template_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="no chat template; use an instruction-tuned"):
+        data.encode_pairs(table_of(MESSAGES), tokenizer, max_length=64)
+
+
+def test_messages_the_template_refuses_are_bad_rows():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('start with user') }}{% endif %}" + CHATML
+    rows = [MESSAGES, MESSAGES | {"prompt": [said("system", "x")]}]
+    tokenizer = tiny_tokenizer(chat_template=strict)
+    pairs, report = data.encode_pairs(table_of(*rows), tokenizer, max_length=64, on_bad_rows="skip")
+    assert [pair.row for pair in pairs] == [0]
+    (bad,) = report.skipped
+    assert (bad.row, bad.column) == (1, "prompt")
+    assert "start with user" in bad.problem
+    assert "repair the roles" in bad.fix
+
+
+def test_a_template_that_rewrites_the_prompt_is_reported():
+    rewriting = "{{ messages | length }}" + CHATML
+    with pytest.raises(BadRowsError, match="column 'chosen': the chat template writes the prompt differently"):
+        data.encode_pairs(table_of(MESSAGES), tiny_tokenizer(chat_template=rewriting), max_length=64)
+
+
+# ---- batching
+
+IDS = st.lists(st.integers(1, 50), min_size=1, max_size=7)
+PAIRS = st.lists(st.builds(EncodedPair, st.integers(0, 99), IDS, IDS, IDS), min_size=1, max_size=5)
+
+
+@given(PAIRS)
+@settings(max_examples=60, deadline=None)
+def test_collate_holds_every_token_once_and_labels_responses_only(pairs):
+    batch = data.collate(pairs, pad_token_id=0)
+    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    longest = max(len(prompt + response) for prompt, response in sequences)
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2 * len(pairs), longest)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
+    for i, (prompt, response) in enumerate(sequences):
+        rest = longest - len(prompt) - len(response)
+        assert batch.input_ids[i].tolist() == prompt + response + [0] * rest
+        assert batch.labels[i].tolist() == [-100] * len(prompt) + response + [-100] * rest
+        assert batch.attention_mask[i].tolist() == [1] * (longest - rest) + [0] * rest
+    assert batch.rows.tolist() == [pair.row for pair in pairs]
+    used = sum(len(prompt + response) for prompt, response in sequences)
+    assert data.padding_share(batch) == pytest.approx(1 - used / (longest * len(sequences)))
+
+
+def test_collate_refuses_no_pairs():
+    with pytest.raises(ValueError, match="at least one pair"):
+        data.collate([], pad_token_id=0)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_batches_are_full_and_hold_each_row_at_most_once(lengths, batch_size, seed, epoch):
+    if len(lengths) < batch_size:
+        with pytest.raises(ValueError, match=f"{len(lengths)} pairs do not fill one batch of {batch_size}; lower"):
+            data.bucketed_batches(lengths, batch_size, seed=seed, epoch=epoch)
+        return
+    batches = data.bucketed_batches(lengths, batch_size, seed=seed, epoch=epoch)
+    rows = [row for batch in batches for row in batch]
+    assert all(len(batch) == batch_size for batch in batches)
+    assert len(set(rows)) == len(rows) == len(lengths) - len(lengths) % batch_size
+    assert set(rows) <= set(range(len(lengths)))
+    assert batches == data.bucketed_batches(lengths, batch_size, seed=seed, epoch=epoch)
+
+
+def test_batches_differ_between_epochs_and_seeds():
+    orders = [data.bucketed_batches(range(64), 8, seed=seed, epoch=epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_rows_left_out_change_with_the_epoch_and_are_not_the_longest():
+    lengths = list(range(1, 18))  # 17 rows, batches of 8: one is left out
+    left_out = {
+        (set(range(17)) - {row for batch in data.bucketed_batches(lengths, 8, seed=0, epoch=e) for row in batch}).pop()
+        for e in range(60)
+    }
+    assert len(left_out) > 10
+
+
+def test_bucketing_saves_padding():
+    lengths = torch.randint(5, 100, (800,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def padding(batches):
+        return sum(
+            max(lengths[row] for row in batch) * len(batch) - sum(lengths[row] for row in batch) for batch in batches
+        )
+
+    plain = [list(range(i, i + 8)) for i in range(0, 800, 8)]
+    assert padding(data.bucketed_batches(lengths, 8, seed=0, epoch=0)) < 0.2 * padding(plain)
+
+
+def test_bad_row_reads_as_a_sentence():
+    assert str(BadRow(17, "chosen", "is empty", "remove it")) == "row 17, column 'chosen': is empty; remove it"

@@ -1,0 +1,492 @@
+"""sampling.py: samples follow the model's distribution, pairs follow the scores, and the cache never lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from tpo_lib import pairing, sampling
+from tpo_lib.data import load_pairs
+from tpo_lib.sampling import Completion, Sampler
+
+EOS = "<|end|>"
+WORDS = [EOS, *"abcdefgh", "Ġ", ".", "Ċ", "ab", "cd", "Ġa"]  # "ab" also as "a", "b": not every sample tokenizes back
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    backend = Tokenizer(models.BPE(vocab, [("a", "b"), ("c", "d"), ("Ġ", "a")]))
+    backend.add_special_tokens([EOS])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request):
+    return getattr(tiny, request.param)(vocab=len(WORDS))
+
+
+@pytest.fixture
+def llama():
+    return tiny.llama(vocab=len(WORDS))
+
+
+class CountReward:
+    """The share of the letter a: a reward small enough to work out by hand."""
+
+    name, scope, fingerprint = "count", "response", "count-1"
+
+    def __init__(self, scope="response"):
+        self.scope = scope
+        self.read = []
+
+    def __call__(self, texts):
+        self.read += texts
+        return torch.tensor([text.count("a") / max(len(text), 1) for text in texts])
+
+
+# ---- drawing
+
+PROMPTS = ["abc", "d", "abcdefgh", "e a", "h.", "ccccc"]
+
+
+def next_probabilities(model, tokenizer, prompt):
+    """What the model says without any padding."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].softmax(-1)
+
+
+def test_left_padded_batches_continue_as_single_prompts_do(model, tokenizer):
+    together = sampling.generate(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0, seed=0)
+    for prompt, completions in zip(PROMPTS, together, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        start = len(ids)
+        for _ in range(12):  # the plainest greedy loop: no padding, no cache
+            with torch.no_grad():
+                ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+            if ids[-1] == 0:
+                break
+        assert completions[0].token_ids == tuple(token for token in ids[start:] if token != 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_the_model_whatever_the_padding(model, tokenizer, temperature):
+    prompts = ["abcdefgh", "d"]  # the second one is padded by seven
+    count = 4000
+    drawn = sampling.generate(
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=count,
+        max_new_tokens=1,
+        temperature=temperature,
+        seed=0,
+        batch_size=2 * count,
+    )
+    for prompt, completions in zip(prompts, drawn, strict=True):
+        expected = (next_probabilities(model, tokenizer, prompt).log() / temperature).softmax(-1)
+        firsts = Counter(0 if c.complete else c.token_ids[0] for c in completions)
+        seen = torch.tensor([firsts[token] / count for token in range(len(WORDS))])
+        error = ((expected * (1 - expected)) / count).sqrt()  # standard error of each share
+        assert ((seen - expected).abs() <= 4 * error + 1e-9).all()
+
+
+def test_top_p_draws_from_the_nucleus_only(llama, tokenizer):
+    probabilities, order = next_probabilities(llama, tokenizer, "abc").sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities
+    nucleus = {token for token, mass in zip(order.tolist(), before.tolist(), strict=True) if mass < 0.6}
+    (drawn,) = sampling.generate(
+        llama, tokenizer, ["abc"], samples_per_prompt=1000, max_new_tokens=1, top_p=0.6, seed=0, batch_size=1000
+    )
+    assert {0 if c.complete else c.token_ids[0] for c in drawn} == nucleus
+    assert len(nucleus) < len(WORDS)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=8), st.integers(0, 100))
+def test_a_token_without_probability_is_never_drawn(logits, seed):
+    torch.manual_seed(seed)
+    row = torch.tensor([-float("inf"), *logits, -float("inf")])
+    tokens = Sampler(1).draw(row.expand(50, -1))
+    assert tokens.min() >= 1
+    assert tokens.max() <= len(logits)
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform, token):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, device: torch.full(shape, uniform, dtype=dtype))
+    impossible = -float("inf")
+    assert Sampler(1).draw(torch.tensor([[impossible, 0.0, 0.0, impossible]])).tolist() == [token]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(broken):
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Sampler(1).draw(torch.tensor([[0.0, broken]]))
+
+
+def test_the_models_own_generation_settings_do_not_act_and_come_back(llama, tokenizer):
+    plain = sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
+    own = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0, min_new_tokens=8, max_length=3, num_beams=2)
+    llama.generation_config = own
+    assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=3) == plain
+    assert llama.generation_config is own
+
+
+def test_dropout_is_off_while_sampling_and_the_mode_comes_back(tokenizer):
+    model = tiny.gpt2(vocab=len(WORDS))
+    plain = sampling.generate(model, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
+    model.train()
+    assert sampling.generate(model, tokenizer, PROMPTS, max_new_tokens=8, seed=3) == plain
+    assert model.training
+
+
+def test_seed_decides_and_the_global_state_is_left_alone(llama, tokenizer):
+    before = torch.random.get_rng_state()
+    first = sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
+    prompts = sampling.sample_prompts(llama, tokenizer, 20, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(1)
+    assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1) == first
+    assert sampling.sample_prompts(llama, tokenizer, 20, seed=1) == prompts
+    assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=2) != first
+
+
+def test_completions_end_where_eos_stood(llama, tokenizer):
+    drawn = sampling.generate(llama, tokenizer, PROMPTS, samples_per_prompt=50, max_new_tokens=10, seed=0)
+    assert [len(several) for several in drawn] == [50] * len(PROMPTS)
+    flat = [completion for several in drawn for completion in several]
+    assert {completion.complete for completion in flat} == {False, True}
+    for completion in flat:
+        assert 0 not in completion.token_ids
+        assert len(completion.token_ids) < 10 if completion.complete else len(completion.token_ids) == 10
+        assert completion.text == tokenizer.decode(list(completion.token_ids))
+
+
+def test_every_end_token_the_model_names_ends_a_completion(llama, tokenizer):
+    llama.generation_config.eos_token_id = [0, 3]
+    (drawn,) = sampling.generate(llama, tokenizer, ["abc"], samples_per_prompt=200, max_new_tokens=10, seed=0)
+    assert all(3 not in completion.token_ids for completion in drawn)
+    assert all(len(completion.token_ids) == 10 for completion in drawn if not completion.complete)
+
+
+def test_progress_counts_to_the_end(llama, tokenizer):
+    calls = []
+    sampling.generate(
+        llama, tokenizer, PROMPTS, max_new_tokens=2, seed=0, batch_size=4, progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(4, 6), (6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"samples_per_prompt": 0}, "must be at least 1, got 0"),
+        (
+            {"max_new_tokens": 127},
+            "prompt 1 has 3 tokens: with max_new_tokens 127 that exceeds the model's 128 positions",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_named(llama, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.generate(llama, tokenizer, ["", "de"], **{"max_new_tokens": 4, "seed": 0, **settings})
+
+
+def test_a_prompt_without_tokens_is_named(llama, tokenizer):
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token=EOS
+    )
+    bare.backend_tokenizer.post_processor = processors.ByteLevel()
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        sampling.generate(llama, bare, ["a", ""], max_new_tokens=4, seed=0)
+
+
+# ---- prompts
+
+
+def test_sampled_prompts_are_distinct_valid_and_of_every_length(llama, tokenizer):
+    prompts = sampling.sample_prompts(llama, tokenizer, 70, min_tokens=2, max_tokens=5, seed=0)
+    assert len(set(prompts)) == 70
+    lengths = Counter(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts)
+    assert set(lengths) == {2, 3, 4, 5}
+    assert min(lengths.values()) >= 8  # about 17 each
+    assert all(prompt.strip() for prompt in prompts)
+
+
+def test_prompts_come_in_random_order():
+    found = dict.fromkeys("abcdefgh")
+    prompts = sampling._shuffled(found, 8, random.Random(0))
+    assert sorted(prompts) == list(found)
+    assert prompts != list(found)
+
+
+def test_prompt_texts_refuses_blanks_and_what_does_not_tokenize_back(tokenizer):
+    rows = [[3, 4], [1, 2], [9, 11], [12], [], [0, 3]]  # cd as c + d, a + b, blank, ab, ended early, begins with EOS
+    assert sampling._prompt_texts(rows, tokenizer) == [None, None, None, "ab", None, None]
+
+
+def test_asking_for_more_prompts_than_there_are_says_so(llama, tokenizer):
+    with pytest.raises(ValueError, match=r"of 500 distinct prompts were found; ask for fewer, raise max_tokens"):
+        sampling.sample_prompts(llama, tokenizer, 500, min_tokens=1, max_tokens=1, seed=0)
+    with pytest.raises(ValueError, match="only 1 of 3 distinct"):
+        sampling.imdb_prompts(["abc"] * 5, tokenizer, 3, min_tokens=2, max_tokens=2, seed=0)
+    with pytest.raises(ValueError, match="min_tokens <= max_tokens, got 3, 5, 2"):
+        sampling.imdb_prompts(["abc"], tokenizer, 3, min_tokens=5, max_tokens=2, seed=0)
+
+
+def test_imdb_prompts_are_beginnings_of_the_texts(tokenizer):
+    texts = ["".join(WORDS[1 + (i * j) % 8] for j in range(1, 30)) for i in range(60)]
+    prompts = sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
+    assert len(set(prompts)) == 20
+    assert all(any(text.startswith(prompt) for text in texts) for prompt in prompts)
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    assert set(lengths) == {3, 4, 5, 6}
+    assert prompts == sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
+    assert prompts != sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=1)
+
+
+# ---- scores and pairs
+
+
+def test_scope_decides_what_a_reward_reads():
+    for scope, read in [("response", ["a", "b", "", "aa"]), ("full", ["xa", "xb", "y", "yaa"])]:
+        reward = CountReward(scope)
+        scores = pairing.score(reward, ["x", "y"], [["a", "b"], ["", "aa"]])
+        assert reward.read == read
+        assert scores.shape == (2, 2)
+    assert pairing.score(CountReward(), ["x"], [["a", "ab"]]).tolist() == [[1.0, 0.5]]
+
+
+def test_scores_out_of_range_unknown_scopes_and_ragged_lists_are_refused():
+    class Broken(CountReward):
+        def __call__(self, texts):
+            return torch.tensor([0.5, float("nan")])
+
+    with pytest.raises(ValueError, match="gave text 1 the score nan"):
+        pairing.score(Broken(), ["x"], [["a", "b"]])
+    with pytest.raises(ValueError, match="has scope 'all'; it must be"):
+        pairing.score(CountReward("all"), ["x"], [["a"]])
+    with pytest.raises(ValueError, match=r"lists of completions of lengths \[1, 2\]"):
+        pairing.score(CountReward(), ["x", "y"], [["a"], ["a", "b"]])
+
+
+def said(*texts):
+    return [Completion(text, (1,), complete=i % 2 == 0) for i, text in enumerate(texts)]
+
+
+def test_four_completions_give_the_papers_six_pairs():
+    table, report = pairing.pairs_from_scores(["p"], [said("a", "b", "c", "d")], [[0.4, 0.1, 0.8, 0.3]])
+    assert [(row["chosen"], row["rejected"]) for row in table] == [
+        ("c", "a"), ("c", "d"), ("c", "b"), ("a", "d"), ("a", "b"), ("d", "b")
+    ]  # fmt: skip
+    assert table[0] == {
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "a",
+        "chosen_score": 0.8,
+        "rejected_score": 0.4,
+        "chosen_complete": True,
+        "rejected_complete": True,
+    }
+    assert table[1]["rejected_complete"] is False
+    assert (report.prompts, report.completions, report.kept) == (1, 4, 6)
+    assert report.score_mean == pytest.approx(0.4)
+    assert report.score_std == pytest.approx((0.26 / 4) ** 0.5)  # deviations 0, -.3, .4, -.1
+
+
+def test_best_against_worst_gives_one_pair_a_prompt():
+    completions = [said("a", "b", "c"), said("d", "e", "f"), said("only")]
+    table, report = pairing.pairs_from_scores(
+        ["p", "q", "r"], completions, [[0.4, 0.1, 0.8], [1, 0.2, 0.2], [0.5]], rule="best_worst"
+    )
+    assert [(row["chosen"], row["rejected"]) for row in table] == [("c", "b"), ("d", "f")]
+    assert sum(report.dropped.values()) == 0
+
+
+def test_dropped_pairs_are_counted_by_reason():
+    table, report = pairing.pairs_from_scores(
+        ["p", "q"],
+        [said("a", "a", " ", "b"), said("c", "d", "e")],
+        [[0.5, 0.5, 0.9, 0.1], [0.25, 0.5, 0.5]],
+        min_gap=0.3,
+    )
+    # p: " " against three: empty; a-a identical; a-b twice (gap 0.4): kept. q: d-e equal, c-d and c-e: gap 0.25
+    assert report.dropped == {"empty text": 3, "identical text": 1, "equal scores": 1, "gap below min_gap": 2}
+    assert report.kept == len(table) == 2
+    assert "dropped: 3 empty text, 1 identical text, 1 equal scores, 2 gap below min_gap" in str(report)
+
+
+def test_a_gap_of_exactly_min_gap_is_kept():
+    for min_gap, kept in [(0.25, 1), (0.26, 0)]:
+        assert pairing.pairs_from_scores(["p"], [said("a", "b")], [[0.75, 0.5]], min_gap=min_gap)[1].kept == kept
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=1, max_size=4), st.integers(0, 4))
+def test_every_candidate_pair_is_kept_or_counted(scores, min_gap):
+    scores = [[value / 4 for value in row] for row in scores]
+    completions = [said("a", "b", "c", "")] * len(scores)
+    table, report = pairing.pairs_from_scores(["p"] * len(scores), completions, scores, min_gap=min_gap / 4)
+    assert report.kept + sum(report.dropped.values()) == 6 * len(scores)
+    assert sum(report.gap_counts) == report.kept == len(table)
+    assert all(row["chosen_score"] - row["rejected_score"] >= max(min_gap / 4, 1e-9) for row in table)
+
+
+def test_report_draws_the_histogram_as_text_and_figure():
+    _, report = pairing.pairs_from_scores(["p"], [said("a", "b", "c")], [[0.0, 0.52, 1.0]])  # gaps .52, 1, .48
+    assert [i for i, count in enumerate(report.gap_counts) if count] == [9, 10, 19]
+    text = str(report)
+    assert "3 pairs from 3 completions of 1 prompts" in text
+    assert "  0.45 to 0.50 " + "█" * 30 + " 1" in text
+    assert text.count("█" * 30) == 3
+    (axes,) = report.figure().axes
+    assert "reward units" in axes.get_xlabel()
+    assert "pairs" in axes.get_ylabel()
+    assert [bar.get_height() for bar in axes.patches] == list(report.gap_counts)
+
+
+def test_rule_and_gap_are_checked():
+    with pytest.raises(ValueError, match="rule must be"):
+        pairing.pairs_from_scores(["p"], [said("a", "b")], [[0, 1]], rule="best")
+    with pytest.raises(ValueError, match="min_gap at least 0"):
+        pairing.pairs_from_scores(["p"], [said("a", "b")], [[0, 1]], min_gap=-0.1)
+
+
+def test_the_papers_recipe():
+    assert dataclasses.astuple(pairing.PAPER_RECIPE) == (25_000, 2, 8, 4, "all")
+
+
+# ---- files and cache
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_saved_pairs_load_as_they_were(tmp_path, suffix):
+    completions = [
+        said("é\u2028", "b", "p\n"),
+        said("p q", "p r"),
+    ]  # the last two begin with their prompt, as it happens
+    table, _ = pairing.pairs_from_scores(["p", "p"], completions, [[0.1, 1 / 3, 0.2], [0, 1]])
+    pairing.save_pairs(table, tmp_path / f"new/pairs{suffix}")
+    loaded, bad = load_pairs(tmp_path / f"new/pairs{suffix}")
+    assert loaded.to_list() == table.to_list()
+    assert loaded.features == table.features
+    assert bad == []
+
+
+def test_pairs_are_saved_under_known_suffixes_only(tmp_path):
+    table, _ = pairing.pairs_from_scores(["p"], [said("a", "b")], [[0, 1]])
+    with pytest.raises(ValueError, match=r"written as \.jsonl or \.parquet, not '\.csv'"):
+        pairing.save_pairs(table, tmp_path / "pairs.csv")
+
+
+@pytest.fixture
+def build(llama, tokenizer, tmp_path):
+    def call(**changes):
+        settings = {
+            "prompts": ["abc", "d"],
+            "max_new_tokens": 6,
+            "seed": 0,
+            "cache_dir": tmp_path,
+            "reward": CountReward(),
+        }
+        settings |= {"model": llama, "tokenizer": tokenizer} | changes
+        return pairing.build_pairs(**settings)
+
+    return call
+
+
+def test_the_second_call_reads_the_cache(build, monkeypatch, tmp_path):
+    table, report = build()
+    assert len(list(tmp_path.iterdir())) == 1
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(pairing, "generate", refuse)
+    again, same = build()
+    assert again.to_list() == table.to_list()
+    assert same == report
+    assert str(same) == str(report)
+
+
+def test_everything_that_decides_the_pairs_names_the_cache_entry(build, llama, tokenizer, tmp_path):
+    build()
+    reward = CountReward()
+    reward.fingerprint = "count-2"
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token=EOS, eos_token=EOS, pad_token="a"
+    )
+    changes = [
+        {"prompts": ["d", "abc"]},
+        {"max_new_tokens": 7},
+        {"seed": 1},
+        {"samples_per_prompt": 3},
+        {"temperature": 0.5},
+    ]
+    changes += [{"rule": "best_worst"}, {"min_gap": 0.01}, {"batch_size": 3}, {"reward": reward}, {"tokenizer": other}]
+    changes += [{"reward": CountReward("full")}, {"model": tiny.llama(seed=1, vocab=len(WORDS))}]
+    for number, change in enumerate(changes, start=2):
+        build(**change)
+        assert len(list(tmp_path.iterdir())) == number, change
+    tokenizer(["abc", "d"], padding=True, truncation=True, max_length=5)  # leaves its settings in the tokenizer
+    build()
+    llama.config.rms_norm_eps = 0.5
+    build()
+    assert len(list(tmp_path.iterdir())) == len(changes) + 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest"])
+def test_a_damaged_entry_is_built_anew_saying_so(build, tmp_path, capsys, damage):
+    table, report = build()
+    (entry,) = tmp_path.iterdir()
+    if damage == "truncate":
+        path = entry / "pairs.parquet"
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "alter":
+        path = entry / "report.json"
+        path.write_text(path.read_text().replace('"prompts": 2', '"prompts": 3'))
+    elif damage == "remove":
+        (entry / "report.json").unlink()
+    else:
+        (entry / "MANIFEST.json").write_text(json.dumps({}))
+        (entry / "report.json").write_text("{}")
+    again, same = build()
+    assert "cached pairs cannot be read and are built anew" in capsys.readouterr().err
+    assert again.to_list() == table.to_list()
+    assert same == report
+    build()
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_cache_nothing_is_written(build, tmp_path):
+    assert build(cache_dir=None)[0].to_list() == build()[0].to_list()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_reward_without_a_fingerprint_cannot_be_cached(build):
+    reward = CountReward()
+    reward.fingerprint = None
+    with pytest.raises(ValueError, match="has no fingerprint"):
+        build(reward=reward)
+    assert build(reward=reward, cache_dir=None)[1].kept
+
+
+def test_no_pair_left_says_why(build, tmp_path):
+    with pytest.raises(ValueError, match=r"no pair is left; lower min_gap(.|\n)*gap below min_gap"):
+        build(min_gap=1.5)
+    assert list(tmp_path.iterdir()) == []

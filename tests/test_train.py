@@ -1,0 +1,420 @@
+"""The loop: gradients, schedules, resuming after a kill, and every way a run may be refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tpo_lib import checkpoint, losses, stats, train
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import collate
+from tpo_lib.models import frozen_copy
+
+CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device="cpu", save_every=1)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trained(config: TrainConfig, count: int = 8, build=tiny.llama, **kwargs):
+    policy = build()
+    reference = frozen_copy(policy)
+    guide = frozen_copy(build(seed=1)) if config.loss_type == "tgdpo" else None
+    return train.fit(config, policy, reference, tiny.pairs(count), guide=guide, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.gemma2])
+@pytest.mark.parametrize("name", list(losses.OBJECTIVES))
+def test_every_objective_learns_its_pairs(name, build):
+    beta = 2.0 if name == "simpo" else 0.1
+    config = replace(CONFIG, loss_type=name, beta=beta, guide_beta=0.1, epochs=8, schedule="constant")
+    result = trained(config, build=build)
+    first, last = result.metrics[0], result.metrics[-1]
+    assert result.steps == 16
+    assert last["loss"] < 0.8 * first["loss"]
+    if name != "sft":
+        assert last["rewards/accuracies"] == 1.0
+        assert last["rewards/margins"] > first["rewards/margins"]
+
+
+def test_first_step_of_reference_based_objectives_is_log_2():
+    for name in ("dpo", "tdpo1", "tdpo2", "tgdpo"):
+        row = trained(replace(CONFIG, loss_type=name, guide_beta=0.1, max_steps=1)).metrics[0]
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert row["kl/chosen"] == pytest.approx(0, abs=1e-6)
+
+
+def test_metrics_are_those_of_the_textbook_computation():
+    config = replace(CONFIG, loss_type="tdpo2", max_steps=1, batch_size=8)
+    policy, reference = tiny.llama(), frozen_copy(tiny.llama(seed=3))
+    pairs = tiny.pairs(8)
+    batch = collate(pairs, 0)
+    with torch.no_grad():
+        logits = [m(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for m in (policy, reference)]
+    chosen, rejected = stats.split(stats.token_stats(logits[0], batch.labels, logits[1], with_kl=True))
+    output = losses.tdpo2(chosen, rejected, beta=config.beta, alpha=config.alpha)
+    row = train.fit(config, policy, reference, pairs, progress=False).metrics[0]
+    expected = {
+        "loss": output.loss.mean(),
+        "rewards/chosen": output.chosen_reward.mean(),
+        "rewards/rejected": output.rejected_reward.mean(),
+        "rewards/margins": (output.chosen_reward - output.rejected_reward).mean(),
+        "rewards/accuracies": (output.chosen_reward > output.rejected_reward).float().mean(),
+        "logps/chosen": chosen.logps.sum(-1).mean(),
+        "logps/rejected": rejected.logps.sum(-1).mean(),
+        "kl/chosen": chosen.kl.sum(-1).mean(),
+        "kl/rejected": rejected.kl.sum(-1).mean(),
+        "kl/margin": (rejected.kl - torch.zeros(())).sum(-1).mean() - chosen.kl.sum(-1).mean(),
+    }
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+
+
+def test_tgdpo_reports_the_share_of_tokens_on_the_floor():
+    low = trained(replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, alpha=0.0, max_steps=1)).metrics[0]
+    high = trained(replace(CONFIG, loss_type="tgdpo", guide_beta=5.0, alpha=5.0, max_steps=1)).metrics[0]
+    assert low["guidance/floor_share"] == 0.0
+    assert 0.2 < high["guidance/floor_share"] < 0.8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_one_window_of_four_equals_four_of_one(optimizer):
+    whole = trained(replace(CONFIG, batch_size=4, accumulation=1, optimizer=optimizer))
+    parts = trained(replace(CONFIG, batch_size=1, accumulation=4, optimizer=optimizer))
+    assert whole.steps == parts.steps == 2
+    assert whole.metrics[0]["grad_norm"] == pytest.approx(parts.metrics[0]["grad_norm"], rel=1e-5)
+    for name, value in weights(whole.policy).items():
+        torch.testing.assert_close(value, weights(parts.policy)[name], rtol=1e-3, atol=2e-4)
+
+
+def test_incomplete_windows_are_left_out():
+    assert trained(replace(CONFIG, batch_size=3), count=8).steps == 2
+    with pytest.raises(ValueError, match=r"3 pairs are fewer than the 4 of one update.*--batch-size"):
+        trained(CONFIG, count=3)
+
+
+def test_clipping_bounds_the_update():
+    config = replace(CONFIG, optimizer="rmsprop", max_steps=1)
+    assert trained(config).metrics[0]["grad_norm"] > 1e-3
+    free, clipped = trained(config).metrics[0], trained(replace(config, clip=1e-3)).metrics[0]
+    assert free["grad_norm"] == clipped["grad_norm"]  # the norm before clipping is what is logged
+
+
+def test_learning_rate_schedules():
+    config = replace(CONFIG, lr=1.0, warmup_steps=4)
+    for schedule, end in (("constant", 1.0), ("linear", 1 / 16), ("cosine", 0.5 * (1 + math.cos(math.pi * 15 / 16)))):
+        rates = [train.learning_rate(replace(config, schedule=schedule), step, 20) for step in range(20)]
+        assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert rates[-1] == pytest.approx(end)
+        assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+@given(count=st.integers(4, 40), epochs=st.integers(1, 3), first=st.integers(0, 6))
+def test_a_resumed_run_sees_the_updates_it_would_have_seen(count, epochs, first):
+    config, pairs = replace(CONFIG, epochs=epochs), tiny.pairs(count)
+    steps = train.planned_steps(config, count, 4)
+    every = list(train.updates(config, pairs, 4, 0, steps))
+    assert len(every) == steps
+    assert list(train.updates(config, pairs, 4, first, steps)) == every[first:]
+    assert all(len(set(window)) == 4 for window in every)
+
+
+def test_dropout_is_off():
+    assert trained(CONFIG, build=tiny.gpt2).metrics == trained(CONFIG, build=tiny.gpt2).metrics
+    assert not trained(CONFIG, build=tiny.gpt2).policy.training
+
+
+def test_reference_and_guide_stay_as_they_were():
+    policy, reference, guide = tiny.llama(), frozen_copy(tiny.llama()), frozen_copy(tiny.llama(seed=1))
+    before = weights(reference), weights(guide)
+    train.fit(
+        replace(CONFIG, loss_type="tgdpo", guide_beta=0.1),
+        policy,
+        reference,
+        tiny.pairs(8),
+        guide=guide,
+        progress=False,
+    )
+    assert same(before[0], weights(reference))
+    assert same(before[1], weights(guide))
+    assert not same(before[0], weights(policy))
+
+
+def test_missing_models_are_named():
+    with pytest.raises(ValueError, match="dpo needs a reference model"):
+        train.fit(CONFIG, tiny.llama(), None, tiny.pairs(8))
+    with pytest.raises(ValueError, match="tgdpo needs guide="):
+        train.fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8))
+    with pytest.raises(ValueError, match="guide_beta"):
+        train.fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8), guide=tiny.llama())
+
+
+def test_objectives_without_reference_train_without_one():
+    for name in ("sft", "simpo"):
+        result = train.fit(replace(CONFIG, loss_type=name), tiny.llama(), None, tiny.pairs(8), progress=False)
+        assert "kl/chosen" not in result.metrics[-1]
+
+
+def test_held_out_pairs_are_scored():
+    result = trained(replace(CONFIG, eval_every=1), eval_pairs=tiny.pairs(6, seed=9))
+    held_out = [row for row in result.metrics if "eval_loss" in row]
+    assert [row["step"] for row in held_out] == [1, 2]
+    assert {"eval_kl/margin", "eval_rewards/accuracies"} <= held_out[0].keys()
+
+
+def test_callbacks_come_before_every_evaluation_and_at_the_end():
+    calls = []
+    trained(replace(CONFIG, eval_every=2, epochs=2, batch_size=3), callbacks=[lambda step, policy: calls.append(step)])
+    assert calls == [0, 2, 4]
+
+
+def test_non_finite_loss_stops_and_names_rows(tmp_path):
+    policy = tiny.llama()
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), epochs=4)
+
+    def poison(step, model):
+        if step == 2:
+            with torch.no_grad():
+                model.model.embed_tokens.weight[5] = float("nan")
+
+    with pytest.raises(train.NonFiniteLoss, match=r"step 3: non-finite loss in rows \[\d+"):
+        train.fit(
+            replace(config, eval_every=1),
+            policy,
+            frozen_copy(policy),
+            tiny.pairs(8),
+            callbacks=[poison],
+            progress=False,
+        )
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert (
+        kept.name == "step-00000001" or torch.isfinite(load_file(kept / "model.safetensors")["model.norm.weight"]).all()
+    )
+
+
+def test_checkpoints_are_model_folders(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    result = trained(replace(CONFIG, output_dir=str(tmp_path / "run")))
+    for folder in (result.output_dir / "final", checkpoint.newest(result.output_dir / "checkpoints")):
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)
+        assert same(weights(loaded), weights(result.policy))
+        assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt"))
+    rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.metrics
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    result = trained(replace(CONFIG, output_dir=str(tmp_path / "run"), epochs=3, keep=2))
+    assert [path.name for path in sorted((result.output_dir / "checkpoints").iterdir())] == [
+        "step-00000005",
+        "step-00000006",
+    ]
+
+
+def test_folder_with_a_run_is_refused_without_resume(tmp_path):
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"))
+    trained(config)
+    with pytest.raises(RuntimeError, match="holds a run already; continue it with --resume"):
+        trained(config)
+    with pytest.raises(RuntimeError, match=r"beta was 0\.1, is 0\.2"):
+        trained(replace(config, beta=0.2), resume=True)
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    with checkpoint.exclusive(tmp_path / "run"):
+        code = f"""
+            from tpo_lib import checkpoint
+            from pathlib import Path
+            with checkpoint.exclusive(Path({str(tmp_path / "run")!r})): pass
+        """
+        other = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert other.returncode != 0
+    assert "is in use by another run" in other.stderr
+
+
+CHILD = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    import tiny, torch
+    torch.set_num_threads(1)
+    from tpo_lib import checkpoint, train
+    from tpo_lib.models import frozen_copy
+    from test_train import CONFIG, replace
+
+    def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+    point = {point!r}
+    if point == "writing":  # after the weights of the second checkpoint, before its state
+        real, calls = checkpoint.save_state, []
+        def save_state(*args):
+            calls.append(1)
+            if len(calls) == 2: die()
+            real(*args)
+        checkpoint.save_state = save_state
+    if point == "renaming":  # a complete folder that has not got its name yet
+        real_rename, calls = os.rename, []
+        def rename(*args):
+            calls.append(1)
+            if len(calls) == 3: die()
+            real_rename(*args)
+        os.rename = rename
+    policy = tiny.llama()
+    config = replace(CONFIG, epochs=3, loss_type="tdpo2", output_dir={folder!r}, eval_every=1, save_every=2)
+    train.fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False, resume={resume},
+              callbacks=[lambda step, _: die() if point == step else None])
+"""
+
+
+def run_child(folder: Path, point, resume: bool = False) -> subprocess.CompletedProcess:
+    code = textwrap.dedent(CHILD).format(
+        tests=str(Path(__file__).parent), folder=str(folder), point=point, resume=resume
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run_child(folder, None)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("point", [0, 1, 3, "writing", "renaming"])
+def test_killed_run_resumes_to_bit_identical_weights(point, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    assert run_child(folder, point).returncode == -9
+    again = run_child(folder, None, resume=True)
+    assert again.returncode == 0, again.stderr
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, uninterrupted))
+    assert same(a, b)
+    assert (folder / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
+    assert not list(folder.glob("**/*.unfinished"))
+
+
+def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "final")
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    with open(last / "model.safetensors", "r+b") as file:
+        file.truncate(200)
+    again = run_child(folder, None, resume=True)
+    assert again.returncode == 0, again.stderr
+    assert "model.safetensors was truncated or altered" in again.stdout
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, uninterrupted))
+    assert same(a, b)
+
+
+def test_nothing_sound_to_resume_from_is_refused(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for path in folder.glob("checkpoints/*/state.json"):
+        path.write_text("{}")
+    again = run_child(folder, None, resume=True)
+    assert "none of the 2 checkpoints" in again.stderr
+    assert (folder / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()  # nothing is lost
+
+
+def test_full_disk_leaves_the_previous_checkpoint_usable(tmp_path, monkeypatch):
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), epochs=2)
+    real, calls = checkpoint.save_state, []
+
+    def full(path, state):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(config)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000002"
+    assert not list(tmp_path.glob("**/*.unfinished"))
+    monkeypatch.setattr(checkpoint, "save_state", real)
+    resumed, whole = trained(config, resume=True), trained(replace(config, output_dir=None))
+    assert same(weights(resumed.policy), weights(whole.policy))
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="extra dev is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = trained(replace(CONFIG, output_dir=str(tmp_path), report_to="tensorboard"))
+    event_file = next(
+        path for path in tmp_path.rglob("events.out*") if "rewards/margins" in _tags(EventAccumulator, path)
+    )
+    events = EventAccumulator(str(event_file)).Reload().Scalars("rewards/margins")
+    assert [event.step for event in events] == [1, 2]
+    assert events[-1].value == pytest.approx(result.metrics[-1]["rewards/margins"], rel=1e-5)
+
+
+def _tags(accumulator, path) -> list[str]:
+    return accumulator(str(path)).Reload().Tags()["scalars"]
+
+
+def test_two_processes_make_the_updates_of_one(tmp_path):
+    """Data-parallel training on two CPU processes: the same global batch, the same weights."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import tiny, torch
+        torch.set_num_threads(1)
+        from tpo_lib import train
+        from tpo_lib.models import frozen_copy
+        from test_train import CONFIG, replace
+        policy = tiny.llama()
+        config = replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=2, output_dir={str(tmp_path / "two")!r})
+        train.fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False)
+    """
+    (tmp_path / "child.py").write_text(textwrap.dedent(code))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_file(tmp_path / "two" / "final" / "model.safetensors")
+    one = trained(replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=4))
+    for name, value in one.policy.state_dict().items():
+        if name in two:
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == pytest.approx(one.metrics[-1]["loss"], rel=1e-4)
+    assert rows[-1]["pairs_seen"] == 8
+
+
+def test_lora_trains_adapters_alone_and_resumes(tmp_path):
+    pytest.importorskip("peft", reason="extra peft is not installed")
+    from tpo_lib.models import add_lora
+
+    def run(config, **kwargs):
+        torch.manual_seed(1)
+        policy = add_lora(tiny.llama(), 2)
+        return train.fit(config, policy, tiny.llama(), tiny.pairs(8), progress=False, **kwargs)
+
+    config = replace(CONFIG, lora_rank=2, epochs=2)
+    whole = run(config)
+    assert whole.metrics[-1]["loss"] < math.log(2)
+    run(replace(config, output_dir=str(tmp_path / "run"), keep=5))
+    for late in sorted((tmp_path / "run" / "checkpoints").iterdir())[2:]:
+        shutil.rmtree(late)
+    resumed = run(replace(config, output_dir=str(tmp_path / "run"), keep=5), resume=True)
+    assert same(weights(resumed.policy), weights(whole.policy))

@@ -1,0 +1,128 @@
+"""Tiny random models, tokenizers, classifiers and pairs for the tests, in the hub's format; no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tpo_lib.data import EncodedPair
+
+VOCAB = 64
+
+
+def llama(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Llama with tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer GPT-2 with its usual dropout configured (and, as everywhere here, off)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=128,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def gemma2(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Gemma 2: its logits are soft-capped after the head."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+TEXT = [
+    "a good film and a fine cast",
+    "a bad film with a poor plot",
+    "good fun",
+    "the plot is bad",
+    "fine, really fine",
+] * 4
+
+
+def tokenizer(folder: Path):
+    """A byte-level BPE tokenizer of 300 tokens, saved in `folder`."""
+    from tpo_lib.pocket import train_tokenizer
+
+    return train_tokenizer(TEXT, 300, folder)
+
+
+def checkpoint_folder(folder: Path, build=llama) -> Path:
+    """A causal model and its tokenizer, saved as the hub has them."""
+    tokenizer(folder)
+    build(vocab=300).save_pretrained(str(folder))
+    return folder
+
+
+def classifier(folder: Path, labels: tuple[str, ...] = ("NEGATIVE", "POSITIVE")) -> Path:
+    """A tiny DistilBERT sentiment classifier, saved as the hub has them."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer(folder)
+    config = DistilBertConfig(
+        vocab_size=300,
+        dim=16,
+        hidden_dim=32,
+        n_layers=1,
+        n_heads=2,
+        max_position_embeddings=64,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        initializer_range=0.5,
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(str(folder))
+    return folder
+
+
+def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> list[EncodedPair]:
+    """Random pairs with ragged lengths; no two responses are alike."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low: int) -> list[int]:
+        length = int(torch.randint(low, longest, (1,), generator=draw))
+        return torch.randint(1, vocab, (length,), generator=draw).tolist()
+
+    return [
+        EncodedPair(row=row, prompt_ids=[0, *ids(1)], chosen_ids=ids(2), rejected_ids=ids(2)) for row in range(count)
+    ]

@@ -1,0 +1,315 @@
+"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.losses import OBJECTIVES
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; user errors end with one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m tpo_lib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket):
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.function(options)
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it was (train: add --resume)", file=sys.stderr)
+        sys.exit(130)
+
+
+def _add_run(commands) -> None:
+    command = commands.add_parser("run", help="compare all objectives on the pocket model and write a report")
+    command.add_argument("--quick", action="store_true", help="a small comparison of about a minute")
+    command.add_argument("--name", help="folder below --runs (default: pocket, or quick)")
+    command.add_argument("--runs", default="runs", help="where runs are kept")
+    command.add_argument("--fresh", action="store_true", help="throw away what an earlier run left in the folder")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(function=_run)
+
+
+def _run(options) -> None:
+    from tpo_lib import compare, report
+
+    config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
+    folder = Path(options.runs) / (options.name or ("quick" if options.quick else "pocket"))
+    summary = compare.run(config, folder, fresh=options.fresh)
+    print(report.summary_table(summary))
+    print(
+        f"\n{summary['wall_time_s'] / 60:.1f} minutes; report: {folder / 'report.html'} (also {folder / 'report.md'})"
+    )
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser("train", help="train one objective")
+    _add_models(command)
+    command.add_argument("--pairs", help="preference pairs: file, folder or hub name (default: sampled from the model)")
+    command.add_argument("--eval-pairs", help="held-out pairs, scored every --eval-every updates")
+    command.add_argument(
+        "--guide", help="tgdpo: folder or name of the DPO model that guides (default: train one first)"
+    )
+    command.add_argument("--resume", action="store_true", help="continue from the newest sound checkpoint")
+    command.add_argument("--on-bad-rows", choices=("error", "skip"), default="error")
+    _add_sampling(command)
+    _add_config(command)
+    command.set_defaults(function=_train)
+
+
+def _train(options) -> None:
+    from tpo_lib.models import add_lora, choose_device, load_model, load_tokenizer
+    from tpo_lib.train import fit
+
+    preset = PRESETS[options.preset]
+    config = override(preset.train, **{field.name: getattr(options, field.name) for field in fields(TrainConfig)})
+    if config.output_dir is None:
+        raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
+    name, device = _model_name(options), choose_device(config.device)
+    tokenizer = load_tokenizer(name)
+    with _main_process_first(device):  # of several processes one samples, the others read its cache
+        pairs = _encoded(options.pairs or preset.pairs or str(_sampled_pairs(options)), tokenizer, config, options)
+    eval_pairs = _encoded(options.eval_pairs, tokenizer, config, options) if options.eval_pairs else None
+    guide = None
+    if config.loss_type == "tgdpo":
+        config, guide_folder = _guide(options, config, name, tokenizer, pairs)
+        guide = load_model(guide_folder, device=device).requires_grad_(False)
+    policy, reference = load_model(name, device=device), load_model(name, device=device).requires_grad_(False)
+    if config.lora_rank:
+        policy = add_lora(policy, config.lora_rank)
+    result = fit(
+        config, policy, reference, pairs, eval_pairs=eval_pairs, guide=guide, tokenizer=tokenizer, resume=options.resume
+    )
+    print(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
+    print(
+        f"trained {result.steps} updates; model: {result.output_dir / 'final'}, metrics: {result.output_dir / 'metrics.jsonl'}"
+    )
+
+
+def _main_process_first(device):
+    """Under `accelerate launch` the other processes wait for the main one; alone, nothing."""
+    if "LOCAL_RANK" not in os.environ:
+        return nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu").main_process_first()
+
+
+def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path | str]:
+    """The guide of a TGDPO run and the beta it was trained with; without --guide it is trained first, with DPO."""
+    from tpo_lib.models import choose_device, load_model
+    from tpo_lib.train import fit
+
+    if options.guide:
+        if config.guide_beta is not None:
+            return config, options.guide
+        for record in (Path(options.guide) / "training.json", Path(options.guide) / "final" / "training.json"):
+            if record.is_file():
+                return replace(config, guide_beta=json.loads(record.read_text())["beta"]), options.guide
+        raise ValueError(
+            f"--guide {options.guide} does not say which beta it was trained with; pass it as --guide-beta"
+        )
+    folder = Path(config.output_dir) / "guide"
+    beta = config.guide_beta or config.beta
+    print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
+    stage = replace(config, loss_type="dpo", beta=beta, guide_beta=None, output_dir=str(folder))
+    device = choose_device(config.device)
+    reference = load_model(name, device=device).requires_grad_(False)
+    fit(stage, load_model(name, device=device), reference, pairs, tokenizer=tokenizer, resume=True)
+    return replace(config, guide_beta=beta), folder
+
+
+def _encoded(name: str, tokenizer, config: TrainConfig, options):
+    from tpo_lib.data import encode_pairs, load_pairs
+
+    table, skipped = load_pairs(name, on_bad_rows=options.on_bad_rows)
+    for row in skipped:
+        print(f"skipped {row}", file=sys.stderr)
+    encoded, encoding = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows=options.on_bad_rows)
+    for row in encoding.skipped:
+        print(f"skipped {row}", file=sys.stderr)
+    print(f"{name}: {encoding}", file=sys.stderr)
+    return encoded
+
+
+def _add_pairs(commands) -> None:
+    command = commands.add_parser("pairs", help="prompts -> completions -> scored preference pairs")
+    _add_models(command)
+    _add_sampling(command)
+    command.add_argument("--device")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--output", required=True, help="file to write: .jsonl or .parquet; the histogram goes beside it"
+    )
+    command.set_defaults(function=_pairs)
+
+
+def _pairs(options) -> None:
+    path = _sampled_pairs(options, Path(options.output))
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def _sampled_pairs(options, output: Path | None = None) -> Path:
+    """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
+    from tpo_lib import pairing, sampling
+    from tpo_lib.models import choose_device, load_model, load_tokenizer
+    from tpo_lib.pocket import load_imdb
+    from tpo_lib.rewards import load_reward
+
+    preset, name = PRESETS[options.preset], _model_name(options)
+    device = choose_device(options.device)
+    model, tokenizer = load_model(name, device=device), load_tokenizer(name)
+    reward = load_reward(options.reward or preset.reward or str(_pocket()), device=device)
+    seed = options.seed or 0
+    if options.prompts == "model":
+        prompts = sampling.sample_prompts(model, tokenizer, options.num_prompts, seed=seed)
+    else:
+        texts = load_imdb(options.imdb)["train"]["text"]
+        prompts = sampling.imdb_prompts(texts, tokenizer, options.num_prompts, min_tokens=2, max_tokens=8, seed=seed)
+    table, report = pairing.build_pairs(
+        model,
+        tokenizer,
+        reward,
+        prompts=prompts,
+        samples_per_prompt=options.samples_per_prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        rule=options.rule,
+        min_gap=options.min_gap,
+        seed=seed,
+        cache_dir=Path(options.cache_dir),
+    )
+    print(report, file=sys.stderr)
+    output = output or Path(options.cache_dir) / "sampled.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pairing.save_pairs(table, output)
+    report.figure().savefig(output.with_suffix(".png"), dpi=110)
+    return output
+
+
+def _add_evaluate(commands) -> None:
+    command = commands.add_parser("evaluate", help="reward, judge, KL and diversity of a trained model, with intervals")
+    _add_models(command)
+    command.add_argument("policy", help="folder or name of the trained model")
+    command.add_argument("--num-prompts", type=int, default=192)
+    command.add_argument("--max-new-tokens", type=int, default=40)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device")
+    command.add_argument("--output", help="JSON file for metrics and samples")
+    command.set_defaults(function=_evaluate)
+
+
+def _evaluate(options) -> None:
+    from dataclasses import asdict
+
+    from tpo_lib.evaluate import evaluate
+    from tpo_lib.models import choose_device, load_model, load_tokenizer
+    from tpo_lib.rewards import load_reward
+    from tpo_lib.sampling import sample_prompts
+
+    preset, name, device = PRESETS[options.preset], _model_name(options), choose_device(options.device)
+    tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
+    judge = options.judge or preset.judge or (str(_pocket() / "judge") if name == str(_pocket()) else None)
+    result = evaluate(
+        load_model(options.policy, device=device),
+        reference,
+        tokenizer,
+        sample_prompts(reference, tokenizer, options.num_prompts, seed=options.seed),
+        load_reward(options.reward or preset.reward or str(_pocket()), device=device),
+        judge=load_reward(judge, device=device) if judge else None,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    for metric, value in result.metrics.items():
+        print(f"{metric:16s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
+    if options.output:
+        metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
+        samples = [asdict(sample) for sample in result.samples]
+        Path(options.output).write_text(json.dumps({"metrics": metrics, "samples": samples}, indent=1))
+
+
+def _add_pocket(commands) -> None:
+    command = commands.add_parser("pocket", help="rebuild the bundled model, reward and judge from IMDb")
+    command.add_argument(
+        "--imdb", help="folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)"
+    )
+    command.add_argument("--output-dir", default=str(_pocket()))
+    command.add_argument(
+        "--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here"
+    )
+    command.add_argument("--steps", type=int, help="training steps of the language model")
+    command.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the step"
+    )
+    command.set_defaults(function=_build_pocket)
+
+
+def _build_pocket(options) -> None:
+    from tpo_lib import pocket
+    from tpo_lib.sentiment import SentimentConfig
+
+    config = pocket.PocketConfig(**({"steps": options.steps} if options.steps else {}))
+    work = Path(options.work_dir)
+    pocket.build(options.imdb, Path(options.output_dir), work, config, SentimentConfig(), compile=options.compile)
+
+
+def _add_models(command) -> None:
+    command.add_argument("--preset", choices=tuple(PRESETS), default="pocket")
+    command.add_argument("--model", help="start model: folder or hub name (default: the preset's)")
+    command.add_argument("--reward", help="reward: folder or hub name of a text classifier (default: the preset's)")
+    command.add_argument("--judge", help="second classifier, for reporting only")
+
+
+def _add_sampling(command) -> None:
+    command.add_argument(
+        "--prompts", choices=("model", "imdb"), default="model", help="prefixes: sampled, or real reviews'"
+    )
+    command.add_argument(
+        "--imdb", help="with --prompts imdb: folder of parquet files (default: the hub's stanfordnlp/imdb)"
+    )
+    command.add_argument("--num-prompts", type=int, default=512, help="prompts of 2-8 tokens (the DPO paper: 25,000)")
+    command.add_argument("--samples-per-prompt", type=int, default=4, help="completions of a prompt (the DPO paper: 4)")
+    command.add_argument("--max-new-tokens", type=int, default=40)
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument(
+        "--rule", choices=("all", "best_worst"), default="all", help="all: 6 pairs from 4, as in the paper"
+    )
+    command.add_argument("--min-gap", type=float, default=0.0, help="smallest difference of scores in a pair")
+    command.add_argument("--cache-dir", default="runs/pairs")
+
+
+def _add_config(command) -> None:
+    """One flag for every field of TrainConfig; the preset's value is the default."""
+    group = command.add_argument_group("training run (defaults: the preset's; meanings: tpo_lib/config.py)")
+    hints = typing.get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        hint = hints[field.name]
+        kind = hint if not isinstance(hint, types.UnionType) else hint.__args__[0]
+        choices = tuple(OBJECTIVES) if field.name == "loss_type" else None
+        group.add_argument(
+            "--" + field.name.replace("_", "-"), type=kind, choices=choices, metavar=None if choices else "X"
+        )
+
+
+def _model_name(options) -> str:
+    return options.model or PRESETS[options.preset].model or str(_pocket())
+
+
+def _pocket() -> Path:
+    from tpo_lib.models import POCKET
+
+    return POCKET

@@ -1,0 +1,462 @@
+"""Preference pairs: load, validate, tokenize, truncate, collate.
+
+    file, folder or hub name --load_pairs--> Dataset --encode_pairs--> [EncodedPair] --collate--> PairBatch
+
+Whatever the layout on disk, the table that comes out has the columns prompt, chosen, rejected. A row that cannot be used
+is named by its row (counted from 0) and column together with the fix, and a response that is cut is counted: nothing
+disappears silently.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+
+from tpo_lib.formats import Bad, BadRow, BadRowsError, Record, read_records
+from tpo_lib.types import IGNORE, PairBatch
+
+OnBadRows = Literal["error", "skip"]
+PROMPT_COLUMNS = ("prompt", "instruction", "text")  # the first one that a table has is its prompt
+SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  # our name: the hub's other spelling
+COMPLETE = ("chosen_complete", "rejected_complete")
+ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
+LAYOUTS = (
+    "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
+    "rejected; or chosen, rejected alone, as message lists with the same first messages or as transcripts "
+    f"{ASSISTANT!r} splits"
+)
+
+
+def load_pairs(
+    name_or_path: str | Path, *, split: str = "train", on_bad_rows: OnBadRows = "error"
+) -> tuple[Dataset, list[BadRow]]:
+    """Load preference pairs from a file, a folder or the hub, whatever their layout.
+
+    Layouts: prompt/chosen/rejected as text or as {role, content} messages; instruction/chosen/rejected; text/chosen/rejected;
+    chosen/rejected alone, where the prompt is what both begin with: the common first messages, or in transcripts
+    everything up to the last shared "\\n\\nAssistant:". Where responses repeat their prompt, the repetition is removed and a
+    note on stderr says so.
+
+    Args:
+        name_or_path: .jsonl, .json, .csv or .parquet; a folder of such files or one of `Dataset.save_to_disk`; a hub name.
+        split: which split of a hub data set or folder; a single file has none.
+        on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
+
+    Returns:
+        The table: prompt, chosen, rejected (all text, or all messages), and where given chosen_score, rejected_score
+        (float) and chosen_complete, rejected_complete (bool: the response ends by itself, was not cut). And the rows
+        left out.
+
+    Raises:
+        BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.
+        FileNotFoundError, ConnectionError: there is no such file, or the hub cannot be reached.
+        ValueError: no known layout, or an unknown file type.
+    """
+    _check_on_bad_rows(on_bad_rows)
+    good, bad = _validate(list(read_records(name_or_path, split)), str(name_or_path))
+    if bad and (on_bad_rows == "error" or not good):
+        raise BadRowsError(bad, str(name_or_path))
+    return pairs_table(good), bad
+
+
+def _validate(records: list[Record], name: str) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """Bring every record into the one layout, and list those that cannot be."""
+    columns = {column: None for record in records for column in record.values}  # a dict keeps their order
+    readable = bool(columns) or not records  # else no row could be read, and the rows say why
+    prompt_column = _find_layout(list(columns), name) if readable else None
+    rows: dict[int, dict[str, Any]] = {}
+    bad: list[BadRow] = []
+    for number, record in enumerate(records):
+        try:
+            rows[number] = _row(record, prompt_column, columns)
+        except Bad as problem:
+            bad.append(problem.at(number, record.place))
+    odd = _strip_repeated_prompts(rows, name)
+    good = []
+    for number, row in rows.items():
+        try:
+            if number in odd:
+                raise Bad(
+                    "chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row"
+                )
+            _check_responses(row, first=rows[next(iter(rows))])
+            good.append(row)
+        except Bad as problem:
+            bad.append(problem.at(number, records[number].place))
+    return good, sorted(bad, key=lambda bad_row: bad_row.row)
+
+
+def _check_on_bad_rows(on_bad_rows: str) -> None:
+    if on_bad_rows not in ("error", "skip"):
+        raise ValueError(f'on_bad_rows must be "error" or "skip", got {on_bad_rows!r}')
+
+
+def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
+    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
+    message = [{"role": Value("string"), "content": Value("string")}]
+    as_messages = bool(rows) and isinstance(rows[0]["prompt"], list)
+    kinds = dict.fromkeys(("prompt", "chosen", "rejected"), message if as_messages else Value("string"))
+    kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
+    columns = list(rows[0]) if rows else list(kinds)
+    features = Features({column: kinds[column] for column in columns})
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
+
+
+def _find_layout(columns: list[str], name: str | Path) -> str | None:
+    """Return the prompt's column, None where the prompt is implicit."""
+    if not {"chosen", "rejected"} <= set(columns):
+        found = ", ".join(columns) or "none at all"
+        raise ValueError(
+            f"{name}: columns chosen and rejected are needed, found: {found}. Accepted layouts: {LAYOUTS}."
+        )
+    return next((column for column in PROMPT_COLUMNS if column in columns), None)
+
+
+def _row(record: Record, prompt_column: str | None, columns: dict[str, None]) -> dict[str, Any]:
+    if record.problem:
+        raise Bad("*", record.problem, "write one complete record a row, or remove it")
+    values = record.values
+    chosen, rejected = _text_or_messages(values, "chosen"), _text_or_messages(values, "rejected")
+    prompt = None if prompt_column is None else _text_or_messages(values, prompt_column)
+    if prompt_column == "instruction" and values.get("input"):
+        prompt = f"{prompt}\n{_text_or_messages(values, 'input')}"  # as LLaMA-Factory joins the two
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise Bad("rejected", "one response is text, the other a list of messages", "store both in the same form")
+    split = _split_text if isinstance(chosen, str) else _split_messages
+    row = dict(zip(("prompt", "chosen", "rejected"), split(prompt, chosen, rejected), strict=True))
+    for column, other in SCORES.items():
+        if column in columns or other in columns:
+            row[column] = _score(values.get(column, values.get(other)), column if column in columns else other)
+    for column in COMPLETE:
+        if column in columns:
+            row[column] = _flag(values.get(column), column)
+    return row
+
+
+def _text_or_messages(values: dict[str, Any], column: str) -> str | list[dict[str, str]]:
+    value = values.get(column)
+    if value is None:
+        raise Bad(column, "is missing", "fill it in or remove the row")
+    if not isinstance(value, list):
+        return _text(value, column)
+    for message in value:
+        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+            raise Bad(
+                column, f"holds {_short(message)} where a message is expected", 'write {"role": ..., "content": ...}'
+            )
+    return [{key: _text(message[key], column) for key in ("role", "content")} for message in value]
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise Bad(column, f"is not text but {type(value).__name__} {_short(value)}", "store it as a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Bad(column, f"invalid UTF-8 at character {error.start}", "save the text as UTF-8 or repair it") from error
+    return value
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _split_text(prompt, chosen: str, rejected: str) -> Iterator:
+    if prompt is None:
+        end = chosen.rfind(ASSISTANT)
+        while end >= 0 and not rejected.startswith(chosen[: end + len(ASSISTANT)]):
+            end = chosen.rfind(ASSISTANT, 0, end)
+        if end < 0:
+            problem = f"there is no prompt column, and the two responses share no {ASSISTANT!r} that would end a prompt"
+            raise Bad("chosen", problem, "add a prompt column or remove the row")
+        end += len(ASSISTANT)
+        return iter((chosen[:end], chosen[end:], rejected[end:]))
+    if isinstance(prompt, list):
+        return iter((prompt, *([{"role": "assistant", "content": text}] for text in (chosen, rejected))))
+    return iter((prompt, chosen, rejected))
+
+
+def _split_messages(prompt, chosen: list, rejected: list) -> Iterator:
+    if isinstance(prompt, list):
+        repeated = chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+        start = len(prompt) if repeated else 0
+        return iter((prompt, chosen[start:], rejected[start:]))
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    if prompt is not None and not any(prompt == message["content"] for message in chosen[:common]):
+        return iter(([{"role": "user", "content": prompt}], chosen, rejected))
+    if common == 0:
+        problem = "there is no prompt column, and chosen and rejected share no first message"
+        raise Bad("chosen", problem, "add a prompt column or remove the row")
+    return iter((chosen[:common], chosen[common:], rejected[common:]))
+
+
+def _score(value: Any, column: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Bad(column, f"is not a finite number but {_short(value)}", "store the score as a number or leave it out")
+    return number
+
+
+def _flag(value: Any, column: str) -> bool:
+    flags = {"true": True, "1": True, "": True, "none": True, "false": False, "0": False}
+    if str(value).lower() not in flags:
+        raise Bad(column, f"is neither true nor false but {_short(value)}", "write true or false")
+    return flags[str(value).lower()]
+
+
+def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
+    """Where responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not repeat it.
+
+    A table counts as repeating if 90% of its rows do. Tables written by `save_pairs` never do: theirs are continuations.
+    """
+    texts = {number: row for number, row in rows.items() if isinstance(row["prompt"], str) and row["prompt"]}
+    filled = {number: row for number, row in texts.items() if row["chosen"] and row["rejected"]}
+    repeat = {n for n, row in filled.items() if all(row[c].startswith(row["prompt"]) for c in ("chosen", "rejected"))}
+    if len(repeat) < max(1, 0.9 * len(filled)) or any(column in rows[n] for n in repeat for column in COMPLETE):
+        return set()
+    for number in repeat:
+        row = rows[number]
+        row |= {column: row[column].removeprefix(row["prompt"]) for column in ("chosen", "rejected")}
+    print(f"{name}: responses repeat their prompt; it was removed from those of {len(repeat)} rows", file=sys.stderr)
+    return set(filled) - repeat
+
+
+def _check_responses(row: dict[str, Any], first: dict[str, Any]) -> None:
+    if isinstance(row["prompt"], list) != isinstance(first["prompt"], list):
+        raise Bad("prompt", "text and messages are mixed in one table", "store all rows in the form of the first one")
+    for column in ("chosen", "rejected"):
+        value = row[column]
+        text = value if isinstance(value, str) else "".join(message["content"] for message in value)
+        if not text.strip():
+            raise Bad(column, "is empty", "write a response or remove the row")
+    if row["chosen"] == row["rejected"]:
+        raise Bad("rejected", "is identical to chosen", "remove the row: it states no preference")
+
+
+# ---- encoding: a table in, token ids out
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One tokenized pair. `row` is its row in the table; a response that ends by itself ends with EOS."""
+
+    row: int
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of its two sequences, prompt included."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of a table: pairs kept, responses among them that were cut at max_length, rows left out."""
+
+    kept: int
+    truncated: int
+    skipped: list[BadRow]
+
+    def __str__(self) -> str:
+        first = f" (the first: {self.skipped[0]})" if self.skipped else ""
+        counts = f"{self.kept:,} pairs kept, {self.truncated:,} responses cut to max_length"
+        return f"{counts}, {len(self.skipped):,} rows skipped{first}"
+
+
+def encode_pairs(
+    pairs: Dataset, tokenizer, *, max_length: int, on_bad_rows: OnBadRows = "error"
+) -> tuple[list[EncodedPair], EncodingReport]:
+    """Tokenize pairs: the prompt with the special tokens that lead a text, each response without, EOS where it ends by itself.
+
+    Messages go through the tokenizer's chat template, whose own special tokens replace those of the tokenizer. A response
+    with `*_complete` False gets no EOS; without that column every response counts as complete. No response gets two.
+
+    Args:
+        pairs: columns as from `load_pairs`.
+        max_length: most tokens of prompt + response; responses are cut at their end.
+        on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
+
+    Raises:
+        BadRowsError: a prompt leaves no room, a response has no token, or two responses have the same ones.
+        ValueError: the tokenizer has no EOS, or no chat template although the pairs are messages.
+    """
+    _check_on_bad_rows(on_bad_rows)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so responses could not end; set tokenizer.eos_token")
+    if max_length < 2:
+        raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
+    messages = not isinstance(pairs.features["prompt"], Value)
+    texts, unrendered = _render_messages(pairs, tokenizer) if messages else (pairs, {})
+    prompts = (_ids if messages else prompt_token_ids)(tokenizer, list(texts["prompt"]))
+    responses = {column: _response_ids(texts[column], pairs, tokenizer, column) for column in ("chosen", "rejected")}
+    kept, skipped, truncated = [], [], 0
+    for row, prompt in enumerate(prompts):
+        chosen, rejected = responses["chosen"][row], responses["rejected"][row]
+        room = max_length - len(prompt)
+        try:
+            if row in unrendered:
+                raise unrendered[row]
+            _check_ids(prompt, chosen, rejected, max_length, tokenizer.eos_token_id)
+        except Bad as problem:
+            skipped.append(problem.at(row))
+            continue
+        kept.append(EncodedPair(row, prompt, chosen[:room], rejected[:room]))
+        truncated += (len(chosen) > room) + (len(rejected) > room)
+    if skipped and on_bad_rows == "error":
+        raise BadRowsError(skipped, "the table")
+    return kept, EncodingReport(len(kept), truncated, skipped)
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def prompt_token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Tokenize prompts with the special tokens that lead a text (BOS), but none that would end it."""
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    ends = tokenizer("a", add_special_tokens=True)["input_ids"][-1] == tokenizer.eos_token_id
+    return [row[:-1] for row in rows] if ends else rows
+
+
+def _response_ids(texts: Sequence[str], pairs: Dataset, tokenizer, column: str) -> list[list[int]]:
+    """Token ids of a column of responses, one EOS at the end of the complete ones and none at the end of the others."""
+    complete = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
+    rows = _ids(tokenizer, [_without_eos(text, tokenizer.eos_token) for text in texts])
+    return [row if end is False else [*row, tokenizer.eos_token_id] for row, end in zip(rows, complete, strict=True)]
+
+
+def _without_eos(text: str, eos: str) -> str:
+    """Remove an EOS that ends a text already (and the newline that templates put after it)."""
+    stripped = text.rstrip()
+    return stripped.removesuffix(eos) if stripped.endswith(eos) else text
+
+
+def _render_messages(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, Bad]]:
+    """Write messages out as text with the tokenizer's chat template; a response is what it adds to its prompt."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the pairs are messages, but the tokenizer has no chat template; use an instruction-tuned model's tokenizer, "
+            "set tokenizer.chat_template, or give the pairs as text"
+        )
+    texts: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+    bad: dict[int, Bad] = {}
+    for row, pair in enumerate(pairs):
+        rendered = {"prompt": "", "chosen": "", "rejected": ""}  # stays so where the template refuses the messages
+        try:
+            rendered = _render(pair, tokenizer)
+        except Bad as problem:
+            bad[row] = problem
+        for column, text in rendered.items():
+            texts[column].append(text)
+    return texts, bad
+
+
+def _render(pair: dict[str, list], tokenizer) -> dict[str, str]:
+    from jinja2 import TemplateError
+
+    column, texts = "prompt", {}
+    try:
+        texts["prompt"] = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+        for column in ("chosen", "rejected"):
+            full = tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False)
+            if not full.startswith(texts["prompt"]):
+                problem = "the chat template writes the prompt differently once this response follows it"
+                raise Bad(column, problem, "use a template that only appends, or give the pairs as text")
+            texts[column] = full[len(texts["prompt"]) :]
+    except TemplateError as error:
+        raise Bad(column, f"the chat template refuses it: {error}", "repair the roles or remove the row") from error
+    return texts
+
+
+def _check_ids(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int, eos: int) -> None:
+    room = max_length - len(prompt)
+    if not prompt:
+        raise Bad("prompt", "has no tokens, so nothing predicts the response", "give it text or a BOS token")
+    if room < 1:
+        problem = f"takes {len(prompt)} tokens, which leaves no room for a response within max_length {max_length}"
+        raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
+    for column, ids in (("chosen", chosen), ("rejected", rejected)):
+        if ids in ([], [eos]):
+            raise Bad(column, "tokenizes to nothing", "write a response or remove the row")
+    if chosen[:room] == rejected[:room]:
+        cut = chosen != rejected
+        problem = f"has the same first {room} tokens as chosen" if cut else "has the same tokens as chosen"
+        raise Bad("rejected", problem, "raise max_length or remove the row" if cut else "remove the row")
+
+
+# ---- batching
+
+
+def collate(pairs: Sequence[EncodedPair], pad_token_id: int) -> PairBatch:
+    """Pad B pairs on the right to one PairBatch of N = 2B sequences, chosen first.
+
+    Example:
+        >>> collate([EncodedPair(0, [5], [6, 7], [8])], pad_token_id=0).labels.tolist()
+        [[-100, 6, 7], [-100, 8, -100]]
+    """
+    if not pairs:
+        raise ValueError("collate needs at least one pair, got none")
+    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    prompts = [pair.prompt_ids for pair in pairs] * 2
+    shape = (2 * len(pairs), max(pair.length for pair in pairs))  # (N, T)
+    input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORE)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor(prompt + response)
+        labels[i, start:end] = input_ids[i, start:end]
+        attention_mask[i, :end] = 1
+    return PairBatch(input_ids, attention_mask, labels, torch.tensor([pair.row for pair in pairs]))
+
+
+def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Cut n rows into full batches of similar length, in an order that depends on seed and epoch alone.
+
+    Rows are shuffled, sorted by length within chunks of 50 batches, cut, and the batches shuffled. An epoch leaves out
+    n mod batch_size rows, drawn at random (before the sorting: otherwise it would always be the longest), so over the
+    epochs each row is left out equally often.
+
+    Raises:
+        ValueError: there are fewer rows than batch_size, or batch_size is not positive.
+
+    Example:
+        >>> [sorted(batch) for batch in bucketed_batches([9, 1, 8, 2], 2, seed=0, epoch=0)]
+        [[0, 2], [1, 3]]
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if len(lengths) < batch_size:
+        raise ValueError(f"{len(lengths)} pairs do not fill one batch of {batch_size}; lower batch_size or add pairs")
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))[: len(lengths) // batch_size * batch_size].tolist()
+    chunk = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), chunk):
+        rows = sorted(order[start : start + chunk], key=lambda row: lengths[row])
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def padding_share(batch: PairBatch) -> float:
+    """Share of a batch's positions that are padding, in [0, 1)."""
+    return 1.0 - batch.attention_mask.double().mean().item()

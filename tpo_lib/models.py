@@ -1,0 +1,161 @@
+"""Policies, references and guides: loading, freezing, LoRA, and logits at response positions only.
+
+Models are loaded from safetensors alone, remote code is never run, and dropout is off everywhere: a policy with dropout
+would differ from its reference before the first step.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tpo_lib import stats
+
+POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the named device, or the best one here: CUDA, then MPS, then CPU."""
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(device: torch.device, name: str | None = None) -> str:
+    """Return "no", "bf16" or "fp16" for accelerate: bf16 on GPUs that have it, fp16 on older ones, float32 elsewhere.
+
+    Raises:
+        ValueError: fp16 is asked for on a device other than CUDA (gradients would need a loss scaler that exists there only).
+    """
+    if name is not None:
+        if name == "fp16" and device.type != "cuda":
+            raise ValueError(f"precision fp16 needs a CUDA device, this run is on {device}; use bf16 or no")
+        return name
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def explain_missing(kind: str, name: str | Path, error: Exception) -> OSError:
+    """An error for a model, tokenizer or data set that could not be loaded: what is missing and what works without it."""
+    return OSError(
+        f"{kind} {str(name)!r} could not be loaded: it is not a local folder with safetensors weights, and the hub gave no "
+        f"such thing ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the network, pass a "
+        "local folder, or use --preset pocket, which needs no download."
+    )
+
+
+def _resolve(name: str | Path) -> str | Path:
+    """The folder of a training run stands for its final model."""
+    final = Path(name) / "final"
+    return final if final.is_dir() and not (Path(name) / "config.json").exists() else name
+
+
+def load_tokenizer(name: str | Path):
+    """Load a tokenizer from a folder or the hub; one without a pad token pads with EOS.
+
+    Raises:
+        OSError: it cannot be found; the message names `--preset pocket`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(_resolve(name)))
+    except (OSError, ValueError) as error:
+        raise explain_missing("tokenizer", name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    """Load a causal language model from a folder or the hub, in eval mode (gradients flow, dropout does not act).
+
+    Weights are kept in `dtype`; train in float32 and let accelerate's autocast use the shorter type.
+
+    Raises:
+        OSError: it cannot be found, or has no safetensors weights; the message names `--preset pocket`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(_resolve(name)), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise explain_missing("model", name, error) from error
+    return model.to(device).eval()
+
+
+def frozen_copy(model):
+    """Return a copy that no gradient reaches: the reference of a policy, or the guide after its training."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def add_lora(model, rank: int):
+    """Wrap a model so that only low-rank adapters of its linear layers are trained (extra `peft`).
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"--lora-rank {rank} needs peft: pip install -e '.[peft]'") from error
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and bytes of all weights: equal if and only if the models are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class ResponseLogits(nn.Module):
+    """A causal language model whose forward gives logits at response positions only.
+
+    Most positions of a padded batch are prompt or padding; skipping the head there is exact and saves its largest matrix
+    product. It is one module with one forward, so wrappers such as DistributedDataParallel see everything that runs.
+
+    Whether `head(body(x))` is all this architecture does to its logits (Gemma 2 caps them, Cohere scales them) is
+    decided by a probe of four tokens; if not, `packed` is False and the model's own full forward is used.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
+        body, head = inner.base_model, inner.get_output_embeddings()
+        self._parts = (body, head)  # a tuple, so that the weights are not registered a second time
+        self.packed = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> bool:
+        body, head = self._parts
+        if body is self.model or head is None:
+            return False
+        ids = torch.arange(4, device=self.model.device)[None]
+        hidden = body(input_ids=ids, use_cache=False)[0]
+        return torch.equal(head(hidden), self.model(input_ids=ids, use_cache=False).logits)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Return (R, V) logits at the R positions of `stats.response_mask(labels)`, in its order.
+
+        Args:
+            input_ids, attention_mask, labels: (N, T) int64, as in PairBatch.
+        """
+        mask = stats.response_mask(labels)  # (N, T-1)
+        if not self.packed:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][mask]
+        body, head = self._parts
+        hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]  # (N, T, d)
+        return head(hidden[:, :-1][mask])  # (R, d) -> (R, V)

@@ -1,0 +1,354 @@
+"""Scored completions -> preference pairs, cached by the content of everything that decides them.
+
+This is the controlled-sentiment recipe of the DPO paper (arXiv 2305.18290): sample several completions of every prompt,
+score each with a reward, and let the higher score be the chosen one.
+
+    prompts --generate--> completions --score--> scores --pairs_from_scores--> Dataset, PairReport
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from tpo_lib import checkpoint
+from tpo_lib.data import load_pairs, pairs_table
+from tpo_lib.models import fingerprint
+from tpo_lib.sampling import Completion, Progress, generate, stop_ids
+
+Rule = Literal["all", "best_worst"]
+REASONS = ("empty text", "identical text", "equal scores", "gap below min_gap")
+BARS = 20  # of the histogram of gaps
+CACHE_VERSION = 1  # raise it when the meaning of a setting changes: old entries are then not found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a set of preference pairs.
+
+    Attributes:
+        prompts: how many prompts.
+        min_tokens, max_tokens: range of their length in tokens, both included.
+        samples_per_prompt: completions sampled for each.
+        rule: which of them become pairs.
+    """
+
+    prompts: int
+    min_tokens: int
+    max_tokens: int
+    samples_per_prompt: int
+    rule: Rule
+
+
+# The IMDb experiment of the DPO paper: 25,000 review prefixes of 2-8 tokens, 4 completions of each, all 6 pairs of them.
+PAPER_RECIPE = Recipe(prompts=25_000, min_tokens=2, max_tokens=8, samples_per_prompt=4, rule="all")
+
+
+def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[str]]) -> Tensor:
+    """Score every completion of every prompt.
+
+    A reward of scope "response" reads the completion alone, one of scope "full" prompt and completion as one text.
+
+    Args:
+        prompts: P texts.
+        completion_texts: P lists of K texts each.
+
+    Returns:
+        (P, K) float32 in [0, 1].
+
+    Raises:
+        ValueError: the scope is unknown, the lists do not match, or a score is not a number in [0, 1].
+    """
+    if reward.scope not in ("response", "full"):
+        raise ValueError(f'reward {reward.name!r} has scope {reward.scope!r}; it must be "response" or "full"')
+    widths = {len(texts) for texts in completion_texts}
+    if len(prompts) != len(completion_texts) or len(widths) > 1:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(completion_texts)} lists of completions of lengths {sorted(widths)}"
+        )
+    full = reward.scope == "full"
+    pairs = zip(prompts, completion_texts, strict=True)
+    texts = [prompt + text if full else text for prompt, several in pairs for text in several]
+    scores = reward(texts).float().cpu()
+    bad = (~((scores >= 0) & (scores <= 1))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"reward {reward.name!r} gave text {bad[0]} the score {scores[bad[0]]}; scores lie in [0, 1]")
+    return scores.view(len(prompts), -1) if len(prompts) else scores.view(0, 0)  # (P K,) -> (P, K)
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What became of the samples.
+
+    Attributes:
+        prompts, completions: how many were there.
+        kept: pairs in the table.
+        dropped: reason -> candidate pairs that were left out for it.
+        gap_edges: (BARS + 1,) edges of the histogram of score gaps, chosen minus rejected, of the pairs kept.
+        gap_counts: (BARS,) pairs in each bar.
+        score_mean, score_std: of the scores of all completions (standard deviation of the population).
+    """
+
+    prompts: int
+    completions: int
+    kept: int
+    dropped: dict[str, int]
+    gap_edges: tuple[float, ...]
+    gap_counts: tuple[int, ...]
+    score_mean: float
+    score_std: float
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count) or "none"
+        lines = [
+            f"{self.kept:,} pairs from {self.completions:,} completions of {self.prompts:,} prompts",
+            f"dropped: {dropped}",
+            f"scores: mean {self.score_mean:.3f}, standard deviation {self.score_std:.3f}",
+            "score gap, chosen - rejected:",
+        ]
+        most = max(self.gap_counts, default=0)
+        edges = itertools.pairwise(self.gap_edges)
+        for (low, high), count in zip(edges, self.gap_counts, strict=True):
+            lines.append(f"  {low:.2f} to {high:.2f} {_bar(count / most if most else 0.0)} {count:,}")
+        return "\n".join(lines)
+
+    def figure(self):
+        """Return a matplotlib Figure of the histogram."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        widths = [high - low for low, high in itertools.pairwise(self.gap_edges)]
+        axes.bar(self.gap_edges[:-1], self.gap_counts, width=widths, align="edge", edgecolor="white")
+        axes.set_xlim(self.gap_edges[0], self.gap_edges[-1])
+        axes.set_xlabel("score gap, chosen - rejected (reward units, 0 to 1)")
+        axes.set_ylabel("pairs (count)")
+        axes.set_title(f"{self.kept:,} pairs kept, {sum(self.dropped.values()):,} dropped")
+        return figure
+
+
+def _bar(share: float, width: int = 30) -> str:
+    """A bar of eighth blocks, padded to `width` characters.
+
+    Example:
+        >>> _bar(0.25, width=6)
+        '█▌    '
+    """
+    eighths = round(share * width * 8)
+    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()).ljust(width)
+
+
+def pairs_from_scores(
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[Completion]],
+    scores: Sequence[Sequence[float]],
+    *,
+    rule: Rule = "all",
+    min_gap: float = 0.0,
+) -> tuple[Dataset, PairReport]:
+    """Turn scored completions into preference pairs: the higher score is the chosen one.
+
+    Args:
+        rule: "all" takes every pair of completions of a prompt (6 of 4), "best_worst" its highest against its lowest.
+        min_gap: pairs whose scores differ by less are dropped. Equal scores are dropped whatever it is.
+
+    Returns:
+        A table with prompt, chosen, rejected, chosen_score, rejected_score, chosen_complete, rejected_complete, and the
+        report of what was kept and dropped.
+
+    Raises:
+        ValueError: the rule is unknown, min_gap negative, or the lists do not match.
+    """
+    if rule not in ("all", "best_worst") or not min_gap >= 0:
+        raise ValueError(f'rule must be "all" or "best_worst" and min_gap at least 0, got {rule!r} and {min_gap}')
+    rows: list[dict[str, Any]] = []
+    dropped = dict.fromkeys(REASONS, 0)
+    for prompt, several, values in zip(prompts, completions, scores, strict=True):
+        scored = sorted(
+            zip(map(float, values), several, strict=True), key=lambda pair: -pair[0]
+        )  # stable: ties keep their order
+        for better, worse in _candidates(scored, rule):
+            reason = _reason_to_drop(better, worse, min_gap)
+            if reason:
+                dropped[reason] += 1
+            else:
+                rows.append(_pair_row(prompt, better, worse))
+    return pairs_table(rows), _report(rows, dropped, scores)
+
+
+_Scored = tuple[float, Completion]
+
+
+def _candidates(scored: list[_Scored], rule: Rule) -> Iterable[tuple[_Scored, _Scored]]:
+    if rule == "all":
+        return itertools.combinations(scored, 2)
+    return [(scored[0], scored[-1])] if len(scored) > 1 else []
+
+
+def _reason_to_drop(better: _Scored, worse: _Scored, min_gap: float) -> str | None:
+    if not (better[1].text.strip() and worse[1].text.strip()):
+        return "empty text"
+    if better[1].text == worse[1].text:
+        return "identical text"
+    if better[0] == worse[0]:
+        return "equal scores"
+    return "gap below min_gap" if better[0] - worse[0] < min_gap else None
+
+
+def _pair_row(prompt: str, better: _Scored, worse: _Scored) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "chosen": better[1].text,
+        "rejected": worse[1].text,
+        "chosen_score": better[0],
+        "rejected_score": worse[0],
+        "chosen_complete": better[1].complete,
+        "rejected_complete": worse[1].complete,
+    }
+
+
+def _report(rows: list[dict[str, Any]], dropped: dict[str, int], scores: Sequence[Sequence[float]]) -> PairReport:
+    gaps = torch.tensor([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=torch.float64)
+    flat = torch.tensor([float(value) for values in scores for value in values], dtype=torch.float64)
+    counts, edges = torch.histogram(gaps, bins=BARS, range=(0.0, 1.0))
+    return PairReport(
+        prompts=len(scores),
+        completions=len(flat),
+        kept=len(rows),
+        dropped=dropped,
+        gap_edges=tuple(round(edge, 9) for edge in edges.tolist()),
+        gap_counts=tuple(int(count) for count in counts),
+        score_mean=flat.mean().item() if len(flat) else math.nan,
+        score_std=flat.std(correction=0).item() if len(flat) else math.nan,
+    )
+
+
+# ---- all of it, cached
+
+
+def build_pairs(
+    model,
+    tokenizer,
+    reward,
+    *,
+    prompts: list[str],
+    samples_per_prompt: int = 4,
+    max_new_tokens: int = 40,
+    temperature: float = 1.0,
+    rule: Rule = "all",
+    min_gap: float = 0.0,
+    seed: int,
+    cache_dir: Path | None,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> tuple[Dataset, PairReport]:
+    """Sample completions, score them and make pairs; the second call with the same content reads them from the cache.
+
+    The cache entry is named by a SHA-256 over the model's weights and configuration, the tokenizer, the reward's
+    fingerprint, the prompts and all settings. It is written atomically and verified when read; a damaged one is built
+    anew, with a note on stderr.
+
+    Args:
+        cache_dir: folder of cache entries, or None for no cache.
+        progress: called with (completions done, completions in all).
+
+    Raises:
+        ValueError: no pair was left (the message says why), or as in `generate`, `score` and `pairs_from_scores`.
+    """
+    sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling |= {"seed": seed, "batch_size": batch_size}
+    pairing = {"rule": rule, "min_gap": min_gap}
+    folder = None
+    if cache_dir is not None:
+        folder = Path(cache_dir) / _content_hash(
+            model, tokenizer, reward, {"prompts": list(prompts), **sampling, **pairing}
+        )
+        found = _read_cache(folder)
+        if found is not None:
+            return found
+    completions = generate(model, tokenizer, prompts, **sampling, progress=progress)
+    scores = score(reward, prompts, [[completion.text for completion in several] for several in completions])
+    dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing)
+    if not report.kept:
+        raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
+    if folder is not None:
+        checkpoint.write_atomically(folder, lambda unfinished: _write_cache(unfinished, dataset, report))
+    return dataset, report
+
+
+def _content_hash(model, tokenizer, reward, settings: dict[str, Any]) -> str:
+    if not getattr(reward, "fingerprint", None):
+        raise ValueError(
+            f"reward {reward.name!r} has no fingerprint to name its cache entry by; give it one or pass cache_dir=None"
+        )
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    content = {
+        "version": CACHE_VERSION,
+        "weights": fingerprint(model),
+        "config": config,
+        "tokenizer": _tokenizer_content(tokenizer),
+        "stops": stop_ids(model, tokenizer),
+        "reward": [reward.fingerprint, reward.scope],
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_content(tokenizer) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    content = json.loads(backend.to_str())
+    return [
+        {k: v for k, v in content.items() if k not in ("padding", "truncation")},
+        tokenizer.special_tokens_map,
+    ]  # set by calls
+
+
+def _write_cache(folder: Path, dataset: Dataset, report: PairReport) -> None:
+    save_pairs(dataset, folder / "pairs.parquet")
+    (folder / "report.json").write_text(json.dumps(asdict(report)))
+
+
+def _read_cache(folder: Path) -> tuple[Dataset, PairReport] | None:
+    if not folder.exists():
+        return None
+    try:
+        checkpoint.verify(folder)
+        dataset, _ = load_pairs(folder / "pairs.parquet")
+        fields = json.loads((folder / "report.json").read_text())
+        return dataset, PairReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (checkpoint.CheckpointError, OSError, ValueError, TypeError) as error:
+        print(f"cached pairs cannot be read and are built anew: {error}", file=sys.stderr)
+        return None
+
+
+def save_pairs(dataset: Dataset, path: str | Path) -> None:
+    """Write a table of pairs as .jsonl or .parquet; `load_pairs` reads the same back.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path}: pairs are written as .jsonl or .parquet, not {path.suffix or 'without a suffix'!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    if path.suffix == ".parquet":
+        dataset.to_parquet(str(unfinished))
+    else:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
+    os.replace(unfinished, path)  # a reader never sees half a file

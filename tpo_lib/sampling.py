@@ -1,0 +1,309 @@
+"""Prompts and completions, sampled from the model itself at its own distribution."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpo_lib.data import prompt_token_ids
+
+Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation.
+
+    Attributes:
+        text: what follows the prompt, without EOS.
+        token_ids: the same as sampled tokens, without EOS.
+        complete: it ended by itself (with EOS) and was not cut at max_new_tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: the model's distribution at a temperature, cut to its top_p most likely mass.
+
+    Temperature 0 takes the most likely token. Nothing else acts on the logits, whatever the model's own settings say.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw one token a row: (n, V) logits -> (n,) int64.
+
+        By inverting the cumulative distribution, at one uniform number a row. `torch.multinomial` draws one number per row
+        and token, which took 40% of all sampling time on a CPU.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
+        from transformers import TopPLogitsWarper
+
+        logits = logits.float() / self.temperature
+        if self.top_p < 1:
+            logits = TopPLogitsWarper(self.top_p)(None, logits)
+        if logits.device.type == "mps":  # has no float64
+            logits = logits.cpu()
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (n, V)
+        total = cumulative[:, -1:]  # (n, 1), 1 up to rounding
+        if not total.isfinite().all():
+            raise ValueError("the model's logits are not finite, so nothing can be sampled; check its weights")
+        uniform = torch.rand(len(total), 1, dtype=torch.float64, device=total.device) * total
+        return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Serve `model.generate` as its logits processor: only the token drawn stays possible."""
+        if self.temperature == 0:
+            return logits
+        chosen = self.draw(logits).to(logits.device)[:, None]
+        return torch.full_like(logits, -math.inf).scatter_(1, chosen, 0.0)
+
+
+# ---- prompts
+
+
+def sample_prompts(
+    model, tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int, batch_size: int = 256
+) -> list[str]:
+    """Sample distinct prompts from the model itself: what it writes from BOS on, cut to a length drawn uniformly.
+
+    Prompts that are blank, ended early, or do not tokenize back to the same ids are drawn anew, at the same length.
+
+    Raises:
+        ValueError: the lengths make no sense, or the model does not have that many distinct beginnings.
+    """
+    _check_lengths(count, min_tokens, max_tokens)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    draw = random.Random(seed)
+    missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
+    found: dict[str, None] = {}
+    with _seeded(seed, model.device):
+        for _ in range(100):
+            if not missing.total():
+                break
+            lengths = list(missing.elements())
+            lengths *= math.ceil(batch_size / len(lengths))  # a batch costs the same full or not
+            sampled = _sample_ids(model, tokenizer, [[bos]] * len(lengths), Sampler(max(missing)), batch_size)
+            rows = [
+                ids[:length] if len(ids) >= length else [] for (ids, _), length in zip(sampled, lengths, strict=True)
+            ]
+            for text, length in zip(_prompt_texts(rows, tokenizer), lengths, strict=True):
+                if text is not None and text not in found and missing[length]:
+                    found[text] = None
+                    missing[length] -= 1
+            missing = +missing  # forgets the lengths that are done
+    return _shuffled(found, count, draw)
+
+
+def imdb_prompts(
+    texts: Iterable[str], tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int
+) -> list[str]:
+    """Take distinct prompts from the beginnings of real texts, each cut to a length drawn uniformly.
+
+    Raises:
+        ValueError: the lengths make no sense, or the texts do not have that many distinct beginnings.
+    """
+    _check_lengths(count, min_tokens, max_tokens)
+    draw = random.Random(seed)
+    texts = list(texts)
+    draw.shuffle(texts)
+    found: dict[str, None] = {}
+    for start in range(0, len(texts), 1000):
+        heads = [text[: 64 * max_tokens] for text in texts[start : start + 1000]]
+        lengths = [draw.randint(min_tokens, max_tokens) for _ in heads]
+        encoded = tokenizer(heads, add_special_tokens=False)["input_ids"]
+        rows = [ids[:length] if len(ids) >= length else [] for ids, length in zip(encoded, lengths, strict=True)]
+        found |= dict.fromkeys(text for text in _prompt_texts(rows, tokenizer) if text is not None)
+        if len(found) >= count:
+            break
+    return _shuffled(dict.fromkeys(itertools.islice(found, count)), count, draw)
+
+
+def _check_lengths(count: int, min_tokens: int, max_tokens: int) -> None:
+    if count < 1 or not 1 <= min_tokens <= max_tokens:
+        raise ValueError(
+            f"count must be at least 1 and 1 <= min_tokens <= max_tokens, got {count}, {min_tokens}, {max_tokens}"
+        )
+
+
+def _prompt_texts(rows: list[list[int]], tokenizer) -> list[str | None]:
+    """Decode rows of ids; None where the text is blank or broken, or would tokenize to other ids."""
+    texts = _decode(rows, tokenizer)
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    good = [ids == back and bool(text.strip()) for ids, back, text in zip(rows, again, texts, strict=True)]
+    return [text if ok and "\ufffd" not in text else None for text, ok in zip(texts, good, strict=True)]
+
+
+def _shuffled(found: dict[str, None], count: int, draw: random.Random) -> list[str]:
+    """All prompts in random order: the last ones found are mostly short, and callers split the list."""
+    if len(found) < count:
+        raise ValueError(
+            f"only {len(found)} of {count} distinct prompts were found; ask for fewer, raise max_tokens, or give more texts"
+        )
+    prompts = list(found)
+    draw.shuffle(prompts)
+    return prompts
+
+
+# ---- completions
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    samples_per_prompt: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> list[list[Completion]]:
+    """Sample `samples_per_prompt` completions of every prompt; result[i][k] is the k-th one of prompts[i].
+
+    The model runs in eval mode; its own generation settings (top_k and the like) do not act. The global random state is
+    left as it was. The samples depend on the seed and on batch_size.
+
+    Args:
+        temperature: 1 is the model's own distribution, 0 the most likely token.
+        top_p: in (0, 1], 1 cuts nothing.
+        batch_size: sequences a forward pass.
+        progress: called with (sequences done, sequences in all) after every batch.
+
+    Raises:
+        ValueError: a setting is out of range, a prompt has no tokens, or a prompt and max_new_tokens exceed the
+            positions the model has.
+    """
+    if samples_per_prompt < 1 or batch_size < 1:
+        raise ValueError(
+            f"samples_per_prompt and batch_size must be at least 1, got {samples_per_prompt} and {batch_size}"
+        )
+    sampler = Sampler(max_new_tokens, temperature, top_p)
+    encoded = prompt_token_ids(tokenizer, list(prompts))
+    _check_prompts(model, encoded, max_new_tokens)
+    rows = [ids for ids in encoded for _ in range(samples_per_prompt)]
+    with _seeded(seed, model.device):
+        sampled = _sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
+    heads = _decode(rows, tokenizer)
+    whole = _decode([row + ids for row, (ids, _) in zip(rows, sampled, strict=True)], tokenizer)
+    alone = _decode([ids for ids, _ in sampled], tokenizer)
+    # sentencepiece decodes a text's first token without its space: prefer what the completion adds to its prompt
+    texts = [w[len(h) :] if w.startswith(h) else a for h, w, a in zip(heads, whole, alone, strict=True)]
+    done = [Completion(text, tuple(ids), complete) for text, (ids, complete) in zip(texts, sampled, strict=True)]
+    return [done[i : i + samples_per_prompt] for i in range(0, len(done), samples_per_prompt)]
+
+
+def _check_prompts(model, encoded: list[list[int]], max_new_tokens: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompt {i} has no tokens, so nothing predicts the first one; give it text")
+        if len(ids) + max_new_tokens > positions:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the model's "
+                f"{positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def _decode(rows: list[list[int]], tokenizer) -> list[str]:
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False) if rows else []
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch for this block only."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _prepared(model) -> Iterator[Any]:
+    """Lend the model for sampling: in eval mode, and with no generation settings of its own to fall back on."""
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
+    training, own = inner.training, inner.generation_config
+    inner.generation_config = GenerationConfig()
+    inner.eval()
+    try:
+        with torch.inference_mode():
+            yield inner
+    finally:
+        inner.generation_config = own
+        inner.train(training)
+
+
+def _sample_ids(
+    model, tokenizer, rows: list[list[int]], sampler: Sampler, batch_size: int, progress: Progress | None = None
+) -> list[tuple[list[int], bool]]:
+    """Continue rows of token ids; return for each its new ids without EOS, and whether EOS ended it."""
+    stops = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths together: less padding
+    result: list[tuple[list[int], bool]] = [([], False)] * len(rows)
+    with _prepared(model) as lent:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops, pad)
+            for i, ids in zip(batch, new, strict=True):
+                end = next((t for t, token in enumerate(ids) if token in stops), None)
+                result[i] = (ids[:end], end is not None)
+            if progress is not None:
+                progress(start + len(batch), len(order))
+    return result
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every token that ends a text: the tokenizer's EOS first, then those the model names besides."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in named if token is not None))
+
+
+def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[int], pad: int) -> list[list[int]]:
+    """Continue one batch, padded on the left so that all prompts end in the same column."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # (n, width)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)  # (n, width)
+    config = GenerationConfig(
+        do_sample=False,  # the sampler has drawn already
+        max_new_tokens=sampler.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=stops,
+        use_cache=True,
+    )
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([sampler])
+    )  # (n, width + new)
+    return output[:, width:].tolist()

@@ -1,0 +1,385 @@
+"""The training loop: pairs in, a better policy out. Read `fit` first; everything it calls is below it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tpo_lib import checkpoint, losses, stats
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import EncodedPair, bucketed_batches, collate
+from tpo_lib.models import ResponseLogits, choose_device, choose_precision
+from tpo_lib.types import LossOutput, PairBatch, TokenStats
+
+Callback = Callable[[int, torch.nn.Module], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: the trained policy, updates made, one metrics row per log step, and its folder (or None)."""
+
+    policy: torch.nn.Module
+    steps: int
+    metrics: list[dict]
+    output_dir: Path | None
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient became NaN or infinite; the update was not made."""
+
+
+def fit(
+    config: TrainConfig,
+    policy,
+    reference,
+    pairs: Sequence[EncodedPair],
+    *,
+    eval_pairs: Sequence[EncodedPair] | None = None,
+    guide=None,
+    tokenizer=None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `policy` in place on preference pairs.
+
+    Args:
+        config: the run; `config.batch_size * config.accumulation * processes` pairs make one update.
+        policy: causal language model in float32, trained in place. Dropout stays off.
+        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then).
+        pairs: encoded training pairs (data.encode_pairs).
+        eval_pairs: held-out pairs, scored every `config.eval_every` updates and at the end (metrics `eval_*`).
+        guide: frozen DPO model, needed by tgdpo alone.
+        tokenizer: saved beside the weights, so that checkpoints load on their own.
+        callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
+        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the objective lacks a model it needs, or there are fewer pairs than one update takes.
+        NonFiniteLoss: names step and rows; checkpoints keep the last good state.
+        RuntimeError: output_dir is in use, or holds another run.
+    """
+    device = choose_device(config.device)
+    accelerator = Accelerator(
+        mixed_precision=choose_precision(device, config.precision),
+        cpu=device.type == "cpu",
+        log_with=config.report_to,
+        project_dir=config.output_dir,
+    )
+    _check_models(config, reference, guide)
+    scorer = ResponseLogits(policy.eval())
+    frozen = {name: ResponseLogits(m).to(accelerator.device) for name, m in (("ref", reference), ("guide", guide)) if m}
+    scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
+    per_update = config.batch_size * config.accumulation * accelerator.num_processes
+    steps = planned_steps(config, len(pairs), per_update)
+    folder = Path(config.output_dir) if config.output_dir else None
+    main = accelerator.is_main_process
+    with checkpoint.exclusive(folder) if folder and main else nullcontext():
+        step, rows = _start(config, policy, optimizer, folder, resume, accelerator)
+        bar = tqdm(total=steps, initial=step, desc=config.loss_type, disable=not (progress and main), unit="update")
+        for callback in callbacks if step == 0 else ():
+            callback(0, policy)
+        sums = _Sums()
+        for window in updates(config, pairs, per_update, step, steps):
+            set_learning_rate(optimizer, learning_rate(config, step, steps))
+            log_now = (step + 1) % config.log_every == 0 or step + 1 == steps
+            for number, batch in enumerate(micro_batches(window, pairs, config, policy, accelerator)):
+                last = number + 1 == config.accumulation
+                with nullcontext() if last else accelerator.no_sync(scorer):
+                    output, chosen, rejected = score(config, scorer, frozen, batch, accelerator, with_kl=log_now)
+                    accelerator.backward(output.loss.mean() / config.accumulation)
+                sums.add(batch_metrics(config, output, chosen, rejected))
+                _stop_if_bad(output.loss.detach(), batch.rows, step + 1)
+            norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
+            if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
+                _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if log_now:
+                row = {"step": step, "pairs_seen": step * per_update, "lr": learning_rate(config, step - 1, steps)}
+                row |= {"grad_norm": norm.item()} | sums.means(accelerator)
+                rows.append(row)
+                _log(row, folder, bar, accelerator)
+            if config.eval_every and (step % config.eval_every == 0 or step == steps):
+                if eval_pairs:
+                    rows.append(
+                        {"step": step} | evaluate_pairs(config, scorer, frozen, eval_pairs, policy, accelerator)
+                    )
+                    _log(rows[-1], folder, bar, accelerator)
+                for callback in callbacks:
+                    callback(step, policy)
+            if folder and main and (step % config.save_every == 0 or step == steps):
+                save(
+                    checkpoint.step_folder(folder / "checkpoints", step),
+                    config,
+                    policy,
+                    tokenizer,
+                    optimizer,
+                    step,
+                    rows,
+                )
+                checkpoint.keep_last(folder / "checkpoints", config.keep)
+        bar.close()
+        if folder and main:
+            save(folder / "final", config, policy, tokenizer)
+    accelerator.end_training()
+    return TrainResult(policy, step, rows, folder)
+
+
+def score(
+    config: TrainConfig, scorer, frozen: dict, batch: PairBatch, accelerator, *, with_kl: bool
+) -> tuple[LossOutput, TokenStats, TokenStats]:
+    """The objective on one batch: forward passes, token statistics, loss."""
+    objective = losses.OBJECTIVES[config.loss_type]
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    with torch.no_grad(), accelerator.autocast():
+        logits = {name: model(*inputs) for name, model in frozen.items()}  # (R, V) each
+    tokens = stats.token_stats(
+        scorer(*inputs),
+        batch.labels,
+        logits.get("ref"),
+        guide_logits=logits.get("guide"),
+        with_kl="kl" in objective.needs or (with_kl and "ref" in logits),
+    )
+    chosen, rejected = stats.split(tokens)
+    return objective.fn(chosen, rejected, **config.hyperparameters()), chosen, rejected
+
+
+def batch_metrics(
+    config: TrainConfig, output: LossOutput, chosen: TokenStats, rejected: TokenStats
+) -> dict[str, tuple]:
+    """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch."""
+    margin = output.chosen_reward - output.rejected_reward
+    values = {
+        "loss": output.loss.detach(),
+        "rewards/chosen": output.chosen_reward,
+        "rewards/rejected": output.rejected_reward,
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).float(),
+        "logps/chosen": chosen.logps.detach().sum(-1),
+        "logps/rejected": rejected.logps.detach().sum(-1),
+    }
+    if chosen.kl is not None:
+        kl_chosen, kl_rejected = chosen.kl.detach().sum(-1), rejected.kl.detach().sum(-1)
+        values |= {"kl/chosen": kl_chosen, "kl/rejected": kl_rejected, "kl/margin": kl_rejected - kl_chosen}
+    sums = {name: (value.sum(), len(value)) for name, value in values.items()}
+    if output.token_weights is not None:
+        mask = torch.cat([chosen.mask, rejected.mask])
+        sums["guidance/floor_share"] = losses.floor_share(output, mask, config.floor)
+    return sums
+
+
+@torch.no_grad()
+def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedPair], policy, accelerator) -> dict:
+    """The metrics of training on held-out pairs, under the names eval_*."""
+    sums = _Sums()
+    for start in range(0, len(pairs), config.batch_size):
+        batch = collate(pairs[start : start + config.batch_size], policy.config.pad_token_id or 0).to(
+            accelerator.device
+        )
+        sums.add(batch_metrics(config, *score(config, scorer, frozen, batch, accelerator, with_kl=True)))
+    return {f"eval_{name}": value for name, value in sums.means(None).items()}
+
+
+def build_optimizer(config: TrainConfig, policy) -> torch.optim.Optimizer:
+    """AdamW or RMSprop over the trainable parameters."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=config.lr)
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Learning rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+    return config.lr * factor
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def planned_steps(config: TrainConfig, pairs: int, per_update: int) -> int:
+    """Number of updates of the whole run; incomplete windows at the end of an epoch are left out."""
+    if pairs < per_update:
+        raise ValueError(
+            f"{pairs} pairs are fewer than the {per_update} of one update (batch_size x accumulation x processes); "
+            "lower --batch-size or --accumulation, or bring more pairs"
+        )
+    steps = config.epochs * (pairs // per_update)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def updates(
+    config: TrainConfig, pairs: Sequence[EncodedPair], per_update: int, first: int, steps: int
+) -> Iterator[list[int]]:
+    """Yield the rows of updates first, ..., steps - 1: a pure function of seed and step, so a resumed run repeats it."""
+    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    step = 0
+    for epoch in range(config.epochs):
+        for window in bucketed_batches(lengths, per_update, seed=config.seed, epoch=epoch):
+            if first <= step < steps:
+                yield window
+            step += 1
+
+
+def micro_batches(window: list[int], pairs, config: TrainConfig, policy, accelerator) -> Iterator[PairBatch]:
+    """Cut this process's share of an update into forward passes of `batch_size` pairs."""
+    mine = window[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(mine), config.batch_size):
+        chunk = [pairs[i] for i in mine[start : start + config.batch_size]]
+        yield collate(chunk, policy.config.pad_token_id or 0).to(
+            accelerator.device
+        )  # padding is masked: any id will do
+
+
+def save(
+    folder: Path, config: TrainConfig, policy, tokenizer, optimizer=None, step: int = 0, rows: Sequence[dict] = ()
+) -> None:
+    """Write a `from_pretrained` folder, atomically; with an optimizer also what it takes to continue."""
+
+    def write(target: Path) -> None:
+        policy.save_pretrained(str(target))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(target))
+        (target / "training.json").write_text(json.dumps(config.to_dict(), indent=1))
+        if optimizer is not None:
+            state = {
+                "step": step,
+                "rows": list(rows),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
+            checkpoint.save_state(target / "state", state)
+
+    checkpoint.write_atomically(folder, write)
+
+
+class _Sums:
+    """Sums and counts on the device; read back at log steps alone."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, list] = {}
+
+    def add(self, metrics: dict[str, tuple]) -> None:
+        for name, (total, count) in metrics.items():
+            entry = self.totals.setdefault(name, [0.0, 0])
+            entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    def means(self, accelerator) -> dict[str, float]:
+        means = {}
+        for name, (total, count) in self.totals.items():
+            pair = torch.stack(
+                [torch.as_tensor(total).float(), torch.as_tensor(count).float().to(torch.as_tensor(total).device)]
+            )
+            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
+            means[name] = total / count
+        self.totals.clear()
+        return means
+
+
+def _check_models(config: TrainConfig, reference, guide) -> None:
+    needs = losses.OBJECTIVES[config.loss_type].needs
+    if "ref_logps" in needs and reference is None:
+        raise ValueError(f"{config.loss_type} needs a reference model; pass a frozen copy of the start policy")
+    if "guide_logps" in needs and guide is None:
+        raise ValueError("tgdpo needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
+    if "guide_beta" in losses.OBJECTIVES[config.loss_type].hyperparameters and config.guide_beta is None:
+        raise ValueError("tgdpo needs guide_beta, the beta its guide was trained with")
+
+
+def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:
+    """Raise before the update if a value is not finite: one synchronisation a step buys a policy that stays good."""
+    good = torch.isfinite(values)
+    if not good.all():
+        bad = rows[~good.cpu()] if len(good) == len(rows) else rows
+        raise NonFiniteLoss(
+            f"step {step}: non-finite {'loss' if len(good) == len(rows) else 'gradient'} in rows {bad.tolist()[:16]} of the "
+            "pairs table; the update was not made. Lower the learning rate or look at these rows"
+        )
+
+
+def _start(
+    config: TrainConfig, policy, optimizer, folder: Path | None, resume: bool, accelerator
+) -> tuple[int, list[dict]]:
+    """Return (step, metrics so far): from the newest sound checkpoint if `resume`, else a clean start."""
+    if folder is None:
+        return 0, []
+    if config.report_to:
+        accelerator.init_trackers("tensorboard", config={k: v for k, v in config.to_dict().items() if v is not None})
+    checkpoints = sorted(folder.glob("checkpoints/step-*"))
+    if checkpoints and not resume:
+        raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
+    main = accelerator.is_main_process
+    if not checkpoints:
+        if main:
+            (folder / "metrics.jsonl").write_text("")
+        return 0, []
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise RuntimeError(
+            f"none of the {len(checkpoints)} checkpoints in {folder} is usable; remove the folder to start over"
+        )
+    _check_same_run(config, found)
+    _load_weights(policy, found)
+    state = checkpoint.load_state(found / "state")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    accelerator.wait_for_everyone()
+    if main:
+        for damaged in checkpoints[checkpoints.index(found) + 1 :]:
+            shutil.rmtree(damaged)  # else it would count among the last k that are kept
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+    return state["step"], state["rows"]
+
+
+def _check_same_run(config: TrainConfig, found: Path) -> None:
+    free = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}
+    before, now = json.loads((found / "training.json").read_text()), config.to_dict()
+    changed = [
+        f"{name} was {before.get(name)!r}, is {now[name]!r}"
+        for name in now
+        if name not in free and before.get(name) != now[name]
+    ]
+    if changed:
+        raise RuntimeError(
+            f"cannot resume {found.parents[1]}: {'; '.join(changed)}. Use the same settings or another --output-dir"
+        )
+
+
+def _load_weights(policy, folder: Path) -> None:
+    if hasattr(policy, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+        return
+    saved = type(policy).from_pretrained(str(folder), dtype=policy.dtype, use_safetensors=True)
+    policy.load_state_dict(saved.state_dict())
+
+
+def _log(row: dict, folder: Path | None, bar, accelerator) -> None:
+    """Show a metrics row in the bar, append it to metrics.jsonl, hand it to the tracker."""
+    shown = {"loss": "loss", "margin": "rewards/margins", "kl": "kl/rejected", "acc": "rewards/accuracies"}
+    bar.set_postfix({short: f"{row[name]:.3f}" for short, name in shown.items() if name in row})
+    if folder and accelerator.is_main_process:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
