@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket):
         add(commands)
     options = parser.parse_args(arguments)
+    _one_bar_only()
     try:
         options.function(options)
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
@@ -32,6 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was (train: add --resume)", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_bar_only() -> None:
+    """Silence the bars that libraries draw for every file they read or write: ours would drown in them."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _add_run(commands) -> None:

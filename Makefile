@@ -1,0 +1,37 @@
+# Two commands matter: `make run` and `make test`. Both set up what they need and are safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup run quick test lint lab pocket clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: 3.11 or newer is needed; name one with make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e ".[dev]" -c constraints.txt
+	@touch $@
+
+run: setup  ## train every objective on the pocket model and draw the frontier
+	$(BIN)/python -m tpo_lib run
+
+quick: setup  ## the same in about a minute
+	$(BIN)/python -m tpo_lib run --quick
+
+test: setup  ## every test, no network
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lab: setup  ## JupyterLab on the course
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
+	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
+
+clean:  ## remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

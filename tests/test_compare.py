@@ -1,0 +1,105 @@
+"""The comparison end to end on the bundled pocket model, the --quick one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from tpo_lib import compare
+from tpo_lib.config import PRESETS
+
+OBJECTIVES = {"dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished quick comparison, interrupted once on the way."""
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    config = compare.pocket_comparison(quick=True)
+    real, calls = compare.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # within the second objective
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    compare.evaluate = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(config, folder, progress=False)
+        made = sorted(path.relative_to(folder) for path in folder.glob("*/evaluations/*.json"))
+        assert [str(path.parent.parent) for path in made] == ["dpo", "start"]
+        calls.append(1)
+        summary = compare.run(config, folder, progress=False)
+        assert len(calls) == 4 + 4  # start and dpo were not evaluated again
+    finally:
+        compare.evaluate = real
+    return config, folder, summary
+
+
+def test_rewards_rise_and_figures_are_finite(finished):
+    _, _, summary = finished
+    assert set(summary["objectives"]) == OBJECTIVES
+    start = summary["start"]
+    assert start["reward"]["mean"] == pytest.approx(0.5, abs=0.12)
+    assert start["kl"]["mean"] == pytest.approx(0, abs=1e-3)
+    for name, metrics in summary["objectives"].items():
+        assert metrics["reward"]["mean"] > start["reward"]["mean"] + 0.04, name
+        assert 0.1 < metrics["kl"]["mean"] < 100, name
+        for metric, value in metrics.items():
+            assert math.isfinite(value["mean"]), metric
+            assert value["low"] <= value["mean"] <= value["high"], metric
+        wanted = {
+            "reward",
+            "judge",
+            "kl",
+            "seqkl_chosen",
+            "seqkl_rejected",
+            "seqkl_margin",
+            "entropy",
+            "distinct_2",
+            "length",
+        }
+        assert wanted | {"accuracy"} <= metrics.keys()
+
+
+def test_everything_promised_is_written(finished):
+    _, folder, summary = finished
+    for name in ("frontier.png", "seqkl.png", "diversity.png", "gaps.png"):
+        assert (folder / name).stat().st_size > 5000, name
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {"config", "seed", "versions", "wall_time_s"} <= summary.keys()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["objective"] for row in rows} == OBJECTIVES
+    assert {row["kind"] for row in rows} == {"train", "evaluation"}
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"']https?:", page)
+    assert "frontier.png" in (folder / "report.md").read_text()
+    assert (folder.parent / "latest" / "summary.json").samefile(folder / "summary.json")
+
+
+def test_repeating_only_redraws(finished, monkeypatch):
+    config, folder, summary = finished
+    monkeypatch.setattr(compare, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
+    assert compare.run(config, folder, progress=False)["objectives"] == json.loads(json.dumps(summary))["objectives"]
+
+
+def test_another_comparison_is_not_mixed_in(finished):
+    config, folder, _ = finished
+    with pytest.raises(RuntimeError, match="--fresh"):
+        compare.run(replace(config, seed=1), folder, progress=False)
+
+
+def test_nothing_is_tuned_in_favour_of_one():
+    full = compare.pocket_comparison()
+    for field in ("lr", "optimizer", "schedule", "warmup_steps", "batch_size", "epochs", "seed", "clip", "max_length"):
+        assert len({getattr(run, field) for run in full.objectives}) == 1, field
+    assert {run.beta for run in full.objectives if run.loss_type != "simpo"} == {PRESETS["pocket"].train.beta}
+    assert [run.loss_type for run in full.objectives].index("dpo") < [run.loss_type for run in full.objectives].index(
+        "tgdpo"
+    )

@@ -1,0 +1,429 @@
+"""Intervals against scipy, KL and entropy against a float64 loop over single prefixes, pair metrics against the core."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import reference as naive
+import scipy.stats
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tpo_lib import evaluate as ev
+from tpo_lib.data import EncodedPair, collate
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.sampling import Completion
+from tpo_lib.stats import split, token_stats
+
+EOS = "<|endoftext|>"
+PROMPTS = ["the film", "a", "one more time the cat", "so it goes"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tok.train_from_iterator([*PROMPTS, "the film the film so one more cat"] * 3, trainer)
+    tok.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+
+
+def build(kind: str, vocab: int, seed: int):
+    torch.manual_seed(seed)
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=64, **sizes, **ends))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=16, n_layer=1, n_head=2, **ends))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))  # distributions far from uniform
+    return model.eval()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pair_of_models(request, tokenizer):
+    return build(request.param, len(tokenizer), 1), build(request.param, len(tokenizer), 2)
+
+
+@pytest.fixture(scope="module")
+def llamas(tokenizer):
+    return [build("llama", len(tokenizer), seed) for seed in (1, 2, 3)]
+
+
+def completions() -> list[Completion]:
+    rows = [((5, 9, 200, 31, 7), False), ((40,), True), ((), True), ((8, 8, 8), True)]
+    return [Completion("", ids, complete) for ids, complete in rows]
+
+
+def encoded_pairs(count: int = 5) -> list[EncodedPair]:
+    generator = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return generator.integers(1, 280, size=generator.integers(low, high)).tolist()
+
+    return [EncodedPair(row, [0, *ids(1, 5)], ids(1, 8), [*ids(1, 8), 0]) for row in range(count)]
+
+
+class Shouting:
+    """Share of spaces, so that it depends on the text and lies in [0, 1]."""
+
+    name, fingerprint = "spaces", "1"
+
+    def __init__(self, scope: str = "response"):
+        self.scope, self.seen = scope, []
+
+    def __call__(self, texts):
+        self.seen += texts
+        return torch.tensor([text.count(" ") / max(1, len(text)) for text in texts])
+
+
+# ---- intervals
+
+
+def test_bootstrap_agrees_with_scipy():
+    values = np.random.default_rng(0).gamma(2.0, size=80)
+    ours = ev.bootstrap(torch.tensor(values), seed=1, resamples=20_000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours.mean == pytest.approx(values.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert ours.n == 80
+
+
+def test_bootstrap_ratio_agrees_with_scipy_and_is_not_a_mean_of_ratios():
+    generator = np.random.default_rng(0)
+    counts = generator.integers(1, 60, size=70)
+    sums = counts * 0.5 + generator.normal(size=70) * counts**0.5 + 5 * (counts < 5)
+    ours = ev.bootstrap_ratio(sums, counts, seed=1, resamples=20_000)
+    theirs = scipy.stats.bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        random_state=np.random.default_rng(2),
+    ).confidence_interval
+    assert ours.mean == pytest.approx(sums.sum() / counts.sum())
+    assert abs(ours.mean - (sums / counts).mean()) > 0.05
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_bootstrap_covers_the_truth_about_95_times_in_100():
+    generator = np.random.default_rng(0)
+    inside = 0
+    for seed in range(400):
+        metric = ev.bootstrap(generator.exponential(size=60), seed=seed, resamples=400)
+        inside += metric.low <= 1.0 <= metric.high
+    assert 0.90 <= inside / 400 <= 0.98
+
+
+def test_bootstrap_is_a_function_of_the_seed_and_blocks_do_not_matter(monkeypatch):
+    values = np.random.default_rng(0).normal(size=40)
+    first = ev.bootstrap(values, seed=3)
+    assert first == ev.bootstrap(values, seed=3)
+    assert first != ev.bootstrap(values, seed=4)
+    assert ev.bootstrap(values, seed=3, confidence=0.5).low > first.low
+    monkeypatch.setattr(ev, "BLOCK", 1000)
+    cut = ev.bootstrap(values, seed=3)
+    assert (cut.mean, cut.n) == (first.mean, first.n)
+    assert (cut.low, cut.high) == pytest.approx((first.low, first.high), abs=0.05)
+
+
+@pytest.mark.parametrize("values", [[0.25], [0.25] * 9])
+def test_one_value_or_equal_values_have_an_interval_of_length_zero(values):
+    metric = ev.bootstrap(values, seed=0)
+    assert metric.as_dict() == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": len(values)}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ev.bootstrap([], seed=0), "n >= 1"),
+        (lambda: ev.bootstrap(torch.zeros(2, 2), seed=0), r"\(2, 2\)"),
+        (lambda: ev.bootstrap([1.0, math.nan], seed=0), r"values\[1\] is nan"),
+        (lambda: ev.bootstrap_ratio([1.0, 2.0], [1.0], seed=0), "2 sums over 1 counts"),
+        (lambda: ev.bootstrap_ratio([1.0], [0.0], seed=0), "total 0"),
+        (lambda: ev.bootstrap_ratio([math.inf], [1.0], seed=0), r"sums\[0\] is inf"),
+    ],
+)
+def test_what_has_no_interval_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_paired_differences_have_the_right_sign_and_are_narrower_than_unpaired_ones():
+    generator = np.random.default_rng(0)
+    prompt = generator.normal(size=100)  # what both objectives share
+    by_prompt = {"dpo": prompt + 0.1 * generator.normal(size=100), "tdpo2": prompt + 0.2, "simpo": prompt}
+    differences = ev.paired_differences(by_prompt, seed=0)
+    assert [(d["a"], d["b"]) for d in differences] == [("dpo", "tdpo2"), ("dpo", "simpo"), ("tdpo2", "simpo")]
+    assert differences[0]["high"] < 0 < differences[2]["low"]
+    assert differences[2]["mean"] == pytest.approx(0.2)
+    alone = ev.bootstrap(by_prompt["dpo"], seed=0)
+    assert differences[0]["high"] - differences[0]["low"] < 0.3 * (alone.high - alone.low)
+
+
+def test_distinct_2_by_hand():
+    # (1,2) (2,3) (3,1) | (1,2) (2,1): 4 distinct of 5. Without the first prompt 2/2, without the second 3/3.
+    metric = ev.distinct_2([[[1, 2, 3, 1]], [[1, 2, 1]]])
+    assert (metric.mean, metric.low, metric.high, metric.n) == (0.8, 0.8, 0.8, 2)
+    # one prompt, two samples: bigrams are pooled within a prompt and never cross from one sample to the next
+    assert ev.distinct_2([[[1, 2], [1, 2]], [[3, 4]]]).mean == pytest.approx(2 / 3)
+    assert ev.distinct_2([[[1]], [[]]]).as_dict() == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+
+
+def test_the_interval_of_distinct_2_is_as_wide_as_fresh_samples_differ():
+    generator = np.random.default_rng(0)
+
+    def draw() -> ev.Metric:
+        return ev.distinct_2([[generator.geometric(0.15, size=20).tolist()] for _ in range(40)])
+
+    metrics = [draw() for _ in range(60)]
+    spread = np.std([m.mean for m in metrics])
+    half = np.mean([m.high - m.low for m in metrics]) / 2
+    assert 1.6 * spread < half < 3.2 * spread  # 1.96 would be exact, the jackknife errs on the wide side
+
+
+# ---- KL and entropy of the policy's own samples
+
+
+def loop(policy, ref, tokenizer) -> tuple[list[float], list[float], list[int]]:
+    """One forward pass a prefix, no padding, plain floats."""
+    kl, entropy, steps = [], [], []
+    for prompt, completion in zip(PROMPTS, completions(), strict=True):
+        prefix = tokenizer(prompt)["input_ids"]
+        tokens = [*completion.token_ids, *([0] if completion.complete else [])]
+        sums = [0.0, 0.0]
+        for token in tokens:
+            with torch.no_grad():
+                rows = [m(input_ids=torch.tensor([prefix])).logits[0, -1].tolist() for m in (policy, ref)]
+            sums[0] += naive.kl_of_rows(*rows)
+            sums[1] -= sum(math.exp(x) * x for x in naive.log_softmax(rows[0]))
+            prefix = [*prefix, token]
+        kl, entropy, steps = [*kl, sums[0]], [*entropy, sums[1]], [*steps, len(tokens)]
+    return kl, entropy, steps
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_sequence_kl_equals_the_loop(pair_of_models, tokenizer, dtype, tolerance):
+    policy, ref = (model.double() for model in pair_of_models)
+    kl, entropy, steps = loop(policy, ref, tokenizer)
+    policy, ref = policy.to(dtype), ref.to(dtype)
+    stats = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions(), batch_size=3)
+    assert stats.steps.tolist() == steps == [5, 2, 1, 4]
+    assert stats.kl.tolist() == pytest.approx(kl, rel=tolerance)
+    assert stats.entropy.tolist() == pytest.approx(entropy, rel=tolerance)
+    assert min(kl) > 0.1  # the comparison would mean little otherwise
+
+
+def test_sequence_kl_does_not_depend_on_batches_or_padding(pair_of_models, tokenizer):
+    policy, ref = (model.double() for model in pair_of_models)
+    whole = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions(), batch_size=100)
+    single = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions(), batch_size=1)
+    torch.testing.assert_close(whole.kl, single.kl, rtol=1e-10, atol=0)
+    torch.testing.assert_close(whole.entropy, single.entropy, rtol=1e-10, atol=0)
+
+
+def test_kl_and_entropy_of_excluded_tokens_and_short_types():
+    inf = math.inf
+    policy = torch.tensor([[0.0, 0.0, -inf], [0.0, -300.0, 0.0]])
+    ref = torch.tensor([[0.0, math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
+    kl, entropy = ev.kl_and_entropy(policy, ref)
+    assert kl.tolist() == pytest.approx([math.log(0.5) - (math.log(0.2) + math.log(0.6)) / 2, math.log(1.5)], abs=1e-6)
+    assert entropy.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert ev.kl_and_entropy(ref, policy)[0][0] == inf  # the policy can write what the reference cannot
+    half, _ = ev.kl_and_entropy(policy.bfloat16(), ref.bfloat16())
+    assert half.dtype == torch.float32
+    rows = torch.randn(150, 7)  # more rows than one slice holds
+    torch.testing.assert_close(ev.kl_and_entropy(rows, rows + 3)[0], torch.zeros(150), atol=1e-6, rtol=0)
+
+
+# ---- held-out pairs
+
+
+def direct(policy, ref, guide, pairs):
+    """The core's statistics from full logits of one padded batch."""
+    batch = collate(pairs, 0)
+    with torch.no_grad():
+        logits = [
+            m(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for m in (policy, ref, guide)
+        ]
+    return token_stats(logits[0], batch.labels, logits[1], guide_logits=logits[2], with_kl=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_pair_stats_are_those_of_one_batch(llamas, batch_size):
+    policy, ref, guide = llamas
+    pairs = encoded_pairs()
+    expected = direct(policy, ref, guide, pairs)
+    found = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, guide=guide)
+    assert torch.equal(found.mask, expected.mask)
+    for name in ("logps", "ref_logps", "kl", "guide_logps"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    bare = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, with_kl=False)
+    assert bare.kl is None
+    assert bare.guide_logps is None
+
+
+HYPERPARAMETERS = {
+    "sft": {},
+    "dpo": {"beta": 0.3},
+    "tdpo1": {"beta": 0.3},
+    "tdpo2": {"beta": 0.3, "alpha": 0.5},
+    "tgdpo": {"beta": 0.3, "alpha": 2.0, "guide_beta": 0.2},
+    "simpo": {"beta": 2.0, "gamma": 5.0},
+}
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_pair_metrics_are_the_objectives_own(llamas, objective):
+    stats = direct(*llamas, encoded_pairs(9))
+    output = OBJECTIVES[objective].fn(*split(stats), **HYPERPARAMETERS[objective])
+    metrics = ev.pair_metrics(stats, objective, HYPERPARAMETERS[objective] | {"unrelated": 1}, seed=0)
+    margin = output.chosen_reward - output.rejected_reward
+    assert metrics["reward_margin"].mean == pytest.approx(margin.mean().item(), rel=1e-5)
+    assert metrics["accuracy"].mean == pytest.approx((margin > 0).double().mean().item())
+    assert 0 < metrics["accuracy"].mean < 1  # both cases occur
+    chosen, rejected = (half.kl.sum(-1) for half in split(stats))
+    assert metrics["seqkl_chosen"].mean == pytest.approx(chosen.mean().item(), rel=1e-5)
+    assert metrics["seqkl_rejected"].mean == pytest.approx(rejected.mean().item(), rel=1e-5)
+    assert metrics["seqkl_margin"].mean == pytest.approx((rejected - chosen).mean().item(), rel=1e-4)
+    assert {m.n for m in metrics.values()} == {9}
+
+
+def test_objectives_rank_by_different_rewards(llamas):
+    stats = direct(*llamas, encoded_pairs(9))
+    found = {name: ev.pair_metrics(stats, name, h, seed=0)["reward_margin"].mean for name, h in HYPERPARAMETERS.items()}
+    assert len({round(value, 6) for value in found.values()}) == len(found)
+
+
+def test_without_an_objective_the_log_ratio_ranks_and_ties_count_half(llamas):
+    stats = direct(*llamas, encoded_pairs(9))
+    chosen, rejected = split(stats)
+    ratio = ((chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps - rejected.ref_logps).sum(-1)).mean().item()
+    assert ev.pair_metrics(stats, None, {"beta": 7.0}, seed=0)["reward_margin"].mean == pytest.approx(ratio, rel=1e-5)
+    start = direct(llamas[1], llamas[1], llamas[2], encoded_pairs(9))
+    assert ev.pair_metrics(start, None, None, seed=0)["accuracy"].mean == 0.5
+
+
+def test_a_missing_guide_is_named(llamas):
+    stats = ev.pair_stats(llamas[0], llamas[1], encoded_pairs(), 0)
+    with pytest.raises(ValueError, match="guide_logps"):
+        ev.pair_metrics(stats, "tgdpo", HYPERPARAMETERS["tgdpo"], seed=0)
+
+
+def test_the_cache_spares_the_frozen_models_and_knows_the_pairs(llamas):
+    policy, ref, guide = llamas
+    cache, calls, pairs = {}, [], encoded_pairs()
+    handles = [
+        m.register_forward_hook(lambda *_, n=n: calls.append(n))
+        for n, m in (("ref", ref.model), ("guide", guide.model))
+    ]
+    first = ev.pair_stats(policy, ref, pairs, 0, batch_size=2, guide=guide, cache=cache)
+    calls.clear()
+    second = ev.pair_stats(policy, ref, pairs, 0, batch_size=2, guide=guide, cache=cache)
+    probes = 2 * ["ref", "guide"]  # ResponseLogits tries each model once, on four tokens
+    assert sorted(calls) == sorted(probes)
+    for name in ("ref_logps", "kl", "guide_logps"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    other = [EncodedPair(p.row, p.prompt_ids, p.rejected_ids, p.chosen_ids) for p in pairs]
+    swapped = ev.pair_stats(policy, ref, other, 0, batch_size=2, guide=guide, cache=cache)
+    for handle in handles:
+        handle.remove()
+    fresh = ev.pair_stats(policy, ref, other, 0, batch_size=2, guide=guide)
+    assert torch.equal(swapped.ref_logps, fresh.ref_logps)
+
+
+# ---- all together
+
+
+def run(models, tokenizer, **changes) -> ev.Evaluation:
+    settings = {"pairs": encoded_pairs(), "max_new_tokens": 6, "batch_size": 4, "seed": 7, "judge": Shouting()}
+    return ev.evaluate(models[0], models[1], tokenizer, PROMPTS, Shouting(), **settings | changes)
+
+
+def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
+    first, second = run(llamas, tokenizer), run(llamas, tokenizer)
+    assert first.metrics == second.metrics
+    assert first.samples == second.samples
+    assert run(llamas, tokenizer, seed=8).samples != first.samples
+    names = "reward judge kl entropy distinct_2 repetition length seqkl_chosen seqkl_rejected seqkl_margin accuracy reward_margin"
+    assert list(first.metrics) == names.split()
+    for metric in first.metrics.values():
+        assert metric.low <= metric.mean <= metric.high
+    assert [sample.prompt for sample in first.samples] == PROMPTS
+    rewards = [sample.reward for sample in first.samples]
+    assert first.metrics["reward"].mean == pytest.approx(sum(rewards) / 4)
+    assert first.by_prompt["reward"].tolist() == pytest.approx(rewards)
+    assert first.metrics["kl"].mean == pytest.approx(first.by_prompt["kl"].mean().item())
+
+
+def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):
+    result = run(llamas, tokenizer, samples_per_prompt=3, judge=None, pairs=None)
+    assert "judge" not in result.metrics
+    assert "accuracy" not in result.metrics
+    assert [sample.prompt for sample in result.samples] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert result.samples[0].judge is None
+    assert {metric.n for metric in result.metrics.values()} == {4}
+    means = [sum(s.reward for s in result.samples[i : i + 3]) / 3 for i in range(0, 12, 3)]
+    assert result.by_prompt["reward"].tolist() == pytest.approx(means)
+    assert result.metrics["length"].mean <= 6
+
+
+def test_batch_size_changes_nothing_that_is_measured(llamas, tokenizer):
+    one, many = run(llamas, tokenizer, batch_size=1), run(llamas, tokenizer, batch_size=64)
+    assert one.samples == many.samples
+    for name, metric in one.metrics.items():
+        assert metric.mean == pytest.approx(many.metrics[name].mean, rel=1e-4, abs=1e-5), name
+
+
+def test_the_start_model_is_at_distance_zero(llamas, tokenizer):
+    metrics = run([llamas[1], llamas[1]], tokenizer).metrics
+    for name in ("kl", "seqkl_chosen", "seqkl_rejected", "reward_margin"):
+        assert metrics[name].mean == pytest.approx(0, abs=1e-6)
+    assert metrics["accuracy"].mean == 0.5
+
+
+def test_modes_and_the_global_random_state_are_put_back(llamas, tokenizer):
+    policy = llamas[0]
+    policy.train()
+    policy.lm_head.eval()
+    modes = [module.training for module in policy.modules()]
+    state = torch.get_rng_state()
+    run(llamas, tokenizer)
+    assert [module.training for module in policy.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    policy.eval()
+    with pytest.raises(ValueError, match="guide_logps"):
+        run(llamas, tokenizer, objective="tgdpo", hyperparameters=HYPERPARAMETERS["tgdpo"])
+    assert not any(module.training for module in policy.modules())
+
+
+def test_a_reward_reads_prompt_and_response_if_it_asks_for_both(llamas, tokenizer):
+    full, response = Shouting("full"), Shouting()
+    result = ev.evaluate(*llamas[:2], tokenizer, PROMPTS, full, judge=response, max_new_tokens=4)
+    assert full.seen == [sample.prompt + sample.text for sample in result.samples]
+    assert response.seen == [sample.text for sample in result.samples]
+
+
+def test_dropout_does_not_act_while_evaluating(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=0, eos_token_id=0)).train()
+    metrics = run([model, model], tokenizer).metrics
+    assert metrics["kl"].mean == pytest.approx(0, abs=1e-6)
+
+
+def test_no_prompts_are_refused(llamas, tokenizer):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        ev.evaluate(*llamas[:2], tokenizer, [], Shouting())

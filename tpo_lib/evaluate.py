@@ -1,0 +1,484 @@
+"""What a policy does: reward, distance from the reference, diversity, and how it ranks held-out pairs.
+
+Every figure is a sum over a count with a 95% interval. What is resampled is the prompt (or the held-out pair): samples
+of one prompt resemble each other, prompts are drawn independently. The intervals speak of the evaluation alone: how much
+a second training run with another seed would differ is a different question, and a wider interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpo_lib.data import EncodedPair, collate, prompt_token_ids
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import ResponseLogits
+from tpo_lib.pairing import score
+from tpo_lib.sampling import Completion, generate
+from tpo_lib.stats import response_mask, split, token_stats
+from tpo_lib.types import IGNORE, PairBatch, TokenStats
+
+RESAMPLES = 2000
+BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean with its interval.
+
+    Attributes:
+        mean: the figure itself, computed on all n units.
+        low, high: bounds of its 95% interval. One unit alone, or n equal ones, give an interval of length 0.
+        n: independent units behind it (prompts or pairs).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Return {"mean", "low", "high", "n"} of plain Python numbers, as written to summary.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """Sums over the response steps of S sampled sequences.
+
+    Attributes:
+        kl: (S,) sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)), nats.
+        entropy: (S,) sum_t H(pi_theta(.|s_t)), nats.
+        steps: (S,) number of steps, the one that ends the text included.
+    """
+
+    kl: Tensor
+    entropy: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation and its scores; `judge` is None where no judge was given."""
+
+    prompt: str
+    text: str
+    reward: float
+    judge: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        metrics: name -> Metric, in the order of the docstring of `evaluate`.
+        samples: every continuation, in the order of the prompts.
+        by_prompt: metric -> (P,) float64, one number a prompt, for paired comparisons (`paired_differences`).
+    """
+
+    metrics: dict[str, Metric]
+    samples: list[Sample]
+    by_prompt: dict[str, Tensor]
+
+
+def bootstrap(values, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
+    """Mean of n independent values with its percentile bootstrap interval.
+
+    Args:
+        values: (n,) tensor or array, n >= 1, finite.
+        seed: equal seeds and equal n draw equal resamples.
+        resamples: how many means of n values drawn with replacement the percentiles are taken over.
+        confidence: share of the resampled means inside the interval, in (0, 1).
+
+    Raises:
+        ValueError: no values, or one that is not finite (its index is named).
+
+    Example:
+        >>> bootstrap([1.0, 1.0, 1.0], seed=0)
+        Metric(mean=1.0, low=1.0, high=1.0, n=3)
+    """
+    values = _finite(values, "values")
+    return bootstrap_ratio(values, np.ones(len(values)), seed=seed, resamples=resamples, confidence=confidence)
+
+
+def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
+    """sum(sums) / sum(counts) with its percentile bootstrap interval: nats a token, say, over whole sequences.
+
+    Tokens of one sequence depend on each other, so (sum, count) of a sequence is drawn as one.
+
+    Args:
+        sums: (n,) numerators, finite.
+        counts: (n,) denominators, finite, none negative, not all 0.
+        seed, resamples, confidence: as in `bootstrap`.
+
+    Raises:
+        ValueError: nothing to divide by, lengths differ, or a number is not finite (its index is named).
+
+    Example:
+        >>> bootstrap_ratio([2.0, 4.0], [1, 2], seed=0).mean  # 6 / 3, not the mean of 2/1 and 4/2
+        2.0
+    """
+    sums, counts = _finite(sums, "sums"), _finite(counts, "counts")
+    if len(sums) != len(counts) or (counts < 0).any() or counts.sum() == 0:
+        raise ValueError(
+            f"{len(sums)} sums over {len(counts)} counts (total {counts.sum()}): need one count >= 0 a sum"
+        )
+    generator, n, ratios = np.random.default_rng(seed), len(sums), []
+    for start in range(0, resamples, max(1, BLOCK // n)):
+        rows = min(max(1, BLOCK // n), resamples - start)
+        drawn = generator.integers(n, size=(rows, n))  # (rows, n)
+        top, bottom = sums[drawn].sum(axis=1), counts[drawn].sum(axis=1)  # (rows,)
+        ratios.append(top[bottom > 0] / bottom[bottom > 0])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    return Metric(float(sums.sum() / counts.sum()), float(low), float(high), n)
+
+
+def paired_differences(by_prompt: Mapping[str, Sequence[float]], *, seed: int) -> list[dict]:
+    """Compare every two objectives prompt by prompt: mean of a - b with its interval.
+
+    Both answered the same prompts, so what a prompt does to both cancels: the interval is narrower than two separate
+    ones suggest.
+
+    Args:
+        by_prompt: objective -> (P,) numbers, for example `Evaluation.by_prompt["reward"]` of each.
+
+    Returns:
+        [{"a", "b", "mean", "low", "high", "n"}, ...], one entry a pair of objectives, in their order.
+
+    Example:
+        >>> paired_differences({"dpo": [0.5, 0.6], "tdpo2": [0.7, 0.8]}, seed=0)[0]["mean"].__round__(3)
+        -0.2
+    """
+    return [
+        {"a": a, "b": b, **bootstrap(_finite(by_prompt[a], a) - _finite(by_prompt[b], b), seed=seed).as_dict()}
+        for a, b in itertools.combinations(by_prompt, 2)
+    ]
+
+
+def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float = 0.95) -> Metric:
+    """Distinct bigrams / bigrams over all samples together (distinct-2, Li et al. 2016, on token ids).
+
+    It falls as samples are added, so compare it at equal numbers of samples only. A bootstrap would draw samples twice
+    and see too few distinct bigrams; the interval here is mean +- z times the jackknife's standard error (one prompt left
+    out at a time), which errs on the wide side. Without any bigram it is 0.
+
+    Args:
+        groups: for each prompt its samples' token ids.
+
+    Example:
+        >>> distinct_2([[[1, 2, 3]], [[1, 2, 4]]]).mean  # (1,2) (2,3) | (1,2) (2,4): 3 of 4
+        0.75
+    """
+    bigrams = [Counter(pair for ids in group for pair in itertools.pairwise(ids)) for group in groups]
+    total = sum(bigrams, Counter())
+    if not total:
+        return Metric(0.0, 0.0, 0.0, len(groups))
+    distinct, count = len(total), total.total()
+    without = np.array(  # distinct-2 with one prompt left out
+        [(distinct - sum(own[pair] == total[pair] for pair in own)) / max(1, count - own.total()) for own in bigrams]
+    )
+    n = len(groups)
+    error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    mean, half = distinct / count, float(torch.special.ndtri(torch.tensor((1 + confidence) / 2))) * error
+    return Metric(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+
+
+@torch.no_grad()
+def sequence_kl(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[Completion],
+    *,
+    batch_size: int = 128,
+) -> SampleStats:
+    """How far the policy moved, measured on its own samples: sequence-level KL(pi_theta || pi_ref) and entropy.
+
+    sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)) with the exact KL over the vocabulary at every step, the x axis of the
+    frontiers of arXiv 2305.18290 and 2404.11999. Its mean over samples is the KL between the two distributions over
+    responses (cut at max_new_tokens), with less noise than the mean of log pi_theta(y) - log pi_ref(y).
+
+    Args:
+        policy, reference: causal language models that share the tokenizer, in eval mode.
+        prompts: S texts.
+        completions: S Completions sampled from the policy at temperature 1; their own token ids are scored.
+        batch_size: sequences whose logits are alive at a time.
+
+    Returns:
+        SampleStats of (S,) sums, in the order of the prompts.
+    """
+    encoded = prompt_token_ids(tokenizer, list(prompts))
+    end = [tokenizer.eos_token_id]  # choosing to end is a step like any other
+    responses = [[*completion.token_ids, *(end if completion.complete else [])] for completion in completions]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
+    models = _scorer(policy), _scorer(reference)
+    kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _sequences([(encoded[i], responses[i]) for i in rows], tokenizer.pad_token_id).to(_device(policy))
+        logits, ref_logits = (model(batch.input_ids, batch.attention_mask, batch.labels) for model in models)  # (R, V)
+        mask = response_mask(batch.labels)  # (N, T-1)
+        for total, per_step in zip((kl, entropy), kl_and_entropy(logits, ref_logits), strict=True):
+            per_token = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+            total[rows] = per_token.masked_scatter(mask, per_step.double()).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
+        steps[rows] = mask.double().sum(-1).cpu()
+    return SampleStats(kl, entropy, steps)
+
+
+def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(pi_theta || pi_ref) and H(pi_theta) of R steps, in nats: (R, V), (R, V) -> (R,), (R,).
+
+    A token that the policy excludes adds nothing to either; float16 and bfloat16 are computed in float32.
+
+    Example:
+        >>> kl, entropy = kl_and_entropy(torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))
+        >>> round(kl.item(), 4), round(entropy.item(), 4)  # log(4 / (2 sqrt(3))), log 2
+        (0.1438, 0.6931)
+    """
+    kl, entropy = [], []
+    for policy, ref in zip(policy_logits.split(64), ref_logits.split(64), strict=True):  # 64 rows stay in the cache
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        log_p, log_q = torch.log_softmax(policy, -1, dtype=dtype), torch.log_softmax(ref, -1, dtype=dtype)
+        p = log_p.exp()
+        kl.append(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1))
+        entropy.append(-torch.where(p > 0, p * log_p, 0.0).sum(-1))
+    return torch.cat(kl), torch.cat(entropy)
+
+
+@torch.no_grad()
+def pair_stats(
+    policy,
+    reference,
+    pairs: Sequence[EncodedPair],
+    pad_token_id: int,
+    *,
+    batch_size: int = 64,
+    guide=None,
+    with_kl: bool = True,
+    cache: dict | None = None,
+) -> TokenStats:
+    """TokenStats of any number of pairs, batch by batch: (2P, T-1) fields, all chosen first, on the CPU.
+
+    Args:
+        batch_size: pairs whose logits are alive at a time.
+        guide: TGDPO's frozen guide, if its log-probabilities are wanted.
+        with_kl: also KL(pi_ref || pi_theta) at every response token.
+        cache: a dict kept between calls with the same reference and guide; their logits are stored in it (4 V bytes a
+            response token each) and not computed again for pairs seen before.
+    """
+    frozen = {name: None if model is None else _scorer(model) for name, model in (("ref", reference), ("guide", guide))}
+    model, parts = _scorer(policy), []
+    for start in range(0, len(pairs), batch_size):
+        batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(_device(policy))
+        ref_logits, guide_logits = (_frozen_logits(frozen[name], name, batch, cache) for name in ("ref", "guide"))
+        logits = model(batch.input_ids, batch.attention_mask, batch.labels)  # (R, V)
+        parts.append(split(token_stats(logits, batch.labels, ref_logits, guide_logits=guide_logits, with_kl=with_kl)))
+    halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
+    width = max(half.mask.shape[1] for half in halves)
+
+    def joined(name: str) -> Tensor | None:
+        fields = [getattr(half, name) for half in halves]
+        if fields[0] is None:
+            return None
+        return torch.cat([torch.nn.functional.pad(f, (0, width - f.shape[1])) for f in fields]).cpu()  # (2P, T-1)
+
+    return TokenStats(**{name: joined(name) for name in TokenStats.__dataclass_fields__})
+
+
+def pair_metrics(
+    stats: TokenStats, objective: str | None, hyperparameters: Mapping | None, *, seed: int
+) -> dict[str, Metric]:
+    """How an objective's implicit reward ranks held-out pairs, and where the sequential KL goes.
+
+    Args:
+        stats: as from `pair_stats`, with kl.
+        objective: key of OBJECTIVES; None reads the plain log-ratio (DPO at beta = 1).
+        hyperparameters: those the objective was trained with; entries it does not take are ignored.
+
+    Returns:
+        seqkl_{chosen,rejected,margin} in nats, accuracy (share of pairs whose chosen reward is the larger one; a tie, as
+        all pairs are at the start, counts one half), reward_margin (chosen - rejected).
+    """
+    chosen, rejected = split(stats)
+    entry = OBJECTIVES[objective or "dpo"]
+    given = {"beta": 1.0} if objective is None else dict(hyperparameters or {})
+    output = entry.fn(chosen, rejected, **{name: given[name] for name in entry.hyperparameters if name in given})
+    margin = (output.chosen_reward - output.rejected_reward).double()  # (P,)
+    values = {}
+    if stats.kl is not None:
+        kl_w, kl_l = chosen.kl.double().sum(-1), rejected.kl.double().sum(-1)  # (P, T-1) -> (P,)
+        values = {"seqkl_chosen": kl_w, "seqkl_rejected": kl_l, "seqkl_margin": kl_l - kl_w}
+    values |= {"accuracy": (margin > 0).double() + 0.5 * (margin == 0).double(), "reward_margin": margin}
+    return {name: bootstrap(value, seed=seed) for name, value in values.items()}
+
+
+def sample_metrics(
+    stats: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
+) -> dict[str, Metric]:
+    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each.
+
+    Args:
+        stats: (P K,) sums, samples of one prompt side by side.
+        token_ids: P K lists of token ids, without the token that ends a text.
+    """
+    per = len(token_ids) // prompts
+    bigrams = [list(itertools.pairwise(ids)) for ids in token_ids]
+    count = _by_prompt([len(own) for own in bigrams], prompts)
+    repeats = _by_prompt([len(own) - len(set(own)) for own in bigrams], prompts)
+    return {
+        "kl": bootstrap(_by_prompt(stats.kl, prompts) / per, seed=seed),
+        "entropy": bootstrap_ratio(_by_prompt(stats.entropy, prompts), _by_prompt(stats.steps, prompts), seed=seed),
+        "distinct_2": distinct_2([token_ids[start : start + per] for start in range(0, len(token_ids), per)]),
+        "repetition": bootstrap_ratio(repeats, count if count.sum() else count + 1, seed=seed),  # no bigram: 0
+        "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
+    }
+
+
+def evaluate(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[str],
+    reward,
+    *,
+    judge=None,
+    pairs: Sequence[EncodedPair] | None = None,
+    objective: str | None = None,
+    hyperparameters: Mapping | None = None,
+    guide=None,
+    max_new_tokens: int = 40,
+    samples_per_prompt: int = 1,
+    batch_size: int = 128,
+    seed: int = 0,
+    reference_cache: dict | None = None,
+) -> Evaluation:
+    """Sample continuations of held-out prompts at temperature 1, score them, and rank held-out pairs.
+
+    Metrics: reward, judge (both in [0, 1]); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
+    repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
+    `pair_metrics`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
+
+    Args:
+        policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
+        reward, judge: callables, texts -> scores in [0, 1]; see `rewards.py`.
+        pairs: held-out pairs, tokenized.
+        objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
+        batch_size: sequences whose logits are alive at a time.
+        reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("evaluate needs at least one prompt")
+    with _eval_mode(policy, reference, guide):
+        drawn = generate(
+            policy,
+            tokenizer,
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+        flat = [completion for group in drawn for completion in group]
+        stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
+        texts = [[completion.text for completion in group] for group in drawn]
+        scores = {name: score(r, prompts, texts) for name, r in (("reward", reward), ("judge", judge)) if r is not None}
+        if pairs:
+            held_out = pair_stats(
+                policy,
+                reference,
+                pairs,
+                tokenizer.pad_token_id,
+                batch_size=max(1, batch_size // 2),
+                guide=guide,
+                cache=reference_cache,
+            )
+    by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
+    metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
+    metrics |= sample_metrics(stats, [c.token_ids for c in flat], len(prompts), seed=seed)
+    if pairs:
+        metrics |= pair_metrics(held_out, objective, hyperparameters, seed=seed)
+    by_prompt["kl"] = _by_prompt(stats.kl, len(prompts)) / samples_per_prompt
+    columns = [
+        scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in ("reward", "judge")
+    ]
+    samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
+    return Evaluation(metrics, samples, by_prompt)
+
+
+@contextlib.contextmanager
+def _eval_mode(*models) -> Iterator[None]:
+    """Put every submodule in eval mode and, afterwards, back in the mode it was in."""
+    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _scorer(model) -> ResponseLogits:
+    return model if isinstance(model, ResponseLogits) else ResponseLogits(model)
+
+
+def _device(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _frozen_logits(model, name: str, batch: PairBatch, cache: dict | None) -> Tensor | None:
+    """(R, V) logits of the reference or the guide, from the cache if these tokens were seen before."""
+    if model is None:
+        return None
+    tokens = batch.input_ids.cpu().numpy().tobytes() + batch.labels.cpu().numpy().tobytes()
+    key = (name, hashlib.sha256(tokens).hexdigest())
+    if cache is not None and key in cache:
+        return cache[key]
+    logits = model(batch.input_ids, batch.attention_mask, batch.labels)
+    if cache is not None:
+        cache[key] = logits
+    return logits
+
+
+def _sequences(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> PairBatch:
+    """Right-padded (prompt, response) sequences with the labels on the response; `rows` counts them."""
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    input_ids = torch.full((len(pairs), width), pad_token_id)  # (N, T)
+    labels, attention_mask = torch.full_like(input_ids, IGNORE), torch.zeros_like(input_ids)
+    for row, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : end] = torch.tensor(response)
+        attention_mask[row, :end] = 1
+    return PairBatch(input_ids, attention_mask, labels, torch.arange(len(pairs)))
+
+
+def _by_prompt(values, prompts: int) -> Tensor:
+    """Sum over the samples of every prompt: (P k,) -> (P,) float64."""
+    return torch.as_tensor(values, dtype=torch.float64).view(prompts, -1).sum(-1)
+
+
+def _finite(values, name: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} has shape {values.shape}; an interval needs an (n,) array with n >= 1")
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}[{bad}] is {values[bad]}: every value of a mean must be finite")
+    return values

@@ -1,0 +1,239 @@
+"""Data in, matplotlib Figure out: the pictures of the comparison.
+
+An objective has one colour, marker and line style everywhere in the course (`STYLE`); the three differ together, so the
+curves stay apart in greyscale and for colour-blind readers. Figures are made without pyplot: nothing is left open.
+
+`curves` is {objective: [point, ...]} with point = {"step": int, "pairs_seen": int, metric: {"mean", "low", "high", "n"},
+...}; the first point of every objective is the start model at step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+FONT = 11  # points; the smallest text is 10
+GRID = {"color": "#DDDDDD", "linewidth": 0.8}
+
+
+class Style(NamedTuple):
+    """How one objective looks, in every picture."""
+
+    label: str
+    colour: str
+    marker: str
+    linestyle: str | tuple
+
+
+# Okabe and Ito's palette, without its yellow, which is lost on white.
+STYLE = {
+    "start": Style("start", "#000000", "*", (0, (1, 1))),
+    "sft": Style("SFT", "#8A8A8A", "P", (0, (4, 1, 1, 1, 1, 1))),
+    "dpo": Style("DPO", "#0072B2", "o", "-"),
+    "tdpo1": Style("TDPO1", "#E69F00", "^", (0, (5, 1.5))),
+    "tdpo2": Style("TDPO2", "#D55E00", "s", (0, (6, 1.5, 1, 1.5))),
+    "tgdpo": Style("TGDPO", "#009E73", "D", (0, (3, 1))),
+    "simpo": Style("SimPO", "#CC79A7", "v", (0, (1.5, 1))),
+    "ppo": Style("PPO", "#56B4E9", "X", (0, (8, 2))),
+}
+STYLE["ref"] = STYLE["start"]._replace(label="reference")  # the same model
+
+AXIS = {  # metric -> axis label with its unit
+    "reward": "mean reward (0 to 1)",
+    "judge": "mean score of the independent judge (0 to 1)",
+    "kl": "sequence KL(policy ‖ reference), nats",
+    "entropy": "entropy, nats per token",
+    "distinct_2": "distinct-2 (share of bigrams)",
+    "repetition": "repeated bigrams within a sample (share)",
+    "length": "length, tokens",
+    "seqkl_chosen": "SeqKL(reference ‖ policy), nats",
+    "seqkl_rejected": "SeqKL(reference ‖ policy), nats",
+    "seqkl_margin": "rejected minus chosen, nats",
+    "accuracy": "accuracy on held-out pairs (share)",
+}
+
+
+def style_of(objective: str) -> Style:
+    """The style of an objective.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if objective not in STYLE:
+        raise ValueError(f"objective {objective!r} has no style; plots.STYLE knows {', '.join(STYLE)}: add it there")
+    return STYLE[objective]
+
+
+def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:
+    """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve an objective.
+
+    Bars are 95% intervals. Up and to the left is better: more reward at less distance from the reference.
+    """
+    fig, (ax,) = _figure(1, width=8.0, height=5.2)
+    _trajectories(ax, curves, "kl", y)
+    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    first = next(iter(curves.values()))[0]
+    ax.annotate(
+        "start", (mean(first, "kl"), mean(first, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
+    )
+    ends = {name: (mean(points[-1], "kl"), mean(points[-1], y)) for name, points in curves.items()}
+    if min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
+        _label_ends(ax, ends)
+    else:  # a line from a curve that ends far left would cross the others
+        _legend(fig, curves)
+    return fig
+
+
+def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Where the forward KL goes in training: SeqKL(reference ‖ policy) of chosen and rejected responses, and the margin."""
+    fig, axes = _figure(3, width=12.5, height=4.4)
+    titles = {"seqkl_chosen": "chosen responses", "seqkl_rejected": "rejected responses", "seqkl_margin": "margin"}
+    for ax, (metric, title) in zip(axes, titles.items(), strict=True):
+        _over_training(ax, curves, metric)
+        ax.set_title(title)
+        ax.set_ylabel(AXIS[metric])
+    low, high = (pick(axes[0].get_ylim()[i], axes[1].get_ylim()[i]) for i, pick in ((0, min), (1, max)))
+    for ax in axes[:2]:
+        ax.set_ylim(low, high)  # one scale for the two sides of a pair
+    axes[2].axhline(0, color="#555555", linewidth=0.8)
+    _legend(fig, curves)
+    return fig
+
+
+def diversity(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """What the reward costs in variety: entropy, distinct-2 and length against reward, so that one reads at equal reward."""
+    fig, axes = _figure(3, width=12.5, height=4.4)
+    for ax, metric in zip(axes, ("entropy", "distinct_2", "length"), strict=True):
+        _trajectories(ax, curves, "reward", metric)
+        ax.set(xlabel=AXIS["reward"], ylabel=AXIS[metric])
+    _legend(fig, curves, start=True)
+    return fig
+
+
+def training(rows: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Loss, reward margin and accuracy over the updates of one or several runs: {objective: rows of metrics.jsonl}.
+
+    The thin line is every logged row, the thick one its moving mean over an eighth of the run.
+    """
+    fig, axes = _figure(3, width=12.5, height=4.4)
+    panels = {
+        "loss": "loss, nats",
+        "rewards/margins": "implicit reward margin",
+        "rewards/accuracies": "accuracy (share)",
+    }
+    for ax, (name, label) in zip(axes, panels.items(), strict=True):
+        for objective, run in rows.items():
+            style = style_of(objective)
+            points = [(row["step"], row[name]) for row in run if name in row]
+            if not points:
+                continue
+            steps, values = np.array(points, dtype=float).T
+            ax.plot(steps, values, color=style.colour, linewidth=0.8, alpha=0.3)
+            _curve(ax, steps, _moving_mean(values, max(1, len(values) // 8)), style, every=max(1, len(values) // 8))
+        ax.set(xlabel="update", ylabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _legend(fig, rows)
+    return fig
+
+
+def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    fig = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(wspace=0.06)
+    axes = list(fig.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        ax.grid(**GRID)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=FONT - 1)
+        for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+            text.set_fontsize(FONT)
+    return fig, axes
+
+
+def mean(point: Mapping, metric: str) -> float:
+    """The mean of one metric of one point of a curve."""
+    return point[metric]["mean"]
+
+
+def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: str) -> None:
+    """One curve an objective through its points (x, y), vertical bars for the 95% interval of y, a star at the start."""
+    for name, points in curves.items():
+        style = style_of(name)
+        xs, ys = [mean(p, x) for p in points], [mean(p, y) for p in points]
+        bars = [[max(0.0, v - p[y]["low"]) for v, p in zip(ys, points, strict=True)]]
+        bars += [[max(0.0, p[y]["high"] - v) for v, p in zip(ys, points, strict=True)]]
+        ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
+        _curve(ax, xs, ys, style)
+    first = next(iter(curves.values()))[0]
+    ax.plot(mean(first, x), mean(first, y), zorder=5, **_star())
+
+
+def _star() -> dict:
+    style = STYLE["start"]
+    return {"color": style.colour, "marker": style.marker, "linestyle": "none", "markersize": 13, "label": style.label}
+
+
+def _over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: str) -> None:
+    """One curve an objective over the pairs seen (or the updates), with its 95% band."""
+    x = "pairs_seen" if all("pairs_seen" in p for points in curves.values() for p in points) else "step"
+    for name, points in curves.items():
+        style, xs = style_of(name), [p[x] for p in points]
+        ax.fill_between(xs, [p[metric]["low"] for p in points], [p[metric]["high"] for p in points],
+                        color=style.colour, alpha=0.15, linewidth=0)  # fmt: skip
+        _curve(ax, xs, [mean(p, metric) for p in points], style)
+    ax.set_xlabel("training pairs seen" if x == "pairs_seen" else "updates")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _curve(ax: Axes, xs: Sequence[float], ys: Sequence[float], style: Style, every: int = 1) -> None:
+    kind = {"color": style.colour, "linestyle": style.linestyle, "marker": style.marker, "label": style.label}
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
+    ax.plot(xs, ys, linewidth=2.0, markersize=8, markevery=every, zorder=3, **kind, **edge)
+
+
+def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a window centred on every value, cut at the ends: (n,) -> (n,)."""
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Name every curve in the right margin, at the height of its end where there is room, with a line that leads there."""
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.065  # a line of text
+    heights: dict[str, float] = {}
+    for name in sorted(ends, key=lambda name: ends[name][1]):
+        heights[name] = max([ends[name][1], *(height + gap for height in heights.values())])
+    over = max(0.0, max(heights.values()) - high)
+    right = ax.get_xlim()[1]
+    for name, height in heights.items():
+        style = style_of(name)
+        ax.annotate(
+            style.label, xy=ends[name], xytext=(right, height - over), xycoords="data", textcoords="data",
+            fontsize=FONT, fontweight="bold", color=_dark(style.colour), va="center", ha="left", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.8, "linestyle": ":", "shrinkB": 5},
+        )  # fmt: skip
+
+
+def _dark(colour: str) -> tuple[float, ...]:
+    """The same hue, dark enough to be read as text on white."""
+    return tuple(0.7 * part for part in to_rgb(colour))
+
+
+def _legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) -> None:
+    """One legend below all panels: it covers no data."""
+    handles = [
+        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.linestyle, label=s.label, linewidth=2, markersize=7)
+        for s in map(style_of, curves)
+    ]
+    handles += [Line2D([], [], **extra) for extra in ([_star()] if start else [])]
+    columns = min(len(handles), int(fig.get_figwidth() / 1.5))  # an entry is about 1.5 inches wide
+    kind = {"loc": "outside lower center", "frameon": False, "fontsize": FONT, "handlelength": 3.5}
+    fig.legend(handles=handles, ncols=columns, **kind)
