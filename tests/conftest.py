@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported: no test may reach for the network
+
 import pytest
 import torch
 from hypothesis import settings

@@ -97,8 +97,7 @@ def test_evaluate_prints_intervals(files, tmp_path, capsys):
         (["--batch-size", "13"], "12 pairs are fewer than the 13"),
     ],
 )
-def test_user_errors_end_with_one_line(files, more, message, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_user_errors_end_with_one_line(files, more, message, capsys):
     with pytest.raises(SystemExit) as exit:
         train(files, *more)
     assert exit.value.code == 2

@@ -180,6 +180,9 @@ def test_summary_table_shows_each_number_with_its_interval():
     }
     text = report.summary_table({"objectives": {"dpo": numbers, "simpo": {"reward": numbers["reward"]}}})
     assert text.splitlines()[1] == "DPO     0.87 [0.85, 0.89]   10.0 [9.0, 11.0]"
+    assert "-0.0" not in report.summary_table(
+        {"objectives": {"dpo": {"kl": dict.fromkeys(("mean", "low", "high"), -1e-4)}}}
+    )
     assert text.splitlines()[2] == "SimPO   0.87 [0.85, 0.89]   -"  # a metric one of them lacks
 
 

@@ -130,7 +130,7 @@ PRESETS = {
         reward=None,
         judge=None,
         pairs=None,
-        train=TrainConfig(),
+        train=TrainConfig(lr=2e-4),
         source={"beta": "DPO's and TDPO's default", "alpha": "TDPO2's default", "everything else": _OURS},
     ),
     "gpt2-imdb": Preset(

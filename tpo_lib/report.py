@@ -151,7 +151,7 @@ def findings(summary: Mapping, metric: str = "reward") -> list[str]:
         sign = 1 if entry["mean"] >= 0 else -1
         above, below = (entry["a"], entry["b"])[::sign]
         low, high = sorted((sign * entry["low"], sign * entry["high"]))
-        size = f"{abs(entry['mean']):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        size = f"{abs(entry['mean']):.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
         if low > 0:
             told.append(f"{_label(above)} lies above {_label(below)} by {size}.")
         else:
@@ -296,7 +296,10 @@ def _settings(summary: Mapping) -> list:
     if not differing:
         return [shared]
     differing.sort(key=lambda key: key != "loss_type")  # it names the row
-    return [shared, Table(differing, [[str(run[key]) for key in differing] for run in each])]
+    return [
+        shared,
+        Table(differing, [["-" if run[key] is None else str(run[key]) for key in differing] for run in each]),
+    ]
 
 
 def _figures(curves: Mapping, training: Mapping | None) -> dict[str, Figure]:
@@ -347,7 +350,8 @@ def _cell(metric: Mapping | None, name: str) -> str:
     if metric is None:
         return "-"
     digits = COLUMNS[name][1]
-    return f"{metric['mean']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+    mean, low, high = (f"{metric[key]:z.{digits}f}" for key in ("mean", "low", "high"))  # z: no "-0.0"
+    return f"{mean} [{low}, {high}]"
 
 
 def _label(name: str) -> str:
