@@ -118,3 +118,13 @@ def test_bad_rows_stop_or_are_listed(files, tmp_path, capsys):
     assert "row 12" in capsys.readouterr().err
     train(files, "--on-bad-rows", "skip")
     assert "skipped" in capsys.readouterr().err
+
+
+def test_derive_prints_a_checked_table(capsys):
+    main(["derive", "preferences"])
+    printed = capsys.readouterr().out
+    assert "ok" in printed
+    assert "FAIL" not in printed
+    with pytest.raises(SystemExit):
+        main(["derive", "nonsense"])
+    assert "preferences, dpo" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket."""
+"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket | derive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; user errors end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m tpo_lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket):
+    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket, _add_derive):
         add(commands)
     options = parser.parse_args(arguments)
     _one_bar_only()
@@ -275,6 +275,18 @@ def _build_pocket(options) -> None:
     config = pocket.PocketConfig(**({"steps": options.steps} if options.steps else {}))
     work = Path(options.work_dir)
     pocket.build(options.imdb, Path(options.output_dir), work, config, SentimentConfig(), compile=options.compile)
+
+
+def _add_derive(commands) -> None:
+    command = commands.add_parser("derive", help="check every step of the derivations in small worlds, with numbers")
+    command.add_argument("name", nargs="?", help="one derivation (default: all)")
+    command.set_defaults(function=_derive)
+
+
+def _derive(options) -> None:
+    from tpo_lib.derivations import derive_table
+
+    print(derive_table(options.name))
 
 
 def _add_models(command) -> None:
