@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +357,12 @@ def test_equation_map_is_complete():
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.count("|") == 5, line
+
+
+def test_equation_map_on_disk_is_current_and_its_links_lead_somewhere():
+    notebooks = Path(__file__).parents[1] / "notebooks"
+    text = (notebooks / "equation_map.md").read_text()
+    assert text == equation_map(), "write it anew: python -m tpo_lib derive --map > notebooks/equation_map.md"
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert "../tpo_lib/losses.py" in links
+    assert all((notebooks / link).is_file() for link in links)

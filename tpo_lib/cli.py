@@ -280,13 +280,14 @@ def _build_pocket(options) -> None:
 def _add_derive(commands) -> None:
     command = commands.add_parser("derive", help="check every step of the derivations in small worlds, with numbers")
     command.add_argument("name", nargs="?", help="one derivation (default: all)")
+    command.add_argument("--map", action="store_true", help="print the equation map instead")
     command.set_defaults(function=_derive)
 
 
 def _derive(options) -> None:
-    from tpo_lib.derivations import derive_table
+    from tpo_lib.derivations import derive_table, equation_map
 
-    print(derive_table(options.name))
+    print(equation_map() if options.map else derive_table(options.name), end="" if options.map else "\n")
 
 
 def _add_models(command) -> None:

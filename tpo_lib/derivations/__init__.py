@@ -8,6 +8,10 @@ True
 
 from __future__ import annotations
 
+import pkgutil
+import sys
+from pathlib import Path
+
 from tpo_lib.derivations.dpo import DPO_DERIVATION
 from tpo_lib.derivations.one_form import ONE_FORM, objective_map
 from tpo_lib.derivations.preferences import PREFERENCES
@@ -69,12 +73,19 @@ def derive_table(name: str | None = None, *, numbers: bool = True, **hyper: floa
 
 def equation_map() -> str:
     """Markdown: every equation with its assumption, its source, and the line of tpo_lib that implements it."""
-    lines = ["# Equation map", "", "Written by `tpo_lib.derivations.equation_map()`."]
+    lines = ["# Equation map", "", "Written by `python -m tpo_lib derive --map > notebooks/equation_map.md`."]
     for derivation in DERIVATIONS.values():
         lines += ["", f"## {derivation.title}", "", derivation.question, ""]
         lines += ["| step | equation | source | implemented by |", "|---|---|---|---|"]
         for number, step in enumerate(derivation.steps, 1):
-            code = f"`{step.implements}`" if step.implements else ""
+            code = _link(step.implements) if step.implements else ""
             latex = step.latex.replace(r"\|", r"\Vert ").replace("|", r"\vert ")  # a bare | would end the table cell
             lines.append(f"| {number}. {step.title} | ${latex}$ | {step.source} | {code} |")
     return "\n".join(lines) + "\n"
+
+
+def _link(name: str) -> str:
+    """A Markdown link from `notebooks/` to the file that defines a dotted name."""
+    module = getattr(pkgutil.resolve_name(name), "__module__", None) or name.rpartition(".")[0]  # a table has none
+    defined_in = Path(sys.modules[module].__file__)
+    return f"[`{name}`](../{defined_in.relative_to(Path(__file__).parents[2]).as_posix()})"
