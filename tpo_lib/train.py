@@ -135,6 +135,7 @@ def fit(
         bar.close()
         if folder and main:
             save(folder / "final", config, policy, tokenizer)
+    accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
     accelerator.end_training()
     return TrainResult(policy, step, rows, folder)
 
