@@ -23,7 +23,7 @@ CONFIG = pocket.PocketConfig(
     intermediate_size=64,
     context=16,
     batch_size=4,
-    steps=12,
+    cycles=(6, 6),
     warmup_steps=2,
 )
 SENTIMENT = sentiment.SentimentConfig(
@@ -68,8 +68,8 @@ def test_missing_parquet_is_named(tmp_path):
 
 def test_windows_are_a_pure_function_of_the_step():
     stream = np.arange(1000, dtype=np.uint16)
-    every = list(pocket.windows(stream, replace(CONFIG, steps=40), 0))
-    late = list(pocket.windows(stream, replace(CONFIG, steps=40), 25))
+    every = list(pocket.windows(stream, replace(CONFIG, cycles=(40,)), 0))
+    late = list(pocket.windows(stream, replace(CONFIG, cycles=(40,)), 25))
     assert all(torch.equal(a, b) for a, b in zip(every[25:], late, strict=True))
     assert every[0].shape == (4, 17)
     per_epoch = (1000 - 1 - 16) // 16
@@ -79,12 +79,13 @@ def test_windows_are_a_pure_function_of_the_step():
 
 
 def test_learning_rate_is_a_trapezoid():
-    config = replace(CONFIG, steps=100, warmup_steps=10, cooldown=0.4)
+    config = replace(CONFIG, cycles=(100, 50), warmup_steps=10, cooldown=0.4)
     factors = [pocket.learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:60] == [1.0] * 51
     assert factors[80] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.025)
+    assert [pocket.learning_rate_factor(step, config) for step in (100, 109, 129, 140)] == pytest.approx([0.1, 1, 1, 0.5])
 
 
 def test_nats_per_token_of_a_uniform_model():

@@ -261,7 +261,9 @@ def _add_pocket(commands) -> None:
     command.add_argument(
         "--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here"
     )
-    command.add_argument("--steps", type=int, help="training steps of the language model")
+    command.add_argument(
+        "--steps", type=int, nargs="+", help="training steps of the language model, a number for every cycle"
+    )
     command.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the step"
     )
@@ -272,7 +274,7 @@ def _build_pocket(options) -> None:
     from tpo_lib import pocket
     from tpo_lib.sentiment import SentimentConfig
 
-    config = pocket.PocketConfig(**({"steps": options.steps} if options.steps else {}))
+    config = pocket.PocketConfig(**({"cycles": tuple(options.steps)} if options.steps else {}))
     work = Path(options.work_dir)
     pocket.build(options.imdb, Path(options.output_dir), work, config, SentimentConfig(), compile=options.compile)
 

@@ -42,14 +42,19 @@ class PocketConfig:
     intermediate_size: int = 608
     context: int = 256  # tokens per training window
     batch_size: int = 32  # windows per step
-    steps: int = 2030
+    cycles: tuple[int, ...] = (2030, 3000)  # steps of every cycle of the learning rate, see learning_rate_factor
     warmup_steps: int = 100
-    cooldown: float = 0.45  # final share of the steps in which the learning rate falls linearly to 0
+    cooldown: float = 0.45  # final share of a cycle in which the learning rate falls linearly to 0
     lr: float = 3e-3  # AdamW: embeddings and norms
     muon_lr: float = 6e-3  # Muon: the matrices of attention and MLP, updates scaled to AdamW's root mean square
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles together."""
+        return sum(self.cycles)
 
 
 def clean_review(text: str) -> str:
@@ -130,9 +135,23 @@ def windows(stream: np.ndarray, config: PocketConfig, first_step: int) -> Iterat
 
 
 def learning_rate_factor(step: int, config: PocketConfig) -> float:
-    """Trapezoid: linear warm-up, a plateau, a linear fall to 0 over the last `cooldown` of the steps."""
-    fall = config.steps * config.cooldown
-    return min(1.0, (step + 1) / config.warmup_steps, max(0.0, (config.steps - step) / fall))
+    """A trapezoid for every cycle: linear warm-up, a plateau, a linear fall to 0 over the last `cooldown` of its steps.
+
+    A model that has come to rest can be trained further by another cycle (WSD-S, arXiv 2410.05192).
+    """
+    for length in config.cycles:
+        if step < length:
+            break
+        step -= length
+    return min(1.0, (step + 1) / config.warmup_steps, max(0.0, (length - step) / (length * config.cooldown)))
+
+
+def begin_cycle(model, config: PocketConfig) -> list[torch.optim.Optimizer]:
+    """Start a cycle where released weights would: weights rounded to bfloat16, optimizers without memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return build_optimizers(model, config)
 
 
 def build_model(config: PocketConfig):
@@ -199,8 +218,11 @@ def pretrain(
 
     run = torch.compile(loss_of) if compile else loss_of
     total = 0.0
+    starts = {sum(config.cycles[:i]) for i in range(1, len(config.cycles))}
     bar = tqdm(windows(stream, config, step), total=config.steps, initial=step, desc="pocket model", mininterval=10)
     for batch in bar:
+        if step in starts:
+            optimizers = begin_cycle(model, config)
         factor = learning_rate_factor(step, config)
         for optimizer, rate in zip(optimizers, (config.muon_lr, config.lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor

@@ -45,6 +45,7 @@ def readme(facts: dict) -> str:
             ("whole reviews", facts[f"{key}_whole"]),
         )
     ]
+    seen = sum(config["cycles"]) * config["batch_size"] * config["context"]
     samples = []
     for prompt, texts in facts["samples"].items():
         samples += [f"**{prompt}** …", "", *(f"1. {' '.join(text.split())}" for text in texts), ""]
@@ -58,8 +59,8 @@ judge, all trained on IMDb movie reviews from scratch, small enough for two CPU 
 ## Language model
 
 {config["num_layers"]} layers, width {config["hidden_size"]}, {config["num_heads"]} heads, byte-level BPE of {config["vocab_size"]:,} tokens, tied embeddings, weights stored as bfloat16.
-Trained for {config["steps"]:,} steps of {config["batch_size"]} x {config["context"]} tokens ({config["steps"] * config["batch_size"] * config["context"] / 1e6:.1f} M of the {tokens["train"] / 1e6:.1f} M tokens in
-{facts["reviews"]:,} distinct training and unsupervised reviews; reviews that also stand in the test split are left out).
+Trained for {" + ".join(f"{steps:,}" for steps in config["cycles"])} steps of {config["batch_size"]} x {config["context"]} tokens, {seen / 1e6:.1f} M in all, {seen / tokens["train"]:.2f} times over the {tokens["train"] / 1e6:.1f} M tokens in
+{facts["reviews"]:,} distinct training and unsupervised reviews; reviews that also stand in the test split are left out.
 Muon for the matrices of the blocks (lr {config["muon_lr"]}), AdamW for embeddings and norms (lr {config["lr"]}), seed {config["seed"]}.
 
 **IMDb test: {facts["nats_per_token"]:.3f} nats a token, perplexity {facts["perplexity"]:.1f}** ({facts["scored_tokens"]:,} tokens: the second halves of windows of {config["context"]}
