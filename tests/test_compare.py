@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tpo_lib import compare
+from tpo_lib import compare, stage
 from tpo_lib.config import PRESETS
 
 OBJECTIVES = {"dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"}
@@ -20,7 +20,7 @@ def finished(tmp_path_factory):
     """A finished quick comparison, interrupted once on the way."""
     folder = tmp_path_factory.mktemp("runs") / "quick"
     config = compare.pocket_comparison(quick=True)
-    real, calls = compare.evaluate, []
+    real, calls = stage.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    compare.evaluate = interrupted
+    stage.evaluate = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             compare.run(config, folder, progress=False)
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
         summary = compare.run(config, folder, progress=False)
         assert len(calls) == 4 + 4  # start and dpo were not evaluated again
     finally:
-        compare.evaluate = real
+        stage.evaluate = real
     return config, folder, summary
 
 
@@ -85,14 +85,14 @@ def test_everything_promised_is_written(finished):
 
 def test_repeating_only_redraws(finished, monkeypatch):
     config, folder, summary = finished
-    monkeypatch.setattr(compare, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
+    monkeypatch.setattr(stage, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
     assert compare.run(config, folder, progress=False)["objectives"] == json.loads(json.dumps(summary))["objectives"]
 
 
 def test_another_comparison_is_not_mixed_in(finished):
     config, folder, _ = finished
     with pytest.raises(RuntimeError, match="--fresh"):
-        compare.run(replace(config, seed=1), folder, progress=False)
+        compare.run(replace(config, stage=replace(config.stage, seed=1)), folder, progress=False)
 
 
 def test_nothing_is_tuned_in_favour_of_one():

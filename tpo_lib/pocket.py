@@ -42,7 +42,7 @@ class PocketConfig:
     intermediate_size: int = 608
     context: int = 256  # tokens per training window
     batch_size: int = 32  # windows per step
-    cycles: tuple[int, ...] = (2030, 3000)  # steps of every cycle of the learning rate, see learning_rate_factor
+    cycles: tuple[int, ...] = (2030, 1800)  # steps of every cycle of the learning rate, see learning_rate_factor
     warmup_steps: int = 100
     cooldown: float = 0.45  # final share of a cycle in which the learning rate falls linearly to 0
     lr: float = 3e-3  # AdamW: embeddings and norms
