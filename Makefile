@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run quick test lint lab pocket clean
+.PHONY: setup run quick test lint lab notebooks pocket clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ lint: setup
 
 lab: setup  ## JupyterLab on the course
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+notebooks: setup  ## execute and clean every notebook of the course, in place
+	$(BIN)/python -m tpo_lib notebooks
 
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported: no test may reach for the network
 
@@ -17,3 +18,20 @@ settings.load_profile("tpo")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_stage(tmp_path_factory):
+    """A stage on the bundled model with a few short pairs, small gaps among them; no test changes it."""
+    from tpo_lib.stage import build_stage, pocket_stage_config
+
+    config = replace(
+        pocket_stage_config(quick=True),
+        train_prompts=24,
+        held_out_prompts=6,
+        max_pairs=128,
+        max_new_tokens=16,
+        min_gap=0.0,
+        max_held_out_pairs=8,
+    )
+    return build_stage(config, cache_dir=tmp_path_factory.mktemp("pairs"))

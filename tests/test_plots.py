@@ -189,3 +189,39 @@ def test_the_start_alone_can_be_drawn():
 def test_an_objective_without_a_style_is_named():
     with pytest.raises(ValueError, match="'ipo' has no style"):
         plots.frontier(curves(("ipo",)))
+
+
+def test_run_points_stand_where_their_figures_are():
+    def metric(mean, low, high):
+        return {"mean": mean, "low": low, "high": high, "n": 9}
+
+    runs = {
+        "mine": ("tdpo2", {"kl": metric(3, 2, 5), "reward": metric(0.7, 0.6, 0.8)}),
+        "other": ("dpo", {"kl": metric(9, 8, 10), "reward": metric(0.9, 0.85, 0.95)}),
+    }
+    start = {"kl": metric(0, 0, 0), "reward": metric(0.5, 0.4, 0.6)}
+    (ax,) = plots.run_points(runs, start).axes
+    drawn = {container.lines[0].get_color(): container for container in ax.containers}  # by colour
+    line, _, bars = drawn[plots.STYLE["tdpo2"].colour].lines
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (3, 0.7)
+    ends = [segment.tolist() for bar in bars for segment in bar.get_segments()]
+    assert [[2, 0.7], [5, 0.7]] in ends
+    assert {text.get_text() for text in ax.texts} == {"mine", "other", "start"}
+    assert ax.get_xlabel().endswith("nats")
+
+
+def test_highlight_draws_one_run_large_and_the_others_faint():
+    def run(objective, x, y):
+        metrics = {"kl": {"mean": x, "low": x - 1, "high": x + 1, "n": 9}}
+        return {
+            "objective": objective,
+            "metrics": metrics | {"reward": {"mean": y, "low": y - 0.1, "high": y + 0.1, "n": 9}},
+        }
+
+    mine, others = run("tdpo2", 4, 0.7), [run("dpo", 9, 0.8), run("tdpo2", 2, 0.6)]
+    (ax,) = plots.highlight(others, mine, run("dpo", 0, 0.5)["metrics"]).axes
+    faint = [line for line in ax.lines if line.get_alpha() == 0.35]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in faint] == [(9, 0.8), (2, 0.6)]
+    (large,) = [line for line in ax.lines if line.get_markersize() == 12]
+    assert (large.get_xdata()[0], large.get_ydata()[0]) == (4, 0.7)
+    assert large.get_color() == plots.STYLE["tdpo2"].colour

@@ -85,7 +85,9 @@ def test_learning_rate_is_a_trapezoid():
     assert factors[9:60] == [1.0] * 51
     assert factors[80] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.025)
-    assert [pocket.learning_rate_factor(step, config) for step in (100, 109, 129, 140)] == pytest.approx([0.1, 1, 1, 0.5])
+    assert [pocket.learning_rate_factor(step, config) for step in (100, 109, 129, 140)] == pytest.approx(
+        [0.1, 1, 1, 0.5]
+    )
 
 
 def test_nats_per_token_of_a_uniform_model():

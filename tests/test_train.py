@@ -422,3 +422,15 @@ def test_lora_trains_adapters_alone_and_resumes(tmp_path):
         shutil.rmtree(late)
     resumed = run(replace(config, output_dir=str(tmp_path / "run"), keep=5), resume=True)
     assert same(weights(resumed.policy), weights(whole.policy))
+
+
+def test_on_log_sees_every_row_and_ends_the_run():
+    seen = []
+    config = replace(CONFIG, log_every=1, epochs=4)
+    result = train.fit(
+        config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False,
+        on_log=lambda row: seen.append(row) or len(seen) == 3,
+    )  # fmt: skip
+    assert result.steps == 3
+    assert seen == result.metrics
+    assert train.fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3

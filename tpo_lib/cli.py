@@ -1,4 +1,4 @@
-"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket | derive."""
+"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket | derive | notebooks | sweep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; user errors end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m tpo_lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket, _add_derive):
+    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket, _add_derive, _add_notebooks, _add_sweep):
         add(commands)
     options = parser.parse_args(arguments)
     _one_bar_only()
@@ -290,6 +290,38 @@ def _derive(options) -> None:
     from tpo_lib.derivations import derive_table, equation_map
 
     print(equation_map() if options.map else derive_table(options.name), end="" if options.map else "\n")
+
+
+def _add_notebooks(commands) -> None:
+    command = commands.add_parser("notebooks", help="execute and clean the notebooks of the course, in place")
+    command.add_argument("names", nargs="*", help="file names, or beginnings of them (default: all)")
+    command.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True, help="or only tidy them")
+    command.set_defaults(function=_notebooks)
+
+
+def _notebooks(options) -> None:
+    from tpo_lib import notebooks
+
+    course = notebooks.course()
+    chosen = [path for path in course if path.name.startswith(tuple(options.names or [""]))]
+    if not chosen:
+        raise ValueError(f"no notebook is called {options.names}; there are {', '.join(path.name for path in course)}")
+    for path in chosen:
+        seconds = notebooks.refresh(path, execute=options.execute)
+        print(f"{path.name}: {'tidied' if seconds is None else f'{seconds:.0f} s'}", flush=True)
+
+
+def _add_sweep(commands) -> None:
+    command = commands.add_parser("sweep", help="train every objective over alpha and beta, for the run browser")
+    command.add_argument("--output", default=None, help="JSON file; it is continued (default: data/runs.json)")
+    command.set_defaults(function=_sweep)
+
+
+def _sweep(options) -> None:
+    from tpo_lib.sweep import RUNS, sweep
+
+    path = Path(options.output or RUNS)
+    print(f"{len(sweep(path)['runs'])} runs in {path}")
 
 
 def _add_models(command) -> None:

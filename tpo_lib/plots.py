@@ -91,6 +91,65 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
     return fig
 
 
+def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str = "reward") -> Figure:
+    """Single runs on the plane of the frontier: reward (or `y`) against KL(policy ‖ reference), with both 95% intervals.
+
+    Args:
+        runs: {name of the run: (objective, point)}; objective decides colour and marker, the name stands beside it.
+        start: the start's point.
+    """
+    fig, (ax,) = _figure(1, width=7.0, height=4.2)
+    for name, (objective, point) in runs.items():
+        style = style_of(objective)
+        x, v = point["kl"], point[y]
+        ax.errorbar(
+            x["mean"],
+            v["mean"],
+            **_bars(x, v),
+            fmt=style.marker,
+            color=style.colour,
+            markersize=9,
+            markeredgecolor="white",
+        )
+        ax.annotate(name, (x["mean"], v["mean"]), xytext=(8, 6), textcoords="offset points", fontsize=FONT - 1)
+    ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
+    ax.annotate(
+        "start", (mean(start, "kl"), mean(start, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
+    )
+    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    ax.margins(0.12)
+    return fig
+
+
+def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str = "reward") -> Figure:
+    """One run among many on the plane of the frontier: the chosen one large and with its intervals, the others faint.
+
+    Args:
+        others, chosen: {"objective", "metrics": {metric: {mean, low, high, n}}}, as in the runs of a sweep.
+        start: the start's metrics.
+    """
+    fig, (ax,) = _figure(1, width=7.0, height=4.2)
+    for run in others:
+        style = style_of(run["objective"])
+        kind = {"color": style.colour, "marker": style.marker, "markersize": 6, "alpha": 0.35, "linestyle": "none"}
+        ax.plot(mean(run["metrics"], "kl"), mean(run["metrics"], y), **kind)
+    style, x, v = style_of(chosen["objective"]), chosen["metrics"]["kl"], chosen["metrics"][y]
+    ax.errorbar(x["mean"], v["mean"], **_bars(x, v), fmt=style.marker, color=style.colour, markersize=12,
+                markeredgecolor="black", zorder=6)  # fmt: skip
+    ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
+    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    _legend(fig, dict.fromkeys([chosen["objective"], *(run["objective"] for run in others)], ()), start=True)
+    return fig
+
+
+def _bars(x: Mapping, y: Mapping) -> dict:
+    """Error bars of a point from two intervals, as matplotlib takes them."""
+    return {
+        "xerr": [[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+        "yerr": [[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+    }
+
+
 def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Where the forward KL goes in training: SeqKL(reference ‖ policy) of chosen and rejected responses, and the margin."""
     fig, axes = _figure(3, width=12.5, height=4.4)

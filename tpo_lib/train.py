@@ -22,6 +22,7 @@ from tpo_lib.models import ResponseLogits, choose_device, choose_precision
 from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
+OnLog = Callable[[dict], bool | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def fit(
     guide=None,
     tokenizer=None,
     callbacks: Sequence[Callback] = (),
+    on_log: OnLog | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -62,6 +64,7 @@ def fit(
         guide: frozen DPO model, needed by tgdpo alone.
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
+        on_log: called with every metrics row of training as it is made; returns True to end the run after that update.
         resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit.
         progress: show a progress bar.
 
@@ -108,11 +111,13 @@ def fit(
             optimizer.zero_grad()
             step += 1
             bar.update()
+            stop = False
             if log_now:
                 row = {"step": step, "pairs_seen": step * per_update, "lr": learning_rate(config, step - 1, steps)}
                 row |= {"grad_norm": norm.item()} | sums.means(accelerator)
                 rows.append(row)
                 _log(row, folder, bar, accelerator)
+                stop = bool(on_log and on_log(row))
             if config.eval_every and (step % config.eval_every == 0 or step == steps):
                 if eval_pairs:
                     rows.append(
@@ -132,6 +137,8 @@ def fit(
                     rows,
                 )
                 checkpoint.keep_last(folder / "checkpoints", config.keep)
+            if stop:
+                break
         bar.close()
         if folder and main:
             save(folder / "final", config, policy, tokenizer)

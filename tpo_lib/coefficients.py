@@ -1,0 +1,183 @@
+"""Which way, and how hard, an objective pushes every token: the loss's derivatives by autograd, never by formula.
+
+By the chain rule the gradient of a pair's loss in the policy's parameters is
+
+    sum_t c^t grad log pi_theta(y^t|s_t) + sum_t k^t grad KL^t,    KL^t = KL(pi_ref(.|s_t) || pi_theta(.|s_t)),
+
+over both responses, with c^t = d loss / d log pi_theta(y^t|s_t) and k^t = d loss / d KL^t. Two objectives that share model and
+pair differ in these numbers alone. A step of gradient descent raises what has a negative coefficient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tpo_lib.losses import OBJECTIVES, Objective
+from tpo_lib.types import LossOutput, TokenStats
+
+
+@dataclass(frozen=True)
+class TokenCoefficients:
+    """The coefficients of one side of the pairs; detached, exactly 0 off-mask.
+
+    Attributes:
+        logps: (B, T-1) c^t = d loss / d log pi_theta(y^t|s_t), pure numbers (nats per nat).
+        kl: (B, T-1) k^t = d loss / d KL^t, 0 where a stop-gradient holds it; None for an objective that reads no KL.
+        weights: (B, T-1) TGDPO's f(r_hat); None for every other objective.
+    """
+
+    logps: Tensor
+    kl: Tensor | None
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class PairCoefficients:
+    """What `coefficients` returns for B pairs: the LossOutput (detached), and the coefficients of either side."""
+
+    output: LossOutput
+    chosen: TokenCoefficients
+    rejected: TokenCoefficients
+
+    @property
+    def margin(self) -> Tensor:
+        """(B,) reward of the chosen response minus that of the rejected one, in the objective's own rewards."""
+        return self.output.chosen_reward - self.output.rejected_reward
+
+
+def coefficients(objective: str, chosen: TokenStats, rejected: TokenStats, **hyper) -> PairCoefficients:
+    """The derivatives of every pair's loss in every token's log-probability and KL, as if nothing else were shared.
+
+    Args:
+        objective: a key of `losses.OBJECTIVES`.
+        chosen, rejected: statistics of B pairs, from `stats.split` or written by hand; not changed, gradients are cut.
+        hyper: what the objective takes.
+
+    Returns:
+        PairCoefficients; every pair on its own (divide by B for a batch's mean loss).
+
+    Raises:
+        ValueError: the objective is unknown, or a statistic that it needs is missing.
+
+    Example:
+        >>> def one(gap): return TokenStats(torch.tensor([[gap]]), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+        >>> found = coefficients("dpo", one(-1.0), one(-3.0), beta=0.5)  # margin 0.5 * (-1 + 3) = 1
+        >>> found.chosen.logps, found.rejected.logps  # -/+ beta * sigmoid(-1)
+        (tensor([[-0.1345]]), tensor([[0.1345]]))
+    """
+    entry = _entry(objective)
+    with torch.enable_grad():
+        sides = [_leaves(chosen), _leaves(rejected)]
+        output = entry.fn(*sides, **hyper)
+        leaves = [tensor for side in sides for tensor in (side.logps, side.kl) if tensor is not None]
+        # A pair's loss depends on its own row only, so one sum gives every pair's gradient.
+        grads = torch.autograd.grad(output.loss.sum(), leaves, allow_unused=True)
+    found = {id(leaf): grad for leaf, grad in zip(leaves, grads, strict=True)}
+    weights = (None, None) if output.token_weights is None else output.token_weights.split(len(chosen.mask))
+    reads_kl = "kl" in entry.needs
+
+    def side_of(stats: TokenStats, f: Tensor | None) -> TokenCoefficients:
+        def coefficient(leaf: Tensor) -> Tensor:
+            grad = found[id(leaf)]  # None where no gradient flows: TDPO2's chosen KL
+            return torch.zeros_like(leaf) if grad is None else torch.where(stats.mask, grad, 0.0)
+
+        return TokenCoefficients(coefficient(stats.logps), coefficient(stats.kl) if reads_kl else None, f)
+
+    return PairCoefficients(
+        replace(output, loss=output.loss.detach()),
+        *(side_of(side, f) for side, f in zip(sides, weights, strict=True)),
+    )
+
+
+def margin_terms(objective: str, chosen: TokenStats, rejected: TokenStats, **hyper) -> dict[str, Tensor]:
+    """What the margin is made of: {"chosen logps", "rejected logps", "chosen kl", "rejected kl"} -> (B,), signed.
+
+    The four sum to the margin. The KL terms are what the rewards lose when KL is set to 0 (rewards are linear in it), 0 for
+    an objective that reads no KL; the log-probability terms are the rest: weighted log-ratios, or SimPO's mean log pi.
+
+    Args, Raises: as for `coefficients`.
+    """
+    fn = _entry(objective).fn
+
+    def without_kl(stats: TokenStats) -> TokenStats:
+        return replace(stats, kl=None if stats.kl is None else torch.zeros_like(stats.kl))
+
+    full, bare = fn(chosen, rejected, **hyper), fn(without_kl(chosen), without_kl(rejected), **hyper)
+    return {
+        "chosen logps": bare.chosen_reward,
+        "rejected logps": -bare.rejected_reward,
+        "chosen kl": full.chosen_reward - bare.chosen_reward,
+        "rejected kl": bare.rejected_reward - full.rejected_reward,
+    }
+
+
+def loss_at(objective: str, margins: Tensor, **hyper) -> tuple[Tensor, Tensor]:
+    """The loss and its slope d loss / d margin as functions of the objective's own margin: (B,) -> (B,), (B,).
+
+    Computed by the objective itself, on responses of one token whose reward is the margin wanted: beta = 1, no KL, f = 1.
+
+    Args:
+        objective: a key of `losses.OBJECTIVES` other than "sft", which knows no margin.
+        margins: (B,) in the objective's rewards.
+        hyper: as for `coefficients`; only SimPO's gamma moves the curve.
+
+    Example:
+        >>> loss, slope = loss_at("dpo", torch.tensor([0.0]), beta=0.1)
+        >>> loss, slope  # log 2, and -sigmoid(-0)
+        (tensor([0.6931]), tensor([-0.5000]))
+    """
+    if objective == "sft":
+        raise ValueError("'sft' has no margin: its loss reads the chosen response alone")
+    hyper = {**hyper, "beta": 1.0}
+    zero = torch.zeros_like(margins)[:, None]  # (B, 1)
+
+    def one_token(logps: Tensor) -> TokenStats:
+        return TokenStats(logps, zero, torch.ones_like(zero, dtype=torch.bool), kl=zero, guide_logps=zero)
+
+    found = coefficients(objective, one_token(margins[:, None]), one_token(zero), **hyper)
+    return found.output.loss, found.chosen.logps[:, 0]
+
+
+def spread(
+    logratio: float, seq_kl: float, guide_rewards: Tensor, *, guide_beta: float, ref_logp: float = -2.0
+) -> TokenStats:
+    """One response given by its totals, spread evenly over its tokens: a small TokenStats to try an objective on.
+
+    Args:
+        logratio: sum_t log pi_theta - log pi_ref, nats.
+        seq_kl: sum_t KL^t, nats, >= 0.
+        guide_rewards: (T,) r_hat^t = guide_beta (log pi_hat - log pi_ref) of every token, nats; its length is the response's.
+        guide_beta: the guide's beta, > 0.
+        ref_logp: log pi_ref of every token, nats.
+
+    Returns:
+        TokenStats with (1, T) fields.
+    """
+    ref = torch.full_like(guide_rewards, ref_logp)[None]  # (1, T)
+    tokens = len(guide_rewards)
+    return TokenStats(
+        logps=ref + logratio / tokens,
+        ref_logps=ref,
+        mask=torch.ones_like(ref, dtype=torch.bool),
+        kl=torch.full_like(ref, seq_kl / tokens),
+        guide_logps=ref + guide_rewards / guide_beta,
+    )
+
+
+def _entry(objective: str) -> Objective:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]
+
+
+def _leaves(stats: TokenStats) -> TokenStats:
+    """The same statistics, log-probabilities and KL as leaves of a new graph."""
+    fresh = {
+        name: getattr(stats, name).detach().clone().requires_grad_()
+        for name in ("logps", "kl")
+        if getattr(stats, name) is not None
+    }
+    return replace(stats, **fresh)

@@ -1,0 +1,137 @@
+"""Preference pairs to leaf through: scores, gaps, and what training makes of small gaps and of large ones."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import replace
+
+import ipywidgets as w
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from tpo_lib.lab import Laboratory
+from tpo_lib.stage import Stage
+from tpo_lib.widgets.parts import interval, one_line, png
+
+UPDATES = 4
+
+
+def preference_explorer(stage: Stage) -> PreferenceExplorer:
+    """Explore a stage's pairs; build the stage with `min_gap=0`, so that small gaps are there.
+
+    Args:
+        stage: as from `pocket_stage(min_gap=0.0, max_pairs=10_000)`.
+    """
+    return PreferenceExplorer(stage)
+
+
+class PreferenceExplorer:
+    """What `preference_explorer` returns.
+
+    Attributes:
+        smallest: hide pairs whose scores differ by less; number: the pair shown; search: words in prompt or responses.
+        train_button: train DPO on the pairs below, then on those above the smallest gap, and compare.
+        histogram (PNG), count, page, result: what is shown (HTML).
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        table = stage.table
+        self._gaps = np.array(table["chosen_score"]) - np.array(table["rejected_score"])
+        wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
+        self.smallest = w.FloatSlider(0.2, min=0, max=0.9, step=0.05, description="smallest gap", **wide)
+        self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
+        self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
+        self.train_button = w.Button(description="Train on both sides of the gap", layout=w.Layout(width="260px"))
+        self.histogram = w.Image(format="png", layout=w.Layout(width="620px", min_height="240px"))
+        self.count, self.result = w.HTML(), w.HTML()
+        self.page = w.HTML(layout=w.Layout(min_height="170px"))
+        self.box = w.VBox(
+            [
+                w.HBox([self.smallest, self.search], layout=w.Layout(flex_flow="row wrap")),
+                self.histogram,
+                self.count,
+                self.number,
+                self.page,
+                self.train_button,
+                self.result,
+            ]
+        )
+        self.smallest.observe(lambda _: self._filter(), "value")
+        self.search.observe(lambda _: self._filter(), "value")
+        self.number.observe(lambda _: self._show(), "value")
+        self.train_button.on_click(lambda _: self._train())
+        self._filter()
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+
+    def _filter(self) -> None:
+        word, table = self.search.value.strip().lower(), self.stage.table
+        texts = zip(table["prompt"], table["chosen"], table["rejected"], strict=True)
+        found = [word in " ".join(row).lower() for row in texts]
+        self._kept = np.flatnonzero((self._gaps >= self.smallest.value) & np.array(found))
+        share = len(self._kept) / len(table)
+        said = f", with {html.escape(repr(word))} in them" if word else ""
+        self.count.value = (
+            f"{len(self._kept):,} of {len(table):,} pairs ({share:.0%}) differ by at least {self.smallest.value:.2f}{said}; "
+            f"median gap of all: {np.median(self._gaps):.2f}."
+        )
+        self.histogram.value = self._draw()
+        self.number.value, self.number.max = 0, max(0, len(self._kept) - 1)
+        self._show()
+
+    def _draw(self) -> bytes:
+        figure = Figure(figsize=(7, 2.7), layout="constrained")
+        axes = figure.subplots()
+        axes.hist(self._gaps, bins=np.linspace(0, 1, 41), color="#56B4E9", edgecolor="black", linewidth=0.5)
+        axes.axvline(self.smallest.value, color="black", ls="--", label=f"smallest gap {self.smallest.value:.2f}")
+        axes.set(xlabel="score of chosen minus score of rejected (0 to 1)", ylabel="pairs", xlim=(0, 1))
+        axes.legend(frameon=False)
+        return png(figure)
+
+    def _show(self) -> None:
+        if not len(self._kept):
+            self.page.value = "No pair is left: lower the smallest gap or search for another word."
+            return
+        row = self.stage.table[int(self._kept[self.number.value])]
+        parts = [f"<p><b>prompt</b> {html.escape(row['prompt'])} …</p>"]
+        for side in ("chosen", "rejected"):
+            text = one_line(row[side])
+            parts.append(f"<p><b>{side}</b>, score {row[f'{side}_score']:.3f}<br>{text}</p>")
+        parts.append(f"<p>gap {row['chosen_score'] - row['rejected_score']:.3f}</p>")
+        self.page.value = f'<div style="max-width:60em">{"".join(parts)}</div>'
+
+    def _train(self) -> None:
+        below = np.flatnonzero(self._gaps < self.smallest.value)
+        above = np.flatnonzero(self._gaps >= self.smallest.value)
+        count = min(len(below), len(above))
+        lab = Laboratory(self.stage)
+        least = lab.config("dpo", beta=0.1, alpha=0.0, lr=3e-4, updates=1).batch_size
+        if count < least:
+            self.result.value = (
+                f"{len(below)} pairs lie below and {len(above)} above {self.smallest.value:.2f}: at least {least} are needed "
+                "on either side. Move the smallest gap."
+            )
+            return
+        rows = {int(pair.row): pair for pair in self.stage.pairs}
+        lines = []
+        for words, side in (("below", below), ("at or above", above)):
+            self.result.value = f"Training on {count} pairs {words} the gap ..."
+            pairs = [rows[int(i)] for i in side[:count] if int(i) in rows]
+            lab.stage = replace(self.stage, pairs=pairs)
+            run = lab.train(lab.config("dpo", beta=0.1, alpha=0.0, lr=3e-4, updates=UPDATES), words)
+            found = {name: run.evaluation.metrics[name] for name in ("reward", "kl")}
+            lines.append(
+                f"<tr><td>{words} {self.smallest.value:.2f}</td><td>{len(pairs)}</td>"
+                + "".join(f"<td>{interval(m.as_dict())}</td>" for m in found.values())
+                + "</tr>"
+            )
+        start = lab.start.metrics["reward"]
+        self.result.value = (
+            '<table style="border-spacing:12px 2px;text-align:left"><tr><th>trained on gaps</th><th>pairs</th>'
+            "<th>reward (0 to 1)</th><th>KL(policy ‖ ref), nats</th></tr>"
+            + "".join(lines)
+            + f"</table><small>DPO, {UPDATES} updates each; start {start.mean:.2f} [{start.low:.2f}, {start.high:.2f}].</small>"
+        )
