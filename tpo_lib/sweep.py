@@ -19,7 +19,8 @@ RUNS = POCKET.parent / "runs.json"
 BETAS = (0.05, 0.1, 0.5)
 ALPHAS = (0.1, 0.3, 0.5, 1.0)
 SIMPO_BETAS = (1.0, 2.0, 4.0)  # multiply a mean over tokens, not a sum
-LR, UPDATES, HELD_OUT = 3e-4, 20, 128
+STAGE = {"train_prompts": 400, "max_pairs": 640, "held_out_prompts": 128}
+LR, UPDATES = 3e-4, 20  # once over 640 pairs
 SAMPLES = 6  # kept of each run
 DIGITS = 5  # significant ones kept of a figure
 
@@ -46,7 +47,7 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
     Raises:
         ValueError: `path` holds runs from another start.
     """
-    lab = Laboratory(pocket_stage(held_out_prompts=HELD_OUT))
+    lab = Laboratory(pocket_stage(**STAGE))
     content = json.loads(path.read_text()) if path.exists() else {"runs": []}
     start = _short(lab.start_point())
     if content.get("start", {"metrics": start})["metrics"] != start:

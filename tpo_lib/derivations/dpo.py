@@ -274,8 +274,8 @@ DPO_DERIVATION = Derivation(
         Step(
             title="The gradient",
             latex=r"\nabla L_{\mathrm{DPO}} = -\beta\, \mathbb{E}\big[\sigma(-m) \big(\nabla \log \pi(y_w|x) "
-            r"- \nabla \log \pi(y_l|x)\big)\big], \quad m = \beta \log \tfrac{\pi(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
-            r"- \beta \log \tfrac{\pi(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}",
+            r"- \nabla \log \pi(y_l|x)\big)\big], \quad m = \beta \log \frac{\pi(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
+            r"- \beta \log \frac{\pi(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}",
             words="Raise the chosen response, lower the rejected one, and weigh the pair by how wrong you still are about it. "
             "Autograd on the left, the formula on the right, logit by logit.",
             sides=gradient,

@@ -237,7 +237,7 @@ ONE_FORM = Derivation(
             sides=alpha_zero,
             source=HERE,
             implements="tpo_lib.losses.tdpo2",
-            changed=r"\alpha=0",
+            changed=r"L_{\mathrm{TDPO2}}\big|_{\alpha=0} = L_{\mathrm{TGDPO}}\big|_{\alpha=0}",
         ),
         Step(
             title="At alpha = 1 TDPO2 has TDPO1's value",

@@ -70,8 +70,8 @@ TEXTS: dict[str, dict[str, str]] = {
     },
     "preference": {
         "title": "The preference, without Z and without Q",
-        "latex": r"P(y_w \succ y_l \mid x) = \sigma(u - \delta), \quad u = \beta \log \tfrac{\pi^*(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
-        r"- \beta \log \tfrac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}, \quad \delta = \beta \operatorname{SeqKL}(x,y_l) - \beta \operatorname{SeqKL}(x,y_w)",
+        "latex": r"P(y_w \succ y_l \mid x) = \sigma(u - \delta), \quad u = \beta \log \frac{\pi^*(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
+        r"- \beta \log \frac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}, \quad \delta = \beta \operatorname{SeqKL}(x,y_l) - \beta \operatorname{SeqKL}(x,y_w)",
         "words": "V(s_0) cancels, the rest does not. u is DPO's margin, delta is new. The numbers show what happens if you "
         "use this form in a world with a discount: it fails, because its sums carry no gamma.",
         "assumption": "gamma = 1.",

@@ -15,7 +15,7 @@ TEXTS: dict[str, dict[str, str]] = {
         "assumption": "gamma = 1; the reward is a sum of token rewards.",
         "source": _TGDPO,
         "implements": "tpo_lib.world.TokenWorld.visits",
-        "changed": r"s_t \sim D_t^\pi",
+        "changed": r"\mathbb{E}_{s_t \sim D_t^\pi}",
     },
     "upper_bound": {
         "title": "Theorem 4.1: an upper bound",
@@ -34,7 +34,7 @@ TEXTS: dict[str, dict[str, str]] = {
         "token by token. The price: pi* sees only the next token's reward. It is myopic.",
         "assumption": "The state distribution D does not depend on the policy.",
         "source": _TGDPO,
-        "changed": r"s \sim D",
+        "changed": r"\mathbb{E}_{s \sim D}",
     },
     "relaxation_error": {
         "title": "What the relaxation costs",
@@ -73,8 +73,8 @@ TEXTS: dict[str, dict[str, str]] = {
     },
     "guided_preference": {
         "title": "The preference: phi and delta",
-        "latex": r"P(y_w \succ y_l \mid x) = \sigma(\varphi + \delta), \quad \varphi = \sum_t \beta f \log \tfrac{\pi^*(y_w^t|s_t^w)}{\pi_{\mathrm{ref}}(y_w^t|s_t^w)} "
-        r"- \sum_t \beta f \log \tfrac{\pi^*(y_l^t|s_t^l)}{\pi_{\mathrm{ref}}(y_l^t|s_t^l)}, \quad \delta = \sum_t \beta f \log Z(s_t^w) - \sum_t \beta f \log Z(s_t^l)",
+        "latex": r"P(y_w \succ y_l \mid x) = \sigma(\varphi + \delta), \quad \varphi = \sum_t \beta f \log \frac{\pi^*(y_w^t|s_t^w)}{\pi_{\mathrm{ref}}(y_w^t|s_t^w)} "
+        r"- \sum_t \beta f \log \frac{\pi^*(y_l^t|s_t^l)}{\pi_{\mathrm{ref}}(y_l^t|s_t^l)}, \quad \delta = \sum_t \beta f \log Z(s_t^w) - \sum_t \beta f \log Z(s_t^l)",
         "words": "Sum both rewards into Bradley-Terry. The states of the two responses differ after the first token, so their Z do "
         "not cancel. They are collected in delta, which does not contain the policy you train.",
         "assumption": "Bradley-Terry, gamma = 1, and one f for both responses.",
@@ -112,8 +112,8 @@ TEXTS: dict[str, dict[str, str]] = {
     },
     "loss": {
         "title": "The loss",
-        "latex": r"L_{\mathrm{TGDPO}} = -\mathbb{E}\Big[\log \sigma\Big(\sum_t \beta f_w \log \tfrac{\pi(y_w^t|s_t^w)}{\pi_{\mathrm{ref}}(y_w^t|s_t^w)} "
-        r"- \sum_t \beta f_l \log \tfrac{\pi(y_l^t|s_t^l)}{\pi_{\mathrm{ref}}(y_l^t|s_t^l)}\Big)\Big], \quad f_w = 1 + \alpha \hat r, \; f_l = 1 - \alpha \hat r, \; "
+        "latex": r"L_{\mathrm{TGDPO}} = -\mathbb{E}\Big[\log \sigma\Big(\sum_t \beta f_w \log \frac{\pi(y_w^t|s_t^w)}{\pi_{\mathrm{ref}}(y_w^t|s_t^w)} "
+        r"- \sum_t \beta f_l \log \frac{\pi(y_l^t|s_t^l)}{\pi_{\mathrm{ref}}(y_l^t|s_t^l)}\Big)\Big], \quad f_w = 1 + \alpha \hat r, \; f_l = 1 - \alpha \hat r, \; "
         r"\hat r = \hat\beta \log \frac{\hat\pi}{\pi_{\mathrm{ref}}}",
         "words": "Drop delta, and let a DPO model be the guide. The loss has two f, one per side, while the optimum was derived for one "
         "f: a single pi* cannot be optimal for both. The number shows the error of the probability if you pretend it is.",

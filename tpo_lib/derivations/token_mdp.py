@@ -191,7 +191,7 @@ TOKEN_MDP = Derivation(
             sides=performance_difference,
             source=MDP,
             implements="tpo_lib.world.TokenWorld.visits",
-            changed=r"s_t \sim D_t^{\pi'}",
+            changed=r"\mathbb{E}_{s_t \sim D_t^{\pi'}}",
         ),
         Step(
             title="Soft Bellman optimality",
@@ -236,7 +236,7 @@ TOKEN_MDP = Derivation(
             implements="tpo_lib.world.TokenWorld.soft_optimum",
             gamma_one=True,
             assumption="gamma = 1: the KL of whole responses is not discounted.",
-            changed=r"Q^*(s,a) - V^*(s)",
+            changed=r"e^{(Q^*(s,a) - V^*(s))/\beta}",
         ),
         Step(
             title="A token's log-ratio is its advantage",

@@ -353,9 +353,8 @@ def _weight_panel(ax: Axes, objective: str, hyper: Mapping, found: PairCoefficie
         low = [x for x, f in zip(_PLACES, weights, strict=True) if f <= floor]
         ax.bar(_PLACES, weights, 0.7, color=style_of(objective).colour, label="f")
         ax.axhline(floor, color="black", linewidth=1.5, linestyle=":")
-        ax.plot(
-            low, [floor] * len(low), linestyle="none", marker="v", color="black", markersize=9, label="on the floor"
-        )
+        look = {"linestyle": "none", "marker": "v", "color": "black", "markersize": 9, "clip_on": False}
+        ax.plot(low, [floor] * len(low), label="on the floor", **look)
         title = f"TGDPO's weight f: {len(low)} of {len(weights)} tokens on the floor {floor} (▼)"
     ax.set_ylim(0, max(2.1, 1.15 * top))
     ax.set_title(title, fontsize=FONT, y=1.0, loc="left")
