@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLOOR := .venv-floor
 
-.PHONY: setup run quick test lint lab notebooks pocket clean
+.PHONY: setup run quick test floor lint lab notebooks pocket clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,13 @@ quick: setup  ## the same in about a minute
 test: setup  ## every test, no network
 	$(BIN)/pytest
 
+floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
+	$(FLOOR)/bin/python -m pytest notebooks tests/test_widgets_*.py tests/test_lab.py
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -36,5 +44,5 @@ pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
 
 clean:  ## remove the environment and all caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(FLOOR) .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
