@@ -169,6 +169,7 @@ def test_what_is_bundled():
     facts = json.loads((models.POCKET / "provenance.json").read_text())
     assert sum(path.stat().st_size for path in models.POCKET.rglob("*") if path.is_file()) <= 20e6
     assert facts["parameters"] <= 6_000_000
+    assert facts["nats_per_token"] <= 3.75
     assert facts["start"]["reward"]["std"] >= 0.2
     assert facts["config"] == json.loads(json.dumps(vars(pocket.PocketConfig())))  # the defaults rebuild it
     assert facts["sentiment"] == json.loads(json.dumps(vars(sentiment.SentimentConfig())))
