@@ -144,6 +144,9 @@ class Exercise:
                 return Verdict("wrong", f"{_difference(got, want)}{_at(case)}")
         raise AssertionError("some case disagrees")
 
+    def __repr__(self) -> str:
+        return f"Exercise({self.name!r})"
+
     def _repr_html_(self) -> str:
         dots = "●" * self.difficulty + "○" * (5 - self.difficulty)
         folded = f"<p>{self.hints[-1]}</p>" + self._solution()
@@ -211,6 +214,9 @@ class Quiz:
 
     questions: tuple[Question, ...]
 
+    def __repr__(self) -> str:
+        return f"Quiz of {len(self.questions)} questions"
+
     def _repr_html_(self) -> str:
         parts = []
         for number, question in enumerate(self.questions, 1):
@@ -264,10 +270,10 @@ def _tensors(value: Any) -> list:
 def _unlike(got: _Observation, want: _Observation) -> str | None:
     """A sentence if the answer's results cannot be compared with the right ones."""
     if len(got.values) != len(want.values):
-        return f"Your answer holds {len(got.values)} numbers or tensors; {len(want.values)} are asked for."
+        return f"Your answer holds {len(got.values)} numbers or tensors; {len(want.values)} are asked for"
     for g, w in zip(got.values, want.values, strict=True):
         if g.shape != w.shape:
-            return f"Your answer has shape {tuple(g.shape)}; {tuple(w.shape)} is asked for."
+            return f"Your answer has shape {tuple(g.shape)}; {tuple(w.shape)} is asked for"
     return None
 
 
@@ -284,7 +290,7 @@ def _agree(got: _Observation, want: _Observation) -> bool:
 
 def _difference(got: _Observation, want: _Observation) -> str:
     if _same(got.values, want.values):
-        return "Your values are right, but not their gradient: look at what is detached and what is not."
+        return "Your values are right, but not their gradient: look at what is detached and what is not"
     g, w = next((g, w) for g, w in zip(got.values, want.values, strict=True) if not _same([g], [w]))
     place = int((g.double() - w.double()).abs().nan_to_num(torch.inf).argmax())
     return (

@@ -29,13 +29,13 @@ GUIDE_BETA = 0.1
 PAIR = ("chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl")
 SITUATIONS = {  # what the four sliders of PAIR are set to, nats
     "start: policy = reference": (0.0, 0.0, 0.0, 0.0),
-    "half-way: chosen up, rejected down": (4.0, -6.0, 2.0, 3.0),
+    "half-way through training": (4.0, -6.0, 2.0, 3.0),
     "both log-ratios go down": (-5.0, -16.0, 5.0, 11.0),
     "learned: a wide margin": (15.0, -30.0, 9.0, 18.0),
     "wrong way round": (-8.0, 8.0, 4.0, 4.0),
 }
 BY_HAND = "set by hand"
-WIDTH, HEIGHT, DPI = 9.4, 7.2, 84  # inches, dots per inch: 790 x 605 pixels
+WIDTH, HEIGHT, DPI = 9.4, 7.2, 84  # inches, dots per inch: 789 x 604 pixels
 GREY = "#555555"
 
 
@@ -123,10 +123,10 @@ class LossLab:
         self.terms = {name: t.item() for name, t in margin_terms(value["objective"], *pair, **hyper).items()}
         lines = _sentences(value, hyper, read, self.result, self.terms)
         self.alt = " ".join(lines)
-        self.text.value = f'<div role="status" style="line-height:1.5">{"<br>".join(map(escape, lines))}</div>'
         _paint(self._axes, value["objective"], hyper, self.result, self.terms)
         self._png = _png(self.figure)
         source = base64.b64encode(self._png).decode()
+        self.text.value = f'<div role="status" style="line-height:1.5">{"<br>".join(map(escape, lines))}</div>'
         self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{escape(self.alt, quote=True)}">'
 
 
@@ -174,7 +174,7 @@ def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficient
     settings = ", ".join(
         f"{symbols[n]} = {v if isinstance(v, str) else f'{v:.3g}'}" for n, v in hyper.items() if n in symbols
     )
-    state = f"log-ratio {value['chosen_logratio']:+.1f} (chosen), {value['rejected_logratio']:+.1f} (rejected) nats"
+    state = f"Log-ratio {value['chosen_logratio']:+.1f} (chosen), {value['rejected_logratio']:+.1f} (rejected) nats"
     if "chosen_kl" in read:
         state += f"; SeqKL {value['chosen_kl']:.1f} (chosen), {value['rejected_kl']:.1f} (rejected) nats"
     if "guide" in read:
@@ -182,8 +182,8 @@ def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficient
     _, slope = loss_at(value["objective"], found.margin, **hyper)
     lines = [
         f"{label}, {settings}. {state}.",
-        f"Margin {_signed(found.margin.item(), 3)} nats, loss {found.output.loss.item():.4f} nats, "
-        f"slope of the loss {_signed(slope.item(), 4)}.",
+        f"Margin {_signed(found.margin.item(), 3)} nats, loss {found.output.loss.item():.4g} nats, "
+        f"slope of the loss {slope.item():.3g}.",
         f"Coefficients on log π: chosen {_range(found.chosen.logps)}, rejected {_range(found.rejected.logps)}. "
         "Training raises what has a negative one.",
         _kl_sentence(label, found, terms),
@@ -195,7 +195,7 @@ def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficient
     share = f"{low} of {count} tokens ({low / count:.0%}) on the floor {F_FLOOR}"
     return [
         *lines,
-        f"Weights f: chosen {_range(found.chosen.weights)}, rejected {_range(found.rejected.weights)}; {share}.",
+        f"Weights f: chosen {_range(found.chosen.weights, '')}, rejected {_range(found.rejected.weights, '')}; {share}.",
     ]
 
 
@@ -215,8 +215,8 @@ def _held(found: PairCoefficients) -> bool:
     return found.chosen.kl is not None and bool(found.rejected.kl.any()) and not found.chosen.kl.any()
 
 
-def _range(values: torch.Tensor) -> str:
-    low, high = _signed(values.min().item(), 4), _signed(values.max().item(), 4)
+def _range(values: torch.Tensor, sign: str = "+") -> str:
+    low, high = (f"{end.item() + 0.0:{sign}.3g}" for end in (values.min(), values.max()))  # + 0.0: no "-0"
     return f"{low} on every token" if low == high else f"{low} to {high}"
 
 
@@ -250,6 +250,7 @@ def _canvas() -> tuple[Figure, list[Axes]]:
     tokens.set_title("coefficient of every token", fontsize=FONT, y=1.0, loc="left")
     tokens.set_ylabel("d loss / d ·", fontsize=FONT - 1)
     tokens.yaxis.set_major_locator(MaxNLocator(5))
+    tokens.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     tokens.set_xticks(_PLACES, [*CHOSEN, *REJECTED])
     weights.set_ylabel("weight f", fontsize=FONT - 1)
     cut = len(CHOSEN)
@@ -293,7 +294,7 @@ def _loss_panel(ax: Axes, objective: str, hyper: Mapping, found: PairCoefficient
     ax.plot([margin], [loss], marker=style.marker, markersize=11, color=style.colour, label="this pair")
     top = curve.max().item()
     ax.set(xlim=(-reach, reach), ylim=(-0.08 * top, 1.04 * top))
-    ax.set_title(f"{style.label}: loss {loss:.3f} nats, slope {slope:.3f}", fontsize=FONT, y=1.0)
+    ax.set_title(f"{style.label}: loss {loss:.3g} nats, slope {slope:.3g}", fontsize=FONT, y=1.0)
 
 
 def _terms_panel(ax: Axes, objective: str, found: PairCoefficients, terms: Mapping) -> None:
@@ -319,7 +320,7 @@ def _terms_panel(ax: Axes, objective: str, found: PairCoefficients, terms: Mappi
 def _token_panel(ax: Axes, objective: str, found: PairCoefficients) -> None:
     colour = style_of(objective).colour
     logps = torch.cat([found.chosen.logps[0], found.rejected.logps[0]]).tolist()
-    reach = max(1e-9, *map(abs, logps))
+    reach = max(map(abs, logps))
     if found.chosen.kl is None:
         handles = [ax.bar(_PLACES, logps, 0.7, color=colour, label="on log π")]
     else:
@@ -335,6 +336,7 @@ def _token_panel(ax: Axes, objective: str, found: PairCoefficients) -> None:
             stopped = right[: len(CHOSEN)]
             handles += ax.plot(stopped, [0.0] * len(stopped), label="on KL: 0, stop-gradient", **crosses)
     ax.axhline(0, color="black", linewidth=0.8)
+    reach = reach or 1.0  # a margin so wide that nothing pushes any more
     ax.set_ylim(-1.5 * reach, 1.5 * reach)
     corner = {"transform": ax.transAxes, "fontsize": FONT - 1, "color": GREY}
     ax.text(0.005, 0.97, "above 0: training lowers it", va="top", ha="left", **corner)

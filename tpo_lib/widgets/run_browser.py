@@ -25,7 +25,7 @@ def run_browser(path: str | Path = RUNS) -> RunBrowser:
     Raises:
         OSError: there is no such file.
     """
-    return RunBrowser(json.loads(Path(path).readone_line()))
+    return RunBrowser(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 class RunBrowser:

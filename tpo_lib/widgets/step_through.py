@@ -102,11 +102,12 @@ class StepThrough:
         rows = max(step.latex.count(NEXT_CLAIM) + 1 for step in self.derivation.steps)
         frame = {"border": "1px solid #999999", "padding": "4px 8px", "margin": "6px 0", "overflow": "auto"}
         self.equation = w.Output(layout=w.Layout(min_height=f"{52 + 52 * rows}px", **frame))  # the page does not jump
-        self.words = w.HTML(layout=w.Layout(width="54%", min_height="170px"))
-        self.facts = w.HTML(layout=w.Layout(width="44%", min_height="170px", margin="0 0 0 2%"))
-        self.verdict, self.world_text = w.HTML(), w.HTML()
-        self.measured = w.HTML(layout=w.Layout(min_height="28px", margin="0 0 0 10px"))
-        title = f"<b>{_text(self.derivation.title)}</b><br>{_text(self.derivation.question)}"
+        self.words = w.HTML(layout=w.Layout(width="54%", min_height="150px"))
+        self.facts = w.HTML(layout=w.Layout(width="44%", min_height="150px", margin="0 0 0 2%"))
+        self.verdict = w.HTML()
+        self.world_text = w.HTML(layout=w.Layout(flex="1 1 0%", margin="4px 0 0 10px"))
+        self.measured = w.HTML(layout=w.Layout(flex="1 1 0%", min_height="28px", margin="4px 0 0 10px"))
+        title = f"<div style='line-height:1.5'><b>{_text(self.derivation.title)}</b><br>{_text(self.derivation.question)}</div>"
         self.box = _Box(
             [
                 w.HTML(title),
@@ -181,7 +182,7 @@ class StepThrough:
         if self.world is not None and len(self.world.pairs.prob) > SLOW_PAIRS:
             self.verdict.value = f"<b>{place}: computing ...</b>"
         self.verdict.value = f"<b>{place}: {_text(self._residual_text(self.step))}</b>"
-        self.world_text.value = f"<span style='margin-left:10px'>{_text(self._settings())}</span>"
+        self.world_text.value = f"<div style='line-height:1.5'>{_text(self._settings())}</div>"
         more = self.step.numbers is not None or self.step.symbolic is not None
         self.measure_button.disabled = not more or not self._runs(self.step)
         self.measured.value = "" if more else "This step has no further numbers."
@@ -191,7 +192,7 @@ class StepThrough:
         lines = [f"{name} = {value:.4g}" for name, value in self.step.measure(self.world, **self._hyper()).items()]
         if self.step.symbolic is not None:
             lines.append(f"symbolically (sympy), the two sides differ by {self.step.symbolic()}")
-        self.measured.value = "<br>".join(map(_text, lines))
+        self.measured.value = f"<div style='line-height:1.5'>{'<br>'.join(map(_text, lines))}</div>"
 
     # What they say.
 

@@ -1,0 +1,24 @@
+"""Solutions of the exercises of 06_compare.ipynb."""
+
+import torch
+
+
+def bootstrap_interval(values, draws):
+    means = values[draws].mean(-1)  # (R, n) -> (R,): the mean of every resample
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))
+    return torch.stack([values.mean(), low, high])
+
+
+def paired_difference(first, second, draws):
+    # One number a prompt; what the prompt does to both has cancelled.
+    return bootstrap_interval(first - second, draws)
+
+
+def reward_at_kl(kl, reward, at):
+    order = kl.argsort()
+    kl, reward = kl[order], reward[order]
+    if not kl[0] <= at <= kl[-1]:
+        return torch.tensor(float("nan"), dtype=reward.dtype)  # never measured
+    i = int(torch.searchsorted(kl, torch.tensor(at, dtype=kl.dtype)).clamp(min=1))
+    share = (at - kl[i - 1]) / (kl[i] - kl[i - 1])
+    return reward[i - 1] + share * (reward[i] - reward[i - 1])

@@ -1,0 +1,44 @@
+"""Fixtures of the browser tests: one JupyterLab and one Chromium for all of them; see harness.py for what they offer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from harness import Lab, NotebookPage, browse, find_chromium, open_notebook, serve
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+@pytest.fixture(scope="package")
+def browser():
+    pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
+    if find_chromium() is None:
+        pytest.skip("the browser tests need a Chromium: apt-get install chromium")
+    with browse() as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="package")
+def lab(browser, tmp_path_factory) -> Iterator[Lab]:
+    root = tmp_path_factory.mktemp("course") / "notebooks"
+    shutil.copytree(NOTEBOOKS, root)
+    with serve(root, tmp_path_factory.mktemp("jupyter")) as running:
+        yield running
+
+
+@pytest.fixture
+def notebook(browser, lab) -> Iterator[Callable[..., NotebookPage]]:
+    pages = []
+
+    def show(name: str, cells: Sequence[str] | None = None, **size: int) -> NotebookPage:
+        if cells is not None:
+            lab.write(name, cells)
+        pages.append(open_notebook(browser, lab, name, **size))
+        return pages[-1]
+
+    yield show
+    for page in pages:
+        page.close()

@@ -1,0 +1,294 @@
+"""A real browser in front of a real JupyterLab: open a notebook, run it, use its widgets, see what the reader sees.
+
+The fixtures `lab` and `notebook` (conftest.py) hand this out; a test of a widget is as short as
+
+    def test_next(notebook):
+        page = notebook("name.ipynb", ["from tpo_lib import widgets", "widgets.something()"])
+        page.run_all()
+        page.click("Next")
+        page.press("beta", "ArrowRight")
+        page.wait_for_text("beta = 0.63")
+        page.screenshot(tmp_path / "after.png")
+        page.assert_clean()
+
+Fixtures
+    lab         one JupyterLab for all browser tests, serving a temporary copy of `notebooks/`; its files are never yours.
+    notebook    notebook(name, cells=None, width=1100, height=900) -> NotebookPage. With `cells` (a list of sources) the
+                notebook is written first; without, it must exist in the copy. Every page is closed after its test.
+Both skip where there is no Chromium or no playwright.
+
+NotebookPage
+    run_all(timeout)        runs all cells, waits for the kernel to be idle, raises if anything reported an error.
+    control(name, nth=0)    the focusable element of the control whose description is `name` (a slider's handle, a
+                            dropdown, an input), or the button with that text. A playwright Locator.
+    click(name)             a mouse click.
+    press(name, key, times) keys on the focused control: ArrowRight, Enter, Space, Home ...
+    choose(name, option)    an option of a dropdown, by its text.
+    text                    all text shown in the outputs, one string: what a reader can read. Typeset mathematics is
+                            not in it (see `formulas`).
+    formulas                how many formulas are typeset in the outputs now.
+    wait_for_text(text)     until it shows. wait_for_change(before): until `text` differs from `before`; returns the new one.
+    latency(action, text)   seconds from the start of `action()` until `text` shows, timed by the page itself.
+    idle()                  until the kernel has nothing left to do.
+    errors                  what went wrong so far: console, uncaught exceptions, errors the kernel sent (cells, callbacks).
+    assert_clean()          fails with those errors if there are any.
+    screenshot(path)        a picture of the notebook. `page` is the playwright page, for everything else.
+
+To look at something without pytest: `with serve(folder, scratch) as lab, browse() as chromium:` and
+`open_notebook(chromium, lab, "name.ipynb")`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nbformat
+
+if TYPE_CHECKING:  # playwright is optional: without it the tests are skipped
+    from playwright.sync_api import Browser, Locator, Page
+
+START_SECONDS = 120  # of the server, and of the page's first paint, on a busy machine
+TOKEN = "course"
+SETTINGS = {  # a kernel without a question, no news from the network
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"autoStartDefaultKernel": True},
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+}
+BENIGN = re.compile(r"ERR_INTERNET_DISCONNECTED|ERR_NAME_NOT_RESOLVED")  # without a network nothing else is wrong
+
+READY = """async () => {
+    const context = window.jupyterapp.shell.currentWidget.context;
+    await context.ready; await context.sessionContext.ready; await context.sessionContext.session.kernel.info;
+    window.kernelErrors = [];
+    context.sessionContext.session.kernel.iopubMessage.connect((_, message) => {
+        if (message.header.msg_type === "error")
+            window.kernelErrors.push(`${message.content.ename}: ${message.content.evalue}`);
+    });
+}"""
+IDLE = """() => window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === "idle" """
+# The visible text of the outputs, block by block. Formulas are left out (MathJax writes its glyphs in its own time), and of
+# a list only the choice counts. Not innerText of a copy: that would be slow enough to disturb what it measures.
+TEXT = """() => {
+    const skip = "mjx-container, .MathJax, style, script, details:not([open]) > :not(summary)", parts = [];
+    const judge = n => n.nodeType === 1 && (n.matches(skip) || n.parentNode.tagName === "SELECT") ? 2 : 1;
+    let block = null;
+    for (const area of document.querySelectorAll(".jp-OutputArea-output")) {
+        if (area.parentElement.closest(".jp-OutputArea-output")) continue;
+        const walker = document.createTreeWalker(area, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT, judge);
+        for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+            if (node.tagName === "SELECT") parts.push("\\n", node.selectedOptions[0]?.text ?? "");
+            else if (node.tagName === "INPUT" && node.checkVisibility()) parts.push("\\n", node.value);
+            else if (node.tagName === "BR") parts.push("\\n");
+            if (node.nodeType !== 3 || !node.data.trim() || !node.parentElement.checkVisibility()) continue;
+            const here = node.parentElement.closest(":not(b, i, em, strong, code, span, small, a, sub, sup)");
+            if (here !== block) parts.push("\\n");
+            parts.push(node.data.replace(/\\s+/g, " "));
+            block = here;
+        }
+    }
+    return parts.join("").trim();
+}"""
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium or Chrome on this machine, None if there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running JupyterLab: its address and the folder it serves."""
+
+    url: str
+    root: Path
+
+    def write(self, name: str, cells: Sequence[str]) -> None:
+        """Write a notebook of code cells into the served folder."""
+        document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+        document.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(document, self.root / name)
+
+
+@contextmanager
+def serve(root: Path, scratch: Path) -> Iterator[Lab]:
+    """JupyterLab on a free port, with every folder of its own below `scratch`; stopped when the block ends.
+
+    Raises:
+        RuntimeError: it did not answer in time; the message ends with its log.
+    """
+    folders = {name: scratch / name.lower() for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")}
+    environment = {f"JUPYTER_{name}": str(path) for name, path in folders.items()}
+    environment |= {f"JUPYTERLAB_{name}_DIR": str(scratch / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    environment["IPYTHONDIR"] = str(scratch / "ipython")
+    for name, content in SETTINGS.items():
+        path = scratch / "settings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={root}"]
+    command += ["--allow-root", "--expose-app-in-browser"]
+    log = scratch / "server.log"
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, env=os.environ | environment, stdout=stream, stderr=stream)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for_server(server, f"{url}/api/status?token={TOKEN}", log)
+        yield Lab(url, root)
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait_for_server(server: subprocess.Popen, address: str, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not answer within {START_SECONDS} s; its log ends:\n{log.read_text()[-2000:]}")
+
+
+@contextmanager
+def browse() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_notebook(browser: Browser, lab: Lab, name: str, *, width: int = 1100, height: int = 900) -> NotebookPage:
+    """A fresh page (its own context) with one notebook of the served folder and its kernel ready."""
+    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+    page.set_default_timeout(START_SECONDS * 1000)
+    notebook = NotebookPage(page)
+    page.on("console", notebook.note_console)
+    page.on("pageerror", lambda error: notebook.console.append(f"uncaught: {error}"))
+    page.goto(f"{lab.url}/lab/tree/{name}?token={TOKEN}&reset")
+    page.wait_for_selector("#jupyterlab-splash", state="detached")
+    page.wait_for_selector(".jp-Notebook")
+    page.evaluate("() => { if (!jupyterapp.shell.leftCollapsed) jupyterapp.shell.collapseLeft(); }")  # all width to it
+    page.evaluate(READY)
+    return notebook
+
+
+@dataclass
+class NotebookPage:
+    """One open notebook; see the module's docstring."""
+
+    page: Page
+    console: list[str] = field(default_factory=list)
+
+    def note_console(self, message) -> None:
+        if message.type == "error" and not BENIGN.search(message.text):
+            self.console.append(f"console: {message.text}")
+
+    def run_all(self, timeout: float = 300) -> None:
+        """Run every cell and wait for the last one.
+
+        Raises:
+            AssertionError: a cell failed, or the page or the kernel reported an error.
+        """
+        self.page.set_default_timeout(timeout * 1000)
+        self.page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.idle(timeout)
+        self.page.wait_for_load_state("networkidle")  # widget views and MathJax are fetched on first use
+        self.assert_clean()
+
+    def idle(self, timeout: float = 60) -> None:
+        self.page.wait_for_timeout(100)  # a message on its way has not made the kernel busy yet
+        self.page.wait_for_function(IDLE, timeout=timeout * 1000)
+
+    def control(self, name: str, nth: int = 0) -> Locator:
+        """The focusable element of a control, by its description or a button's text."""
+        quoted = json.dumps(name)
+        labelled = f".widget-inline-hbox:has(> .widget-label:text-is({quoted}))"
+        inside = ("[role=slider]", ".ui-slider-handle", "select", "textarea", "input:not([type=hidden])")
+        places = [f"{labelled} {element}:visible" for element in inside]
+        return self.page.locator(", ".join([f"button:text-is({quoted}):visible", *places])).nth(nth)
+
+    def click(self, name: str) -> None:
+        self.control(name).click()
+
+    def press(self, name: str, key: str, times: int = 1) -> None:
+        control = self.control(name)
+        control.focus()
+        for _ in range(times):
+            self.page.keyboard.press(key)
+
+    def choose(self, name: str, option: str) -> None:
+        self.control(name).select_option(label=option)
+
+    @property
+    def text(self) -> str:
+        return self.page.evaluate(TEXT)
+
+    def wait_for_text(self, text: str, timeout: float = 30) -> None:
+        self._until(lambda shown: text in shown, timeout, f"{text!r} did not show")
+
+    def wait_for_change(self, before: str, timeout: float = 30) -> str:
+        return self._until(lambda shown: shown != before, timeout, "nothing changed")
+
+    def _until(self, holds: Callable[[str], bool], timeout: float, complaint: str) -> str:
+        end = time.monotonic() + timeout
+        while not holds(shown := self.text):
+            if time.monotonic() > end:
+                raise AssertionError(f"{complaint} within {timeout} s; the outputs say:\n{shown}\n{self.errors}")
+            self.page.wait_for_timeout(50)
+        return shown
+
+    def latency(self, action: Callable[[], None], text: str, timeout: float = 30) -> float:
+        """Seconds from the start of `action` until `text`, which must not show yet, shows; timed inside the page."""
+        assert text not in self.text, f"{text!r} shows already"
+        watch = f"""text => {{ const shown = {TEXT}; const start = performance.now(); window.seen = new Promise(done => {{
+            const look = () => shown().includes(text) ? done((performance.now() - start) / 1000) : setTimeout(look, 10);
+            look(); }}); }}"""
+        self.page.evaluate(watch, text)
+        action()
+        self.wait_for_text(text, timeout)
+        return self.page.evaluate("() => window.seen")
+
+    @property
+    def formulas(self) -> int:
+        return self.page.locator(".jp-OutputArea-output mjx-container:visible").count()
+
+    @property
+    def errors(self) -> list[str]:
+        return self.console + [f"kernel: {error}" for error in self.page.evaluate("() => window.kernelErrors")]
+
+    def assert_clean(self) -> None:
+        assert not self.errors, "\n".join(self.errors)
+
+    def close(self) -> None:
+        """Shut the kernel down and close the page."""
+        self.page.evaluate("() => jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+        self.page.context.close()
+
+    def screenshot(self, path: Path, selector: str = ".jp-Notebook") -> None:
+        self.page.locator(selector).first.screenshot(path=path)
