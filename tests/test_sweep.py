@@ -60,4 +60,4 @@ def test_the_browser_shows_the_run_that_was_chosen(swept):
 
 def test_the_grid_has_no_run_twice():
     runs = list(sweep.grid())
-    assert len(set(runs)) == len(runs) == 33
+    assert len(set(runs)) == len(runs) == 30

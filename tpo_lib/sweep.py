@@ -17,10 +17,10 @@ from tpo_lib.stage import pocket_stage
 
 RUNS = POCKET.parent / "runs.json"
 BETAS = (0.05, 0.1, 0.5)
-ALPHAS = (0.1, 0.3, 0.5, 1.0)
+ALPHAS = {"dpo": (0.0,), "tdpo1": (0.0,), "tdpo2": (0.1, 0.3, 0.5, 1.0), "tgdpo": (0.5, 1.0, 2.0)}  # 0: has none
 SIMPO_BETAS = (1.0, 2.0, 4.0)  # multiply a mean over tokens, not a sum
-STAGE = {"train_prompts": 400, "max_pairs": 640, "held_out_prompts": 128}
-LR, UPDATES = 3e-4, 20  # once over 640 pairs
+STAGE = {"train_prompts": 330, "max_pairs": 512, "held_out_prompts": 96}
+LR, UPDATES = 3e-4, 16  # at most once over the pairs
 SAMPLES = 6  # kept of each run
 DIGITS = 5  # significant ones kept of a figure
 
@@ -28,10 +28,8 @@ DIGITS = 5  # significant ones kept of a figure
 def grid() -> Iterator[tuple[str, float, float]]:
     """(objective, beta, alpha) of every run; alpha is 0 where the objective has none."""
     for beta in BETAS:
-        for objective in ("dpo", "tdpo1"):
-            yield objective, beta, 0.0
-        for alpha in ALPHAS:
-            for objective in ("tdpo2", "tgdpo"):
+        for objective, alphas in ALPHAS.items():
+            for alpha in alphas:
                 yield objective, beta, alpha
     for beta in SIMPO_BETAS:
         yield "simpo", beta, 0.0
