@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from harness import Lab, NotebookPage, browse, find_chromium, open_notebook, serve
+
+from browser.harness import Lab, NotebookPage, browse, find_chromium, open_notebook, serve
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.fixture(scope="package")
 def browser():
-    pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
-    if find_chromium() is None:
-        pytest.skip("the browser tests need a Chromium: apt-get install chromium")
+    for missing, needed in (
+        (importlib.util.find_spec("playwright") is None, "playwright: pip install playwright"),
+        (find_chromium() is None, "a Chromium: apt-get install chromium"),
+    ):
+        if missing:
+            (pytest.fail if "TPO_REQUIRE_BROWSER" in os.environ else pytest.skip)(f"the browser tests need {needed}")
     with browse() as chromium:
         yield chromium
 

@@ -12,10 +12,11 @@ The fixtures `lab` and `notebook` (conftest.py) hand this out; a test of a widge
         page.assert_clean()
 
 Fixtures
-    lab         one JupyterLab for all browser tests, serving a temporary copy of `notebooks/`; its files are never yours.
+    lab         one JupyterLab for all tests of this folder, serving a temporary copy of `notebooks/`; its files are never yours.
     notebook    notebook(name, cells=None, width=1100, height=900) -> NotebookPage. With `cells` (a list of sources) the
                 notebook is written first; without, it must exist in the copy. Every page is closed after its test.
-Both skip where there is no Chromium or no playwright.
+Both skip where there is no Chromium or no playwright. The browser is closed before the tests of other folders go on:
+playwright keeps an event loop in the thread, which notebooks under nbval need for themselves.
 
 NotebookPage
     run_all(timeout)        runs all cells, waits for the kernel to be idle, raises if anything reported an error.

@@ -38,13 +38,14 @@ class BeforeAfter:
             value=lab.stage.held_out_prompts[0],
             options=list(dict.fromkeys(lab.stage.held_out_prompts)),
             description="prompt",
+            placeholder="type the beginning of a review, or choose one",
             ensure_option=False,
             **wide,
         )
         self.seed = w.IntSlider(0, min=0, max=99, description="seed", continuous_update=False, **wide)
         self.sample_button = w.Button(description="Sample", icon="random", button_style="primary")
         self.refresh_button = w.Button(description="Reread runs", icon="refresh")
-        self.page = w.HTML(layout=w.Layout(min_height="240px"))
+        self.page = w.HTML(layout=w.Layout(min_height="430px"))
         self.box = w.VBox(
             [
                 w.HBox([self.left, self.right], layout=w.Layout(flex_flow="row wrap")),
@@ -73,8 +74,18 @@ class BeforeAfter:
         if not prompt.strip():
             self.page.value = "The prompt is empty: type the beginning of a review."
             return
-        columns = [self._column(name, prompt) for name in (self.left.value, self.right.value)]
-        self.page.value = f'<div style="display:flex;gap:24px">{"".join(columns)}</div>'
+        self.sample_button.disabled = True
+        try:
+            columns = [self._column(name, prompt) for name in (self.left.value, self.right.value)]
+        finally:
+            self.sample_button.disabled = False
+        said = (
+            f"Seed {self.seed.value}: {SAMPLES} samples of at most {self.lab.stage.config.max_new_tokens} tokens each."
+        )
+        self.page.value = (
+            f'<div style="max-width:912px;line-height:1.5">{said}'
+            f'<div style="display:flex;gap:24px">{"".join(columns)}</div></div>'
+        )
 
     def _column(self, name: str, prompt: str) -> str:
         stage = self.lab.stage

@@ -66,7 +66,7 @@ class LossLab:
             rejected_logratio, chosen_kl, rejected_kl.
         result, terms: the PairCoefficients and the `margin_terms` that are shown.
         figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
-        text: the HTML widget that says all numbers.
+        text: the HTML widget that says all numbers; alt: the same as plain text.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,8 @@ class LossLab:
         self._png = _png(self.figure)
         source = base64.b64encode(self._png).decode()
         self.text.value = f'<div role="status" style="line-height:1.5">{"<br>".join(map(escape, lines))}</div>'
-        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{escape(self.alt, quote=True)}">'
+        alt = escape(self.alt, quote=True)
+        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="max-width:100%">'
 
 
 _COLUMNS = (

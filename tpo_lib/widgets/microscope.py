@@ -23,6 +23,7 @@ QUANTITIES = {  # name: (what it is, unit)
     "coefficient": ("d loss / d log π_θ: negative is pushed up", ""),
     "KL coefficient": ("d loss / d KL: negative is pushed up", ""),
 }
+LINE = 110  # characters that surely fit beside a label
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
 
 
@@ -61,6 +62,7 @@ class TokenMicroscope:
     def __init__(self, stage: Stage, policies, guide, fixed: dict) -> None:
         self.stage, self.policies, self.guide, self.fixed = stage, dict(policies), guide, fixed
         self._stats: dict = {}
+        self._busy = False
         wide = {"style": {"description_width": "80px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
         self.pair = w.IntSlider(0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", **wide)
         self.quantity = w.Dropdown(
@@ -69,8 +71,9 @@ class TokenMicroscope:
         self.beta = w.FloatLogSlider(0.1, min=-2, max=1, step=0.1, description="beta", readout_format=".2g", **wide)
         self.alpha = w.FloatSlider(0.5, min=0, max=2, step=0.1, description="alpha", **wide)
         self.token = w.IntSlider(0, min=0, max=1, description="token", **wide)
-        self.page = w.HTML(layout=w.Layout(min_height="260px"))
-        self.facts, self.numbers = w.HTML(), w.HTML(layout=w.Layout(min_height="120px"))
+        self.page = w.HTML(layout=w.Layout(min_height=self._tallest()))
+        self.facts = w.HTML(layout=w.Layout(min_height="48px"))
+        self.numbers = w.HTML(layout=w.Layout(min_height=f"{24 * (len(self.policies) + 1)}px"))
         self.box = w.VBox(
             [
                 w.HBox([self.pair, self.quantity], layout=w.Layout(flex_flow="row wrap")),
@@ -83,11 +86,18 @@ class TokenMicroscope:
         )
         for control in (self.pair, self.quantity, self.beta, self.alpha):
             control.observe(lambda _: self._draw(), "value")
-        self.token.observe(lambda _: self._show_numbers(), "value")
+        self.token.observe(lambda _: self._show_page(), "value")
         self._draw()
 
     def _ipython_display_(self) -> None:
         display(self.box)
+
+    def _tallest(self) -> str:
+        """Room for the longest pair, so that the page does not jump from one pair to the next."""
+        decode = self.stage.tokenizer.decode
+        sides = [(decode(pair.chosen_ids), decode(pair.rejected_ids)) for pair in self.stage.held_out_pairs]
+        lines = max(sum(-(-len(text) // LINE) for text in texts) for texts in sides)
+        return f"{140 + 26 * lines * (len(self.policies) + 1)}px"
 
     def _values(self) -> dict[str, dict[str, torch.Tensor | None]]:
         """{objective: {quantity: (T_w + T_l,) over chosen then rejected tokens}}."""
@@ -125,10 +135,29 @@ class TokenMicroscope:
         self._found = self._values()
         credits = [self.stage.reward.token_credit(torch.tensor(ids)) for ids in (pair.chosen_ids, pair.rejected_ids)]
         self._credit = torch.cat(credits)
+        self.facts.value = (
+            '<div style="line-height:1.5;max-width:912px">'
+            f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; "
+            + "; ".join(
+                f"{plots.style_of(name).label}: margin {margin:.3f}, loss {loss:.3f} nats"
+                for name, (margin, loss) in self._margins.items()
+            )
+            + ".</div>"
+        )
+        self._busy = True  # a shorter pair moves the token, which shows the page
+        self.token.max = len(self._ids) - 1
+        self._busy = False
+        self._show_page()
+
+    def _show_page(self) -> None:
+        if self._busy:
+            return
+        pair = self.stage.held_out_pairs[self.pair.value]
         words, unit = QUANTITIES[self.quantity.value]
         rows = {plots.style_of(name).label: values[self.quantity.value] for name, values in self._found.items()}
         largest = max((float(v.abs().max()) for v in rows.values() if v is not None), default=0.0)
-        parts = [f"<p><b>prompt</b> {html.escape(self.stage.tokenizer.decode(pair.prompt_ids))} …</p>"]
+        prompt = self.stage.tokenizer.decode(pair.prompt_ids, skip_special_tokens=True)
+        parts = [f"<p style='margin:0'><b>prompt</b> {html.escape(prompt)} …</p>"]
         for side, where in (("chosen", slice(0, self._cut)), ("rejected", slice(self._cut, None))):
             parts.append(f"<p style='margin:6px 0 0'><b>{side}</b></p>")
             parts.append(self._row("true credit", self._credit, float(self._credit.abs().max()), where))
@@ -136,26 +165,18 @@ class TokenMicroscope:
         legend = (
             f"Colour: {words}, full colour = {largest:.3g} {unit}; true credit of the reward: full colour = "
             f"{float(self._credit.abs().max()):.3g} nats of log-odds. Blue with a solid line is positive, orange with a "
-            "dashed line negative. Hover over a token, or move the slider, for its numbers."
+            "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
         )
-        self.page.value = "".join(parts) + f"<p><small>{legend}</small></p>"
-        self.facts.value = (
-            f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; "
-            + "; ".join(
-                f"{plots.style_of(name).label}: margin {margin:.3f}, loss {loss:.3f} nats"
-                for name, (margin, loss) in self._margins.items()
-            )
-            + "."
-        )
-        self.token.max = len(self._ids) - 1
-        self._show_numbers()
+        legend = f"<p style='margin:6px 0'><small>{legend}</small></p>"
+        self.page.value = f'<div style="line-height:1.5;max-width:912px">{"".join(parts)}{legend}</div>'
+        self.numbers.value = f'<div style="line-height:1.5">{self._text(self.token.value, "<br>")}</div>'
 
     def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice) -> str:
-        head = f'<span style="display:inline-block;width:7.5em"><small>{label}</small></span>'
+        head = f'<span style="display:inline-block;width:7.5em;text-indent:0"><small>{label}</small></span>'
         if values is None:
             return f'<div style="line-height:2">{head}<i>this objective has none</i></div>'
         spans = [
-            _span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"))
+            _span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"), framed=i == self.token.value)
             for i in range(*where.indices(len(self._pieces)))
         ]
         return f'<div style="line-height:2;padding-left:7.5em;text-indent:-7.5em">{head}{"".join(spans)}</div>'
@@ -168,16 +189,14 @@ class TokenMicroscope:
             lines.append(f"{plots.style_of(name).label}: {', '.join(numbers)}")
         return separator.join(html.escape(line, quote=True) for line in lines)
 
-    def _show_numbers(self) -> None:
-        self.numbers.value = self._text(self.token.value, "<br>")
 
-
-def _span(piece: str, value: float, largest: float, title: str) -> str:
+def _span(piece: str, value: float, largest: float, title: str, *, framed: bool) -> str:
     share = min(1.0, abs(value) / largest) if largest else 0.0
     red, green, blue = POSITIVE if value >= 0 else NEGATIVE
     line = "solid" if value >= 0 else "dashed"
+    frame = "outline:2px solid black;" if framed else ""
     return (
         f'<span title="{title}" style="background:rgba({red},{green},{blue},{0.55 * share:.2f});'
         f"border-bottom:2px {line} rgba({red},{green},{blue},{share:.2f});"
-        f'white-space:pre-wrap;text-indent:0">{html.escape(piece)}</span>'
+        f'{frame}white-space:pre-wrap">{html.escape(piece)}</span>'
     )

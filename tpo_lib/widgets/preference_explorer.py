@@ -9,8 +9,11 @@ import ipywidgets as w
 import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from tpo_lib.config import PRESETS
 from tpo_lib.lab import Laboratory
+from tpo_lib.plots import GRID
 from tpo_lib.stage import Stage
 from tpo_lib.widgets.parts import interval, one_line, png
 
@@ -44,9 +47,10 @@ class PreferenceExplorer:
         self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
         self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
         self.train_button = w.Button(description="Train on both sides of the gap", layout=w.Layout(width="260px"))
-        self.histogram = w.Image(format="png", layout=w.Layout(width="620px", min_height="240px"))
-        self.count, self.result = w.HTML(), w.HTML()
-        self.page = w.HTML(layout=w.Layout(min_height="170px"))
+        self.histogram = w.Image(format="png", layout=w.Layout(width="620px", min_height="239px"))
+        self.count = w.HTML(layout=w.Layout(min_height="28px"))
+        self.result = w.HTML(layout=w.Layout(min_height="110px"))
+        self.page = w.HTML(layout=w.Layout(min_height="200px"))
         self.box = w.VBox(
             [
                 w.HBox([self.smallest, self.search], layout=w.Layout(flex_flow="row wrap")),
@@ -85,6 +89,10 @@ class PreferenceExplorer:
     def _draw(self) -> bytes:
         figure = Figure(figsize=(7, 2.7), layout="constrained")
         axes = figure.subplots()
+        axes.grid(**GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.hist(self._gaps, bins=np.linspace(0, 1, 41), color="#56B4E9", edgecolor="black", linewidth=0.5)
         axes.axvline(self.smallest.value, color="black", ls="--", label=f"smallest gap {self.smallest.value:.2f}")
         axes.set(xlabel="score of chosen minus score of rejected (0 to 1)", ylabel="pairs", xlim=(0, 1))
@@ -96,26 +104,39 @@ class PreferenceExplorer:
             self.page.value = "No pair is left: lower the smallest gap or search for another word."
             return
         row = self.stage.table[int(self._kept[self.number.value])]
-        parts = [f"<p><b>prompt</b> {html.escape(row['prompt'])} …</p>"]
+        parts = [
+            f"<p style='margin:0'>Pair {self.number.value} of 0 to {self.number.max}: "
+            f"gap {row['chosen_score'] - row['rejected_score']:.3f}</p>"
+        ]
+        parts += [f"<p><b>prompt</b> {html.escape(row['prompt'])} …</p>"]
         for side in ("chosen", "rejected"):
             text = one_line(row[side])
             parts.append(f"<p><b>{side}</b>, score {row[f'{side}_score']:.3f}<br>{text}</p>")
-        parts.append(f"<p>gap {row['chosen_score'] - row['rejected_score']:.3f}</p>")
-        self.page.value = f'<div style="max-width:60em">{"".join(parts)}</div>'
+        self.page.value = f'<div style="max-width:60em;line-height:1.5">{"".join(parts)}</div>'
 
     def _train(self) -> None:
+        self.train_button.disabled = True
+        try:
+            self._compare()
+        except Exception as error:  # a callback's error is not shown in the page by itself
+            self.result.value = f"<b>It failed: {html.escape(f'{type(error).__name__}: {error}')}</b>"
+            raise
+        finally:
+            self.train_button.disabled = False
+
+    def _compare(self) -> None:
         below = np.flatnonzero(self._gaps < self.smallest.value)
         above = np.flatnonzero(self._gaps >= self.smallest.value)
         count = min(len(below), len(above))
-        lab = Laboratory(self.stage)
-        least = lab.config("dpo", beta=0.1, alpha=0.0, lr=3e-4, updates=1).batch_size
+        least = PRESETS["pocket"].train.batch_size
         if count < least:
             self.result.value = (
                 f"{len(below)} pairs lie below and {len(above)} above {self.smallest.value:.2f}: at least {least} are needed "
                 "on either side. Move the smallest gap."
             )
             return
-        rows = {int(pair.row): pair for pair in self.stage.pairs}
+        self.result.value = "Evaluating the start ..."
+        lab, rows = Laboratory(self.stage), {int(pair.row): pair for pair in self.stage.pairs}
         lines = []
         for words, side in (("below", below), ("at or above", above)):
             self.result.value = f"Training on {count} pairs {words} the gap ..."
@@ -130,7 +151,7 @@ class PreferenceExplorer:
             )
         start = lab.start.metrics["reward"]
         self.result.value = (
-            '<table style="border-spacing:12px 2px;text-align:left"><tr><th>trained on gaps</th><th>pairs</th>'
+            '<table style="border-spacing:12px 2px;text-align:left;line-height:1.5"><tr><th>trained on gaps</th><th>pairs</th>'
             "<th>reward (0 to 1)</th><th>KL(policy ‖ ref), nats</th></tr>"
             + "".join(lines)
             + f"</table><small>DPO, {UPDATES} updates each; start {start.mean:.2f} [{start.low:.2f}, {start.high:.2f}].</small>"

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import ipywidgets as w
 from IPython.display import display
+from matplotlib.figure import Figure
 
 from tpo_lib import plots
 from tpo_lib.sweep import RUNS
 from tpo_lib.widgets.parts import interval, one_line, png
 
 SHOWN = 3
+WIDE = (11.4, 4.0)  # inches, at 80 dots per inch: 912 x 320 pixels, which fits a notebook 1100 pixels wide
+PANELS = [(0.085 + 0.325 * i, 0.235, 0.24, 0.725) for i in range(3)]  # left, bottom, width, height: shares of a figure
+PLANE = [(0.13, 0.275, 0.845, 0.7)]
 
 
 def run_browser(path: str | Path = RUNS) -> RunBrowser:
@@ -46,29 +50,40 @@ class RunBrowser:
         )
         self.beta = w.SelectionSlider(options=[0.0], description="beta", continuous_update=False, **wide)
         self.alpha = w.SelectionSlider(options=[0.0], description="alpha", continuous_update=False, **wide)
-        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="330px"))
-        self.curve = w.Image(format="png", layout=w.Layout(width="900px", min_height="300px"))
-        self.facts, self.samples = w.HTML(), w.HTML(layout=w.Layout(min_height="150px"))
+        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="336px"))
+        self.curve = w.Image(format="png", layout=w.Layout(width="912px", min_height="320px"))
+        self.facts = w.HTML(layout=w.Layout(min_height="48px"))
+        self.samples = w.HTML(layout=w.Layout(min_height="290px"))
         self.box = w.VBox([self.objective, self.beta, self.alpha, self.facts, self.points, self.curve, self.samples])
         self._busy = False
         self.objective.observe(lambda _: self._options(), "value")
-        for control in (self.beta, self.alpha):
-            control.observe(lambda _: self._draw(), "value")
+        self.beta.observe(lambda _: self._alphas(), "value")
+        self.alpha.observe(lambda _: self._draw(), "value")
         self._options()
 
     def _ipython_display_(self) -> None:
         display(self.box)
 
     def _options(self) -> None:
-        self._busy = True
         self._mine = [run for run in self.content["runs"] if run["objective"] == self.objective.value]
-        for control, key in ((self.beta, "beta"), (self.alpha, "alpha")):
-            before, values = control.value, sorted({run[key] for run in self._mine})
-            control.options = values
-            control.value = before if before in values else values[len(values) // 2]
+        self._offer(self.beta, {run["beta"] for run in self._mine})
+        self._alphas()
+
+    def _alphas(self) -> None:
+        if self._busy:
+            return
+        # A sweep that has not ended yet holds fewer alphas for its last beta.
+        self._offer(self.alpha, {run["alpha"] for run in self._mine if run["beta"] == self.beta.value})
         self.alpha.disabled = len(self.alpha.options) == 1
-        self._busy = False
         self._draw()
+
+    def _offer(self, control: w.SelectionSlider, values: set[float]) -> None:
+        """Let a control step through values, without drawing; the one it is at stays if it can."""
+        before, options = control.value, sorted(values)
+        self._busy = True
+        control.options = options
+        control.value = before if before in values else options[len(options) // 2]
+        self._busy = False
 
     def _draw(self) -> None:
         if self._busy:
@@ -78,18 +93,21 @@ class RunBrowser:
         name, start = self.objective.value, self.content["start"]["metrics"]
         label, metrics = plots.style_of(name).label, self.run["metrics"]
         said = f"{label}, beta {wanted[0]:g}" + ("" if self.alpha.disabled else f", alpha {wanted[1]:g}")
-        self.facts.value = (
+        facts = (
             f"<b>{said}</b>: reward {interval(metrics['reward'])} from {interval(start['reward'])}, "
             f"KL(policy ‖ reference) {interval(metrics['kl'])} nats, "
             f"SeqKL chosen {metrics['seqkl_chosen']['mean']:.1f}, rejected {metrics['seqkl_rejected']['mean']:.1f} nats, "
             f"entropy {metrics['entropy']['mean']:.2f} nats a token ({start['entropy']['mean']:.2f} at the start)."
         )
         others = [run for run in self.content["runs"] if run is not self.run]
-        self.points.value = png(plots.highlight(others, self.run, start))
-        self.curve.value = png(plots.training({name: self.run["training"]}))
+        points = png(still(plots.highlight(others, self.run, start), PLANE))
+        curve = png(still(plots.training({name: self.run["training"]}), PANELS, WIDE))
+        # All at once: a reader who looks at the text and then at the pictures sees the same run.
+        self.facts.value = f'<div style="line-height:1.5;max-width:912px">{facts}</div>'
+        self.points.value, self.curve.value = points, curve
         pairs = zip(self.content["start"]["samples"], self.run["samples"], strict=True)
         self.samples.value = (
-            '<div style="max-width:60em">'
+            '<div style="max-width:60em;line-height:1.5">'
             + "".join(
                 f"<p><b>{html.escape(a['prompt'])}</b> …<br>start ({a['reward']:.2f}): {one_line(a['text'])}<br>"
                 f"{label} ({b['reward']:.2f}): {one_line(b['text'])}</p>"
@@ -97,3 +115,19 @@ class RunBrowser:
             )
             + "</div>"
         )
+
+
+def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
+    """The figure with its panels at fixed places: they stay where they are when the numbers change, and laying them out
+    anew, which is half of the time of drawing, falls away.
+
+    Args:
+        boxes: (left, bottom, width, height) of every panel, shares of the figure.
+        size: width and height, inches.
+    """
+    figure.set_layout_engine(None)  # not "none", which draws twice when it saves
+    if size is not None:
+        figure.set_size_inches(*size)
+    for ax, box in zip(figure.axes, boxes, strict=True):
+        ax.set_position(box)
+    return figure

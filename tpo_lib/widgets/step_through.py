@@ -101,7 +101,7 @@ class StepThrough:
         self.measure_button = w.Button(description="Measure", icon="flask", layout=w.Layout(width="120px"))
         rows = max(step.latex.count(NEXT_CLAIM) + 1 for step in self.derivation.steps)
         frame = {"border": "1px solid #999999", "padding": "4px 8px", "margin": "6px 0", "overflow": "auto"}
-        self.equation = w.Output(layout=w.Layout(min_height=f"{52 + 52 * rows}px", **frame))  # the page does not jump
+        self.equation = w.Output(layout=w.Layout(min_height=f"{50 + 45 * rows}px", **frame))  # the page does not jump
         self.words = w.HTML(layout=w.Layout(width="54%", min_height="150px"))
         self.facts = w.HTML(layout=w.Layout(width="44%", min_height="150px", margin="0 0 0 2%"))
         self.verdict = w.HTML()

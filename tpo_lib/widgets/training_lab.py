@@ -13,6 +13,7 @@ from tpo_lib import plots
 from tpo_lib.lab import Laboratory, Run
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.widgets.parts import interval, one_line, png
+from tpo_lib.widgets.run_browser import PANELS, WIDE, still
 
 SHOWN = 3  # samples of a run
 
@@ -42,8 +43,10 @@ class TrainingLab:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stop = threading.Event()
+        self._stage = ""  # what the run is at, in words
         self._build()
         self._settings_changed()
+        self._draw_curve([], self.objective.value, self.updates.value)
         self._runs_changed()
 
     # Layout.
@@ -64,15 +67,15 @@ class TrainingLab:
         self.train_button = w.Button(description="Train", icon="play", button_style="primary")
         self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
         self.bar = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="260px"))
-        self.status = w.HTML("Ready.")
-        self.curve = w.Image(format="png", layout=w.Layout(width="900px", min_height="300px"))
-        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="330px"))
-        self.table, self.samples = w.HTML(), w.HTML(layout=w.Layout(min_height="120px"))
+        self.status = w.HTML("Ready: set the controls and press Train.", layout=w.Layout(min_height="28px"))
+        self.curve = w.Image(format="png", layout=w.Layout(width="912px", min_height="320px"))
+        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="336px"))
+        self.table, self.samples = w.HTML(), w.HTML(layout=w.Layout(min_height="290px"))
         self.chosen = w.Dropdown(description="run", options=[], style=wide["style"], layout=wide["layout"])
         self.new_name = w.Text(description="new name", **wide)
         self.rename_button = w.Button(description="Rename")
         self.remove_button = w.Button(description="Remove")
-        self.export_button = w.Button(description="Export")
+        self.export_button = w.Button(description="Export all", icon="download")
         self.box = w.VBox(
             [
                 w.HBox(
@@ -85,8 +88,8 @@ class TrainingLab:
                 w.HBox([self.train_button, self.stop_button, self.bar]),
                 self.status,
                 self.curve,
-                self.table,
                 self.points,
+                self.table,  # below the pictures: it grows with every run
                 w.HBox([self.chosen, self.remove_button, self.export_button]),
                 w.HBox([self.new_name, self.rename_button]),
                 self.samples,
@@ -94,7 +97,7 @@ class TrainingLab:
         )
         self.objective.observe(lambda _: self._settings_changed(), "value")
         self.train_button.on_click(lambda _: self._train())
-        self.stop_button.on_click(lambda _: self._stop.set())
+        self.stop_button.on_click(lambda _: self._halt())
         self.chosen.observe(lambda _: self._show_samples(), "value")
         self.rename_button.on_click(lambda _: self._rename())
         self.remove_button.on_click(lambda _: self._remove())
@@ -123,47 +126,74 @@ class TrainingLab:
         if name in self.lab.runs:
             self._say(f"There is a run {name!r} already: choose another name, or remove that one.")
             return
-        config = self.lab.config(
-            self.objective.value,
-            beta=self.beta.value,
-            alpha=self.alpha.value,
-            lr=self.lr.value,
-            updates=self.updates.value,
-        )
+        self._error = None
+        try:
+            config = self.lab.config(
+                self.objective.value,
+                beta=self.beta.value,
+                alpha=self.alpha.value,
+                lr=self.lr.value,
+                updates=self.updates.value,
+            )
+        except Exception as error:
+            self._failed(error)
+            return
         self._stop.clear()
         self.bar.value, self.bar.max = 0, config.max_steps
         self.train_button.disabled, self.stop_button.disabled = True, False
+        self._draw_curve([], config.loss_type, config.max_steps)
         self._thread = threading.Thread(target=self._work, args=(config, name), daemon=True)
         self._thread.start()
 
     def _work(self, config, name: str | None) -> None:
         """In a thread of its own, so that the kernel stays free to hear the Stop button."""
         try:
-            run = self.lab.train(
-                config, name, on_log=self._logged, on_stage=lambda words: self._say(f"Now {words} ...")
-            )
+            run = self.lab.train(config, name, on_log=self._logged, on_stage=self._next_stage)
             if not run.updates:
-                self._say("Stopped before the first update: nothing was kept.")
+                self._say("Stopped before its own first update: nothing was kept.")
             else:
                 made = next(key for key, value in self.lab.runs.items() if value is run)
                 how = "stopped" if run.stopped else "finished"
                 self._say(f"{made}: {how} after {run.updates} of {config.max_steps} updates.")
                 self._runs_changed(select=made)
         except BaseException as error:  # shown here, raised again by wait()
-            self._error = error
-            self._say(f"The run failed: {type(error).__name__}: {error}")
+            self._failed(error)
         finally:
             self.train_button.disabled, self.stop_button.disabled = False, True
+
+    def _next_stage(self, words: str) -> None:
+        self._stage = words[0].upper() + words[1:]
+        self.stop_button.disabled = self._stop.is_set() or words.startswith("evaluating")  # which is short
+        self._say(f"{self._stage} ...")
 
     def _logged(self, run: Run) -> bool:
         self.bar.value = run.updates
         row = run.rows[-1]
-        self.status.value = (
-            f"update {run.updates} of {run.config.max_steps}: loss {row['loss']:.3f} nats, "
-            f"margin {row['rewards/margins']:.3f}, accuracy {row['rewards/accuracies']:.2f}"
-        )
-        self.curve.value = png(plots.training({run.config.loss_type: run.rows}))
+        if not self._stop.is_set():
+            self._say(
+                f"{self._stage}, update {run.updates} of {run.config.max_steps}: loss {row['loss']:.3f} nats, "
+                f"margin {row['rewards/margins']:.3f} nats, accuracy {row['rewards/accuracies']:.2f}"
+            )
+        self._draw_curve(run.rows, run.config.loss_type, run.config.max_steps)
         return self._stop.is_set()
+
+    def _halt(self) -> None:
+        self._stop.set()
+        self.stop_button.disabled = True
+        self._say("Stopping after this update ...")
+
+    def _failed(self, error: BaseException) -> None:
+        self._error = error
+        words = html.escape(f"The run failed: {type(error).__name__}: {error}")
+        self.status.value = (
+            f'<div role="alert" style="line-height:1.5;max-width:912px;color:#A00000"><b>{words}</b></div>'
+        )
+
+    def _draw_curve(self, rows: list[dict], objective: str, updates: int) -> None:
+        figure = still(plots.training({objective: rows}), PANELS, WIDE)
+        for ax in figure.axes:
+            ax.set_xlim(0.5, updates + 0.5)  # the whole run from its first update on: nothing moves but the curve
+        self.curve.value = png(figure)
 
     def _say(self, words: str) -> None:
         self.status.value = html.escape(words)
@@ -200,7 +230,8 @@ class TrainingLab:
             for title in ("run", "settings", "length", "reward (0 to 1)", "judge (0 to 1)", "KL(policy ‖ ref), nats")
         )
         return (
-            f'<table class="tpo-runs" style="border-spacing:12px 2px;text-align:left"><tr>{head}</tr>{body}</table>'
+            '<table class="tpo-runs" style="border-spacing:12px 2px;text-align:left;line-height:1.5">'
+            f"<tr>{head}</tr>{body}</table>"
             "<small>Means on the held-out prompts with 95% bootstrap intervals.</small>"
         )
 
@@ -215,7 +246,7 @@ class TrainingLab:
                 f"<p><b>{html.escape(before.prompt)}</b> …<br>start ({before.reward:.2f}): {one_line(before.text)}<br>"
                 f"{html.escape(self.chosen.value)} ({after.reward:.2f}): {one_line(after.text)}</p>"
             )
-        self.samples.value = f'<div style="max-width:60em">{"".join(parts)}</div>'
+        self.samples.value = f'<div style="max-width:60em;line-height:1.5">{"".join(parts)}</div>'
 
     def _rename(self) -> None:
         old, new = self.chosen.value, self.new_name.value.strip()
@@ -235,4 +266,6 @@ class TrainingLab:
         self._runs_changed()
 
     def _export(self) -> None:
-        self._say(f"{len(self.lab.runs)} runs written to {self.lab.save(self.folder / 'training_lab.json')}.")
+        count = len(self.lab.runs)
+        path = self.lab.save(self.folder / "training_lab.json")
+        self._say(f"{count} run{'s' if count > 1 else ''} written to {path}.")
