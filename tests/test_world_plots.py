@@ -344,3 +344,17 @@ def test_text_is_legible_and_no_pyplot_state_is_used():
         shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
         assert shown
         assert min(text.get_fontsize() for text in shown) >= 10
+
+
+def test_the_front_goes_on_where_a_beta_is_met_twice_but_for_rounding():
+    world = TokenWorld(3, 2, seed=0, num_prompts=2)
+    betas = [5.0, 2.0, 0.4]
+    (ax,) = world_plots.pareto(world, betas, {"far": world.soft_optimum(0.05)[1]}).axes
+    front = max(ax.lines, key=lambda line: len(line.get_xdata()))
+    kl, value = front.get_xdata(), front.get_ydata()
+    there = [
+        (k, v)
+        for k, v in zip(kl, value, strict=True)
+        if k > world_plots.kl_and_return(world, world.soft_optimum(0.4)[1])[0] + 1e-3
+    ]
+    assert len({round(v, 6) for _, v in there}) > 3  # it rises, it is not one flat line

@@ -183,10 +183,13 @@ def _front(world: TokenWorld, betas: Sequence[float], furthest: float) -> list[t
     fine = 30 * betas[0] * (betas[-1] / (30 * betas[0])) ** steps  # the front is steep near pi_ref
     front = [kl_and_return(world, world.ref_logps)]
     front += [optimum(beta) for beta in sorted({*betas, *fine.tolist()}, reverse=True)]
-    beta, end = betas[-1], 1.08 * max(furthest, front[-1][0])
-    while front[-1][0] < end and front[-1][0] - front[-2][0] > 1e-6:
+    beta, end, gain = betas[-1], 1.08 * max(furthest, front[-1][0]), torch.inf
+    while (
+        front[-1][0] < end and gain > 1e-6
+    ):  # the gain of this loop's steps: two betas above may be equal but for rounding
         beta /= 1.1
         front.append(optimum(beta))
+        gain = front[-1][0] - front[-2][0]
     if front[-1][0] < end:  # the best return there is: more KL buys nothing
         front.append((end, front[-1][1]))
     return front
