@@ -198,5 +198,5 @@ def _span(piece: str, value: float, largest: float, title: str, *, framed: bool)
     return (
         f'<span title="{title}" style="background:rgba({red},{green},{blue},{0.55 * share:.2f});'
         f"border-bottom:2px {line} rgba({red},{green},{blue},{share:.2f});"
-        f'{frame}white-space:pre-wrap">{html.escape(piece)}</span>'
+        f'{frame}white-space:pre-wrap">{html.escape(piece).replace(chr(10), "⏎")}</span>'
     )

@@ -78,13 +78,13 @@ class PreferenceExplorer:
         self._kept = np.flatnonzero((self._gaps >= self.smallest.value) & np.array(found))
         share = len(self._kept) / len(table)
         said = f", with {html.escape(repr(word))} in them" if word else ""
+        self.histogram.value = self._draw()
+        self.number.value, self.number.max = 0, max(0, len(self._kept) - 1)
+        self._show()
         self.count.value = (
             f"{len(self._kept):,} of {len(table):,} pairs ({share:.0%}) differ by at least {self.smallest.value:.2f}{said}; "
             f"median gap of all: {np.median(self._gaps):.2f}."
         )
-        self.histogram.value = self._draw()
-        self.number.value, self.number.max = 0, max(0, len(self._kept) - 1)
-        self._show()
 
     def _draw(self) -> bytes:
         figure = Figure(figsize=(7, 2.7), layout="constrained")

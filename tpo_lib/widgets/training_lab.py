@@ -154,8 +154,8 @@ class TrainingLab:
             else:
                 made = next(key for key, value in self.lab.runs.items() if value is run)
                 how = "stopped" if run.stopped else "finished"
-                self._say(f"{made}: {how} after {run.updates} of {config.max_steps} updates.")
                 self._runs_changed(select=made)
+                self._say(f"{made}: {how} after {run.updates} of {config.max_steps} updates.")
         except BaseException as error:  # shown here, raised again by wait()
             self._failed(error)
         finally:
@@ -192,7 +192,7 @@ class TrainingLab:
     def _draw_curve(self, rows: list[dict], objective: str, updates: int) -> None:
         figure = still(plots.training({objective: rows}), PANELS, WIDE)
         for ax in figure.axes:
-            ax.set_xlim(0.5, updates + 0.5)  # the whole run from its first update on: nothing moves but the curve
+            ax.set_xlim(0, updates + 0.5)  # the whole run: nothing moves but the curve
         self.curve.value = png(figure)
 
     def _say(self, words: str) -> None:
@@ -256,14 +256,14 @@ class TrainingLab:
             self._say(str(error))
             return
         self.new_name.value = ""
-        self._say(f"{old} is now {new}.")
         self._runs_changed(select=new)
+        self._say(f"{old} is now {new}.")
 
     def _remove(self) -> None:
         name = self.chosen.value
         self.lab.remove(name)
-        self._say(f"{name} removed.")
         self._runs_changed()
+        self._say(f"{name} removed.")
 
     def _export(self) -> None:
         count = len(self.lab.runs)
