@@ -27,7 +27,7 @@ test: setup  ## every test, no network
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
 	$(FLOOR)/bin/python -m pytest notebooks tests/test_widgets_*.py tests/test_lab.py
 
