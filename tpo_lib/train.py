@@ -142,6 +142,9 @@ def fit(
         bar.close()
         if folder and main:
             save(folder / "final", config, policy, tokenizer)
+    # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
+    del scorer
+    accelerator.free_memory()
     accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
     accelerator.end_training()
     return TrainResult(policy, step, rows, folder)
