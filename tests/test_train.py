@@ -374,9 +374,7 @@ def _tags(accumulator, path) -> list[str]:
     return accumulator(str(path)).Reload().Tags()["scalars"]
 
 
-@pytest.mark.skipif(
-    "TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes"
-)
+@pytest.mark.skipif("TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes")
 def test_two_processes_make_the_updates_of_one(tmp_path):
     """Data-parallel training on two CPU processes: the same global batch, the same weights."""
     code = f"""
