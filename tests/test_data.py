@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -580,7 +581,24 @@ def test_collate_holds_every_token_once_and_labels_responses_only(pairs):
         assert batch.attention_mask[i].tolist() == [1] * (longest - rest) + [0] * rest
     assert batch.rows.tolist() == [pair.row for pair in pairs]
     used = sum(len(prompt + response) for prompt, response in sequences)
-    assert data.padding_share(batch) == pytest.approx(1 - used / (longest * len(sequences)))
+    assert data.padding(batch) == (longest * len(sequences) - used, longest * len(sequences))
+
+
+@given(PAIRS, st.integers(28, 200))
+@settings(max_examples=60, deadline=None)
+def test_a_token_budget_holds_every_pair_once_and_is_kept(pairs, budget):
+    batches = data.token_budget(pairs, budget)
+    rows = [id(pair) for batch in batches for pair in batch]
+    assert sorted(rows) == sorted(map(id, pairs))
+    taken = [data.collate(batch, 0).input_ids.numel() for batch in batches]
+    assert max(taken) <= budget
+    for batch, following in itertools.pairwise(batches):  # none could have taken one pair more
+        assert 2 * following[0].length * (len(batch) + 1) > budget
+
+
+def test_a_pair_larger_than_the_token_budget_is_named():
+    with pytest.raises(ValueError, match="row 7 takes 24 tokens, more than max_tokens 23"):
+        data.token_budget([EncodedPair(7, [1], [2] * 11, [3])], 23)
 
 
 def test_collate_refuses_no_pairs():

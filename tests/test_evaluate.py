@@ -332,7 +332,7 @@ def test_the_cache_spares_the_frozen_models_and_knows_the_pairs(llamas):
     first = ev.pair_stats(policy, ref, pairs, 0, batch_size=2, guide=guide, cache=cache)
     calls.clear()
     second = ev.pair_stats(policy, ref, pairs, 0, batch_size=2, guide=guide, cache=cache)
-    probes = 2 * ["ref", "guide"]  # ResponseLogits tries each model once, on four tokens
+    probes = 2 * ["ref", "guide"]  # ResponseReader tries each model once, on four tokens
     assert sorted(calls) == sorted(probes)
     for name in ("ref_logps", "kl", "guide_logps"):
         assert torch.equal(getattr(first, name), getattr(second, name))

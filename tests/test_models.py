@@ -9,24 +9,42 @@ import torch
 from tpo_lib import models, stats
 from tpo_lib.data import collate
 
+BUILDS = [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.cohere, tiny.granite, tiny.gptj]
 
-@pytest.mark.parametrize(("build", "packed"), [(tiny.llama, True), (tiny.gpt2, True), (tiny.gemma2, False)])
-def test_response_logits_are_the_models_own(build, packed):
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_logits_at_response_positions_are_the_models_own(build):
     model = build()
-    scorer = models.ResponseLogits(model)
-    assert scorer.packed is packed  # Gemma 2 caps its logits after the head, so the head alone would be wrong
+    reader = models.ResponseReader(model)
+    assert reader.understood  # capped (Gemma 2), scaled (Cohere, Granite) and biased (GPT-J) logits too
     batch = collate(tiny.pairs(5), 0)
     mask = stats.response_mask(batch.labels)
     full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1][mask]
-    torch.testing.assert_close(scorer(batch.input_ids, batch.attention_mask, batch.labels), full)
+    read = reader(batch.input_ids, batch.attention_mask, batch.labels)
+    assert read.states.shape[1] == model.config.hidden_size
+    torch.testing.assert_close(read.logits(), full)
 
 
-def test_response_logits_register_every_weight_once():
+def test_a_head_that_is_not_understood_is_left_to_the_model():
     model = tiny.llama()
-    scorer = models.ResponseLogits(model)
-    assert len(list(scorer.parameters())) == len(list(model.parameters()))
+    plain = models.ResponseReader(model)
+    batch = collate(tiny.pairs(5), 0)
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    model.register_forward_hook(lambda _, __, output: {"logits": 2 * output.logits})  # something no config tells
+    reader = models.ResponseReader(model)
+    assert plain.understood
+    assert not reader.understood
+    read = reader(*inputs)
+    assert read.head is None
+    torch.testing.assert_close(read.logits(), 2 * plain(*inputs).logits())
+
+
+def test_a_reader_registers_every_weight_once():
+    model = tiny.llama()
+    reader = models.ResponseReader(model)
+    assert len(list(reader.parameters())) == len(list(model.parameters()))
     batch = collate(tiny.pairs(3), 0)
-    scorer(batch.input_ids, batch.attention_mask, batch.labels).sum().backward()
+    reader(batch.input_ids, batch.attention_mask, batch.labels).logits().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -11,26 +11,31 @@ from tpo_lib.data import EncodedPair
 VOCAB = 64
 
 
-def llama(seed: int = 0, vocab: int = VOCAB):
-    """A one-layer Llama with tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def _build(family: str, seed: int, vocab: int, **settings):
+    """A one-layer causal model of a family of architectures that transformers knows."""
+    import transformers
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(vocab_size=vocab, **settings)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def llama(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Llama with tied embeddings."""
+    return _build("Llama", seed, vocab, **SHAPE, max_position_embeddings=128, tie_word_embeddings=True)
 
 
 def gpt2(seed: int = 0, vocab: int = VOCAB):
@@ -53,21 +58,35 @@ def gpt2(seed: int = 0, vocab: int = VOCAB):
 
 def gemma2(seed: int = 0, vocab: int = VOCAB):
     """A one-layer Gemma 2: its logits are soft-capped after the head."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    return _build("Gemma2", seed, vocab, **SHAPE, head_dim=8, final_logit_softcapping=2.0)
 
-    torch.manual_seed(seed)
-    config = Gemma2Config(
-        vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=2.0,
-        initializer_range=0.3,
+
+def cohere(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Cohere: its logits are multiplied after the head."""
+    return _build("Cohere", seed, vocab, **SHAPE, logit_scale=0.3)
+
+
+def granite(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Granite: its logits are divided after the head."""
+    return _build("Granite", seed, vocab, **SHAPE, logits_scaling=3.0)
+
+
+def gptj(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer GPT-J: its head has a bias."""
+    model = _build(
+        "GPTJ",
+        seed,
+        vocab,
+        n_positions=128,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
-    return Gemma2ForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
 
 
 TEXT = [

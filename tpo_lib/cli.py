@@ -356,10 +356,12 @@ def _add_config(command) -> None:
     for field in fields(TrainConfig):
         hint = hints[field.name]
         kind = hint if not isinstance(hint, types.UnionType) else hint.__args__[0]
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            continue
         choices = tuple(OBJECTIVES) if field.name == "loss_type" else None
-        group.add_argument(
-            "--" + field.name.replace("_", "-"), type=kind, choices=choices, metavar=None if choices else "X"
-        )
+        group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X")
 
 
 def _model_name(options) -> str:

@@ -26,6 +26,9 @@ class TrainConfig:
         clip: largest gradient norm.
         batch_size: pairs in one forward pass and process.
         accumulation: forward passes an update; incomplete windows at the end of an epoch are left out.
+        max_tokens: most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x
+            accumulation pairs as ever, but is cut into forward passes by tokens instead of by pairs.
+        fused: head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once.
         epochs: passes over the pairs; max_steps, where given, ends the run earlier.
         max_length: tokens of prompt and response together; longer responses are cut and counted.
         precision: "no" (float32), "bf16" or "fp16" autocast; None chooses from the device.
@@ -52,6 +55,8 @@ class TrainConfig:
     clip: float = 10.0
     batch_size: int = 32
     accumulation: int = 1
+    max_tokens: int | None = None
+    fused: bool = True
     epochs: int = 1
     max_steps: int | None = None
     max_length: int = 128
@@ -82,7 +87,7 @@ class TrainConfig:
                 )
         above = {"beta": 0, "floor": 0, "lr": 0, "clip": 0, "batch_size": 0, "accumulation": 0, "epochs": 0}
         above |= {"max_length": 1, "log_every": 0, "save_every": 0, "keep": 0}
-        above |= {name: 0 for name in ("guide_beta", "max_steps") if getattr(self, name) is not None}
+        above |= {name: 0 for name in ("guide_beta", "max_steps", "max_tokens") if getattr(self, name) is not None}
         for name, bound in above.items():
             if not getattr(self, name) > bound:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be greater than {bound}")

@@ -457,6 +457,32 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def padding_share(batch: PairBatch) -> float:
-    """Share of a batch's positions that are padding, in [0, 1)."""
-    return 1.0 - batch.attention_mask.double().mean().item()
+def token_budget(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[EncodedPair]]:
+    """Sort pairs by length and cut them into batches of at most `max_tokens` tokens, padding included.
+
+    A batch of B pairs takes 2 B T tokens, T the length of its longest sequence.
+
+    Raises:
+        ValueError: a single pair takes more; the message names its row.
+
+    Example:
+        >>> pair = lambda row, length: EncodedPair(row, [0], [1] * (length - 1), [2])
+        >>> [[p.row for p in batch] for batch in token_budget([pair(0, 9), pair(1, 2), pair(2, 3)], 18)]
+        [[1, 2], [0]]
+    """
+    batches: list[list[EncodedPair]] = []
+    for pair in sorted(pairs, key=lambda pair: pair.length):
+        if 2 * pair.length > max_tokens:
+            raise ValueError(
+                f"the pair of row {pair.row} takes {2 * pair.length} tokens, more than max_tokens {max_tokens}; raise it, or "
+                "lower max_length"
+            )
+        if not batches or 2 * pair.length * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(pair)
+    return batches
+
+
+def padding(batch: PairBatch) -> tuple[torch.Tensor, int]:
+    """How many of a batch's positions are padding, and how many positions there are."""
+    return (1 - batch.attention_mask).sum(), batch.attention_mask.numel()

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from tpo_lib.data import EncodedPair, collate, prompt_token_ids
+from tpo_lib.fused import Reading, token_stats
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import ResponseLogits
+from tpo_lib.models import ResponseReader
 from tpo_lib.pairing import score
 from tpo_lib.sampling import Completion, generate
-from tpo_lib.stats import response_mask, split, token_stats
+from tpo_lib.stats import response_mask, split
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 
 RESAMPLES = 2000
@@ -227,7 +228,8 @@ def sequence_kl(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = _sequences([(encoded[i], responses[i]) for i in rows], tokenizer.pad_token_id).to(_device(policy))
-        logits, ref_logits = (model(batch.input_ids, batch.attention_mask, batch.labels) for model in models)  # (R, V)
+        read = [model(batch.input_ids, batch.attention_mask, batch.labels) for model in models]
+        logits, ref_logits = (reading.logits() for reading in read)  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)
         for total, per_step in zip((kl, entropy), kl_and_entropy(logits, ref_logits), strict=True):
             per_token = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
@@ -271,19 +273,19 @@ def pair_stats(
     """TokenStats of any number of pairs, batch by batch: (2P, T-1) fields, all chosen first, on the CPU.
 
     Args:
-        batch_size: pairs whose logits are alive at a time.
+        batch_size: pairs that are read at a time.
         guide: TGDPO's frozen guide, if its log-probabilities are wanted.
         with_kl: also KL(pi_ref || pi_theta) at every response token.
-        cache: a dict kept between calls with the same reference and guide; their logits are stored in it (4 V bytes a
-            response token each) and not computed again for pairs seen before.
+        cache: a dict kept between calls with the same reference and guide; their hidden states are stored in it (4 d bytes
+            a response token each) and not computed again for pairs seen before.
     """
     frozen = {name: None if model is None else _scorer(model) for name, model in (("ref", reference), ("guide", guide))}
     model, parts = _scorer(policy), []
     for start in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(_device(policy))
-        ref_logits, guide_logits = (_frozen_logits(frozen[name], name, batch, cache) for name in ("ref", "guide"))
-        logits = model(batch.input_ids, batch.attention_mask, batch.labels)  # (R, V)
-        parts.append(split(token_stats(logits, batch.labels, ref_logits, guide_logits=guide_logits, with_kl=with_kl)))
+        ref, hint = (_read_frozen(frozen[name], name, batch, cache) for name in ("ref", "guide"))
+        read = model(batch.input_ids, batch.attention_mask, batch.labels)
+        parts.append(split(token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)))
     halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
     width = max(half.mask.shape[1] for half in halves)
 
@@ -434,26 +436,26 @@ def _eval_mode(*models) -> Iterator[None]:
             module.training = mode
 
 
-def _scorer(model) -> ResponseLogits:
-    return model if isinstance(model, ResponseLogits) else ResponseLogits(model)
+def _scorer(model) -> ResponseReader:
+    return model if isinstance(model, ResponseReader) else ResponseReader(model)
 
 
 def _device(model) -> torch.device:
     return next(model.parameters()).device
 
 
-def _frozen_logits(model, name: str, batch: PairBatch, cache: dict | None) -> Tensor | None:
-    """(R, V) logits of the reference or the guide, from the cache if these tokens were seen before."""
+def _read_frozen(model, name: str, batch: PairBatch, cache: dict | None) -> Reading | None:
+    """What the reference or the guide says, from the cache if these tokens were seen before."""
     if model is None:
         return None
     tokens = batch.input_ids.cpu().numpy().tobytes() + batch.labels.cpu().numpy().tobytes()
     key = (name, hashlib.sha256(tokens).hexdigest())
     if cache is not None and key in cache:
         return cache[key]
-    logits = model(batch.input_ids, batch.attention_mask, batch.labels)
+    read = model(batch.input_ids, batch.attention_mask, batch.labels)
     if cache is not None:
-        cache[key] = logits
-    return logits
+        cache[key] = read
+    return read
 
 
 def _sequences(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> PairBatch:

@@ -1,4 +1,4 @@
-"""Policies, references and guides: loading, freezing, LoRA, and logits at response positions only.
+"""Policies, references and guides: loading, freezing, LoRA, and reading them at response positions only.
 
 Models are loaded from safetensors alone, remote code is never run, and dropout is off everywhere: a policy with dropout
 would differ from its reference before the first step.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpo_lib import stats
+from tpo_lib.fused import Head, Reading
 
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
@@ -120,42 +121,55 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class ResponseLogits(nn.Module):
-    """A causal language model whose forward gives logits at response positions only.
+class ResponseReader(nn.Module):
+    """A causal language model whose forward reads response positions only: their hidden states, and the head for them.
 
     Most positions of a padded batch are prompt or padding; skipping the head there is exact and saves its largest matrix
     product. It is one module with one forward, so wrappers such as DistributedDataParallel see everything that runs.
 
-    Whether `head(body(x))` is all this architecture does to its logits (Gemma 2 caps them, Cohere scales them) is
-    decided by a probe of four tokens; if not, `packed` is False and the model's own full forward is used.
+    What a model does to its logits after the head is read from its config (Gemma 2 caps them, Cohere and Granite scale
+    them) and then tried on four tokens. Where that does not give the model's own logits, `understood` is False and the
+    model's full forward is used.
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
-        body, head = inner.base_model, inner.get_output_embeddings()
-        self._parts = (body, head)  # a tuple, so that the weights are not registered a second time
-        self.packed = self._probe()
+        self._parts = (
+            inner.base_model,
+            inner.get_output_embeddings(),
+        )  # a tuple: no weight is registered a second time
+        config = inner.config
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.understood = self._probe()
+
+    @property
+    def head(self) -> Head:
+        """The head as it is now (a sharded model gathers its weight for the forward pass)."""
+        layer = self._parts[1]
+        return Head(layer.weight, layer.bias, self._scale, self._softcap)
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        body, head = self._parts
-        if body is self.model or head is None:
+        body, layer = self._parts
+        if body is self.model or type(layer) is not nn.Linear:
             return False
         ids = torch.arange(4, device=self.model.device)[None]
-        hidden = body(input_ids=ids, use_cache=False)[0]
-        return torch.equal(head(hidden), self.model(input_ids=ids, use_cache=False).logits)
+        expected = self.model(input_ids=ids, use_cache=False)["logits"].float()
+        found = self.head.logits(body(input_ids=ids, use_cache=False)[0]).float()
+        tolerance = 16 * torch.finfo(layer.weight.dtype).eps
+        return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Return (R, V) logits at the R positions of `stats.response_mask(labels)`, in its order.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Reading:
+        """Read the R positions of `stats.response_mask(labels)`, in its order.
 
         Args:
             input_ids, attention_mask, labels: (N, T) int64, as in PairBatch.
         """
         mask = stats.response_mask(labels)  # (N, T-1)
-        if not self.packed:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1][mask]
-        body, head = self._parts
-        hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]  # (N, T, d)
-        return head(hidden[:, :-1][mask])  # (R, d) -> (R, V)
+        model = self._parts[0] if self.understood else self.model
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states = output[0] if self.understood else output["logits"]  # (N, T, d) or (N, T, V)
+        return Reading(states[:, :-1][mask], self.head if self.understood else None)

@@ -79,14 +79,14 @@ def token_stats(
     targets = labels[:, 1:][mask]  # (R,)
     policy = _log_probs(policy_logits, mask, "policy_logits")  # (R, V)
     vocab = policy.shape[-1]
-    _check_vocabulary(labels, vocab)
+    check_vocabulary(labels, vocab)
     if with_kl and ref_logits is None:
         raise ValueError(
             "with_kl=True needs ref_logits: KL(pi_ref || pi_theta) is taken over the reference's distribution"
         )
 
     def at_targets(log_probs: Tensor) -> Tensor:
-        return _unpack(log_probs.gather(-1, targets[:, None])[:, 0], mask)  # (R, V) -> (N, T-1)
+        return unpack(log_probs.gather(-1, targets[:, None])[:, 0], mask)  # (R, V) -> (N, T-1)
 
     ref = _frozen(ref_logits, mask, "ref_logits", vocab)
     guide = _frozen(guide_logits, mask, "guide_logits", vocab)
@@ -94,7 +94,7 @@ def token_stats(
         logps=at_targets(policy),
         ref_logps=None if ref is None else at_targets(ref),
         mask=mask,
-        kl=_unpack(_kl(ref, policy), mask) if with_kl else None,
+        kl=unpack(_kl(ref, policy), mask) if with_kl else None,
         guide_logps=None if guide is None else at_targets(guide),
     )
 
@@ -116,7 +116,8 @@ def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
     return half(slice(0, n // 2)), half(slice(n // 2, n))
 
 
-def _check_vocabulary(labels: Tensor, vocab: int) -> None:
+def check_vocabulary(labels: Tensor, vocab: int) -> None:
+    """Raise ValueError where a label lies outside the vocabulary; the message names its place."""
     outside = ((labels != IGNORE) & ((labels < 0) | (labels >= vocab))).nonzero()  # (bad, 2)
     if len(outside):
         row, column = outside[0].tolist()
@@ -156,6 +157,6 @@ def _kl(ref: Tensor, policy: Tensor) -> Tensor:
     return torch.where(p > 0, p * (ref - policy), 0.0).sum(-1)
 
 
-def _unpack(values: Tensor, mask: Tensor) -> Tensor:
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
     """(R,) values at response positions -> (N, T-1), exactly 0 elsewhere whatever stood there."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib import checkpoint, losses, stats
+from tpo_lib import checkpoint, fused, losses, stats
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, bucketed_batches, collate
-from tpo_lib.models import ResponseLogits, choose_device, choose_precision
+from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
+from tpo_lib.fused import Reading
+from tpo_lib.models import ResponseReader, choose_device, choose_precision
 from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
@@ -81,8 +84,8 @@ def fit(
         project_dir=config.output_dir,
     )
     _check_models(config, reference, guide)
-    scorer = ResponseLogits(policy.eval())
-    frozen = {name: ResponseLogits(m).to(accelerator.device) for name, m in (("ref", reference), ("guide", guide)) if m}
+    scorer = PairScorer(config, policy.eval())
+    frozen = {name: ResponseReader(m).to(accelerator.device) for name, m in (("ref", reference), ("guide", guide)) if m}
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
     steps = planned_steps(config, len(pairs), per_update)
@@ -97,12 +100,13 @@ def fit(
         for window in updates(config, pairs, per_update, step, steps):
             set_learning_rate(optimizer, learning_rate(config, step, steps))
             log_now = (step + 1) % config.log_every == 0 or step + 1 == steps
-            for number, batch in enumerate(micro_batches(window, pairs, config, policy, accelerator)):
-                last = number + 1 == config.accumulation
-                with nullcontext() if last else accelerator.no_sync(scorer):
-                    output, chosen, rejected = score(config, scorer, frozen, batch, accelerator, with_kl=log_now)
-                    accelerator.backward(output.loss.mean() / config.accumulation)
-                sums.add(batch_metrics(config, output, chosen, rejected))
+            chunks = micro_batches(window, pairs, config, accelerator)
+            for number, chunk in enumerate(chunks):
+                batch = collate(chunk, policy.config.pad_token_id or 0).to(accelerator.device)  # any id: it is masked
+                with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
+                    output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now)
+                    accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
+                sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
                 _stop_if_bad(output.loss.detach(), batch.rows, step + 1)
             norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
             if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
@@ -150,29 +154,43 @@ def fit(
     return TrainResult(policy, step, rows, folder)
 
 
+class PairScorer(torch.nn.Module):
+    """The policy and its objective as one module with one forward, so that DDP and FSDP see everything that runs."""
+
+    def __init__(self, config: TrainConfig, policy) -> None:
+        super().__init__()
+        self.policy, self.fused = ResponseReader(policy), config.fused
+        objective = losses.OBJECTIVES[config.loss_type]
+        self.objective, self.needs_kl = partial(objective.fn, **config.hyperparameters()), "kl" in objective.needs
+        if config.fused and not self.policy.understood:
+            print(
+                f"{type(policy).__name__}: what follows its head is not understood; all logits are made",
+                file=sys.stderr,
+            )
+
+    def forward(
+        self, batch: PairBatch, frozen: dict[str, Reading | Tensor], with_kl: bool
+    ) -> tuple[LossOutput, TokenStats]:
+        """Loss and statistics of B pairs; with_kl asks for the KL also where the objective does not need it."""
+        read = self.policy(batch.input_ids, batch.attention_mask, batch.labels)
+        read = read if self.fused else Reading(read.logits(), None)
+        ref, guide = frozen.get("ref"), frozen.get("guide")
+        with_kl = self.needs_kl or (with_kl and isinstance(ref, Reading))
+        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, with_kl=with_kl)
+
+
 def score(
-    config: TrainConfig, scorer, frozen: dict, batch: PairBatch, accelerator, *, with_kl: bool
-) -> tuple[LossOutput, TokenStats, TokenStats]:
-    """The objective on one batch: forward passes, token statistics, loss."""
-    objective = losses.OBJECTIVES[config.loss_type]
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    scorer: PairScorer, frozen: dict, batch: PairBatch, accelerator, *, with_kl: bool
+) -> tuple[LossOutput, TokenStats]:
+    """One batch: what the frozen models say, then the policy, the statistics and the loss."""
     with torch.no_grad(), accelerator.autocast():
-        logits = {name: model(*inputs) for name, model in frozen.items()}  # (R, V) each
-    tokens = stats.token_stats(
-        scorer(*inputs),
-        batch.labels,
-        logits.get("ref"),
-        guide_logits=logits.get("guide"),
-        with_kl="kl" in objective.needs or (with_kl and "ref" in logits),
-    )
-    chosen, rejected = stats.split(tokens)
-    return objective.fn(chosen, rejected, **config.hyperparameters()), chosen, rejected
+        said = {name: model(batch.input_ids, batch.attention_mask, batch.labels) for name, model in frozen.items()}
+    return scorer(batch, said, with_kl)
 
 
-def batch_metrics(
-    config: TrainConfig, output: LossOutput, chosen: TokenStats, rejected: TokenStats
-) -> dict[str, tuple]:
+def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats) -> dict[str, tuple]:
     """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch."""
+    chosen, rejected = stats.split(tokens)
     margin = output.chosen_reward - output.rejected_reward
     values = {
         "loss": output.loss.detach(),
@@ -188,8 +206,7 @@ def batch_metrics(
         values |= {"kl/chosen": kl_chosen, "kl/rejected": kl_rejected, "kl/margin": kl_rejected - kl_chosen}
     sums = {name: (value.sum(), len(value)) for name, value in values.items()}
     if output.token_weights is not None:
-        mask = torch.cat([chosen.mask, rejected.mask])
-        sums["guidance/floor_share"] = losses.floor_share(output, mask, config.floor)
+        sums["guidance/floor_share"] = losses.floor_share(output, tokens.mask, config.floor)
     return sums
 
 
@@ -201,7 +218,7 @@ def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedP
         batch = collate(pairs[start : start + config.batch_size], policy.config.pad_token_id or 0).to(
             accelerator.device
         )
-        sums.add(batch_metrics(config, *score(config, scorer, frozen, batch, accelerator, with_kl=True)))
+        sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, with_kl=True)))
     return {f"eval_{name}": value for name, value in sums.means(None).items()}
 
 
@@ -252,14 +269,12 @@ def updates(
             step += 1
 
 
-def micro_batches(window: list[int], pairs, config: TrainConfig, policy, accelerator) -> Iterator[PairBatch]:
-    """Cut this process's share of an update into forward passes of `batch_size` pairs."""
-    mine = window[accelerator.process_index :: accelerator.num_processes]
-    for start in range(0, len(mine), config.batch_size):
-        chunk = [pairs[i] for i in mine[start : start + config.batch_size]]
-        yield collate(chunk, policy.config.pad_token_id or 0).to(
-            accelerator.device
-        )  # padding is masked: any id will do
+def micro_batches(window: list[int], pairs, config: TrainConfig, accelerator) -> list[list[EncodedPair]]:
+    """Cut this process's share of an update into forward passes: of `batch_size` pairs, or of at most `max_tokens` tokens."""
+    mine = [pairs[i] for i in window[accelerator.process_index :: accelerator.num_processes]]
+    if config.max_tokens is None:
+        return [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]
+    return token_budget(mine, config.max_tokens)
 
 
 def save(
