@@ -100,3 +100,18 @@ def test_precision_is_chosen_from_the_device():
 def test_final_model_of_a_run_is_found_in_its_folder(tmp_path):
     tiny.checkpoint_folder(tmp_path / "final")
     assert models.fingerprint(models.load_model(tmp_path)) == models.fingerprint(models.load_model(tmp_path / "final"))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_padding_is_not_read_on_a_cpu(build):
+    model, batch = build(), collate(tiny.pairs(9), 0)
+    read, reader = [], models.ResponseReader(model)
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    states = reader(batch.input_ids, batch.attention_mask, batch.labels).states
+    rows, longest = batch.input_ids.shape
+    assert sum(shape[0] for shape in read) == rows
+    assert sum(shape.numel() for shape in read) < 0.8 * rows * longest
+    full = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]  # (N, T, d)
+    torch.testing.assert_close(states, full[:, :-1][stats.response_mask(batch.labels)])

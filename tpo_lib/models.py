@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tpo_lib import stats
 from tpo_lib.fused import Head, Reading
 
+GROUP = 4  # sequences that a CPU reads at a time
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
 
@@ -169,7 +170,22 @@ class ResponseReader(nn.Module):
             input_ids, attention_mask, labels: (N, T) int64, as in PairBatch.
         """
         mask = stats.response_mask(labels)  # (N, T-1)
-        model = self._parts[0] if self.understood else self.model
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states = output[0] if self.understood else output["logits"]  # (N, T, d) or (N, T, V)
-        return Reading(states[:, :-1][mask], self.head if self.understood else None)
+        if not self.understood:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return Reading(output["logits"][:, :-1][mask], None)
+        return Reading(self._states(input_ids, attention_mask)[:, :-1][mask], self.head)
+
+    def _states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(N, T, d) hidden states; on a CPU, sequences are read in groups of similar length and their padding is not."""
+        if input_ids.device.type != "cpu":
+            return self._parts[0](input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        lengths = attention_mask.sum(1)
+        order = lengths.argsort()
+        parts = []
+        for rows in order.split(GROUP):
+            longest = int(lengths[rows].max())
+            states = self._parts[0](
+                input_ids=input_ids[rows, :longest], attention_mask=attention_mask[rows, :longest], use_cache=False
+            )[0]
+            parts.append(nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - longest)))  # (group, T, d)
+        return torch.cat(parts)[order.argsort()]
