@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tpo_lib import stats
+from tpo_lib import prefix, stats
 from tpo_lib.fused import Head, Reading
+from tpo_lib.types import IGNORE
 
 GROUP = 4  # sequences that a CPU reads at a time
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
@@ -131,9 +132,11 @@ class ResponseReader(nn.Module):
     What a model does to its logits after the head is read from its config (Gemma 2 caps them, Cohere and Granite scale
     them) and then tried on four tokens. Where that does not give the model's own logits, `understood` is False and the
     model's full forward is used.
+
+    With `share_prefix` a pair is read as one sequence with one prompt (prefix.py), which pays where prompts are long.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, *, share_prefix: bool = False):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
@@ -145,6 +148,7 @@ class ResponseReader(nn.Module):
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.understood = self._probe()
+        self.share_prefix = share_prefix and self._check_sharing()
 
     @property
     def head(self) -> Head:
@@ -163,6 +167,30 @@ class ResponseReader(nn.Module):
         tolerance = 16 * torch.finfo(layer.weight.dtype).eps
         return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
+    @torch.no_grad()
+    def _check_sharing(self) -> bool:
+        """Whether this architecture gives the same hidden states when the two responses of a pair share their prompt.
+
+        Raises:
+            ValueError: it does not.
+        """
+        ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 5, 6, 7]], device=self.model.device)
+        mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], device=self.model.device)
+        labels = ids.masked_fill(mask == 0, IGNORE).index_fill(1, torch.tensor([0, 1], device=ids.device), IGNORE)
+        plain = self._states(ids, mask)
+        try:
+            shared = prefix.shared_states(self._parts[0], ids, mask, labels)
+            same = self.understood and torch.allclose(plain[mask == 1], shared[mask == 1], rtol=1e-3, atol=1e-3)
+        except (TypeError, ValueError, RuntimeError) as error:
+            same, reason = False, f"{type(error).__name__}: {error}"
+        else:
+            reason = "its hidden states come out different"
+        if not same:
+            raise ValueError(
+                f"share_prefix does not work with {type(self.model).__name__} ({reason}); train without it"
+            )
+        return True
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Reading:
         """Read the R positions of `stats.response_mask(labels)`, in its order.
 
@@ -173,7 +201,11 @@ class ResponseReader(nn.Module):
         if not self.understood:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return Reading(output["logits"][:, :-1][mask], None)
-        return Reading(self._states(input_ids, attention_mask)[:, :-1][mask], self.head)
+        if self.share_prefix:
+            states = prefix.shared_states(self._parts[0], input_ids, attention_mask, labels)
+        else:
+            states = self._states(input_ids, attention_mask)
+        return Reading(states[:, :-1][mask], self.head)
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(N, T, d) hidden states; on a CPU, sequences are read in groups of similar length and their padding is not."""
