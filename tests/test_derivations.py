@@ -279,8 +279,8 @@ def test_alpha_one_gradients_differ(world):
 # Form.
 
 COMMANDS = """
-    alpha approx arg beta Big big cdot delta ell epsilon forall frac gamma ge hat le left log mathbb mathrm max mid min nabla ne
-    operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac varphi
+    alpha approx arg beta Big big Bigl bigl Bigr bigr cdot delta ell epsilon forall frac gamma ge hat le left log mathbb mathrm
+    max mid min nabla ne operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac varphi
 """  # all known to MathJax and KaTeX
 
 
@@ -294,8 +294,12 @@ def test_latex_is_plain(name):
             assert depth >= 0
         assert depth == 0
     assert latex.count(r"\left") == latex.count(r"\right")
-    for size in (r"\\big(?![a-z])", r"\\Big(?![a-z])"):
-        assert len(re.findall(size, latex)) % 2 == len(re.findall(size + r"\|", latex)) % 2
+    for size in ("big", "Big"):
+        opened, closed = (re.findall(rf"\\{size}{side}(.)", latex) for side in "lr")
+        assert len(opened) == len(closed)
+        assert set(opened) <= set("([")
+        assert set(closed) <= set(")]")
+        assert not re.search(rf"\\{size}[()\[\]]", latex), f"write {size}l and {size}r: gaps otherwise"
     assert "$" not in latex
     assert set(re.findall(r"\\([A-Za-z]+)", latex)) <= set(COMMANDS.split())
     assert changed

@@ -95,6 +95,10 @@ def test_axis_labels_carry_units():
     assert "share" in middle.get_ylabel()
     assert "tokens" in right.get_ylabel()
     assert all("reward" in ax.get_xlabel() for ax in (left, middle, right))
+    loss, margin, accuracy = plots.training(training_rows()).axes
+    assert "nats" in loss.get_ylabel()
+    assert "nats" in margin.get_ylabel()
+    assert "share" in accuracy.get_ylabel()
 
 
 def test_the_curves_are_the_data():
@@ -225,3 +229,12 @@ def test_highlight_draws_one_run_large_and_the_others_faint():
     (large,) = [line for line in ax.lines if line.get_markersize() == 12]
     assert (large.get_xdata()[0], large.get_ydata()[0]) == (4, 0.7)
     assert large.get_color() == plots.STYLE["tdpo2"].colour
+
+
+def test_the_legend_of_highlight_keeps_its_order_whichever_run_is_chosen():
+    metrics = {"kl": metric(1.0), "reward": metric(0.5)}
+    runs = [{"objective": name, "metrics": metrics} for name in ("tgdpo", "dpo", "tdpo2", "dpo")]
+    for chosen in range(len(runs)):
+        others = runs[:chosen] + runs[chosen + 1 :]
+        (legend,) = plots.highlight(others, runs[chosen], metrics).legends
+        assert [text.get_text() for text in legend.get_texts()] == ["DPO", "TDPO2", "TGDPO", "start"]

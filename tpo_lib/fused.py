@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from tpo_lib import stats
 from tpo_lib.types import LossOutput, TokenStats
 
-TILE_BYTES = 64 << 20  # one tile of float32 logits on a CPU; where the KL is asked for, two are alive
+TILE_BYTES = 48 << 20  # one tile of float32 logits on a CPU; where the KL is asked for, two are alive
 BLOCK_COLUMNS = 512  # on a CPU, logits are made so many columns at a time
 BLOCK_BYTES = 1 << 20  # on a CPU, softmax and KL walk a tile in blocks that stay in its cache
 
@@ -84,7 +84,7 @@ class Reading:
 
 
 def choose_tile_bytes(device: torch.device) -> int:
-    """Size of one tile of logits: 64 MiB on a CPU, on a GPU a sixteenth of what is free, at most 1 GiB.
+    """Size of one tile of logits: 48 MiB on a CPU, on a GPU a sixteenth of what is free, at most 1 GiB.
 
     Every tile reads and writes the whole gradient of the head's weight, so large tiles are faster; they cost memory.
     """

@@ -76,7 +76,7 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
 
     Bars are 95% intervals. Up and to the left is better: more reward at less distance from the reference.
     """
-    fig, (ax,) = _figure(1, width=8.0, height=5.2)
+    fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
     ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
     first = next(iter(curves.values()))[0]
@@ -98,7 +98,7 @@ def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str =
         runs: {name of the run: (objective, point)}; objective decides colour and marker, the name stands beside it.
         start: the start's point.
     """
-    fig, (ax,) = _figure(1, width=7.0, height=4.2)
+    fig, (ax,) = panels(1, width=7.0, height=4.2)
     for name, (objective, point) in runs.items():
         style = style_of(objective)
         x, v = point["kl"], point[y]
@@ -128,7 +128,7 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
         others, chosen: {"objective", "metrics": {metric: {mean, low, high, n}}}, as in the runs of a sweep.
         start: the start's metrics.
     """
-    fig, (ax,) = _figure(1, width=7.0, height=4.2)
+    fig, (ax,) = panels(1, width=7.0, height=4.2)
     for run in others:
         style = style_of(run["objective"])
         kind = {"color": style.colour, "marker": style.marker, "markersize": 6, "alpha": 0.35, "linestyle": "none"}
@@ -138,7 +138,8 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
                 markeredgecolor="black", zorder=6)  # fmt: skip
     ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
     ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
-    _legend(fig, dict.fromkeys([chosen["objective"], *(run["objective"] for run in others)], ()), start=True)
+    drawn = {run["objective"] for run in (chosen, *others)}
+    _legend(fig, {name: () for name in STYLE if name in drawn}, start=True)  # one order, whichever run is chosen
     return fig
 
 
@@ -152,7 +153,7 @@ def _bars(x: Mapping, y: Mapping) -> dict:
 
 def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Where the forward KL goes in training: SeqKL(reference ‖ policy) of chosen and rejected responses, and the margin."""
-    fig, axes = _figure(3, width=12.5, height=4.4)
+    fig, axes = panels(3, width=12.5, height=4.4)
     titles = {"seqkl_chosen": "chosen responses", "seqkl_rejected": "rejected responses", "seqkl_margin": "margin"}
     for ax, (metric, title) in zip(axes, titles.items(), strict=True):
         _over_training(ax, curves, metric)
@@ -168,7 +169,7 @@ def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
 
 def diversity(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     """What the reward costs in variety: entropy, distinct-2 and length against reward, so that one reads at equal reward."""
-    fig, axes = _figure(3, width=12.5, height=4.4)
+    fig, axes = panels(3, width=12.5, height=4.4)
     for ax, metric in zip(axes, ("entropy", "distinct_2", "length"), strict=True):
         _trajectories(ax, curves, "reward", metric)
         ax.set(xlabel=AXIS["reward"], ylabel=AXIS[metric])
@@ -181,13 +182,13 @@ def training(rows: Mapping[str, Sequence[Mapping]]) -> Figure:
 
     The thin line is every logged row, the thick one its moving mean over an eighth of the run.
     """
-    fig, axes = _figure(3, width=12.5, height=4.4)
-    panels = {
+    fig, axes = panels(3, width=12.5, height=4.4)
+    metrics = {
         "loss": "loss, nats",
-        "rewards/margins": "implicit reward margin",
+        "rewards/margins": "implicit reward margin, nats",
         "rewards/accuracies": "accuracy (share)",
     }
-    for ax, (name, label) in zip(axes, panels.items(), strict=True):
+    for ax, (name, label) in zip(axes, metrics.items(), strict=True):
         for objective, run in rows.items():
             style = style_of(objective)
             points = [(row["step"], row[name]) for row in run if name in row]
@@ -202,10 +203,11 @@ def training(rows: Mapping[str, Sequence[Mapping]]) -> Figure:
     return fig
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the course's style with `count` panels side by side; width and height in inches."""
     fig = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
     fig.get_layout_engine().set(wspace=0.06)
-    axes = list(fig.subplots(1, panels, squeeze=False)[0])
+    axes = list(fig.subplots(1, count, squeeze=False)[0])
     for ax in axes:
         ax.grid(**GRID)
         ax.set_axisbelow(True)
@@ -276,12 +278,12 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
         style = style_of(name)
         ax.annotate(
             style.label, xy=ends[name], xytext=(right, height - over), xycoords="data", textcoords="data",
-            fontsize=FONT, fontweight="bold", color=_dark(style.colour), va="center", ha="left", annotation_clip=False,
+            fontsize=FONT, fontweight="bold", color=dark(style.colour), va="center", ha="left", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.8, "linestyle": ":", "shrinkB": 5},
         )  # fmt: skip
 
 
-def _dark(colour: str) -> tuple[float, ...]:
+def dark(colour: str) -> tuple[float, ...]:
     """The same hue, dark enough to be read as text on white."""
     return tuple(0.7 * part for part in to_rgb(colour))
 

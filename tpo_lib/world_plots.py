@@ -12,14 +12,13 @@ from string import ascii_lowercase
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from tpo_lib.plots import AXIS, FONT, GRID, STYLE, Style
+from tpo_lib.plots import AXIS, FONT, STYLE, Style, dark, panels
 from tpo_lib.world import TokenWorld
 
 MAX_LEAVES = 40  # more rows do not fit a page at a legible size
@@ -77,7 +76,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     front = _front(world, betas, furthest=max([x for x, _ in places], default=0.0))
     marks = _apart(world, betas, front)
 
-    fig, (ax,) = _panels(1, width=8.0, height=5.2)
+    fig, (ax,) = panels(1, width=8.0, height=5.2)
     ax.plot(*zip(*front, strict=True), color="black", linewidth=2, zorder=3, label="exact front")
     dots = {"color": "black", "marker": "o", "markersize": 5, "linestyle": "none", "label": "betas"}
     ax.plot(*zip(*marks.values(), strict=True), zorder=4, **dots)
@@ -91,7 +90,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     _shade_above(ax, front)
     labels = [(f"β = {beta:.3g}", at, "black", (-1, 1)) for beta, at in marks.items()]
     for at, style in [(front[0], STYLE["ref"]), *zip(places, _styles(policies), strict=True)]:
-        labels.append((style.label, at, _dark(style.colour), (1, -1)))
+        labels.append((style.label, at, dark(style.colour), (1, -1)))
     _label_points(fig, ax, labels)
     return fig
 
@@ -124,9 +123,9 @@ def policy_tree(world: TokenWorld, policies: Mapping[str, Tensor], *, prompt: in
         raise ValueError(f"depth={depth} gives {count} leaves (at most {MAX_LEAVES} can be read); lower it")
     tables = [_checked(world, name, logps) for name, logps in policies.items()]
     heights = _heights(world, depth)
-    fig, axes = _panels(len(policies), width=len(policies) * (1.0 + 1.4 * depth), height=0.34 * count + 1.2)
+    fig, axes = panels(len(policies), width=len(policies) * (1.0 + 1.4 * depth), height=0.34 * count + 1.2)
     for ax, table, style in zip(axes, tables, _styles(policies), strict=True):
-        ax.set_title(style.label, fontsize=FONT + 1, color=_dark(style.colour), fontweight="bold", pad=10)
+        ax.set_title(style.label, fontsize=FONT + 1, color=dark(style.colour), fontweight="bold", pad=10)
         ax.set_axis_off()
         ax.set(xlim=(-0.15, depth + 0.3), ylim=(count - 0.4, -0.6))
         _draw_tree(ax, world, table, heights, prompt, style.colour)
@@ -152,7 +151,7 @@ def kl_directions(p: Tensor, q: Tensor, names: Sequence[str] = ("p", "q")) -> Fi
     if p.ndim != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must be two (V,) tensors of log-probabilities")
     p, q = _normalised(names[0], p), _normalised(names[1], q)
-    fig, axes = _panels(3, width=12.5, height=3.8)
+    fig, axes = panels(3, width=12.5, height=3.8)
     tokens = range(len(p))
     looks = {"color": GREY}, {"color": "white", "edgecolor": "black", "hatch": "///"}
     for shift, name, logps, look in zip((-0.2, 0.2), names, (p, q), looks, strict=True):
@@ -312,21 +311,6 @@ def _tree_legend(fig: Figure, kinds: Sequence[str]) -> None:
     fig.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False, fontsize=FONT - 1)
 
 
-def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure in the style of `plots`, without pyplot: nothing is left open."""
-    fig = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
-    fig.get_layout_engine().set(wspace=0.06)
-    axes = list(fig.subplots(1, count, squeeze=False)[0])
-    for ax in axes:
-        ax.grid(**GRID)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=FONT - 1)
-        for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
-            text.set_fontsize(FONT)
-    return fig, axes
-
-
 def _styles(names: Sequence[str]) -> list[Style]:
     """An objective's style, labelled with the rest of the name; other names in grey, a hollow marker each."""
     styles, others = [], 0
@@ -338,11 +322,6 @@ def _styles(names: Sequence[str]) -> list[Style]:
             styles.append(Style(name, GREY, OTHER_MARKERS[others % len(OTHER_MARKERS)], "-"))
             others += 1
     return styles
-
-
-def _dark(colour: str) -> tuple[float, ...]:
-    """The same hue, dark enough to be read as text on white."""
-    return tuple(0.7 * part for part in to_rgb(colour))
 
 
 def _checked(world: TokenWorld, name: str, logps: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ def _gibbs(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
     return (ref_logps + reward / beta).log_softmax(-1)
 
 
+def _gibbs_by_exp(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
+    unnormalised = ref_logps.exp() * (reward / beta).exp()
+    return unnormalised / unnormalised.sum(-1, keepdim=True)
+
+
 gibbs = Exercise(
     name="gibbs",
     title="The best policy there is",
@@ -67,6 +72,11 @@ gibbs = Exercise(
             lambda ref_logps, reward, beta: ref_logps + reward / beta,
         ),
         Mistake(
+            "Two things: beta divides the reward (a large beta is a strong pull towards the reference), and Z is missing: "
+            "subtract the logsumexp over the responses of the prompt.",
+            lambda ref_logps, reward, beta: ref_logps + beta * reward,
+        ),
+        Mistake(
             "You normalised over all prompts together. Z(x) carries an x: every row is a distribution of its own.",
             lambda ref_logps, reward, beta: (ref_logps + reward / beta).flatten().log_softmax(0).view_as(reward),
         ),
@@ -88,12 +98,14 @@ gibbs = Exercise(
             lambda ref_logps, reward, beta: _gibbs(ref_logps, reward, beta).exp(),
         ),
         Mistake(
+            "You returned probabilities, and exp(reward/beta) overflows for a small beta. Log-probabilities are asked for: "
+            "stay with logarithms from the first line to the last.",
+            _gibbs_by_exp,
+        ),
+        Mistake(
             "The formula is right, but exp(reward/beta) overflows for a small beta and inf/inf is nan. Stay with "
             "logarithms: logsumexp subtracts the largest entry first.",
-            lambda ref_logps, reward, beta: (
-                (ref_logps.exp() * (reward / beta).exp())
-                / (ref_logps.exp() * (reward / beta).exp()).sum(-1, keepdim=True)
-            ).log(),
+            lambda ref_logps, reward, beta: _gibbs_by_exp(ref_logps, reward, beta).log(),
         ),
     ),
     solution="dpo",

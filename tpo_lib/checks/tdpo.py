@@ -46,6 +46,11 @@ def _of_probabilities(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (ref * (ref.log() - policy.log())).sum(-1)
 
 
+def _of_a_ratio(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
+    policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
+    return (ref * (ref / policy).log()).sum(-1)
+
+
 def _clamped(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
     policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
     return (ref * ((ref + 1e-8).log() - (policy + 1e-8).log())).sum(-1)
@@ -107,6 +112,11 @@ forward_kl = Exercise(
             "Right on paper, nan or inf in float32: with a logit 150 below the others softmax gives exactly 0, and log(0) "
             "is -inf. Use log_softmax; log(softmax) breaks from a gap of about 104.",
             _of_probabilities,
+        ),
+        Mistake(
+            "Right on paper, nan in float32: with a logit 150 below the others softmax gives exactly 0, and a ratio of "
+            "probabilities becomes 0, infinite or 0/0. Take the difference of two log_softmax instead.",
+            _of_a_ratio,
         ),
         Mistake(
             "A small constant inside the logarithm hides the infinity and falsifies the KL where it matters: a token that "
@@ -525,6 +535,11 @@ tdpo2_loss = Exercise(
                 _reward(chosen, beta, alpha * _frozen(chosen)), _reward(rejected, beta, alpha * _frozen(rejected))),
         ),
         Mistake(
+            "The chosen KL is gone. A stop-gradient keeps its value in the loss: only the gradient stops.",
+            lambda chosen, rejected, beta, alpha: _nll(
+                _reward(chosen, beta), _reward(rejected, beta, alpha * _seq(rejected))),
+        ),
+        Mistake(
             "You detached the whole chosen side, its log-ratio too: nothing raises the chosen response any more. Stop the "
             "gradient of its KL alone.",
             lambda chosen, rejected, beta, alpha: _nll(
@@ -618,7 +633,7 @@ quiz = Quiz(
             ),
         ),
         Question(
-            "You take the stop-gradient out of TDPO2 at alpha = 1. What changes at the first update?",
+            "You take the stop-gradient out of TDPO2 at alpha = 1 and train. What changes?",
             (
                 Option(
                     "The loss: it gets a term more.",
@@ -628,11 +643,11 @@ quiz = Quiz(
                 Option(
                     "Nothing at all.",
                     False,
-                    "True for the value. The gradient gains the term -β σ(-(u-δ)) ∇SeqKL(x, y_w), which is 0 only where π = "
+                    "True for the value. But the gradient gains the term -β σ(-(u-δ)) ∇SeqKL(x, y_w), which is 0 only where π = "
                     "π_ref exactly, or where the pair is already certain.",
                 ),
                 Option(
-                    "Nothing at the very first update, where π = π_ref; from the second one on the direction of the gradient.",
+                    "Nothing at the very first update, where π = π_ref; from the second one on, the direction of the gradient.",
                     True,
                     "At the reference the KL is at its minimum, 0, so its gradient is 0 too. One update later it is not, and "
                     "the loss starts paying for divergence on the chosen side.",

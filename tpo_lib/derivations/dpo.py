@@ -191,7 +191,7 @@ DPO_DERIVATION = Derivation(
             title="The objective, by response and by token",
             latex=r"J(\pi) = \mathbb{E}_{y \sim \pi}[r(x,y)] - \beta \operatorname{KL}(\pi \,\|\, \pi_{\mathrm{ref}}) "
             r"= \mathbb{E}_{y \sim \pi}[r(x,y)] - \beta\, \mathbb{E}_{y \sim \pi}"
-            r"\Big[\sum_t \operatorname{KL}\big(\pi(\cdot|s_t) \,\|\, \pi_{\mathrm{ref}}(\cdot|s_t)\big)\Big]",
+            r"\Bigl[\sum_t \operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi_{\mathrm{ref}}(\cdot|s_t)\bigr)\Bigr]",
             words="You want reward and you want to stay near the reference; beta sets the exchange rate. The KL of whole "
             "responses is the expected sum of the KLs of their tokens. That is the chain rule of log-probabilities.",
             sides=chain_rule,
@@ -211,13 +211,13 @@ DPO_DERIVATION = Derivation(
         ),
         Step(
             title="The optimum's value",
-            latex=r"J(\pi^*) = \beta \log Z(x) = \beta \log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\big[e^{r(x,y)/\beta}\big]",
+            latex=r"J(\pi^*) = \beta \log Z(x) = \beta \log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\bigl[e^{r(x,y)/\beta}\bigr]",
             words="At pi = pi* the KL is zero. What remains is beta log Z: a soft maximum of the reward over what the reference "
             "would write.",
             sides=optimum_value,
             source=DPO,
             implements="tpo_lib.world.TokenWorld.soft_optimum",
-            changed=r"\log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\big[e^{r(x,y)/\beta}\big]",
+            changed=r"\log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\bigl[e^{r(x,y)/\beta}\bigr]",
         ),
         Step(
             title="No policy is better",
@@ -240,8 +240,8 @@ DPO_DERIVATION = Derivation(
         ),
         Step(
             title="Z cancels",
-            latex=r"P(y_w \succ y_l \mid x) = \sigma\Big(\beta \log \frac{\pi^*(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
-            r"- \beta \log \frac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}\Big)",
+            latex=r"P(y_w \succ y_l \mid x) = \sigma\Bigl(\beta \log \frac{\pi^*(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
+            r"- \beta \log \frac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}\Bigr)",
             words="Preferences see gaps only, and both responses share Z(x). The one quantity you could not compute is gone.",
             sides=z_cancels,
             assumption="Bradley-Terry enters here.",
@@ -251,8 +251,8 @@ DPO_DERIVATION = Derivation(
         ),
         Step(
             title="The loss",
-            latex=r"L_{\mathrm{DPO}}(\pi) = -\mathbb{E}\Big[\log \sigma\Big(\beta \sum_t \log \frac{\pi(y_w^t|s_t)}"
-            r"{\pi_{\mathrm{ref}}(y_w^t|s_t)} - \beta \sum_t \log \frac{\pi(y_l^t|s_t)}{\pi_{\mathrm{ref}}(y_l^t|s_t)}\Big)\Big]",
+            latex=r"L_{\mathrm{DPO}}(\pi) = -\mathbb{E}\Bigl[\log \sigma\Bigl(\beta \sum_t \log \frac{\pi(y_w^t|s_t)}"
+            r"{\pi_{\mathrm{ref}}(y_w^t|s_t)} - \beta \sum_t \log \frac{\pi(y_l^t|s_t)}{\pi_{\mathrm{ref}}(y_l^t|s_t)}\Bigr)\Bigr]",
             words="Put your policy where pi* stood and maximise the likelihood of the preferences. The left number comes from "
             "the loss that trains language models, the right one from the formula.",
             sides=loss,
@@ -273,8 +273,8 @@ DPO_DERIVATION = Derivation(
         ),
         Step(
             title="The gradient",
-            latex=r"\nabla L_{\mathrm{DPO}} = -\beta\, \mathbb{E}\big[\sigma(-m) \big(\nabla \log \pi(y_w|x) "
-            r"- \nabla \log \pi(y_l|x)\big)\big], \quad m = \beta \log \frac{\pi(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
+            latex=r"\nabla L_{\mathrm{DPO}} = -\beta\, \mathbb{E}\bigl[\sigma(-m) \bigl(\nabla \log \pi(y_w|x) "
+            r"- \nabla \log \pi(y_l|x)\bigr)\bigr], \quad m = \beta \log \frac{\pi(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
             r"- \beta \log \frac{\pi(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}",
             words="Raise the chosen response, lower the rejected one, and weigh the pair by how wrong you still are about it. "
             "Autograd on the left, the formula on the right, logit by logit.",
@@ -305,8 +305,8 @@ DPO_DERIVATION = Derivation(
         ),
         Step(
             title="Beta in the first steps: larger moves further",
-            latex=r"\nabla L_{\mathrm{DPO}}(\pi_{\mathrm{ref}}) = -\frac{\beta}{2}\, \mathbb{E}\big[\nabla \log \pi(y_w|x) "
-            r"- \nabla \log \pi(y_l|x)\big]",
+            latex=r"\nabla L_{\mathrm{DPO}}(\pi_{\mathrm{ref}}) = -\frac{\beta}{2}\, \mathbb{E}\bigl[\nabla \log \pi(y_w|x) "
+            r"- \nabla \log \pi(y_l|x)\bigr]",
             words="At the start every margin is 0 and the gradient is proportional to beta. With plain gradient steps of one "
             "size, a larger beta takes you further away first. Both readings of beta are right, at different times.",
             sides=beta_in_the_first_step,

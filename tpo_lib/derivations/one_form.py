@@ -211,8 +211,8 @@ ONE_FORM = Derivation(
     steps=(
         Step(
             title="The common form",
-            latex=r"L = -\mathbb{E}\Big[\log \sigma\Big(\sum_t c_w^t \big(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_w^t\big) "
-            r"- \sum_t c_l^t \big(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_l^t\big) - m\Big)\Big]",
+            latex=r"L = -\mathbb{E}\Bigl[\log \sigma\Bigl(\sum_t c_w^t \bigl(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_w^t\bigr) "
+            r"- \sum_t c_l^t \bigl(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_l^t\bigr) - m\Bigr)\Bigr]",
             words="Five losses, one formula. DPO: c = beta, k = 0, m = 0. TDPO1: k = 1. TDPO2: k = alpha and a stop-gradient. TGDPO: "
             "c = beta f. SimPO: no reference, c = beta/|y|, m = gamma. The map is `objective_map()`; all five rows are checked.",
             sides=one_form,
@@ -252,7 +252,7 @@ ONE_FORM = Derivation(
         ),
         Step(
             title="SimPO",
-            latex=r"L_{\mathrm{SimPO}} = -\mathbb{E}\Big[\log \sigma\Big(\frac{\beta}{|y_w|} \log \pi(y_w|x) - \frac{\beta}{|y_l|} \log \pi(y_l|x) - \gamma\Big)\Big]",
+            latex=r"L_{\mathrm{SimPO}} = -\mathbb{E}\Bigl[\log \sigma\Bigl(\frac{\beta}{|y_w|} \log \pi(y_w|x) - \frac{\beta}{|y_l|} \log \pi(y_l|x) - \gamma\Bigr)\Bigr]",
             words="No reference: the reward is the mean log-probability of a token, and the chosen one must lead by gamma. "
             "(This gamma is a margin, not the discount.)",
             sides=simpo_loss,
@@ -273,7 +273,7 @@ ONE_FORM = Derivation(
         ),
         Step(
             title="SimPO's gradient",
-            latex=r"\nabla L_{\mathrm{SimPO}} = -\beta\, \mathbb{E}\Big[\sigma(\gamma - m) \Big(\frac{\nabla \log \pi(y_w|x)}{|y_w|} - \frac{\nabla \log \pi(y_l|x)}{|y_l|}\Big)\Big]",
+            latex=r"\nabla L_{\mathrm{SimPO}} = -\beta\, \mathbb{E}\Bigl[\sigma(\gamma - m) \Bigl(\frac{\nabla \log \pi(y_w|x)}{|y_w|} - \frac{\nabla \log \pi(y_l|x)}{|y_l|}\Bigr)\Bigr]",
             words="Again one coefficient per response, but shorter responses get more per token. The margin keeps pushing pairs "
             "that are already in the right order.",
             sides=simpo_gradient,
@@ -283,7 +283,7 @@ ONE_FORM = Derivation(
         ),
         Step(
             title="The policy gradient",
-            latex=r"\nabla J(\pi) = \mathbb{E}_{y \sim \pi}\Big[\sum_t \gamma^t\, \nabla \log \pi(y^t|s_t)\, A^\beta_\pi(s_t, y^t)\Big]",
+            latex=r"\nabla J(\pi) = \mathbb{E}_{y \sim \pi}\Bigl[\sum_t \gamma^t\, \nabla \log \pi(y^t|s_t)\, A^\beta_\pi(s_t, y^t)\Bigr]",
             words="PPO climbs J itself. It writes responses and weighs each token by its advantage, with the KL cost inside the reward. "
             "Token-level credit is what DPO's single coefficient replaced.",
             sides=policy_gradient,
@@ -293,7 +293,7 @@ ONE_FORM = Derivation(
         ),
         Step(
             title="PPO's clipped surrogate",
-            latex=r"\nabla_\pi\, \mathbb{E}_{\pi_{\mathrm{old}}}\Big[\sum_t \gamma^t \min\big(\rho_t A^\beta_t, \operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A^\beta_t\big)\Big]"
+            latex=r"\nabla_\pi\, \mathbb{E}_{\pi_{\mathrm{old}}}\Bigl[\sum_t \gamma^t \min\bigl(\rho_t A^\beta_t, \operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A^\beta_t\bigr)\Bigr]"
             r"\Big|_{\pi=\pi_{\mathrm{old}}} = \nabla J(\pi_{\mathrm{old}}), \quad \rho_t = \frac{\pi(y^t|s_t)}{\pi_{\mathrm{old}}(y^t|s_t)}",
             words="At the old policy every ratio is 1 and nothing is clipped: the first step of PPO is the policy gradient. Clipping "
             "only limits the steps after it. Here epsilon is 0.2.",

@@ -125,14 +125,14 @@ PREFERENCES = Derivation(
     steps=(
         Step(
             title="The Bradley-Terry model",
-            latex=r"P(y_w \succ y_l \mid x) = \sigma\big(r(x,y_w) - r(x,y_l)\big) = \frac{e^{r(x,y_w)}}{e^{r(x,y_w)} + e^{r(x,y_l)}}",
+            latex=r"P(y_w \succ y_l \mid x) = \sigma\bigl(r(x,y_w) - r(x,y_l)\bigr) = \frac{e^{r(x,y_w)}}{e^{r(x,y_w)} + e^{r(x,y_l)}}",
             words="Give each response a strength exp(r). The chance to win is its share of the two strengths: a softmax "
             "over two, which is a sigmoid of the gap.",
             sides=bradley_terry,
             assumption="Preferences are noisy comparisons of one number per response.",
             source=BT,
             implements="tpo_lib.world.TokenWorld.pair_chunks",
-            changed=r"\sigma\big(r(x,y_w) - r(x,y_l)\big)",
+            changed=r"\sigma\bigl(r(x,y_w) - r(x,y_l)\bigr)",
             symbolic=_symbolic_sigmoid,
         ),
         Step(
@@ -145,8 +145,8 @@ PREFERENCES = Derivation(
         ),
         Step(
             title="Maximum likelihood is a cross-entropy",
-            latex=r"\mathbb{E}\big[-\log \sigma(\hat r(x,y_w) - \hat r(x,y_l))\big] = \mathbb{E}\big[H(P)\big] "
-            r"+ \mathbb{E}\big[\operatorname{KL}(P \,\|\, \hat P)\big]",
+            latex=r"\mathbb{E}\bigl[-\log \sigma(\hat r(x,y_w) - \hat r(x,y_l))\bigr] = \mathbb{E}\bigl[H(P)\bigr] "
+            r"+ \mathbb{E}\bigl[\operatorname{KL}(P \,\|\, \hat P)\bigr]",
             words="The loss of any reward model r̂ splits into the annotators' own noise, which you cannot remove, and the "
             "distance between their probabilities and yours, which you can. It is the cross-entropy you know, on two classes.",
             sides=cross_entropy,
@@ -155,12 +155,12 @@ PREFERENCES = Derivation(
         ),
         Step(
             title="Its gradient",
-            latex=r"\frac{\partial L}{\partial \hat r(x,y)} = -\sum_{y'} p(x,y,y') \big[P(y \succ y') - \hat P(y \succ y')\big]",
+            latex=r"\frac{\partial L}{\partial \hat r(x,y)} = -\sum_{y'} p(x,y,y') \bigl[P(y \succ y') - \hat P(y \succ y')\bigr]",
             words="You push a response up by as much as it wins more often than your model expects. The gradient is zero where "
             "model and annotators agree. Here p(x,y,y') says how often the two meet.",
             sides=likelihood_gradient,
             source=DPO,
-            changed=r"\big[P(y \succ y') - \hat P(y \succ y')\big]",
+            changed=r"\bigl[P(y \succ y') - \hat P(y \succ y')\bigr]",
         ),
         Step(
             title="What the fit finds",

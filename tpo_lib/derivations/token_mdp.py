@@ -155,7 +155,7 @@ TOKEN_MDP = Derivation(
         ),
         Step(
             title="Bellman: the value of a state",
-            latex=r"V_\pi(s) = \sum_a \pi(a|s)\, Q_\pi(s,a) = \mathbb{E}_\pi\Big[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s\Big]",
+            latex=r"V_\pi(s) = \sum_a \pi(a|s)\, Q_\pi(s,a) = \mathbb{E}_\pi\Bigl[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s\Bigr]",
             words="The recursion on the left looks one token ahead. The right side enumerates every way to finish the response "
             "from s. They agree in every state, not only at the start.",
             sides=bellman,
@@ -165,7 +165,7 @@ TOKEN_MDP = Derivation(
         ),
         Step(
             title="Bellman: the value of a token",
-            latex=r"Q_\pi(s,a) = R(s,a) + \gamma V_\pi(s') = \mathbb{E}_\pi\Big[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s,\, y^t = a\Big]",
+            latex=r"Q_\pi(s,a) = R(s,a) + \gamma V_\pi(s') = \mathbb{E}_\pi\Bigl[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s,\, y^t = a\Bigr]",
             words="Q asks the same after you have committed to token a. Since s' is just the longer prefix, no average over next "
             "states is needed.",
             sides=action_values,
@@ -185,7 +185,7 @@ TOKEN_MDP = Derivation(
         ),
         Step(
             title="Performance difference",
-            latex=r"J(\pi') - J(\pi) = \sum_t \gamma^t\, \mathbb{E}_{s_t \sim D_t^{\pi'}}\, \mathbb{E}_{a \sim \pi'}\big[A_\pi(s_t, a)\big]",
+            latex=r"J(\pi') - J(\pi) = \sum_t \gamma^t\, \mathbb{E}_{s_t \sim D_t^{\pi'}}\, \mathbb{E}_{a \sim \pi'}\bigl[A_\pi(s_t, a)\bigr]",
             words="To compare two policies, walk with the new one and collect the old one's advantages. The states are those the "
             "new policy visits. Keep that in mind: TGDPO will replace exactly this D_t.",
             sides=performance_difference,
@@ -196,7 +196,7 @@ TOKEN_MDP = Derivation(
         Step(
             title="Soft Bellman optimality",
             latex=r"V^*(s) = \beta \log \sum_a \pi_{\mathrm{ref}}(a|s)\, e^{Q^*(s,a)/\beta} "
-            r"= \beta \log \mathbb{E}_{\pi_{\mathrm{ref}}}\big[e^{\text{reward to go}/\beta} \,\big|\, s\big]",
+            r"= \beta \log \mathbb{E}_{\pi_{\mathrm{ref}}}\bigl[e^{\text{reward to go}/\beta} \,\big|\, s\bigr]",
             words="Pay beta KL at every token and the maximum over tokens turns into a log-sum-exp. Unrolled to the end it is DPO's "
             "beta log Z, with the prefix s as the prompt. So V*(s_0) = beta log Z(x).",
             sides=soft_bellman,
@@ -209,8 +209,8 @@ TOKEN_MDP = Derivation(
         ),
         Step(
             title="The soft value is attained",
-            latex=r"V^*(s_0) = \mathbb{E}_{y \sim \pi^*}\Big[\sum_t \gamma^t \Big(R(s_t, y^t) - \beta \log "
-            r"\frac{\pi^*(y^t|s_t)}{\pi_{\mathrm{ref}}(y^t|s_t)}\Big)\Big]",
+            latex=r"V^*(s_0) = \mathbb{E}_{y \sim \pi^*}\Bigl[\sum_t \gamma^t \Bigl(R(s_t, y^t) - \beta \log "
+            r"\frac{\pi^*(y^t|s_t)}{\pi_{\mathrm{ref}}(y^t|s_t)}\Bigr)\Bigr]",
             words="V* is no mere bound. Let pi* write all its responses, subtract what it pays in KL, and you get V* back.",
             sides=soft_value_is_attained,
             source=RQ,
@@ -219,12 +219,12 @@ TOKEN_MDP = Derivation(
         Step(
             title="What any other policy loses",
             latex=r"J(\pi^*) - J(\pi) = \beta \sum_t \gamma^t\, \mathbb{E}_{s_t \sim D_t^\pi} "
-            r"\operatorname{KL}\big(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\big)",
+            r"\operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\bigr)",
             words="The gap to the optimum is a sum of KLs, never negative, and zero only if you match pi* in every state you "
             "reach. This proves that pi* is optimal, and it prices every mistake.",
             sides=soft_performance_difference,
             source="derived here",
-            changed=r"\operatorname{KL}\big(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\big)",
+            changed=r"\operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\bigr)",
         ),
         Step(
             title="Bandit view and token view agree",

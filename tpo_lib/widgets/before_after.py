@@ -5,12 +5,11 @@ from __future__ import annotations
 import html
 
 import ipywidgets as w
-from IPython.display import display
 
 from tpo_lib.lab import Laboratory
 from tpo_lib.pairing import score
 from tpo_lib.sampling import generate
-from tpo_lib.widgets.parts import one_line
+from tpo_lib.widgets.parts import bundle, one_line
 
 START = "start"
 SAMPLES = 4
@@ -58,8 +57,8 @@ class BeforeAfter:
         self.refresh_button.on_click(lambda _: self._reread())
         self._reread()
 
-    def _ipython_display_(self) -> None:
-        display(self.box)
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to compare samples.", page=self.page.value)
 
     def _reread(self) -> None:
         names = [START, *self.lab.runs]

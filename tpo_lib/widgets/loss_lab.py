@@ -21,6 +21,7 @@ from tpo_lib.coefficients import PairCoefficients, coefficients, loss_at, margin
 from tpo_lib.losses import F_FLOOR, OBJECTIVES, floor_share
 from tpo_lib.plots import FONT, GRID, style_of
 from tpo_lib.types import TokenStats
+from tpo_lib.widgets.parts import bundle
 
 # The pair: its words, and the share of the guide's strongest reward that each of them gets.
 CHOSEN = {"warm": 0.8, "and": 0.0, "funny": 1.0, "but": -0.1, "too": -0.4, "long": -0.8}
@@ -83,9 +84,7 @@ class LossLab:
 
     def _repr_mimebundle_(self, **_) -> dict:
         """The widget, and for a page without a kernel the picture."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        png = base64.b64encode(self._png).decode()
-        return {"application/vnd.jupyter.widget-view+json": view, "image/png": png, "text/plain": self.alt}
+        return bundle(self.box, self.alt, image=self._png)
 
     def _situation(self, change: Mapping) -> None:
         if self._held or change["new"] == BY_HAND:
@@ -306,13 +305,15 @@ def _terms_panel(ax: Axes, objective: str, found: PairCoefficients, terms: Mappi
     if found.chosen.kl is None:
         notes[2:4] = ["not read", "not read"]
     elif _held(found):
-        notes[2] += " (stop-gradient)"
+        notes[2] += " (held)"  # short: it stands inside the panel
     filled, hatched = {"color": style.colour}, {"color": "white", "edgecolor": style.colour, "hatch": "////"}
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # no grid line runs through a note
     reach = max(1.0, *map(abs, bars))
     for row, (value, note) in enumerate(zip(bars, notes, strict=True)):
         ax.barh(row, value, 0.62, **(filled, filled, hatched, hatched, {"color": "black"})[row])
         side = 1 if value < 0 else -1  # the note stands on the free side
-        ax.text(0.03 * side * reach, row, note, ha="left" if value < 0 else "right", va="center", fontsize=FONT - 1)
+        ends = {"ha": "left" if value < 0 else "right", "va": "center"}
+        ax.text(0.03 * side * reach, row, note, **ends, fontsize=FONT - 1, bbox=behind)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlim(-1.5 * reach, 1.5 * reach)
     ax.set_yticklabels([f"chosen {score}", f"rejected {score}", "chosen KL", "rejected KL", "margin"])

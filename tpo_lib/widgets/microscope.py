@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import ipywidgets as w
 import torch
-from IPython.display import display
 
 from tpo_lib import plots
 from tpo_lib.coefficients import coefficients
@@ -15,6 +14,7 @@ from tpo_lib.evaluate import pair_stats
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.stage import Stage
 from tpo_lib.stats import split
+from tpo_lib.widgets.parts import bundle
 
 QUANTITIES = {  # name: (what it is, unit)
     "log-ratio": ("log π_θ − log π_ref of the token", "nats"),
@@ -89,8 +89,8 @@ class TokenMicroscope:
         self.token.observe(lambda _: self._show_page(), "value")
         self._draw()
 
-    def _ipython_display_(self) -> None:
-        display(self.box)
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to use the microscope.", page=self.page.value)
 
     def _tallest(self) -> str:
         """Room for the longest pair, so that the page does not jump from one pair to the next."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import ipywidgets as w
 import numpy as np
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,7 +14,7 @@ from tpo_lib.config import PRESETS
 from tpo_lib.lab import Laboratory
 from tpo_lib.plots import GRID
 from tpo_lib.stage import Stage
-from tpo_lib.widgets.parts import interval, one_line, png
+from tpo_lib.widgets.parts import bundle, interval, one_line, png
 
 UPDATES = 4
 
@@ -68,8 +67,8 @@ class PreferenceExplorer:
         self.train_button.on_click(lambda _: self._train())
         self._filter()
 
-    def _ipython_display_(self) -> None:
-        display(self.box)
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to leaf through the pairs.", image=self.histogram.value)
 
     def _filter(self) -> None:
         word, table = self.search.value.strip().lower(), self.stage.table

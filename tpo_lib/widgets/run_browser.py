@@ -7,17 +7,13 @@ import json
 from pathlib import Path
 
 import ipywidgets as w
-from IPython.display import display
-from matplotlib.figure import Figure
 
 from tpo_lib import plots
 from tpo_lib.sweep import RUNS
-from tpo_lib.widgets.parts import interval, one_line, png
+from tpo_lib.widgets.parts import PANELS, WIDE, bundle, interval, one_line, png, still
 
 SHOWN = 3
-WIDE = (11.4, 4.0)  # inches, at 80 dots per inch: 912 x 320 pixels, which fits a notebook 1100 pixels wide
-PANELS = [(0.085 + 0.325 * i, 0.235, 0.24, 0.725) for i in range(3)]  # left, bottom, width, height: shares of a figure
-PLANE = [(0.13, 0.275, 0.845, 0.7)]
+PLANE = [(0.13, 0.275, 0.845, 0.7)]  # as PANELS, of the plane of the frontier
 
 
 def run_browser(path: str | Path = RUNS) -> RunBrowser:
@@ -61,8 +57,8 @@ class RunBrowser:
         self.alpha.observe(lambda _: self._draw(), "value")
         self._options()
 
-    def _ipython_display_(self) -> None:
-        display(self.box)
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to slide through the runs.", image=self.points.value)
 
     def _options(self) -> None:
         self._mine = [run for run in self.content["runs"] if run["objective"] == self.objective.value]
@@ -115,19 +111,3 @@ class RunBrowser:
             )
             + "</div>"
         )
-
-
-def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
-    """The figure with its panels at fixed places: they stay where they are when the numbers change, and laying them out
-    anew, which is half of the time of drawing, falls away.
-
-    Args:
-        boxes: (left, bottom, width, height) of every panel, shares of the figure.
-        size: width and height, inches.
-    """
-    figure.set_layout_engine(None)  # not "none", which draws twice when it saves
-    if size is not None:
-        figure.set_size_inches(*size)
-    for ax, box in zip(figure.axes, boxes, strict=True):
-        ax.set_position(box)
-    return figure

@@ -7,13 +7,11 @@ import threading
 from pathlib import Path
 
 import ipywidgets as w
-from IPython.display import display
 
 from tpo_lib import plots
 from tpo_lib.lab import Laboratory, Run
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.widgets.parts import interval, one_line, png
-from tpo_lib.widgets.run_browser import PANELS, WIDE, still
+from tpo_lib.widgets.parts import PANELS, WIDE, bundle, interval, one_line, png, still
 
 SHOWN = 3  # samples of a run
 
@@ -60,7 +58,7 @@ class TrainingLab:
         self.beta = w.FloatLogSlider(0.1, min=-2, max=1, step=0.1, description="beta", readout_format=".2g", **wide)
         self.alpha = w.FloatSlider(0.5, min=0, max=2, step=0.1, description="alpha", **wide)
         self.lr = w.FloatLogSlider(
-            3e-4, base=10, min=-5, max=-2.5, step=0.1, description="learning rate", readout_format=".1e", **wide
+            10**-3.5, base=10, min=-5, max=-2.5, step=0.1, description="learning rate", readout_format=".1e", **wide
         )
         self.updates = w.IntSlider(10, min=2, max=60, description="updates", **wide)
         self.name = w.Text(placeholder="chosen for you", description="name", **wide)
@@ -103,8 +101,8 @@ class TrainingLab:
         self.remove_button.on_click(lambda _: self._remove())
         self.export_button.on_click(lambda _: self._export())
 
-    def _ipython_display_(self) -> None:
-        display(self.box)
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to train runs of your own.", image=self.points.value)
 
     # Training.
 
