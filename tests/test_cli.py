@@ -65,6 +65,41 @@ def test_tgdpo_trains_its_guide_first_and_says_so(files, tmp_path, capsys):
     assert "does not say which beta it was trained with; pass it as --guide-beta" in capsys.readouterr().err
 
 
+def test_one_flag_caches_what_frozen_models_say(files, tmp_path, capsys):
+    def run(out: str, *more) -> list[dict]:
+        where = ["--model", files["model"], "--pairs", files["pairs"], "--output-dir", str(tmp_path / out)]
+        main(["train", *where, "--batch-size", "4", "--device", "cpu", "--loss-type", "tgdpo", "--seed", "1", *more])
+        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows]
+
+    caches = ["--cache-dir", str(tmp_path / "caches")]
+    losses = run("cached", *caches)
+    told = capsys.readouterr().err
+    assert told.count("reference log-probs: 12 pairs") == 1  # for the guide's own training and for the run it guides
+    assert told.count("guide log-probs: 12 pairs") == 1
+    assert losses == pytest.approx(run("plain"), rel=1e-6)
+    run("again", *caches, "--guide", str(tmp_path / "cached" / "guide"))
+    assert "log-probs" not in capsys.readouterr().err
+
+
+def test_sampled_pairs_go_to_the_cache_folder_too(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = ["--model", files["model"], "--reward", files["reward"], "--device", "cpu", "--batch-size", "4"]
+    where += ["--num-prompts", "6", "--max-new-tokens", "8", "--max-steps", "1"]
+    main(["train", *where, "--output-dir", "one"])
+    assert (tmp_path / "runs" / "pairs" / "sampled.jsonl").exists()
+    assert not list((tmp_path / "runs" / "pairs").glob("reference-*"))
+    main(["train", *where, "--output-dir", "two", "--cache-dir", "here"])
+    assert (tmp_path / "here" / "sampled.jsonl").exists()
+    assert list((tmp_path / "here").glob("reference-logps-*"))
+
+
+def test_help_tells_of_every_cache(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--cache-dir DIR" in capsys.readouterr().out
+
+
 def test_pairs_are_sampled_scored_and_written(files, tmp_path, capsys):
     output = tmp_path / "made.jsonl"
     where = ["--model", files["model"], "--reward", files["reward"], "--output", str(output)]

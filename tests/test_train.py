@@ -169,6 +169,12 @@ def test_missing_models_are_named():
         train.fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8), guide=tiny.llama())
 
 
+def test_frozen_models_may_be_given_as_functions_that_load_them():
+    config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1)
+    found = train.fit(config, tiny.llama(), tiny.llama, tiny.pairs(8), guide=lambda: tiny.llama(seed=1), progress=False)
+    assert found.metrics == trained(config).metrics
+
+
 def test_objectives_without_reference_train_without_one():
     for name in ("sft", "simpo"):
         result = train.fit(replace(CONFIG, loss_type=name), tiny.llama(), None, tiny.pairs(8), progress=False)
@@ -327,6 +333,22 @@ def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
     assert same(a, b)
 
 
+@pytest.mark.parametrize("cached_first", [True, False])
+def test_caches_may_come_and_go_on_a_resume(cached_first, tmp_path):
+    config = replace(CONFIG, loss_type="tdpo2", epochs=3, lr=1e-4, output_dir=str(tmp_path / "run"), keep=9)
+    settings = [replace(config, cache_dir=str(tmp_path / "caches")), config]
+    first, second = settings if cached_first else settings[::-1]
+    trained(first)
+    shutil.rmtree(tmp_path / "run" / "final")
+    for late in sorted((tmp_path / "run" / "checkpoints").iterdir())[3:]:
+        shutil.rmtree(late)
+    resumed, whole = trained(second, resume=True), trained(replace(config, output_dir=None))
+    assert (tmp_path / "caches").exists()
+    for name, value in weights(whole.policy).items():
+        torch.testing.assert_close(weights(resumed.policy)[name], value, rtol=1e-6, atol=1e-6)
+    assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], rel=1e-6)
+
+
 def test_nothing_sound_to_resume_from_is_refused(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -432,3 +454,14 @@ def test_on_log_sees_every_row_and_ends_the_run():
     assert result.steps == 3
     assert seen == result.metrics
     assert train.fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3
+
+
+@pytest.mark.parametrize("changes", [{"share_prefix": True}, {"fused": False}, {"max_tokens": 50}])
+def test_how_a_batch_is_read_does_not_change_the_run(changes):
+    config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, epochs=2)
+    plain, other = trained(config), trained(replace(config, **changes))
+    for name, value in weights(plain.policy).items():
+        torch.testing.assert_close(weights(other.policy)[name], value, rtol=1e-3, atol=1e-4)
+    for row, again in zip(plain.metrics, other.metrics, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "kl/rejected", "guidance/floor_share"):
+            assert again[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name

@@ -1,4 +1,4 @@
-"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket | derive | notebooks | sweep."""
+"""The command line: python -m tpo_lib run | train | pairs | evaluate | pocket | derive | notebooks | sweep | bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from tpo_lib.config import PRESETS, TrainConfig, override
@@ -21,7 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; user errors end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m tpo_lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_run, _add_train, _add_pairs, _add_evaluate, _add_pocket, _add_derive, _add_notebooks, _add_sweep):
+    for add in (
+        _add_run,
+        _add_train,
+        _add_pairs,
+        _add_evaluate,
+        _add_pocket,
+        _add_derive,
+        _add_notebooks,
+        _add_sweep,
+        _add_bench,
+    ):
         add(commands)
     options = parser.parse_args(arguments)
     _one_bar_only()
@@ -97,8 +108,8 @@ def _train(options) -> None:
     guide = None
     if config.loss_type == "tgdpo":
         config, guide_folder = _guide(options, config, name, tokenizer, pairs)
-        guide = load_model(guide_folder, device=device).requires_grad_(False)
-    policy, reference = load_model(name, device=device), load_model(name, device=device).requires_grad_(False)
+        guide = partial(_frozen, guide_folder, device)
+    policy, reference = load_model(name, device=device), partial(_frozen, name, device)
     if config.lora_rank:
         policy = add_lora(policy, config.lora_rank)
     result = fit(
@@ -108,6 +119,13 @@ def _train(options) -> None:
     print(
         f"trained {result.steps} updates; model: {result.output_dir / 'final'}, metrics: {result.output_dir / 'metrics.jsonl'}"
     )
+
+
+def _frozen(name: str | Path, device):
+    """A reference or guide; `fit` calls this when it needs the model, and may let it go."""
+    from tpo_lib.models import load_model
+
+    return load_model(name, device=device).requires_grad_(False)
 
 
 def _main_process_first(device):
@@ -138,7 +156,7 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
     print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     stage = replace(config, loss_type="dpo", beta=beta, guide_beta=None, output_dir=str(folder))
     device = choose_device(config.device)
-    reference = load_model(name, device=device).requires_grad_(False)
+    reference = partial(_frozen, name, device)
     fit(stage, load_model(name, device=device), reference, pairs, tokenizer=tokenizer, resume=True)
     return replace(config, guide_beta=beta), folder
 
@@ -180,7 +198,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     from tpo_lib.pocket import load_imdb
     from tpo_lib.rewards import load_reward
 
-    preset, name = PRESETS[options.preset], _model_name(options)
+    preset, name, folder = PRESETS[options.preset], _model_name(options), Path(options.cache_dir or "runs/pairs")
     device = choose_device(options.device)
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
     reward = load_reward(options.reward or preset.reward or str(_pocket()), device=device)
@@ -201,10 +219,10 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
         rule=options.rule,
         min_gap=options.min_gap,
         seed=seed,
-        cache_dir=Path(options.cache_dir),
+        cache_dir=folder,
     )
     print(report, file=sys.stderr)
-    output = output or Path(options.cache_dir) / "sampled.jsonl"
+    output = output or folder / "sampled.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     pairing.save_pairs(table, output)
     report.figure().savefig(output.with_suffix(".png"), dpi=110)
@@ -324,6 +342,34 @@ def _sweep(options) -> None:
     print(f"{len(sweep(path)['runs'])} runs in {path}")
 
 
+def _add_bench(commands) -> None:
+    command = commands.add_parser("bench", help="time and memory beside TRL and Liger (15 minutes; extra `bench`)")
+    command.add_argument("--quick", action="store_true", help="fewer sections and pairs, about two minutes")
+    command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="sections whose names begin so")
+    command.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; nothing is written")
+    command.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    command.add_argument("--repetitions", type=int, help="rounds of timing (default: 4, quick: 2)")
+    command.add_argument("--output", type=Path, help="folder to write (default: benchmarks, quick: runs/bench)")
+    command.set_defaults(function=_bench)
+
+
+def _bench(options) -> None:
+    try:
+        from benchmarks import run
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise ImportError("the benchmarks lie beside the package: run this in the repository's root") from error
+    run.run(
+        options.output,
+        quick=options.quick,
+        only=options.only,
+        labels=options.contestants,
+        memory=options.memory,
+        repetitions=options.repetitions,
+    )
+
+
 def _add_models(command) -> None:
     command.add_argument("--preset", choices=tuple(PRESETS), default="pocket")
     command.add_argument("--model", help="start model: folder or hub name (default: the preset's)")
@@ -346,7 +392,12 @@ def _add_sampling(command) -> None:
         "--rule", choices=("all", "best_worst"), default="all", help="all: 6 pairs from 4, as in the paper"
     )
     command.add_argument("--min-gap", type=float, default=0.0, help="smallest difference of scores in a pair")
-    command.add_argument("--cache-dir", default="runs/pairs")
+    command.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="folder of caches: of sampled pairs (without the flag: runs/pairs); train: also of what the frozen models say "
+        "(without the flag: none, they are read anew for every batch)",
+    )
 
 
 def _add_config(command) -> None:
@@ -354,6 +405,8 @@ def _add_config(command) -> None:
     group = command.add_argument_group("training run (defaults: the preset's; meanings: tpo_lib/config.py)")
     hints = typing.get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
+        if field.name == "cache_dir":  # one flag for every cache, in _add_sampling
+            continue
         hint = hints[field.name]
         kind = hint if not isinstance(hint, types.UnionType) else hint.__args__[0]
         flag = "--" + field.name.replace("_", "-")

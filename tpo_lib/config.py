@@ -28,6 +28,7 @@ class TrainConfig:
         accumulation: forward passes an update; incomplete windows at the end of an epoch are left out.
         max_tokens: most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x
             accumulation pairs as ever, but is cut into forward passes by tokens instead of by pairs.
+        share_prefix: read the prompt of a pair once instead of twice (prefix.py), which pays where prompts are long.
         fused: head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once.
         epochs: passes over the pairs; max_steps, where given, ends the run earlier.
         max_length: tokens of prompt and response together; longer responses are cut and counted.
@@ -38,6 +39,8 @@ class TrainConfig:
         log_every, eval_every, save_every: in updates; keep: checkpoints kept.
         output_dir: where checkpoints and metrics.jsonl go; None keeps everything in memory.
         report_to: None or "tensorboard".
+        cache_dir: where what the frozen models say is kept on disk, to be read instead of them (caches.py); None reads them
+            anew for every batch. It may come and go on a resume.
     """
 
     loss_type: str = "dpo"
@@ -56,6 +59,7 @@ class TrainConfig:
     batch_size: int = 32
     accumulation: int = 1
     max_tokens: int | None = None
+    share_prefix: bool = False
     fused: bool = True
     epochs: int = 1
     max_steps: int | None = None
@@ -70,6 +74,7 @@ class TrainConfig:
     keep: int = 2
     output_dir: str | None = None
     report_to: str | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         choices = {

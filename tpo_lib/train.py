@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib import checkpoint, fused, losses, stats
+from tpo_lib import caches, checkpoint, fused, losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fused import Reading
@@ -61,10 +61,11 @@ def fit(
     Args:
         config: the run; `config.batch_size * config.accumulation * processes` pairs make one update.
         policy: causal language model in float32, trained in place. Dropout stays off.
-        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then).
+        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then). It
+            may also be a function without arguments that loads one: with `config.cache_dir` it is let go of once it is read.
         pairs: encoded training pairs (data.encode_pairs).
         eval_pairs: held-out pairs, scored every `config.eval_every` updates and at the end (metrics `eval_*`).
-        guide: frozen DPO model, needed by tgdpo alone.
+        guide: frozen DPO model or a function that loads it, needed by tgdpo alone.
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
         on_log: called with every metrics row of training as it is made; returns True to end the run after that update.
@@ -75,6 +76,9 @@ def fit(
         ValueError: the objective lacks a model it needs, or there are fewer pairs than one update takes.
         NonFiniteLoss: names step and rows; checkpoints keep the last good state.
         RuntimeError: output_dir is in use, or holds another run.
+
+    With `config.cache_dir` the frozen models are read once (caches.py). Nothing else changes, except that the training rows
+    of DPO, TGDPO and SimPO then have no kl/*: log-probabilities are cached there, not distributions.
     """
     device = choose_device(config.device)
     accelerator = Accelerator(
@@ -85,7 +89,6 @@ def fit(
     )
     _check_models(config, reference, guide)
     scorer = PairScorer(config, policy.eval())
-    frozen = {name: ResponseReader(m).to(accelerator.device) for name, m in (("ref", reference), ("guide", guide)) if m}
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
     steps = planned_steps(config, len(pairs), per_update)
@@ -93,6 +96,14 @@ def fit(
     main = accelerator.is_main_process
     with checkpoint.exclusive(folder) if folder and main else nullcontext():
         step, rows = _start(config, policy, optimizer, folder, resume, accelerator)
+        frozen, frozen_eval = caches.frozen_readers(
+            config,
+            {"ref": reference, "guide": guide},
+            pairs,
+            eval_pairs if config.eval_every else None,
+            accelerator=accelerator,
+            progress=progress,
+        )
         bar = tqdm(total=steps, initial=step, desc=config.loss_type, disable=not (progress and main), unit="update")
         for callback in callbacks if step == 0 else ():
             callback(0, policy)
@@ -125,7 +136,7 @@ def fit(
             if config.eval_every and (step % config.eval_every == 0 or step == steps):
                 if eval_pairs:
                     rows.append(
-                        {"step": step} | evaluate_pairs(config, scorer, frozen, eval_pairs, policy, accelerator)
+                        {"step": step} | evaluate_pairs(config, scorer, frozen_eval, eval_pairs, policy, accelerator)
                     )
                     _log(rows[-1], folder, bar, accelerator)
                 for callback in callbacks:
@@ -159,7 +170,7 @@ class PairScorer(torch.nn.Module):
 
     def __init__(self, config: TrainConfig, policy) -> None:
         super().__init__()
-        self.policy, self.fused = ResponseReader(policy), config.fused
+        self.policy, self.fused = ResponseReader(policy, share_prefix=config.share_prefix), config.fused
         objective = losses.OBJECTIVES[config.loss_type]
         self.objective, self.needs_kl = partial(objective.fn, **config.hyperparameters()), "kl" in objective.needs
         if config.fused and not self.policy.understood:
@@ -180,11 +191,11 @@ class PairScorer(torch.nn.Module):
 
 
 def score(
-    scorer: PairScorer, frozen: dict, batch: PairBatch, accelerator, *, with_kl: bool
+    scorer: PairScorer, frozen: dict[str, caches.Read], batch: PairBatch, accelerator, *, with_kl: bool
 ) -> tuple[LossOutput, TokenStats]:
     """One batch: what the frozen models say, then the policy, the statistics and the loss."""
     with torch.no_grad(), accelerator.autocast():
-        said = {name: model(batch.input_ids, batch.attention_mask, batch.labels) for name, model in frozen.items()}
+        said = {name: read(batch) for name, read in frozen.items()}
     return scorer(batch, said, with_kl)
 
 
@@ -378,7 +389,7 @@ def _start(
 
 
 def _check_same_run(config: TrainConfig, found: Path) -> None:
-    free = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}
+    free = {"output_dir", "report_to", "log_every", "save_every", "keep", "device", "cache_dir"}
     before, now = json.loads((found / "training.json").read_text()), config.to_dict()
     changed = [
         f"{name} was {before.get(name)!r}, is {now[name]!r}"
