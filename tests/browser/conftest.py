@@ -6,13 +6,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
+from browser.chapters import NOTEBOOKS
 from browser.harness import Lab, NotebookPage, browse, find_chromium, open_notebook, serve
-
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.fixture(scope="package")

@@ -20,20 +20,31 @@ playwright keeps an event loop in the thread, which notebooks under nbval need f
 
 NotebookPage
     run_all(timeout)        runs all cells, waits for the kernel to be idle, raises if anything reported an error.
+    output(cell)            the same page, with everything below confined to the outputs of one cell, counted from 0.
     control(name, nth=0)    the focusable element of the control whose description is `name` (a slider's handle, a
                             dropdown, an input), or the button with that text. A playwright Locator.
-    click(name)             a mouse click.
-    press(name, key, times) keys on the focused control: ArrowRight, Enter, Space, Home ...
-    choose(name, option)    an option of a dropdown, by its text.
+    click(name, nth=0)      a mouse click.
+    press(name, key, times=1, nth=0)    keys on the focused control: ArrowRight, Enter, Space, Home ...
+    choose(name, option, nth=0)         an option of a dropdown, by its text.
+    fill(name, text, nth=0)             a text field, left with Tab.
+    readout(name)           the value that stands beside a slider.
     text                    all text shown in the outputs, one string: what a reader can read. Typeset mathematics is
                             not in it (see `formulas`).
     formulas                how many formulas are typeset in the outputs now.
+    locator(selector)       a playwright Locator in the outputs.
+    content(selector)       what is in all elements the selector finds: an image's address, the HTML of anything else.
     wait_for_text(text)     until it shows. wait_for_change(before): until `text` differs from `before`; returns the new one.
-    latency(action, text)   seconds from the start of `action()` until `text` shows, timed by the page itself.
+    wait_for_pictures(before, selector)     until all pictures are others than `before`, and loaded; returns the new ones.
+    latency(action, text, fresh=None)       seconds from the start of `action()` until `text` shows, and everything that the
+                            selector `fresh` finds is new and, if a picture, loaded; timed by the page itself.
+    key_latency(name, key, text, fresh=None)    the same of a key on a control; then waits for the kernel to be idle.
     idle()                  until the kernel has nothing left to do.
     errors                  what went wrong so far: console, uncaught exceptions, errors the kernel sent (cells, callbacks).
     assert_clean()          fails with those errors if there are any.
-    screenshot(path)        a picture of the notebook. `page` is the playwright page, for everything else.
+    screenshot(path)        a picture of the notebook, or of the output. `page` is the playwright page, for everything else.
+
+`at_once(what, seconds)` prints latencies and fails if their lower quartile is above LATENCY: a busy machine delays some
+moves, a slow widget delays all of them.
 
 To look at something without pytest: `with serve(folder, scratch) as lab, browse() as chromium:` and
 `open_notebook(chromium, lab, "name.ipynb")`.
@@ -52,55 +63,28 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 import nbformat
+
+from browser.scripts import CHANGED, CONTENT, IDLE, LOADED, READY, TEXT, WATCH
 
 if TYPE_CHECKING:  # playwright is optional: without it the tests are skipped
     from playwright.sync_api import Browser, Locator, Page
 
 START_SECONDS = 120  # of the server, and of the page's first paint, on a busy machine
+ACTION_SECONDS = 30  # of a click or a key: a control that is not there fails the test soon
+LATENCY = 0.5  # seconds from a key to the new text and pictures
+PICTURES = ".widget-image"
 TOKEN = "course"
 SETTINGS = {  # a kernel without a question, no news from the network
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"autoStartDefaultKernel": True},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
 }
 BENIGN = re.compile(r"ERR_INTERNET_DISCONNECTED|ERR_NAME_NOT_RESOLVED")  # without a network nothing else is wrong
-
-READY = """async () => {
-    const context = window.jupyterapp.shell.currentWidget.context;
-    await context.ready; await context.sessionContext.ready; await context.sessionContext.session.kernel.info;
-    window.kernelErrors = [];
-    context.sessionContext.session.kernel.iopubMessage.connect((_, message) => {
-        if (message.header.msg_type === "error")
-            window.kernelErrors.push(`${message.content.ename}: ${message.content.evalue}`);
-    });
-}"""
-IDLE = """() => window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === "idle" """
-# The visible text of the outputs, block by block. Formulas are left out (MathJax writes its glyphs in its own time), and of
-# a list only the choice counts. Not innerText of a copy: that would be slow enough to disturb what it measures.
-TEXT = """() => {
-    const skip = "mjx-container, .MathJax, style, script, details:not([open]) > :not(summary)", parts = [];
-    const judge = n => n.nodeType === 1 && (n.matches(skip) || n.parentNode.tagName === "SELECT") ? 2 : 1;
-    let block = null;
-    for (const area of document.querySelectorAll(".jp-OutputArea-output")) {
-        if (area.parentElement.closest(".jp-OutputArea-output")) continue;
-        const walker = document.createTreeWalker(area, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT, judge);
-        for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-            if (node.tagName === "SELECT") parts.push("\\n", node.selectedOptions[0]?.text ?? "");
-            else if (node.tagName === "INPUT" && node.checkVisibility()) parts.push("\\n", node.value);
-            else if (node.tagName === "BR") parts.push("\\n");
-            if (node.nodeType !== 3 || !node.data.trim() || !node.parentElement.checkVisibility()) continue;
-            const here = node.parentElement.closest(":not(b, i, em, strong, code, span, small, a, sub, sup)");
-            if (here !== block) parts.push("\\n");
-            parts.push(node.data.replace(/\\s+/g, " "));
-            block = here;
-        }
-    }
-    return parts.join("").trim();
-}"""
 
 
 def find_chromium() -> str | None:
@@ -196,6 +180,7 @@ def open_notebook(browser: Browser, lab: Lab, name: str, *, width: int = 1100, h
     page.wait_for_selector(".jp-Notebook")
     page.evaluate("() => { if (!jupyterapp.shell.leftCollapsed) jupyterapp.shell.collapseLeft(); }")  # all width to it
     page.evaluate(READY)
+    page.set_default_timeout(ACTION_SECONDS * 1000)
     return notebook
 
 
@@ -205,6 +190,10 @@ class NotebookPage:
 
     page: Page
     console: list[str] = field(default_factory=list)
+    scope: str = ".jp-Notebook"  # a selector: what the controls, texts and pictures are looked for in
+
+    def output(self, cell: int) -> NotebookPage:
+        return replace(self, scope=f'.jp-Cell[data-windowed-list-index="{cell}"] .jp-Cell-outputWrapper')
 
     def note_console(self, message) -> None:
         if message.type == "error" and not BENIGN.search(message.text):
@@ -216,39 +205,53 @@ class NotebookPage:
         Raises:
             AssertionError: a cell failed, or the page or the kernel reported an error.
         """
-        self.page.set_default_timeout(timeout * 1000)
         self.page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         self.idle(timeout)
-        self.page.wait_for_load_state("networkidle")  # widget views and MathJax are fetched on first use
+        # Widget views and MathJax are fetched on first use.
+        self.page.wait_for_load_state("networkidle", timeout=START_SECONDS * 1000)
         self.assert_clean()
 
     def idle(self, timeout: float = 60) -> None:
         self.page.wait_for_timeout(100)  # a message on its way has not made the kernel busy yet
         self.page.wait_for_function(IDLE, timeout=timeout * 1000)
 
+    def locator(self, selector: str) -> Locator:
+        return self.page.locator(self.scope).locator(selector)
+
     def control(self, name: str, nth: int = 0) -> Locator:
         """The focusable element of a control, by its description or a button's text."""
-        quoted = json.dumps(name)
-        labelled = f".widget-inline-hbox:has(> .widget-label:text-is({quoted}))"
+        labelled = self._labelled(name)
         inside = ("[role=slider]", ".ui-slider-handle", "select", "textarea", "input:not([type=hidden])")
         places = [f"{labelled} {element}:visible" for element in inside]
-        return self.page.locator(", ".join([f"button:text-is({quoted}):visible", *places])).nth(nth)
+        return self.locator(", ".join([f"button:text-is({_quoted(name)}):visible", *places])).nth(nth)
 
-    def click(self, name: str) -> None:
-        self.control(name).click()
+    def click(self, name: str, nth: int = 0) -> None:
+        self.control(name, nth).click()
 
-    def press(self, name: str, key: str, times: int = 1) -> None:
-        control = self.control(name)
-        control.focus()
+    def press(self, name: str, key: str, times: int = 1, nth: int = 0) -> None:
+        self.control(name, nth).focus()
         for _ in range(times):
             self.page.keyboard.press(key)
 
-    def choose(self, name: str, option: str) -> None:
-        self.control(name).select_option(label=option)
+    def choose(self, name: str, option: str, nth: int = 0) -> None:
+        self.control(name, nth).select_option(label=option)
+
+    def fill(self, name: str, text: str, nth: int = 0) -> None:
+        self.control(name, nth).fill(text)
+        self.page.keyboard.press("Tab")
+
+    def readout(self, name: str) -> str:
+        return self.locator(f"{self._labelled(name)} .widget-readout").inner_text()
+
+    def _labelled(self, name: str) -> str:
+        return f".widget-inline-hbox:has(> .widget-label:text-is({_quoted(name)}))"
+
+    def content(self, selector: str) -> list[str]:
+        return self.page.evaluate(CONTENT, f"{self.scope} {selector}")
 
     @property
     def text(self) -> str:
-        return self.page.evaluate(TEXT)
+        return self.page.evaluate(TEXT, self.scope)
 
     def wait_for_text(self, text: str, timeout: float = 30) -> None:
         self._until(lambda shown: text in shown, timeout, f"{text!r} did not show")
@@ -264,20 +267,30 @@ class NotebookPage:
             self.page.wait_for_timeout(50)
         return shown
 
-    def latency(self, action: Callable[[], None], text: str, timeout: float = 30) -> float:
-        """Seconds from the start of `action` until `text`, which must not show yet, shows; timed inside the page."""
+    def wait_for_pictures(self, before: Sequence[str], selector: str = PICTURES, timeout: float = 30) -> list[str]:
+        where = f"{self.scope} {selector}"
+        fresh = f"([where, before]) => ({CHANGED})(before, ({CONTENT})(where)) && ({LOADED})(where)"
+        self.page.wait_for_function(fresh, arg=[where, list(before)], timeout=timeout * 1000)
+        return self.content(selector)
+
+    def latency(self, action: Callable[[], None], text: str, fresh: str | None = None, timeout: float = 30) -> float:
+        """Seconds until `text`, which must not show yet, shows and what `fresh` finds is new; timed inside the page."""
         assert text not in self.text, f"{text!r} shows already"
-        watch = f"""text => {{ const shown = {TEXT}; const start = performance.now(); window.seen = new Promise(done => {{
-            const look = () => shown().includes(text) ? done((performance.now() - start) / 1000) : setTimeout(look, 10);
-            look(); }}); }}"""
-        self.page.evaluate(watch, text)
+        found = f"{self.scope} {fresh}" if fresh else ""
+        self.page.evaluate(WATCH, [self.scope, text, found, self.content(fresh) if fresh else []])
         action()
         self.wait_for_text(text, timeout)
-        return self.page.evaluate("() => window.seen")
+        return self.page.wait_for_function("() => window.seen", timeout=timeout * 1000).json_value()
+
+    def key_latency(self, name: str, key: str, text: str, fresh: str | None = None) -> float:
+        self.control(name).focus()
+        seconds = self.latency(lambda: self.page.keyboard.press(key), text, fresh)
+        self.idle()
+        return seconds
 
     @property
     def formulas(self) -> int:
-        return self.page.locator(".jp-OutputArea-output mjx-container:visible").count()
+        return self.locator(".jp-OutputArea-output mjx-container:visible").count()
 
     @property
     def errors(self) -> list[str]:
@@ -291,5 +304,15 @@ class NotebookPage:
         self.page.evaluate("() => jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
         self.page.context.close()
 
-    def screenshot(self, path: Path, selector: str = ".jp-Notebook") -> None:
-        self.page.locator(selector).first.screenshot(path=path)
+    def screenshot(self, path: Path) -> None:
+        self.page.locator(self.scope).first.screenshot(path=path)
+
+
+def at_once(what: str, seconds: Sequence[float]) -> None:
+    quick = quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
+    print(f"{what}: median {median(seconds):.3f} s, lower quartile {quick:.3f} s of {[round(s, 3) for s in seconds]}")
+    assert quick <= LATENCY, f"{what}: {seconds}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # a \u escape means nothing in a selector

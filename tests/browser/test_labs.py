@@ -1,18 +1,15 @@
-"""Training lab, microscope, explorer, before/after and run browser in a real JupyterLab, moved by mouse and keyboard."""
+"""Training lab, microscope, explorer and before/after in a real JupyterLab, moved by mouse and keyboard."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from statistics import median
 
 import pytest
 
-from browser.harness import open_notebook
-from tpo_lib import sweep
+from browser.chapters import cells
+from browser.harness import PICTURES, at_once, open_notebook
 
-LATENCY = 0.5  # seconds from a key to the new text and pictures
 STAGE = """
 from dataclasses import replace
 from tpo_lib import widgets
@@ -21,14 +18,15 @@ from tpo_lib.stage import build_stage, pocket_stage_config
 small = {"train_prompts": 24, "held_out_prompts": 6, "max_pairs": 128, "max_new_tokens": 16, "max_held_out_pairs": 8}
 stage = build_stage(replace(pocket_stage_config(quick=True), min_gap=0.0, **small), cache_dir=None)
 """
-TRAINING = """
-class Breaking(Laboratory):
-    def train(self, config, name=None, **hooks):
-        if name == "fails":
-            raise FloatingPointError("the loss is <nan> at update 3")
-        return super().train(config, name, **hooks)
+BREAKING = """
+whole, folder = Laboratory.train, "."
 
-widgets.training_lab(Breaking(stage))
+def breaking(self, config, name=None, **hooks):
+    if name == "fails":
+        raise FloatingPointError("the loss is <nan> at update 3")
+    return whole(self, config, name, **hooks)
+
+Laboratory.train = breaking
 """
 RUNS = """
 lab = Laboratory(stage)
@@ -37,49 +35,14 @@ for name, loss_type in (("plain", "dpo"), ("with KL", "tdpo2")):
 dpo, tdpo2 = (run.policy for run in lab.runs.values())
 """
 MICROSCOPE = "widgets.token_microscope(stage, {'dpo': dpo, 'tdpo2': tdpo2, 'tgdpo': dpo}, guide=dpo)"
-PICTURES = ".widget-image"
+# What the cells of chapters 1, 5 and 6 find there, and took minutes to make.
+NAMES = """
+everything = stage
+runs, guide_model = {"dpo": {8: dpo}, "tgdpo α=0.5": {8: tdpo2}}, dpo
+config = lab.config("dpo", beta=0.1, alpha=0.5, lr=1e-3, updates=2)
+"""
 TOKENS = ".widget-html-content:has(span[title])"
 DISABLED = "document.querySelectorAll('.jp-OutputArea-output .noUi-target[disabled]').length"  # sliders
-# The contents of all elements that a selector finds: an image's address, the HTML of anything else.
-CONTENT = "selector => [...document.querySelectorAll(selector)].map(e => e.src ?? e.innerHTML)"
-WATCH = f"""([text, selector, before]) => {{
-    const content = {CONTENT}, book = document.querySelector(".jp-Notebook"), start = performance.now();
-    window.moved = null;
-    const look = () => {{
-        const done = book.textContent.includes(text) && content(selector).every((c, i) => c !== before[i]);
-        if (done) window.moved = (performance.now() - start) / 1000; else setTimeout(look, 10);
-    }};
-    look();
-}}"""
-
-
-def content(page, selector: str) -> list[str]:
-    return page.page.evaluate(CONTENT, selector)
-
-
-def key_latency(page, name: str, key: str, text: str, selector: str) -> float:
-    """Seconds from the start of pressing `key` until `text` stands there and all that `selector` finds is new."""
-    page.control(name).focus()
-    page.page.evaluate(WATCH, [text, selector, content(page, selector)])
-    page.page.keyboard.press(key)
-    seconds = page.page.wait_for_function("() => window.moved", timeout=30_000).json_value()
-    page.idle()
-    return seconds
-
-
-def readout(page, name: str) -> str:
-    """The value that stands beside a slider."""
-    return page.page.locator(f'.widget-inline-hbox:has(> .widget-label:text-is("{name}")) .widget-readout').inner_text()
-
-
-def fill(page, name: str, text: str, nth: int = 0) -> None:
-    page.control(name, nth).fill(text)
-    page.page.keyboard.press("Tab")
-
-
-def press(page, name: str, key: str, nth: int) -> None:
-    page.control(name, nth).focus()
-    page.page.keyboard.press(key)
 
 
 def execute(page, code: str) -> None:
@@ -87,32 +50,24 @@ def execute(page, code: str) -> None:
     page.page.evaluate(f"code => {kernel}.requestExecute({{code}}).done.then(() => null)", code)
 
 
-def wait_for_pictures(page, before: list[str]) -> list[str]:
-    """Until all pictures are others than `before`, and loaded."""
-    fresh = f"before => ({CONTENT})('{PICTURES}').every((source, i) => source !== before[i])"
-    page.page.wait_for_function(fresh, arg=before, timeout=30_000)
-    shown = f"() => [...document.querySelectorAll('{PICTURES}')].every(e => e.complete && e.naturalWidth > 300)"
-    page.page.wait_for_function(shown, timeout=30_000)
-    return content(page, PICTURES)
-
-
 def tops(page) -> list[float]:
     """Where buttons and pictures stand, pixels below the first of them (the notebook may scroll)."""
-    places = page.page.locator(f".jp-OutputArea-output :is({PICTURES}, button)")
+    places = page.locator(f".jp-OutputArea-output :is({PICTURES}, button)")
     found = [places.nth(i).bounding_box()["y"] for i in range(places.count())]
     return [y - found[0] for y in found]
 
 
 def test_training_lab(notebook, lab, tmp_path):
-    page = notebook("training_lab.ipynb", [STAGE, TRAINING], height=1700)
+    chapter = cells("06_compare", "widgets.training_lab(")
+    page = notebook("training_lab.ipynb", [STAGE + BREAKING, *chapter], height=1700)
     page.run_all()
     assert "Ready: set the controls and press Train." in page.text
     assert "No run yet." in page.text
-    pictures, places = wait_for_pictures(page, ["", ""]), tops(page)
+    pictures, places = page.wait_for_pictures(["", ""]), tops(page)
 
     # The settings, alpha only where the objective has one.
     page.press("alpha", "ArrowRight")
-    assert readout(page, "alpha") == "0.50"
+    assert page.readout("alpha") == "0.50"
     page.choose("objective", "TDPO2")
     page.idle()
     for name, key, value in (
@@ -122,19 +77,19 @@ def test_training_lab(notebook, lab, tmp_path):
         ("updates", "Home", "2"),
     ):
         page.press(name, key)
-        assert readout(page, name) == value
-    fill(page, "name", "mine")
+        assert page.readout(name) == value
+    page.fill("name", "mine")
     page.click("Train")
     page.wait_for_text("mine: finished after 2 of 2 updates.", 240)
     assert "beta 0.126, lr 4.0e-04, alpha 0.6" in page.text
     assert "mine (0." in page.text
-    pictures = wait_for_pictures(page, pictures)
+    pictures = page.wait_for_pictures(pictures)
     assert tops(page)[: len(places) - 3] == places[:-3]  # only what is below the table of runs has moved
     page.click("Train")
     page.wait_for_text("There is a run 'mine' already")
 
     # What goes wrong in the thread stands on the page.
-    fill(page, "name", "fails")
+    page.fill("name", "fails")
     page.click("Train")
     page.wait_for_text("The run failed: FloatingPointError: the loss is <nan> at update 3")
     assert page.page.get_by_role("alert").count() == 1
@@ -143,8 +98,8 @@ def test_training_lab(notebook, lab, tmp_path):
 
     # A long run leaves the kernel free: it hears other controls, and Stop.
     page.press("updates", "End")
-    assert readout(page, "updates") == "60"
-    fill(page, "name", "long")
+    assert page.readout("updates") == "60"
+    page.fill("name", "long")
     page.press("Train", "Enter")
     page.wait_for_text("Training long, update 2 of 60: loss", 120)
     assert page.control("Train").is_disabled()
@@ -159,17 +114,17 @@ def test_training_lab(notebook, lab, tmp_path):
     page.wait_for_text("long: stopped after", 120)
     assert 2 <= int(re.search(r"long: stopped after (\d+) of 60", page.text)[1]) < 60
     assert re.search(r"\d+ updates, stopped", page.text)
-    pictures = wait_for_pictures(page, pictures)
+    pictures = page.wait_for_pictures(pictures)
 
     # The runs.
     assert "long (0." in page.text
     page.choose("run", "mine")
     page.wait_for_text("mine (0.")
     assert "long (0." not in page.text
-    fill(page, "new name", "long")
+    page.fill("new name", "long")
     page.click("Rename")
     page.wait_for_text("cannot rename 'mine' to 'long'")
-    fill(page, "new name", "first")
+    page.fill("new name", "first")
     page.click("Rename")
     page.wait_for_text("mine is now first.")
     assert "first (0." in page.text
@@ -188,9 +143,11 @@ def test_training_lab(notebook, lab, tmp_path):
 
 @pytest.fixture(scope="module")
 def reading(browser, lab):
-    """One notebook with the three widgets that read a stage's pairs and runs."""
-    cells = [STAGE + RUNS, MICROSCOPE, "widgets.preference_explorer(stage)", "widgets.before_after(lab)"]
-    lab.write("reading.ipynb", cells)
+    """One notebook with the widgets that read a stage's pairs and runs: in cell 1 the microscope with three objectives, in
+    cells 2, 3 and 4 those of chapters 1, 6 and 5."""
+    explorer, compared = cells("01_preferences", "preference_explorer("), cells("06_compare", "before_after(")
+    microscope = cells("05_tgdpo", "token_microscope(")
+    lab.write("reading.ipynb", [STAGE + RUNS + NAMES, MICROSCOPE, *explorer, *compared, *microscope])
     page = open_notebook(browser, lab, "reading.ipynb", height=2400)
     page.run_all()
     yield page
@@ -198,20 +155,20 @@ def reading(browser, lab):
 
 
 def test_microscope(reading, tmp_path):
-    page = reading
+    page = reading.output(1)
     assert "chosen token 0, " in page.text
     assert "<|endoftext|>" not in page.text.split("prompt")[1].split("\n")[0]
     for label in ("true credit", "DPO", "TDPO2", "TGDPO"):
-        heads = page.page.locator(f'{TOKENS} span:text-is("{label}"), {TOKENS} small:text-is("{label}")')
+        heads = page.locator(f'{TOKENS} span:text-is("{label}"), {TOKENS} small:text-is("{label}")')
         assert heads.count() == 2  # of the chosen and the rejected response
-        box, around = heads.first.bounding_box(), page.page.locator(TOKENS).bounding_box()
+        box, around = heads.first.bounding_box(), page.locator(TOKENS).bounding_box()
         assert box["x"] >= around["x"], f"the label {label} is cut off"
 
     def frames() -> int:
-        return page.page.locator(f"{TOKENS} span[style*=outline]").count()
+        return page.locator(f"{TOKENS} span[style*=outline]").count()
 
     assert frames() == 4
-    colours = set(content(page, TOKENS))
+    colours = set(page.content(TOKENS))
     for quantity, words in (
         ("KL", "KL(π_ref ‖ π_θ)"),
         ("weight f", "TGDPO's weight"),
@@ -221,7 +178,7 @@ def test_microscope(reading, tmp_path):
         page.choose("colour by", quantity)
         page.wait_for_text(words)
         assert ("this objective has none" in page.text) == (quantity not in ("KL", "coefficient"))
-        colours |= set(content(page, TOKENS))
+        colours |= set(page.content(TOKENS))
     assert len(colours) == 5
 
     before = page.text
@@ -243,10 +200,9 @@ def test_microscope(reading, tmp_path):
 
     place = depth()
     prompt = page.text.split("prompt")[1]
+    tokens = page.content(TOKENS)
     page.press("pair", "ArrowRight")
-    page.page.wait_for_function(
-        f"before => ({CONTENT})('{TOKENS}')[0] !== before", arg=content(page, TOKENS)[0], timeout=30_000
-    )
+    page.wait_for_pictures(tokens, TOKENS)
     assert page.text.split("prompt")[1] != prompt
     page.idle()
     assert depth() == place  # what is below the tokens stays where it is
@@ -255,39 +211,54 @@ def test_microscope(reading, tmp_path):
 
 
 def test_microscope_answers_at_once(reading):
-    reading.choose("colour by", "coefficient")
-    reading.press("beta", "Home")
-    reading.wait_for_text("beta = 0.01, alpha")
-    reading.idle()
+    page = reading.output(1)
+    page.choose("colour by", "coefficient")
+    page.press("beta", "Home")
+    page.wait_for_text("beta = 0.01, alpha")
+    page.idle()
     moves = [f"beta = {0.01 * 10 ** (step / 10):.3g}, alpha" for step in range(1, 8)]
-    seconds = [key_latency(reading, "beta", "ArrowRight", said, TOKENS) for said in moves]
-    print(f"microscope, beta: median {median(seconds):.3f} s of {[round(s, 3) for s in seconds]}")
-    reading.assert_clean()
-    assert median(seconds) <= LATENCY, seconds
+    seconds = [page.key_latency("beta", "ArrowRight", said, TOKENS) for said in moves]
+    page.assert_clean()
+    at_once("microscope, beta", seconds)
+
+
+def test_microscope_of_chapter_5(reading, tmp_path):
+    page = reading.output(4)
+    page.wait_for_text("beta = 0.1, alpha = 2;")
+    assert "TGDPO's weight" in page.text
+    tokens = page.content(TOKENS)
+    seconds = [page.key_latency("alpha", "ArrowLeft", "beta = 0.1, alpha = 1.9;", TOKENS)]
+    page.choose("colour by", "coefficient")
+    page.wait_for_text("d loss / d log")
+    assert page.content(TOKENS) != tokens
+    page.press("token", "ArrowRight")
+    page.wait_for_text("chosen token 1, ")
+    page.idle()
+    page.screenshot(tmp_path / "microscope_5.png")
+    page.assert_clean()
+    at_once("microscope of chapter 5, alpha", seconds)
 
 
 def test_explorer(reading, tmp_path):
-    page = reading
+    page = reading.output(2)
     page.wait_for_text("of 128 pairs")
-    picture = content(page, PICTURES)
-    page.press("smallest gap", "ArrowRight", 2)
-    page.wait_for_text("differ by at least 0.30;")
-    page.idle()
-    picture = wait_for_pictures(page, picture)
+    picture = page.content(PICTURES)
+    moves = [f"differ by at least {gap};" for gap in ("0.25", "0.30")]
+    seconds = [page.key_latency("smallest gap", "ArrowRight", said, PICTURES) for said in moves]
+    assert page.content(PICTURES) != picture
     gap = float(re.search(r"Pair 0 of 0 to \d+: gap ([\d.]+)", page.text)[1])
     assert gap >= 0.3
-    press(page, "pair", "ArrowRight", 1)
-    page.wait_for_text("Pair 1 of 0 to ")
-    fill(page, "search", "no such <word>")
+    seconds.append(page.key_latency("pair", "ArrowRight", "Pair 1 of 0 to "))
+    page.fill("search", "no such <word>")
     page.wait_for_text("0 of 128 pairs")
     assert "No pair is left" in page.text
-    fill(page, "search", "")
+    page.fill("search", "")
     page.wait_for_text("Pair 0 of 0 to ")
-    fill(page, "search", "the")
+    page.fill("search", "the")
     page.wait_for_text("with 'the' in them")
     page.idle()
-    assert "the" in page.page.locator(".widget-html-content:has-text('Pair 0 of')").inner_text().lower()
-    fill(page, "search", "")
+    assert "the" in page.locator(".widget-html-content:has-text('Pair 0 of')").inner_text().lower()
+    page.fill("search", "")
 
     page.press("smallest gap", "End")
     page.wait_for_text("differ by at least 0.90")
@@ -300,13 +271,15 @@ def test_explorer(reading, tmp_path):
     page.wait_for_text("pairs below the gap", 120)
     page.wait_for_text("trained on gaps", 240)
     assert re.search(r"below 0\.20\s+(\d+)\s+.*at or above 0\.20\s+\1\s", page.text, re.DOTALL)
+    page.idle()  # the button comes back after the table
     assert page.control("Train on both sides of the gap").is_enabled()
     page.screenshot(tmp_path / "explorer.png")
     page.assert_clean()
+    at_once("explorer", seconds)
 
 
 def test_before_after(reading, tmp_path):
-    page = reading
+    page = reading.output(3)
 
     def sampled(then) -> str:
         before = page.text
@@ -324,7 +297,7 @@ def test_before_after(reading, tmp_path):
     page.wait_for_text("plain: mean reward 0.")
     page.choose("right", "plain")
     sampled(lambda: page.press("Sample", "Enter"))
-    shown = page.page.locator("div[style*='flex:1'], div[style*='flex: 1']")
+    shown = page.locator("div[style*='flex:1'], div[style*='flex: 1']")
     columns = shown.all_inner_texts()
     assert len(columns) == 2
     assert columns[0] == columns[1]  # the same policy, the same random numbers
@@ -333,14 +306,14 @@ def test_before_after(reading, tmp_path):
     sampled(lambda: page.click("Sample"))
     page.wait_for_text("Seed 3: ")
     assert shown.all_inner_texts()[0] != columns[0]
-    fill(page, "prompt", "I left after")
+    page.fill("prompt", "I left after")
     sampled(lambda: page.click("Sample"))
-    assert page.page.locator("b:text-is('I left after')").count() == 8
+    assert page.locator("b:text-is('I left after')").count() == 8
     page.screenshot(tmp_path / "before_after.png")
-    fill(page, "prompt", " ")
+    page.fill("prompt", " ")
     page.click("Sample")
     page.wait_for_text("The prompt is empty")
-    fill(page, "prompt", "I left after")
+    page.fill("prompt", "I left after")
     execute(page, "lab.rename('plain', 'renamed')")
     page.click("Reread runs")
     page.wait_for_text("start: mean reward 0.")  # plain is gone
@@ -348,74 +321,3 @@ def test_before_after(reading, tmp_path):
     page.click("Sample")
     page.wait_for_text("renamed: mean reward 0.")
     page.assert_clean()
-
-
-def made_up_runs() -> dict:
-    """A sweep's file over the whole grid, with figures that follow a formula."""
-
-    def metric(mean: float, half: float) -> dict:
-        return {"mean": mean, "low": mean - half, "high": mean + half, "n": 128}
-
-    def metrics(kl: float) -> dict:
-        means = {"reward": 0.5 + 0.04 * kl, "judge": 0.5 + 0.03 * kl, "kl": kl, "entropy": 3.4 - 0.1 * kl}
-        return {k: metric(v, 0.03) for k, v in {**means, "seqkl_chosen": 1.1 * kl, "seqkl_rejected": 1.4 * kl}.items()}
-
-    def samples(words: str) -> list[dict]:
-        long = "and then went on for an hour until everyone had left, which nobody seemed to mind very much"
-        return [{"prompt": f"the film {i} was", "text": f"{words} {long}", "reward": 0.4 + 0.1 * i} for i in range(6)]
-
-    def run(number: int, objective: str, beta: float, alpha: float) -> dict:
-        training = [
-            {
-                "step": step,
-                "loss": 0.69 - 0.001 * step * (number + 1),
-                "rewards/margins": 0.1 * step * beta + 0.02 * math.sin(step),
-                "rewards/accuracies": 0.5 + 0.02 * step,
-            }
-            for step in range(1, 21)
-        ]
-        kl = 2 / beta**0.4 / (1 + alpha) + 0.02 * number
-        found = {"objective": objective, "beta": beta, "alpha": alpha, "training": training}
-        return {**found, "metrics": metrics(kl), "samples": samples(f"made-up {number}")}
-
-    runs = [run(number, *settings) for number, settings in enumerate(sweep.grid())]
-    return {"start": {"metrics": metrics(0.0), "samples": samples("start")}, "runs": runs}
-
-
-def facts(run: dict) -> str:
-    alpha = f", alpha {run['alpha']:g}" if run["alpha"] else ""
-    return f"{run['objective'].upper()}, beta {run['beta']:g}{alpha}: reward {run['metrics']['reward']['mean']:.2f} ["
-
-
-def test_run_browser(notebook, lab, tmp_path):
-    made = made_up_runs()
-    (lab.root / "made_up.json").write_text(json.dumps(made))
-    page = notebook("runs.ipynb", ["from tpo_lib import widgets", "widgets.run_browser('made_up.json')"], height=1700)
-    page.run_all()
-    by_settings = {(run["objective"], run["beta"], run["alpha"]): run for run in made["runs"]}
-    betas, alphas = ([s[i] for s in by_settings if s[0] == "tdpo2"] for i in (1, 2))
-    betas, alphas = sorted(set(betas)), sorted(set(alphas))
-    dpo = by_settings["dpo", sorted({s[1] for s in by_settings if s[0] == "dpo"})[1], 0.0]
-    page.wait_for_text(facts(dpo))
-    pictures = wait_for_pictures(page, ["", ""])
-    page.screenshot(tmp_path / "dpo.png")
-    page.choose("objective", "TDPO2")
-    page.wait_for_text("TDPO2, beta ")
-    wait_for_pictures(page, pictures)
-    places = [page.page.locator(PICTURES).nth(i).bounding_box() for i in range(2)]
-    page.press("beta", "Home")
-    page.press("alpha", "Home")
-    page.wait_for_text(facts(by_settings["tdpo2", betas[0], alphas[0]]))
-    page.idle()
-
-    seconds = []
-    for name, key, values in (("alpha", "ArrowRight", alphas[1:]), ("beta", "ArrowRight", betas[1:])):
-        for value in values:
-            settings = ("tdpo2", betas[0], value) if name == "alpha" else ("tdpo2", value, alphas[-1])
-            seconds.append(key_latency(page, name, key, facts(by_settings[settings]), PICTURES))
-            assert f"made-up {made['runs'].index(by_settings[settings])} " in page.text
-    print(f"run browser: median {median(seconds):.3f} s of {[round(s, 3) for s in seconds]}")
-    assert [page.page.locator(PICTURES).nth(i).bounding_box() for i in range(2)] == places
-    page.screenshot(tmp_path / "tdpo2.png")
-    page.assert_clean()
-    assert median(seconds) <= LATENCY, seconds

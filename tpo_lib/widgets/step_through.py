@@ -24,7 +24,7 @@ NEXT_CLAIM = r", \quad "  # in an equation, what separates two claims: here each
 SLOW_PAIRS = 10_000  # from here on a residual may take longer than a glance
 HELP = (
     "Keyboard: Tab moves from control to control, Enter or Space presses a button, "
-    "the arrow keys move a slider or choose in the list."
+    "the arrow keys move a slider. Space opens the list, the arrow keys and Enter choose in it."
 )
 
 

@@ -1,0 +1,98 @@
+"""The loss labs of chapters 4 and 5 in a real JupyterLab: every control moves, and text and picture follow."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from browser.chapters import cells
+from browser.harness import at_once, open_notebook
+
+PICTURE = ".widget-html-content img"
+
+
+@pytest.fixture(scope="module")
+def labs(browser, lab):
+    """Cell 1: chapter 4's, on TDPO1; cell 2: chapter 5's, on TGDPO."""
+    chosen = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
+    lab.write("loss_labs.ipynb", ["from tpo_lib import widgets", *chosen])
+    page = open_notebook(browser, lab, "loss_labs.ipynb", height=1300)
+    page.run_all()
+    yield page
+    page.close()
+
+
+def move(page, action, said: str) -> None:
+    """Do something: the text says `said` afterwards, and the picture is another one."""
+    before = page.content(PICTURE)
+    action()
+    page.wait_for_text(said)
+    page.wait_for_pictures(before, PICTURE)
+    page.idle()
+
+
+def test_loss_lab(labs, tmp_path):
+    page = labs.output(1)
+    page.wait_for_text("TDPO1, β = 0.1.")
+    assert "SeqKL 6.0 (chosen), 10.0 (rejected) nats." in page.text
+    place = page.locator(PICTURE).bounding_box()
+
+    # Every objective; a control that it does not read cannot be moved.
+    for label, settings, closed in (
+        ("DPO", "β = 0.1.", 6),
+        ("TDPO2", "β = 0.1, α = 0.5.", 3),
+        ("SimPO", "β = 0.1, γ = 0.5.", 5),
+        ("TGDPO", "β = 0.1, α = 0.5, f = linear.", 3),
+    ):
+        move(page, lambda label=label: page.choose("objective", label), f"{label}, {settings}")
+        found = page.locator(".noUi-target[disabled], select[disabled]").count()
+        assert found == closed, f"{label}: {found} controls are disabled"
+
+    # All sliders. On TGDPO now.
+    for name, key, said in (
+        ("β", "ArrowRight", "TGDPO, β = 0.112, α = 0.5"),
+        ("α (TDPO2, TGDPO)", "ArrowRight", "α = 0.55, f"),
+        ("guide's largest r̂ (nats)", "ArrowRight", "largest r̂ 1.1 nats."),
+        ("log-ratio chosen (nats)", "ArrowRight", "Log-ratio +0.5 (chosen), +0.0 (rejected)"),
+        ("log-ratio rejected", "ArrowLeft", "Log-ratio +0.5 (chosen), -0.5 (rejected)"),
+    ):
+        move(page, lambda name=name, key=key: page.press(name, key), said)
+    move(page, lambda: page.choose("f (TGDPO)", "exp"), "f = exp.")
+    move(page, lambda: page.choose("situation", "both log-ratios go down"), "Log-ratio -5.0 (chosen), -16.0 (rejected)")
+    move(page, lambda: page.choose("objective", "TDPO2"), "SeqKL 5.0 (chosen), 11.0 (rejected) nats.")
+    assert "The stop-gradient holds the chosen KL" in page.text
+    move(page, lambda: page.press("SeqKL chosen (nats)", "ArrowRight"), "SeqKL 5.5 (chosen), 11.0 (rejected)")
+    assert "set by hand" in page.text
+    margin = re.search(r"Margin (\S+) nats", page.text)[1]
+    move(page, lambda: page.press("SeqKL rejected", "ArrowRight"), "SeqKL 5.5 (chosen), 11.5 (rejected)")
+    assert re.search(r"Margin (\S+) nats", page.text)[1] != margin
+    page.screenshot(tmp_path / "tdpo2.png")
+    move(page, lambda: page.choose("objective", "SimPO"), "SimPO, β")
+    move(page, lambda: page.press("γ (SimPO)", "ArrowRight"), "γ = 0.6.")
+    assert page.locator(PICTURE).bounding_box() == place
+    page.screenshot(tmp_path / "simpo.png")
+    page.assert_clean()
+
+
+def test_loss_lab_of_chapter_5(labs, tmp_path):
+    page = labs.output(2)
+    page.wait_for_text("TGDPO, β = 0.1, α = 0.5, f = linear.")
+    on_floor = re.compile(r"(\d+) of 12 tokens \(\d+%\) on the floor 0.01")
+    before = on_floor.search(page.text)
+    move(page, lambda: page.press("guide's largest r̂ (nats)", "End"), "largest r̂ 4.0 nats.")
+    assert int(on_floor.search(page.text)[1]) > int(before[1])
+    page.screenshot(tmp_path / "tgdpo.png")
+    page.assert_clean()
+
+
+def test_loss_lab_answers_at_once(labs):
+    page = labs.output(2)
+    page.choose("objective", "TGDPO")
+    page.press("β", "Home")
+    page.wait_for_text("β = 0.01, ")
+    page.idle()
+    moves = [f"β = {10 ** (-2 + step / 20):.3g}, " for step in range(1, 8)]
+    seconds = [page.key_latency("β", "ArrowRight", said, PICTURE) for said in moves]
+    page.assert_clean()
+    at_once("loss lab, β", seconds)
