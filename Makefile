@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
+BENCH := .venv-bench
 
-.PHONY: setup run quick test floor lint lab notebooks pocket clean
+.PHONY: setup run quick test floor lint lab notebooks pocket bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,11 @@ notebooks: setup  ## execute and clean every notebook of the course, in place
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
 
+bench:  ## time and memory beside TRL and Liger, 15 minutes (QUICK=1: two); the peers get an environment of their own
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
+	$(BENCH)/bin/python -m tpo_lib bench $(if $(QUICK),--quick)
+
 clean:  ## remove the environment and all caches; runs/ stays
-	rm -rf $(VENV) $(FLOOR) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(FLOOR) $(BENCH) .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

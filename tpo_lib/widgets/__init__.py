@@ -2,6 +2,7 @@
 
 from tpo_lib.widgets.before_after import BeforeAfter, before_after
 from tpo_lib.widgets.loss_lab import LossLab, loss_lab
+from tpo_lib.widgets.memory_lab import MemoryLab, memory_lab
 from tpo_lib.widgets.microscope import TokenMicroscope, token_microscope
 from tpo_lib.widgets.preference_explorer import PreferenceExplorer, preference_explorer
 from tpo_lib.widgets.run_browser import RunBrowser, run_browser
@@ -11,6 +12,7 @@ from tpo_lib.widgets.training_lab import TrainingLab, training_lab
 __all__ = [
     "BeforeAfter",
     "LossLab",
+    "MemoryLab",
     "PreferenceExplorer",
     "RunBrowser",
     "StepThrough",
@@ -18,6 +20,7 @@ __all__ = [
     "TrainingLab",
     "before_after",
     "loss_lab",
+    "memory_lab",
     "preference_explorer",
     "run_browser",
     "step_through",

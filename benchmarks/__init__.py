@@ -1,0 +1,9 @@
+"""What a training step costs, beside every peer that can be installed: `python -m tpo_lib bench`.
+
+cases.py        models and batches of a given shape
+contestants.py  one function a contestant: the same loss, computed its way
+measure.py      agreement, interleaved time, peak memory in a process of its own
+sections.py     what is measured, and pocket.py: a whole run on the bundled model
+goals.py        limits, and whether they hold
+report.py       results.json -> README.md and scaling.png
+"""

@@ -1,0 +1,91 @@
+"""The limits that this library sets itself, and whether a set of results holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks import measure
+from tpo_lib.losses import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One limit.
+
+    Attributes:
+        number: of the goal; one goal may have several limits.
+        text: what is compared.
+        limit: largest value allowed.
+        read: sections -> the measured value; raises KeyError where it was not measured.
+    """
+
+    number: int
+    text: str
+    limit: float
+    read: Callable[[Mapping], float]
+
+
+def evaluate(sections: Mapping[str, Mapping]) -> list[dict]:
+    """[{number, text, limit, measured (None: not measured here), holds}], in the order of GOALS."""
+    rows = []
+    for goal in GOALS:
+        try:
+            measured = goal.read(sections)
+        except KeyError:
+            measured = None
+        holds = None if measured is None else measured <= goal.limit
+        rows.append(
+            {"number": goal.number, "text": goal.text, "limit": goal.limit, "measured": measured, "holds": holds}
+        )
+    return rows
+
+
+def _time(section: str, against: str, label: str = "fused") -> Callable[[Mapping], float]:
+    return lambda sections: measure.ratio(sections[section]["times"], label, against)["median"]
+
+
+def _memory(section: str, against: str, label: str = "fused") -> Callable[[Mapping], float]:
+    def read(sections: Mapping) -> float:
+        used = sections[section]["memory_mib"]
+        return used[label] / used[against]
+
+    return read
+
+
+def _slowest(sections: Mapping) -> float:
+    """V = 8192, every objective: ours over the fastest other contestant, the worst of them."""
+    worst = []
+    for name in ("tdpo2", "dpo", "tdpo1", "tgdpo"):
+        times = sections[f"{name}-8192"]["times"]
+        peers = [label for label in times if label in ("textbook", "trl", "trl-packed", "liger")]
+        worst += [measure.ratio(times, "fused", peer)["median"] for peer in peers]
+    return max(worst)
+
+
+def _slowest_run(sections: Mapping) -> float:
+    times = sections["pocket"]["times"]
+    return max(measure.ratio(times, f"{name}/default", f"{name}/textbook")["median"] for name in OBJECTIVES)
+
+
+def _not_finite(sections: Mapping) -> float:
+    """Number of our paths that are not finite."""
+    found = sections["finite"]["finite"]
+    return sum(not found[label] for label in ("fused", "statistics", "cached"))
+
+
+GOALS = (
+    Goal(1, "TDPO2, V = 50257: time over the textbook's", 0.40, _time("tdpo2-50257", "textbook")),
+    Goal(1, "TDPO2, V = 50257: peak memory over the textbook's", 0.12, _memory("tdpo2-50257", "textbook")),
+    Goal(1, "TDPO2, V = 50257: time over TRL's kernels composed", 0.20, _time("tdpo2-50257", "trl")),
+    Goal(1, "TDPO2, V = 50257, unpadded: time over the textbook's", 0.65, _time("tdpo2-unpadded", "textbook")),
+    Goal(2, "TDPO1, V = 50257: time over the textbook's", 0.30, _time("tdpo1-50257", "textbook")),
+    Goal(3, "DPO, V = 50257: time over the textbook's", 0.60, _time("dpo-50257", "textbook")),
+    Goal(3, "DPO, V = 50257: time over TRL's", 0.35, _time("dpo-50257", "trl")),
+    Goal(3, "DPO, V = 50257: time over Liger's", 0.65, _time("dpo-50257", "liger")),
+    Goal(3, "DPO, V = 50257: peak memory over TRL's", 0.15, _memory("dpo-50257", "trl")),
+    Goal(4, "TGDPO, V = 50257, cached: time over a textbook step", 0.40, _time("tgdpo-50257", "textbook", "cached")),
+    Goal(5, "V = 8192, worst of all objectives: time over any peer's", 1.0, _slowest),
+    Goal(5, "pocket model, worst of all objectives: time of a run over the textbook's", 1.0, _slowest_run),
+    Goal(6, "paths of ours that are not finite where the textbook gives NaN", 0, _not_finite),
+)

@@ -1,0 +1,263 @@
+"""results.json -> tables, scaling.png and README.md: no number in them comes from anywhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from benchmarks import measure
+from benchmarks.sections import FLOOR
+from tpo_lib.plots import FONT, GRID, style_of
+
+NAMES = {
+    "textbook": "textbook (all logits)",
+    "trl": "TRL",
+    "trl-packed": "TRL's kernels, response positions only",
+    "liger": "Liger",
+    "fused": "**ours**",
+    "statistics": "ours, any loss of the statistics",
+    "cached": "ours, frozen models cached",
+    "bodies": "bodies alone (no head)",
+}
+AXIS = {"vocab": "vocabulary V (entries)", "length": "sequence length T (tokens)", "pairs": "pairs in a batch B"}
+
+
+def write(results: Mapping, folder: Path) -> None:
+    """Write results.json, README.md and (where the curves were measured) scaling.png into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "results.json.new"
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(folder / "results.json")
+    curves = [s for s in results["sections"].values() if s["kind"] == "scaling"]
+    if curves:
+        scaling_figure(curves).savefig(folder / "scaling.png")
+    (folder / "README.md").write_text(readme(results))
+
+
+def section_text(section: Mapping) -> str:
+    """One section as Markdown."""
+    return {"step": _step, "scaling": _scaling, "pocket": _pocket, "finite": _finite}[section["kind"]](section)
+
+
+def goals_table(rows: list[Mapping]) -> str:
+    """Goal, limit, measured, and whether it holds."""
+
+    def verdict(row: Mapping) -> str:
+        if row["holds"] is None:
+            return "not measured"
+        over = "" if row["holds"] or not row["limit"] else f", {row['measured'] / row['limit'] - 1:.0%} over"
+        return "yes" if row["holds"] else f"**no**{over}"
+
+    cells = [
+        (
+            str(r["number"]),
+            r["text"],
+            f"{r['limit']:g}",
+            "" if r["measured"] is None else f"{r['measured']:.2f}",
+            verdict(r),
+        )
+        for r in rows
+    ]
+    return _table(("goal", "what", "at most", "measured", "holds"), cells)
+
+
+def _table(head: tuple[str, ...], rows) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
+
+
+def _step(section: Mapping) -> str:
+    times, memory, clock = section["times"], section["memory_mib"], _clock(section)
+    rows = []
+    for label in [*times, *(x for x in memory if x not in times)]:
+        if label not in NAMES:
+            continue  # the units of the floor
+        cells = ["", "", ""]
+        if label in times:
+            cells = [_spread(measure.summary(times[label][c])) for c in ("cpu_s", "wall_s")]
+            cells.append(_spread(measure.ratio(times, label, "textbook", clock)) if "textbook" in times else "")
+        used = memory.get(label)
+        share = f"{used / memory['textbook']:.2f}" if used and memory.get("textbook") else ""
+        rows.append((NAMES[label], *cells, f"{used:.0f}" if used else "", share))
+    head = ("contestant", "CPU s", "wall s", "time / textbook", "peak MiB", "memory / textbook")
+    lines = [section["shape"]["text"] + f", {section['response_positions']} response positions", "", _table(head, rows)]
+    lines += ["", *_floor_lines(section)]
+    lines += [f"{NAMES.get(label, label)}: {why}." for label, why in section["missing"].items()]
+    worst = max((d["gradient"] for d in section["agreement"].values()), default=0)
+    lines.append(f"Before timing, losses and gradients agreed with the textbook's to {worst:.0e} at worst.")
+    return "\n".join(lines)
+
+
+def _clock(section: Mapping) -> str:
+    return "wall_s" if section["shape"]["device"] == "cuda" else "cpu_s"
+
+
+def floor(times: Mapping, objective: str, clock: str = "cpu_s", *, cached: bool = False) -> list[float]:
+    """Seconds of the computed floor in every round: body forwards and head GEMMs that cannot be left out."""
+    bodies, heads = FLOOR[objective][cached]
+    return [bodies * b + heads * u for b, u in zip(times["b"][clock], times["u"][clock], strict=True)]
+
+
+def _floor_lines(section: Mapping) -> list[str]:
+    times, clock, lines = section["times"], _clock(section), []
+    unit = {name: measure.summary(times[name][clock])["median"] for name in ("b", "u")}
+    lines.append(
+        f"One body forward b = {unit['b']:.3f} s, one head GEMM over the response positions u = {unit['u']:.3f} s."
+    )
+    for label, cached in (("fused", False), ("cached", True)):
+        if label in times:
+            seconds = floor(times, section["objective"], clock, cached=cached)
+            far = measure.summary([x / f for x, f in zip(times[label][clock], seconds, strict=True)])
+            bodies, heads = FLOOR[section["objective"]][cached]
+            name = "ours" if label == "fused" else "ours, cached,"
+            median = measure.summary(seconds)["median"]
+            lines.append(f"Floor {bodies}b + {heads}u = {median:.2f} s; {name} takes {_spread(far)} times as long.")
+    return lines
+
+
+def _scaling(section: Mapping) -> str:
+    rows = []
+    for point in section["points"]:
+        times, memory = point["times"], point["memory_mib"]
+        bottom = measure.summary(floor(times, section["objective"]))["median"]
+        seconds = [f"{measure.summary(times[label]['cpu_s'])['median']:.2f}" for label in ("textbook", "fused")]
+        used = [f"{memory[label]:.0f}" if memory.get(label) else "" for label in ("textbook", "fused", "bodies")]
+        rows.append((str(point["value"]), *seconds, f"{bottom:.2f}", *used))
+    head = (
+        AXIS[section["axis"]],
+        "textbook CPU s",
+        "ours CPU s",
+        "floor CPU s",
+        "textbook MiB",
+        "ours MiB",
+        "floor MiB",
+    )
+    return _table(head, rows)
+
+
+def _pocket(section: Mapping) -> str:
+    times, rows = section["times"], []
+    for name in section["gaps"]:
+        cells = [_spread(measure.summary(times[f"{name}/{path}"]["cpu_s"])) for path in ("textbook", "default")]
+        ratio = _spread(measure.ratio(times, f"{name}/default", f"{name}/textbook"))
+        rows.append((style_of(name).label, *cells, ratio, f"{section['gaps'][name]:.0e}"))
+    head = ("objective", "textbook CPU s", "default CPU s", "default / textbook", "weights apart, of the way gone")
+    return f"{section['updates']} updates of {section['batch_size']} pairs\n\n" + _table(head, rows)
+
+
+def _finite(section: Mapping) -> str:
+    rows = [(NAMES[label], "yes" if fine else "no") for label, fine in section["finite"].items()]
+    return _table(("contestant", "loss and gradient finite"), rows)
+
+
+def scaling_figure(curves: list[Mapping]) -> Figure:
+    """Time (above) and peak memory (below) of a TDPO2 step over V, T and B, with the floor."""
+    fig = Figure(figsize=(4.0 * len(curves), 6.4), dpi=110, layout="constrained", facecolor="white")
+    axes = fig.subplots(2, len(curves), squeeze=False, sharey="row")
+    ours = style_of("tdpo2")
+    looks = {  # colour, marker, dashes
+        "textbook": ("textbook (all logits)", {"color": "#000000", "marker": "o", "linestyle": "--"}),
+        "fused": ("ours, TDPO2", {"color": ours.colour, "marker": ours.marker, "linestyle": "-"}),
+        "floor": ("computed floor", {"color": "#8A8A8A", "marker": "v", "linestyle": ":"}),
+    }
+    for column, section in enumerate(curves):
+        xs = [point["value"] for point in section["points"]]
+        for label, (name, look) in looks.items():
+            seconds, mib = zip(*(_point(section["objective"], p, label) for p in section["points"]), strict=True)
+            for row, ys in enumerate((seconds, mib)):
+                if None not in ys:
+                    axes[row][column].plot(xs, ys, label=name, linewidth=2, markersize=7, **look)
+        for row, unit in enumerate(("time of a step, CPU s", "peak memory over the models, MiB")):
+            ax = axes[row][column]
+            ax.set(xscale="log", yscale="log", xlabel=AXIS[section["axis"]], ylabel=unit if column == 0 else "")
+            ax.set_xticks(xs, [str(x) for x in xs])
+            ax.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.grid(**GRID)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.tick_params(labelsize=FONT - 1)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=FONT, handlelength=3.5)
+    return fig
+
+
+def _point(objective: str, point: Mapping, label: str) -> tuple[float, float | None]:
+    """Seconds and MiB of one curve at one point; the floor's memory is that of the bodies alone."""
+    if label == "floor":
+        return measure.summary(floor(point["times"], objective))["median"], point["memory_mib"].get("bodies")
+    return measure.summary(point["times"][label]["cpu_s"])["median"], point["memory_mib"].get(label)
+
+
+HEADINGS = {
+    "tdpo2": "TDPO2",
+    "tdpo1": "TDPO1",
+    "dpo": "DPO",
+    "tgdpo": "TGDPO",
+    "finite": "Far-apart logits: who stays finite",
+    "pocket": "The pocket model, a whole run",
+    "scaling": "TDPO2 over V, T and B",
+}
+
+
+def readme(results: Mapping) -> str:
+    """The whole README.md."""
+    about, sections = results["about"], results["sections"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in about["versions"].items())
+    loads = [load for section in sections.values() for load in section["load"]]
+    commits = ", ".join(sorted({str(section["commit"]) for section in sections.values()}))
+    parts = [INTRODUCTION, "## Goals", goals_table(results["goals"]), "## Machine"]
+    parts.append(
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['gpu'] or 'no GPU'}; "
+        f"{about['threads']} threads; {about['system']}. {versions}. Commit {commits}; {about['date']}. "
+        f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}."
+    )
+    if about["gpu"] is None:
+        parts.append("The Llama-1B-shaped sections need a GPU and were left out.")
+    if any(section["kind"] == "scaling" for section in sections.values()):
+        parts += [f"## {HEADINGS['scaling']}", CURVES]
+    for name, section in sections.items():
+        level = "###" if section["kind"] == "scaling" else "##"
+        kind, _, rest = name.partition("-")
+        parts += [
+            f"{level} {AXIS[rest] if kind == 'scaling' else ', '.join(filter(None, (HEADINGS[kind], _what(rest))))}"
+        ]
+        parts.append(section_text(section))
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(rest: str) -> str:
+    return f"V = {rest}" if rest.isdigit() else rest
+
+
+INTRODUCTION = """# What a training step costs
+
+This file is written by `python -m tpo_lib bench` (or `make bench`) from `results.json`; `--quick` takes two minutes,
+`--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
+
+A step is forward and backward of the mean loss over the pairs, with every frozen model's forward pass unless it is
+cached. Contestants run in one process, one after the other, in rounds whose order rotates; times are medians with
+quartiles, ratios are medians of the ratios within a round. Peak memory is what a step needs above the loaded models,
+measured in a process of its own whose allocator gives back what is freed. Nothing is timed before losses and gradients agree.
+
+- **textbook**: what the authors' repositories compute: logits of all positions, a log-softmax over all of them.
+- **TRL**: its fused head (DPO), or its log-probability and divergence kernels together (TDPO2), fed as TRL feeds them;
+  on a CPU that is every position, so "response positions only" is listed too.
+- **Liger**: its fused linear DPO loss, eager on a CPU.
+- **ours**: `ResponseReader` and `fused.pair_loss`, which training uses by default; **cached**: what the frozen models say
+  is known, as from the second epoch on.
+- The **floor** counts what no implementation can leave out: b, a body's forward pass without most of the padding (its
+  backward is two), and u, one matrix product with the head over response positions."""
+
+CURVES = """![Time and memory of a TDPO2 step over vocabulary, length and pairs](scaling.png)
+
+Both axes are logarithmic; the other two sizes are V = 50257, T = 128, 4 pairs. The floor's memory is that of the
+transformer bodies alone."""

@@ -1,0 +1,116 @@
+"""Run sections one by one; results.json and README.md are written after each, so a killed run keeps what it had."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks import goals, report, sections
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "numpy")
+
+
+def run(
+    folder: Path | None = None,
+    *,
+    quick: bool = False,
+    only: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    memory: bool = True,
+    repetitions: int | None = None,
+) -> dict:
+    """Measure, print, and write results.json, README.md and scaling.png.
+
+    Args:
+        folder: where they go; None is this folder, or runs/bench if the measurement is not the whole one (`quick`).
+        quick: about two minutes instead of fifteen.
+        only: beginnings of section names; the other sections keep what results.json has.
+        labels: contestants to measure beside the textbook; what was measured is printed, not written.
+        memory: measure peak memory too.
+        repetitions: rounds of timing; None is 4, or 2 with `quick`.
+
+    Raises:
+        ValueError: no section is called so.
+        measure.Disagreement: a contestant computes something else.
+    """
+    folder = folder or (Path("runs/bench") if quick else HERE)
+    repetitions = repetitions or (2 if quick else 4)
+    plan = sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory)
+    todo = sections.every(plan)
+    chosen = [name for name in todo if not only or name.startswith(tuple(only))]
+    if not chosen:
+        raise ValueError(f"no section is called {' or '.join(only)}; there are {', '.join(todo)}")
+    path, keep = folder / "results.json", not labels
+    results = json.loads(path.read_text()) if only and keep and path.is_file() else {"sections": {}}
+    results["about"] = about()
+    if not torch.cuda.is_available():
+        print("no GPU here: the Llama-1B-shaped sections are left out", flush=True)
+    for name in chosen:
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        found = todo[name]()
+        found |= {"seconds": time.perf_counter() - start, "load": [load, os.getloadavg()[0]], "commit": commit()}
+        results["sections"][name] = found
+        results["goals"] = goals.evaluate(results["sections"])
+        print(f"\n{name} ({found['seconds']:.0f} s, load {load:.1f})\n{report.section_text(found)}", flush=True)
+        if keep:
+            report.write(results, folder)
+        gc.collect()
+    print(f"\n{report.goals_table(results['goals'])}")
+    if keep:
+        print(f"\nwritten: {path} and {folder / 'README.md'}")
+    return results
+
+
+def about() -> dict:
+    """Machine, versions and settings that the numbers belong to."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "commit": commit(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "versions": versions,
+    }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+" where files differ from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+        if head.returncode:
+            return None
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "tpo_lib", "benchmarks/*.py"],
+            cwd=HERE.parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None  # no git here
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,153 @@
+"""What is measured: every section is one function's result, kept under its name in results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from benchmarks import contestants, measure, pocket
+from benchmarks.cases import Case, Shape, build
+
+GPT2 = Shape(vocab=50257)
+BASE = replace(GPT2, pairs=4)  # of the scaling curves
+LLAMA = Shape(vocab=128256, pairs=32, length=512, layers=16, width=2048, family="llama", device="cuda")
+AXES = {  # the other two sizes stay as in BASE
+    "vocab": (1024, 4096, 16384, 50257),
+    "length": (32, 64, 128, 256),
+    "pairs": (1, 2, 4, 8),
+}
+FLOOR = {  # body forwards b and head GEMMs u that cannot be left out: uncached, cached
+    "tdpo2": ((4, 4), (3, 4)),
+    "tdpo1": ((4, 3), (3, 3)),
+    "dpo": ((4, 4), (3, 3)),
+    "tgdpo": ((5, 5), (3, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How thoroughly to measure.
+
+    Attributes:
+        quick: half the pairs, fewer sections and contestants.
+        repetitions: rounds of timing.
+        labels: contestants to measure; empty means all.
+        memory: measure peak memory too.
+    """
+
+    quick: bool = False
+    repetitions: int = 4
+    labels: tuple[str, ...] = ()
+    memory: bool = True
+
+
+def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = ()) -> dict:
+    """One training step of one objective: agreement, interleaved times with the floor's units beside them, memory.
+
+    Raises:
+        measure.Disagreement: a contestant's loss or gradient is another; nothing was timed.
+    """
+    entries = _chosen(objective, plan.labels or labels)
+    case = build(shape, guide=objective == "tgdpo")
+    agreement = measure.check_agreement(entries, _small(case))
+    fitting, too_large = _fitting(entries, case)
+    steps = {label: partial(measure.gradient_step, fn, case) for label, fn in fitting.items()}
+    steps["bodies"] = partial(measure.gradient_step, contestants.bodies, case)
+    steps |= measure.floor_steps(case)
+    times = measure.interleave(steps, plan.repetitions, shape.device)
+    positions = int(case.mask.sum())
+    del case, steps
+    names = [*entries, "bodies"] if plan.memory else []
+    return {
+        "kind": "step",
+        "objective": objective,
+        "shape": asdict(shape) | {"text": shape.describe()},
+        "response_positions": positions,
+        "agreement": agreement,
+        "times": times,
+        "memory_mib": {name: measure.peak_memory(shape, objective, name) for name in names if name not in too_large},
+        "missing": {label: contestants.MISSING[key] for label, key in _missing(objective)} | too_large,
+    }
+
+
+def _chosen(objective: str, labels: Collection[str]) -> dict[str, Callable]:
+    found = contestants.available(objective)
+    return {label: fn for label, fn in found.items() if not labels or label in labels or label == "textbook"}
+
+
+def _missing(objective: str) -> list[tuple[str, str]]:
+    packages = {label: label.split("-")[0] for label in contestants.CONTESTANTS[objective]}
+    return [(label, package) for label, package in packages.items() if contestants.MISSING.get(package)]
+
+
+def _small(case: Case) -> Case:
+    """On a GPU agreement is checked on a few pairs: the textbook path may not fit the whole batch."""
+    if case.shape.device == "cpu":
+        return case
+    from benchmarks.cases import make_batch
+
+    return case.on(make_batch(replace(case.shape, pairs=2, length=64)).to(torch.device(case.shape.device)))
+
+
+def _fitting(entries: dict[str, Callable], case: Case) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Who can run the whole batch on a GPU, and who runs out of its memory."""
+    if case.shape.device == "cpu":
+        return entries, {}
+    too_large = {}
+    for label, fn in entries.items():
+        try:
+            measure.gradient_step(fn, case)
+        except torch.OutOfMemoryError:
+            too_large[label] = "out of memory"
+        case.policy.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return {label: fn for label, fn in entries.items() if label not in too_large}, too_large
+
+
+def scaling(plan: Plan, axis: str) -> dict:
+    """TDPO2 along one axis: times and memory of the textbook, ours and the floor."""
+    points = []
+    for value in AXES[axis]:
+        shape = replace(BASE, **{axis: value})
+        found = step("tdpo2", shape, replace(plan, repetitions=min(2, plan.repetitions)), labels=("fused",))
+        points.append({"value": value} | {key: found[key] for key in ("times", "memory_mib", "response_positions")})
+    return {"kind": "scaling", "axis": axis, "objective": "tdpo2", "points": points}
+
+
+def finite(plan: Plan) -> dict:
+    """Which contestants stay finite where logits lie more than 104 apart, so that softmax().log() is -inf."""
+    case = build(Shape(vocab=512, pairs=2, length=16, layers=1, width=64, spread=20.0))
+    found = {}
+    for label, fn in _chosen("tdpo2", plan.labels).items():
+        loss = torch.tensor(measure.gradient_step(fn, case))
+        gradients = [p.grad for p in case.parameters().values() if p.grad is not None]
+        found[label] = bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients)
+    return {"kind": "finite", "objective": "tdpo2", "finite": found}
+
+
+def every(plan: Plan) -> dict[str, Callable[[], dict]]:
+    """{name: what measures it}, the most wanted first; on a machine without a GPU without the Llama sections."""
+    gpt2 = replace(GPT2, pairs=4) if plan.quick else GPT2
+    few = ("trl", "liger", "fused", "cached")
+    found = {}
+    for vocab in (50257, 8192):
+        for objective in ("tdpo2", "dpo", "tdpo1", "tgdpo"):
+            labels = few if plan.quick else ()
+            found[f"{objective}-{vocab}"] = partial(step, objective, replace(gpt2, vocab=vocab), plan, labels=labels)
+    found["finite"] = partial(finite, plan)
+    if plan.quick:
+        return {name: fn for name, fn in found.items() if name not in ("tdpo1-50257", "tgdpo-50257", "tdpo1-8192")}
+    shorter = replace(plan, repetitions=min(3, plan.repetitions))
+    for objective in ("tdpo2", "dpo"):
+        shape = replace(GPT2, ragged=False)
+        found[f"{objective}-unpadded"] = partial(step, objective, shape, shorter, labels=("liger", "fused", "cached"))
+    found["pocket"] = partial(pocket.whole_runs, min(3, plan.repetitions))
+    found |= {f"scaling-{axis}": partial(scaling, plan, axis) for axis in AXES}
+    if torch.cuda.is_available():
+        for objective, pairs in (("tdpo2", 32), ("tdpo2", 8), ("dpo", 32)):
+            shape = replace(LLAMA, pairs=pairs)
+            found[f"{objective}-llama-{pairs}"] = partial(step, objective, shape, shorter)
+    return found
