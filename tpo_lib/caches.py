@@ -5,7 +5,7 @@ A reference or a guide says the same in every epoch. What the objective reads of
 KL of TDPO), and that is the hidden state before the head: d numbers instead of V. The head itself stays in memory.
 
 Values agree with the model's to the rounding that depends on which pairs share a batch: 1e-6 in float32. In bf16 and fp16
-that rounding is larger, between any two batchings of the same run too (tests/test_caches.py measures both).
+that rounding is larger, between any two batchings of the same run too.
 
 A cache is a folder named after all that its values depend on, written as a checkpoint is (complete or absent) and verified
 before use. Whatever differs gets a new folder; a damaged one is made anew. Every folder may be deleted at any time.
