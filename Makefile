@@ -22,8 +22,8 @@ run: setup  ## train every objective on the pocket model and draw the frontier
 quick: setup  ## the same in about a minute
 	$(BIN)/python -m tpo_lib run --quick
 
-test: setup  ## every test, no network
-	$(BIN)/pytest
+test: setup  ## every test, no network; two processes of one thread each, a file is never divided
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)

@@ -7,6 +7,7 @@ trl         TRL's chunked kernels, fed as TRL feeds them (on a CPU: every positi
 trl-packed  the same kernels fed response positions only, which is kinder than TRL's own trainer on a CPU
 liger       Liger's fused linear DPO loss
 fused       ours, as training uses it: ResponseReader and fused.pair_loss
+logged      ours, at an update whose statistics are logged (where that costs more: TDPO1)
 statistics  ours, fused.token_stats and any loss of them
 cached      ours, with what the frozen models say known already, as from the second epoch on
 """
@@ -68,7 +69,7 @@ def textbook(name: str, case: Case) -> Tensor:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def ours(name: str, case: Case, *, cached: bool = False, statistics: bool = False) -> Tensor:
+def ours(name: str, case: Case, *, cached: bool = False, statistics: bool = False, logged: bool = False) -> Tensor:
     """Hidden states at response positions and fused.pair_loss (or fused.token_stats)."""
     needs = losses.OBJECTIVES[name].needs
     with_kl = "kl" in needs
@@ -79,7 +80,10 @@ def ours(name: str, case: Case, *, cached: bool = False, statistics: bool = Fals
         ref, guide = case.read("ref"), case.read("guide") if "guide_logps" in needs else None
     if statistics:
         return mean_loss(name, fused.token_stats(policy, case.batch.labels, ref, guide=guide, with_kl=with_kl))
-    output, _ = fused.pair_loss(objective(name), policy, case.batch.labels, ref, guide=guide, with_kl=with_kl)
+    merged = losses.OBJECTIVES[name].merged and not logged
+    output, _ = fused.pair_loss(
+        objective(name), policy, case.batch.labels, ref, guide=guide, with_kl=with_kl, merged=merged
+    )
     return output.loss.mean()
 
 
@@ -173,7 +177,7 @@ CONTESTANTS = {
             "trl-packed": partial(trl_composed, "tdpo2", packed=True),
         },
     ),
-    "tdpo1": _of("tdpo1"),
+    "tdpo1": _of("tdpo1", logged=partial(ours, "tdpo1", logged=True)),
     "dpo": _of(
         "dpo",
         **{"trl": trl_dpo, "trl-packed": partial(trl_composed, "dpo", packed=True), "liger": liger_dpo},

@@ -19,6 +19,7 @@ NAMES = {
     "trl-packed": "TRL's kernels, response positions only",
     "liger": "Liger",
     "fused": "**ours**",
+    "logged": "ours, at an update that is logged",
     "statistics": "ours, any loss of the statistics",
     "cached": "ours, frozen models cached",
     "bodies": "bodies alone (no head)",

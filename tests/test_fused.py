@@ -83,21 +83,32 @@ def by_pairs(case: Case, name: str, tile_bytes: int):
     )
 
 
+def by_merged_pairs(case: Case, name: str, tile_bytes: int):
+    """log pi(y) + KL without the policy's logits."""
+    return fused.pair_loss(
+        objective(name), case.policy, case.labels, case.ref, with_kl=True, merged=True, tile_bytes=tile_bytes
+    )
+
+
 def everything(case: Case, output, tokens) -> dict[str, Tensor]:
-    """All numbers of a path: loss, rewards, statistics, gradients."""
+    """All numbers of a path: loss, rewards, statistics (where they were made), gradients."""
     gradients = torch.autograd.grad(output.loss.mean(), case.inputs())
     fields = {f"output.{k}": getattr(output, k) for k in output.__dataclass_fields__}
-    fields |= {f"stats.{k}": getattr(tokens, k) for k in tokens.__dataclass_fields__}
+    if tokens is not None:
+        fields |= {f"stats.{k}": getattr(tokens, k) for k in tokens.__dataclass_fields__}
     return {k: v.detach() for k, v in fields.items() if v is not None} | dict(
         zip(("gradient of states", "gradient of weight", "gradient of bias"), gradients, strict=False)
     )
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, *, least: float = 1e-30
+) -> None:
+    """Relative to the largest entry, or to `least` where that is smaller."""
     assert found.keys() == expected.keys()
     for name, right in expected.items():
         assert found[name].dtype == right.dtype, name
-        gap = (found[name].double() - right.double()).abs().max() / right.double().abs().max().clamp_min(1e-30)
+        gap = (found[name].double() - right.double()).abs().max() / right.double().abs().max().clamp_min(least)
         assert gap <= tolerance, f"{name}: {gap:.1e}"
 
 
@@ -125,6 +136,50 @@ def test_both_paths_equal_the_textbook(data, dtype, name, path):
     tile = pick(1, 4 * 23 * 7, 1 << 20)  # one row or pair, a few, all
     expected = everything(case, *textbook(case, name))
     assert_same(everything(case, *path(case, name, tile)), expected, TOLERANCE[dtype])
+
+
+def assert_merged_equals_the_textbook(case: Case, tile: int, tolerance: float) -> None:
+    output, tokens = by_merged_pairs(case, "tdpo1", tile)
+    assert tokens is None
+    expected, _ = textbook(case, "tdpo1")
+    # a reward is a difference of logits and an entropy, each of some nats: it can be small where they are not
+    assert_same(everything(case, output, None), everything(case, expected, None), tolerance, least=1.0)
+
+
+@given(st.data(), st.sampled_from([torch.float64, torch.float32]))
+def test_the_merged_path_equals_the_textbook(data, dtype):
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    case = make_case(
+        pairs=pick(1, 2, 5),
+        longest=pick(1, 4, 9),
+        vocab=pick(2, 23, 41),
+        bias=pick(True, False),
+        scale=pick(1.0, 0.3),
+        dtype=dtype,
+        seed=data.draw(st.integers(0, 999)),
+    )
+    assert_merged_equals_the_textbook(case, pick(1, 4 * 23 * 7, 1 << 20), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_merged_path_in_half_precision(dtype):
+    case = make_case(dtype=dtype, bias=False)
+    assert_merged_equals_the_textbook(case, 1 << 20, TOLERANCE[dtype])
+
+
+def test_the_merged_path_reads_soft_capped_logits_in_full():
+    case = make_case(softcap=2.0)
+    output, tokens = by_merged_pairs(case, "tdpo1", 400)
+    case.guide = None
+    assert_same(everything(case, output, tokens), everything(case, *by_pairs(case, "tdpo1", 400)), 1e-12)
+
+
+def test_the_merged_path_refuses_an_objective_that_weighs_the_two_apart():
+    case = make_case()
+    assert losses.OBJECTIVES["tdpo1"].merged
+    assert not losses.OBJECTIVES["tdpo2"].merged
+    with pytest.raises(ValueError, match="weighs them differently"):
+        by_merged_pairs(case, "tdpo2", 400)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,7 +229,7 @@ def test_the_chosen_kl_of_tdpo2_is_held_constant():
     assert not torch.allclose(with_kl, without)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, by_merged_pairs])
 def test_finite_where_logits_lie_200_apart(path):
     case = make_case(dtype=torch.float32, bias=False)
     with torch.no_grad():
@@ -185,8 +240,9 @@ def test_finite_where_logits_lie_200_apart(path):
     case.ref = Reading(case.ref.states, Head(case.ref.head.weight))
     found = everything(case, *path(case, "tdpo1", 1 << 20))
     assert all(value.isfinite().all() for value in found.values())
-    assert found["stats.kl"].max() > 199
-    assert_same(found, everything(case, *textbook(case, "tdpo1")), 2e-6)
+    expected = everything(case, *textbook(case, "tdpo1"))
+    assert expected["stats.kl"].max() > 199
+    assert_same(found, {name: value for name, value in expected.items() if name in found}, 2e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -204,14 +260,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_tensor_over_all_positions_and_the_vocabulary(path):
+@pytest.mark.parametrize(("path", "name"), [*((path, "tdpo2") for path in PATHS), (by_merged_pairs, "tdpo1")])
+def test_no_tensor_over_all_positions_and_the_vocabulary(path, name):
     case = make_case(pairs=20, longest=30, vocab=199)
     rows = 70  # the longest pair has at most 60 tokens
     everything_at_once = len(case.policy.states) * 199
     assert everything_at_once > 5 * rows * 199
     with Largest() as seen:
-        everything(case, *path(case, "tdpo2", rows * 199 * 8))
+        everything(case, *path(case, name, rows * 199 * 8))
     assert seen.numel <= rows * 199
     with Largest() as seen:
         everything(case, *textbook(case, "tdpo2"))
@@ -233,21 +289,13 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("path", "name", "products"),
-    [(by_pairs, "tdpo2", 4), (by_pairs, "tdpo1", 4), (by_statistics, "tdpo2", 6)],
+    [(by_pairs, "tdpo2", 4), (by_pairs, "tdpo1", 4), (by_merged_pairs, "tdpo1", 3), (by_statistics, "tdpo2", 6)],
 )
 def test_number_of_products_with_the_vocabulary(path, name, products):
     case = make_case(bias=False, vocab=31)
     case.guide = None
-
-    def run(**kwargs):
-        if path is by_pairs:
-            output, _ = fused.pair_loss(objective(name), case.policy, case.labels, case.ref, with_kl=True)
-        else:
-            output = objective(name)(*stats.split(fused.token_stats(case.policy, case.labels, case.ref, with_kl=True)))
-        output.loss.mean().backward()
-
     with Products(31) as seen:
-        run()
+        path(case, name, 1 << 20)[0].loss.mean().backward()
     assert seen.count == products
 
 

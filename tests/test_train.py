@@ -425,6 +425,55 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
     assert rows[-1]["pairs_seen"] == 8
 
 
+@pytest.mark.skipif("TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes")
+def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
+    """FSDP on two CPU processes: the head is gathered when it runs, its tied weight included."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import tiny, torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from test_train import CONFIG, replace
+        from tpo_lib import data, train
+        from tpo_lib.models import ResponseReader
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        mine, mesh, ref = dist.get_rank(), init_device_mesh("cpu", (2,)), ResponseReader(tiny.llama())
+
+        def moved():
+            model = tiny.llama()
+            with torch.no_grad():
+                for x in model.parameters():
+                    x += 0.05 * torch.arange(x.numel(), dtype=x.dtype).sin().view_as(x)
+            return model
+
+        def backward(scorer, pairs):
+            batch = data.collate(pairs, 0)
+            with torch.no_grad():
+                said = ref(batch.input_ids, batch.attention_mask, batch.labels)
+            scorer(batch, {{"ref": said}}, False)[0].loss.mean().backward()
+
+        for loss_type in ("dpo", "tdpo1", "tdpo2"):
+            config, whole, sharded = replace(CONFIG, loss_type=loss_type), moved(), moved()
+            backward(train.PairScorer(config, whole), tiny.pairs(8))
+            scorer = train.PairScorer(config, sharded)
+            for module in [*sharded.model.layers, scorer]:
+                fully_shard(module, mesh=mesh)
+            backward(scorer, tiny.pairs(8)[4 * mine : 4 * mine + 4])
+            for (name, x), y in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+                assert x.to_local().numel() < y.numel(), name
+                torch.testing.assert_close(x.grad.full_tensor(), y.grad, rtol=1e-4, atol=1e-6)
+        dist.destroy_process_group()
+    """
+    (tmp_path / "child.py").write_text(textwrap.dedent(code))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_lora_trains_adapters_alone_and_resumes(tmp_path):
     pytest.importorskip("peft", reason="extra peft is not installed")
     from tpo_lib.models import add_lora

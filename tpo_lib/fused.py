@@ -18,7 +18,14 @@ So all that a backward pass needs from the objective is g and k, two numbers a t
 works. Matrix products with the vocabulary (u each): policy 1 + reference 1 forward, the same again and 2 for h and W backward.
 
 `pair_loss` asks the objective for g and k while the tile of a pair is still there (autograd over the objective alone, on
-tensors of one pair's tokens), and adds up dL/dh and dL/dW at once: 4u, which is the least without leaving something out.
+tensors of one pair's tokens), and adds up dL/dh and dL/dW at once: 4u.
+
+`pair_loss(..., merged=True)` is for an objective that reads the two numbers as their sum alone, as TDPO1 does. In it the
+policy's log-sum-exp cancels:
+
+    log pi(y) + KL(q || p) = z_y - sum_v q_v z_v + sum_v q_v log q_v = h u + c,    u = W_y - sum_v q_v W_v.
+
+It is linear in h, u is its gradient, and the policy's logits are never made: reference 1, u 1 and dL/dW 1 are 3u.
 """
 
 from __future__ import annotations
@@ -36,6 +43,10 @@ from tpo_lib.types import LossOutput, TokenStats
 TILE_BYTES = 48 << 20  # one tile of float32 logits on a CPU; where the KL is asked for, two are alive
 BLOCK_COLUMNS = 512  # on a CPU, logits are made so many columns at a time
 BLOCK_BYTES = 1 << 20  # on a CPU, softmax and KL walk a tile in blocks that stay in its cache
+WEIGHED_APART = (
+    "merged=True is for an objective whose loss has one gradient for logps and kl, token by token, as TDPO1's has; "
+    "this one weighs them differently"
+)
 
 
 @dataclass(frozen=True)
@@ -136,22 +147,26 @@ def pair_loss(
     *,
     guide: Reading | Tensor | None = None,
     with_kl: bool = False,
+    merged: bool = False,
     tile_bytes: int | None = None,
-) -> tuple[LossOutput, TokenStats]:
+) -> tuple[LossOutput, TokenStats | None]:
     """`objective(*stats.split(token_stats(...)))`, its gradient made in the forward pass while a pair's tile is there.
 
     Args:
         objective: (chosen, rejected) -> LossOutput, in which no pair depends on another; for instance
             `functools.partial(losses.tdpo2, beta=0.1, alpha=0.5)`.
         policy, labels, ref, guide, with_kl: as in `token_stats`; N = 2B sequences, all chosen first.
+        merged: the objective reads logps and kl as their sum alone (`losses.Objective.merged`), and nobody wants the
+            statistics: one product less. A soft-capped policy is read in full all the same, for its logits are not linear.
         tile_bytes: as in `token_stats`. Pairs are taken together as far as they fit; one that is larger alone still is one tile.
 
     Returns:
-        LossOutput, whose loss (B,) is differentiable, and the statistics, which are not.
+        LossOutput, whose loss (B,) is differentiable, and the statistics, which are not; None for these if they were not made.
 
     Raises:
-        ValueError: as `token_stats`; in backward, if the pairs' losses do not all carry the same weight (take their sum or
-            mean: what flows into the head has been added up over the pairs by then).
+        ValueError: as `token_stats`; merged is asked for and the objective weighs logps and kl differently; in backward, if
+            the pairs' losses do not all carry the same weight (take their sum or mean: what flows into the head has been
+            added up over the pairs by then).
     """
     if len(labels) % 2:
         raise ValueError(
@@ -162,28 +177,34 @@ def pair_loss(
         return objective(*stats.split(tokens)), tokens
     tiles = _Tiles(policy, labels, ref, guide, with_kl, tile_bytes)
     states, head = policy.states, policy.head
+    merged = merged and with_kl and head.softcap is None
     inputs = (states, head.weight, head.bias)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    gradients = _Gradients(inputs, needs, tiles) if any(needs) else None  # else: evaluation
+    gradients = _Gradients(inputs, head, needs, tiles) if any(needs) else None  # else: evaluation
     logps = torch.empty_like(tiles.targets, dtype=tiles.exact)
     kl = torch.empty_like(logps) if with_kl else None
     outputs = []
     for pairs, index, chosen in tiles.pairs():
-        values = tiles.read(states, head, index)  # without a graph
+        values = (tiles.read_merged if merged else tiles.read)(states, head, index)  # without a graph
         logps[index] = values[0]
         if kl is not None:
             kl[index] = values[1]
         output, asked = _ask(objective, tiles, pairs, index, chosen, values, gradient=gradients is not None)
         outputs.append(output)
+        if merged and asked:
+            gradients.add(index, *tiles.to_merged_gradient(asked))
+            continue
         live = [rows for rows, g, k in asked if tiles.to_logit_gradient(rows, index[rows], g, k)]
         if live:
             span = slice(live[0].start, live[-1].stop)
             gradients.add(index[span], tiles.buffers["policy"][span])
     tiles.buffers.clear()
+    if tiles.weighed_apart:
+        raise ValueError(WEIGHED_APART)
     output = _joined(outputs)
     if gradients is not None:
         output = replace(output, loss=_Attached.apply(output.loss, gradients, *inputs))
-    return output, tiles.token_stats(slice(None), logps, kl)
+    return output, None if merged else tiles.token_stats(slice(None), logps, kl)
 
 
 def _textbook(policy: Reading, labels: Tensor, ref, guide, with_kl: bool) -> TokenStats:
@@ -251,6 +272,8 @@ class _Tiles:
         self.compute = torch.get_autocast_dtype(kind) if autocast else policy.states.dtype  # of the matrix products
         self.rows = max(1, (tile_bytes or choose_tile_bytes(self.device)) // (self.exact.itemsize * self.vocab))
         self.buffers: dict[str, Tensor] = {}
+        self.cast: dict[int, Tensor] = {}  # weights in the type of the products, where theirs is another
+        self.weighed_apart: Tensor | bool = False
         self.head = policy.head
         self.ref = ref if with_kl else None  # read tile by tile beside the policy, for its whole distribution is needed
         self.ref_logps = torch.empty_like(self.targets, dtype=self.exact) if with_kl else self._frozen_logps(ref)
@@ -336,6 +359,36 @@ class _Tiles:
                 dz *= self.head.scale
         return True
 
+    def read_merged(self, states: Tensor, head: Head, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(log pi(y) + KL, zeros) at the positions `index`; e_y - q and u stay for `to_merged_gradient`."""
+        targets = self.targets[index, None]  # (rows, 1)
+        q = self._logits("ref", self.ref.states[index], self.ref.head)  # (rows, V)
+        value, ref_logps = (torch.empty(len(q), dtype=self.exact, device=self.device) for _ in range(2))
+        for block in self._blocks(len(q)):
+            log_q = torch.log_softmax(q[block], -1)
+            ref_logps[block] = log_q.gather(-1, targets[block])[:, 0]
+            torch.exp(log_q, out=q[block])
+            if self.ref.head is None:
+                log_q.masked_fill_(q[block] == 0, 0.0)
+            value[block] = log_q.mul_(q[block]).sum(-1)  # sum_v q_v log q_v
+            q[block].neg_()
+        self.ref_logps[index] = ref_logps
+        difference = q.scatter_add_(-1, targets, torch.ones_like(targets, dtype=self.exact))  # e_y - q
+        self.slope = (difference.to(self.compute) @ self.weight(head)).to(self.exact).mul_(head.scale)  # u, (rows, d)
+        value += torch.linalg.vecdot(states[index].detach().to(self.exact), self.slope)
+        if head.bias is not None:
+            value += head.scale * (difference @ head.bias.detach().to(self.exact))
+        return value, torch.zeros_like(value)
+
+    def to_merged_gradient(self, asked: list[tuple]) -> tuple[Tensor, Tensor]:
+        """What was read last as (dL/dz, dL/dh): g (e_y - q) and g u, with g = dL / d (log pi(y) + KL)."""
+        if any(x is None for side in asked for x in side):
+            raise ValueError(WEIGHED_APART)
+        g, k = (torch.cat([side[i] for side in asked]) for i in (1, 2))  # (rows,), chosen then rejected
+        self.weighed_apart = self.weighed_apart | (g != k).any()
+        difference = self.buffers["ref"][: len(g)]
+        return difference.mul_((g * self.head.scale)[:, None]), self.slope.mul_(g[:, None])
+
     def token_stats(
         self, sequences: slice, logps: Tensor, kl: Tensor | None, index: slice | Tensor = slice(None)
     ) -> TokenStats:
@@ -370,7 +423,7 @@ class _Tiles:
         out = self.buffers[name][: len(states)]
         if head is None:
             return out.copy_(states)
-        states, weight = states.detach().to(self.compute), head.weight.detach().to(self.compute)
+        states, weight = states.detach().to(self.compute), self.weight(head)
         for part in self._columns():
             if self.compute == self.exact:
                 torch.mm(states, weight[part].T, out=out[:, part])
@@ -381,6 +434,15 @@ class _Tiles:
         if head.scale != 1:
             out *= head.scale
         return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+    def weight(self, head: Head) -> Tensor:
+        """The head's weight in the type of the products; where that is another type, it is converted once for all tiles."""
+        weight = head.weight.detach()
+        if weight.dtype == self.compute:
+            return weight
+        if weight.data_ptr() not in self.cast:
+            self.cast[weight.data_ptr()] = weight.to(self.compute)
+        return self.cast[weight.data_ptr()]
 
     def _columns(self) -> Iterator[slice]:
         """The vocabulary, cut so that a CPU multiplies into its cache: 1.3 times as fast as in one piece."""
@@ -396,22 +458,24 @@ class _Tiles:
 class _Gradients:
     """dL/dh, dL/dW and dL/db, added up tile by tile; what is not needed stays None."""
 
-    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], needs: Sequence[bool], tiles: _Tiles) -> None:
-        self.inputs, self.compute = [x if x is None else x.detach() for x in inputs], tiles.compute
+    def __init__(
+        self, inputs: tuple[Tensor, Tensor, Tensor | None], head: Head, needs: Sequence[bool], tiles: _Tiles
+    ) -> None:
+        self.inputs, self.weight = [x if x is None else x.detach() for x in inputs], tiles.weight(head)
         kinds = (inputs[0].dtype, tiles.exact, tiles.exact)
         self.sums = [
             torch.zeros_like(x, dtype=kind) if need and x is not None else None
             for x, need, kind in zip(inputs, needs, kinds, strict=True)
         ]
 
-    def add(self, index: slice | Tensor, dz: Tensor) -> None:
-        """Add the part of one tile: dz (rows, V) in float32 at the positions `index`."""
-        (states, weight, _), (to_states, to_weight, to_bias) = self.inputs, self.sums
+    def add(self, index: slice | Tensor, dz: Tensor, dh: Tensor | None = None) -> None:
+        """Add the part of one tile: dz (rows, V) in float32 at the positions `index`, and dz W where it is known already."""
+        (states, *_), (to_states, to_weight, to_bias) = self.inputs, self.sums
         if to_bias is not None:
             to_bias += dz.sum(0)
-        dz = dz.to(self.compute)
+        dz = dz.to(self.weight.dtype)
         if to_states is not None:
-            to_states[index] = (dz @ weight.to(dz.dtype)).to(states.dtype)
+            to_states[index] = (dz @ self.weight if dh is None else dh).to(states.dtype)
         if to_weight is not None and dz.dtype == to_weight.dtype:
             to_weight.addmm_(dz.T, states[index].to(dz.dtype))
         elif to_weight is not None:
@@ -447,7 +511,7 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx, g, k):
         tiles, inputs = ctx.tiles, ctx.saved_tensors
         head = replace(tiles.head, weight=inputs[1], bias=inputs[2])
-        gradients = _Gradients(inputs, ctx.needs_input_grad[:3], tiles)
+        gradients = _Gradients(inputs, head, ctx.needs_input_grad[:3], tiles)
         for tile in tiles.slices():
             tiles.read(inputs[0], head, tile)
             rows = slice(0, tile.stop - tile.start)

@@ -172,17 +172,25 @@ def floor_share(output: LossOutput, mask: Tensor, floor: float = F_FLOOR) -> tup
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of OBJECTIVES: the function, the optional TokenStats fields it reads, the hyperparameters it takes."""
+    """An entry of OBJECTIVES.
+
+    Attributes:
+        fn: the function.
+        needs: the optional TokenStats fields it reads.
+        hyperparameters: what it takes beside the statistics.
+        merged: it reads logps and kl as their sum alone, which `fused.pair_loss` can make cheaper.
+    """
 
     fn: Callable[..., LossOutput]
     needs: tuple[str, ...]
     hyperparameters: tuple[str, ...]
+    merged: bool = False
 
 
 OBJECTIVES = {
     "sft": Objective(sft, needs=(), hyperparameters=()),
     "dpo": Objective(dpo, needs=("ref_logps",), hyperparameters=("beta",)),
-    "tdpo1": Objective(tdpo1, needs=("ref_logps", "kl"), hyperparameters=("beta",)),
+    "tdpo1": Objective(tdpo1, needs=("ref_logps", "kl"), hyperparameters=("beta",), merged=True),
     "tdpo2": Objective(tdpo2, needs=("ref_logps", "kl"), hyperparameters=("beta", "alpha")),
     "tgdpo": Objective(
         tgdpo, needs=("ref_logps", "guide_logps"), hyperparameters=("beta", "alpha", "guide_beta", "shaping", "floor")

@@ -77,6 +77,9 @@ def fit(
         NonFiniteLoss: names step and rows; checkpoints keep the last good state.
         RuntimeError: output_dir is in use, or holds another run.
 
+    A training row averages over the updates since the last one, but for what is computed at that update alone, since the
+    loss can do without: kl/* of DPO, TGDPO and SimPO, kl/* and logps/* of TDPO1.
+
     With `config.cache_dir` the frozen models are read once (caches.py). Nothing else changes, except that the training rows
     of DPO, TGDPO and SimPO then have no kl/*: log-probabilities are cached there, not distributions.
     """
@@ -172,7 +175,8 @@ class PairScorer(torch.nn.Module):
         super().__init__()
         self.policy, self.fused = ResponseReader(policy, share_prefix=config.share_prefix), config.fused
         objective = losses.OBJECTIVES[config.loss_type]
-        self.objective, self.needs_kl = partial(objective.fn, **config.hyperparameters()), "kl" in objective.needs
+        self.objective = partial(objective.fn, **config.hyperparameters())
+        self.needs_kl, self.merged = "kl" in objective.needs, objective.merged
         if config.fused and not self.policy.understood:
             print(
                 f"{type(policy).__name__}: what follows its head is not understood; all logits are made",
@@ -181,27 +185,34 @@ class PairScorer(torch.nn.Module):
 
     def forward(
         self, batch: PairBatch, frozen: dict[str, Reading | Tensor], with_kl: bool
-    ) -> tuple[LossOutput, TokenStats]:
-        """Loss and statistics of B pairs; with_kl asks for the KL also where the objective does not need it."""
+    ) -> tuple[LossOutput, TokenStats | None]:
+        """Loss and statistics of B pairs.
+
+        with_kl asks for the KL also where the objective does not need it; without it an objective that reads log-probability
+        and KL as their sum alone (TDPO1) gets just that, and the statistics are None.
+        """
         read = self.policy(batch.input_ids, batch.attention_mask, batch.labels)
         read = read if self.fused else Reading(read.logits(), None)
         ref, guide = frozen.get("ref"), frozen.get("guide")
+        merged = self.merged and not with_kl
         with_kl = self.needs_kl or (with_kl and isinstance(ref, Reading))
-        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, with_kl=with_kl)
+        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, with_kl=with_kl, merged=merged)
 
 
 def score(
     scorer: PairScorer, frozen: dict[str, caches.Read], batch: PairBatch, accelerator, *, with_kl: bool
-) -> tuple[LossOutput, TokenStats]:
+) -> tuple[LossOutput, TokenStats | None]:
     """One batch: what the frozen models say, then the policy, the statistics and the loss."""
     with torch.no_grad(), accelerator.autocast():
         said = {name: read(batch) for name, read in frozen.items()}
     return scorer(batch, said, with_kl)
 
 
-def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats) -> dict[str, tuple]:
-    """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch."""
-    chosen, rejected = stats.split(tokens)
+def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | None) -> dict[str, tuple]:
+    """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch.
+
+    Without statistics (a merged reading) logps/* and kl/* are left out.
+    """
     margin = output.chosen_reward - output.rejected_reward
     values = {
         "loss": output.loss.detach(),
@@ -209,10 +220,11 @@ def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats) -
         "rewards/rejected": output.rejected_reward,
         "rewards/margins": margin,
         "rewards/accuracies": (margin > 0).float(),
-        "logps/chosen": chosen.logps.detach().sum(-1),
-        "logps/rejected": rejected.logps.detach().sum(-1),
     }
-    if chosen.kl is not None:
+    if tokens is not None:
+        chosen, rejected = stats.split(tokens)
+        values |= {"logps/chosen": chosen.logps.detach().sum(-1), "logps/rejected": rejected.logps.detach().sum(-1)}
+    if tokens is not None and tokens.kl is not None:
         kl_chosen, kl_rejected = chosen.kl.detach().sum(-1), rejected.kl.detach().sum(-1)
         values |= {"kl/chosen": kl_chosen, "kl/rejected": kl_rejected, "kl/margin": kl_rejected - kl_chosen}
     sums = {name: (value.sum(), len(value)) for name, value in values.items()}

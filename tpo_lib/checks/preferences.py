@@ -206,7 +206,7 @@ nll_gradient = Exercise(
     hints=(
         "Chain rule: the derivative of $-\\log \\sigma(m)$ with respect to the margin $m$, times that of $m$ with "
         "respect to $\\theta$.",
-        "$\\frac{d}{dm}\\big[-\\log \\sigma(m)\\big] = -\\sigma(-m)$, and $m = (n_w - n_l) \\cdot \\theta$.",
+        "$\\frac{d}{dm}\\bigl[-\\log \\sigma(m)\\bigr] = -\\sigma(-m)$, and $m = (n_w - n_l) \\cdot \\theta$.",
         "<code>-(torch.sigmoid(-margins)[:, None] * differences)</code>, then the mean over the pairs.",
     ),
     right=_right_gradient,

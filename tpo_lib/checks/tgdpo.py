@@ -326,9 +326,9 @@ def _overflowing(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: f
 tgdpo_loss = Exercise(
     name="tgdpo_loss",
     title="TGDPO's loss",
-    what="Return the loss of every pair, (B,): $-\\log \\sigma\\big(\\beta \\sum_t f_w(\\hat r^t) \\log "
+    what="Return the loss of every pair, (B,): $-\\log \\sigma\\bigl(\\beta \\sum_t f_w(\\hat r^t) \\log "
     "\\frac{\\pi_\\theta}{\\pi_{\\mathrm{ref}}}(y_w^t) - \\beta \\sum_t f_l(\\hat r^t) \\log "
-    "\\frac{\\pi_\\theta}{\\pi_{\\mathrm{ref}}}(y_l^t)\\big)$. <code>chosen</code> and <code>rejected</code> are "
+    "\\frac{\\pi_\\theta}{\\pi_{\\mathrm{ref}}}(y_l^t)\\bigr)$. <code>chosen</code> and <code>rejected</code> are "
     "<code>TokenStats</code> of B pairs: <code>logps</code>, <code>ref_logps</code> and <code>guide_logps</code>, each (B, T-1) "
     "in nats and exactly 0 outside the response, and <code>mask</code>. <code>beta</code> is this run's, "
     "<code>guide_beta</code> the guide's. Use your <code>r_hat</code> and <code>token_weights</code>.",
