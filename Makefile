@@ -47,7 +47,7 @@ pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 bench:  ## time and memory beside TRL and Liger, 15 minutes (QUICK=1: two); the peers get an environment of their own
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
-	$(BENCH)/bin/python -m tpo_lib bench $(if $(QUICK),--quick)
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m tpo_lib bench $(if $(QUICK),--quick)
 
 clean:  ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) $(FLOOR) $(BENCH) .pytest_cache .ruff_cache .hypothesis *.egg-info
