@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 BENCH := .venv-bench
+TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
 .PHONY: setup run quick test floor lint lab notebooks pocket bench clean
 
@@ -22,15 +23,15 @@ run: setup  ## train every objective on the pocket model and draw the frontier
 quick: setup  ## the same in about a minute
 	$(BIN)/python -m tpo_lib run --quick
 
-test: setup  ## every test, no network; two processes of one thread each, a file is never divided
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## every test, no network
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE)
 
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest
+	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest pytest-xdist
 	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
-	$(FLOOR)/bin/python -m pytest notebooks tests/test_widgets_*.py tests/test_lab.py
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks tests/test_widgets_*.py tests/test_lab.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

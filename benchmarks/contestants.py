@@ -177,7 +177,7 @@ CONTESTANTS = {
             "trl-packed": partial(trl_composed, "tdpo2", packed=True),
         },
     ),
-    "tdpo1": _of("tdpo1", logged=partial(ours, "tdpo1", logged=True)),
+    "tdpo1": _of("tdpo1") | {"logged": partial(ours, "tdpo1", logged=True)},
     "dpo": _of(
         "dpo",
         **{"trl": trl_dpo, "trl-packed": partial(trl_composed, "dpo", packed=True), "liger": liger_dpo},

@@ -144,7 +144,7 @@ def every(plan: Plan) -> dict[str, Callable[[], dict]]:
     for objective in ("tdpo2", "dpo"):
         shape = replace(GPT2, ragged=False)
         found[f"{objective}-unpadded"] = partial(step, objective, shape, shorter, labels=("liger", "fused", "cached"))
-    found["pocket"] = partial(pocket.whole_runs, min(3, plan.repetitions))
+    found["pocket"] = partial(pocket.whole_runs, plan.repetitions)
     found |= {f"scaling-{axis}": partial(scaling, plan, axis) for axis in AXES}
     if torch.cuda.is_available():
         for objective, pairs in (("tdpo2", 32), ("tdpo2", 8), ("dpo", 32)):
