@@ -218,20 +218,21 @@ def readme(results: Mapping) -> str:
     parts = [INTRODUCTION, "## Goals", goals_table(results["goals"]), "## Machine"]
     parts.append(
         f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['gpu'] or 'no GPU'}; "
-        f"{about['threads']} threads; {about['system']}. {versions}. Commit {commits}; {about['date']}. "
+        f"{about['threads']} {'thread' if about['threads'] == 1 else 'threads'}; {about['system']}. {versions}. "
+        f"Commit {commits}; {about['date']}. "
         f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}."
     )
     if about["gpu"] is None:
         parts.append("The Llama-1B-shaped sections need a GPU and were left out.")
-    if any(section["kind"] == "scaling" for section in sections.values()):
+    curves = [section for section in sections.values() if section["kind"] == "scaling"]
+    if curves:
         parts += [f"## {HEADINGS['scaling']}", CURVES]
+    for section in curves:
+        parts += [f"### {AXIS[section['axis']]}", section_text(section)]
     for name, section in sections.items():
-        level = "###" if section["kind"] == "scaling" else "##"
-        kind, _, rest = name.partition("-")
-        parts += [
-            f"{level} {AXIS[rest] if kind == 'scaling' else ', '.join(filter(None, (HEADINGS[kind], _what(rest))))}"
-        ]
-        parts.append(section_text(section))
+        if section["kind"] != "scaling":
+            kind, _, rest = name.partition("-")
+            parts += [f"## {', '.join(filter(None, (HEADINGS[kind], _what(rest))))}", section_text(section)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -261,4 +262,4 @@ measured in a process of its own whose allocator gives back what is freed. Nothi
 CURVES = """![Time and memory of a TDPO2 step over vocabulary, length and pairs](scaling.png)
 
 Both axes are logarithmic; the other two sizes are V = 50257, T = 128, 4 pairs. The floor's memory is that of the
-transformer bodies alone."""
+transformer bodies alone; its b and u are timed in the same rounds and as noisy as the rest: a point of ours below it says so."""

@@ -474,6 +474,13 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch):
+    monkeypatch.setattr(train.Accelerator, "distributed_type", train.DistributedType[kind])
+    with pytest.raises(ValueError, match=f"accelerate is set to {kind}.* --lora-rank"):
+        trained(CONFIG)
+
+
 def test_lora_trains_adapters_alone_and_resumes(tmp_path):
     pytest.importorskip("peft", reason="extra peft is not installed")
     from tpo_lib.models import add_lora

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
 OnLog = Callable[[dict], bool | None]
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the objective lacks a model it needs, or there are fewer pairs than one update takes.
+        ValueError: the objective lacks a model it needs; there are fewer pairs than one update takes; accelerate is set to
+            shard the weights (FSDP, DeepSpeed, Megatron), which checkpoints do not gather.
         NonFiniteLoss: names step and rows; checkpoints keep the last good state.
         RuntimeError: output_dir is in use, or holds another run.
 
@@ -91,6 +94,11 @@ def fit(
         project_dir=config.output_dir,
     )
     _check_models(config, reference, guide)
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which shards the weights, and checkpoints are written "
+            "from whole ones: launch with --multi_gpu instead (a whole copy per process), and --lora-rank if that does not fit"
+        )
     scorer = PairScorer(config, policy.eval())
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
