@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 BENCH := .venv-bench
+ALONE := tests/browser tests/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
 .PHONY: setup run quick test floor lint lab notebooks pocket bench clean
@@ -24,14 +25,16 @@ quick: setup  ## the same in about a minute
 	$(BIN)/python -m tpo_lib run --quick
 
 test: setup  ## every test, no network
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE)
+	$(BIN)/pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE) $(ALONE:%=--ignore %)
 
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest pytest-xdist
 	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks tests/test_widgets_*.py tests/test_lab.py
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks
+	$(FLOOR)/bin/python -m pytest tests/test_widgets_*.py tests/test_lab.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -45,7 +48,7 @@ notebooks: setup  ## execute and clean every notebook of the course, in place
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
 
-bench:  ## time and memory beside TRL and Liger, 15 minutes (QUICK=1: two); the peers get an environment of their own
+bench:  ## time and memory beside TRL and Liger, 40 minutes (QUICK=1: three); the peers get an environment of their own
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m tpo_lib bench $(if $(QUICK),--quick)

@@ -242,8 +242,8 @@ def _what(rest: str) -> str:
 
 INTRODUCTION = """# What a training step costs
 
-This file is written by `python -m tpo_lib bench` (or `make bench`) from `results.json`; `--quick` takes two minutes,
-`--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
+This file is written by `python -m tpo_lib bench` (or `make bench`) from `results.json`, in about forty minutes; `--quick`
+takes three, `--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
 
 A step is forward and backward of the mean loss over the pairs, with every frozen model's forward pass unless it is
 cached. Contestants run in one process, one after the other, in rounds whose order rotates; times are medians with

@@ -34,7 +34,7 @@ def run(
 
     Args:
         folder: where they go; None is this folder, or runs/bench if the measurement is not the whole one (`quick`).
-        quick: about two minutes instead of fifteen.
+        quick: about three minutes instead of forty.
         only: beginnings of section names; the other sections keep what results.json has.
         labels: contestants to measure beside the textbook; what was measured is printed, not written.
         memory: measure peak memory too.

@@ -343,8 +343,8 @@ def _sweep(options) -> None:
 
 
 def _add_bench(commands) -> None:
-    command = commands.add_parser("bench", help="time and memory beside TRL and Liger (15 minutes; extra `bench`)")
-    command.add_argument("--quick", action="store_true", help="fewer sections and pairs, about two minutes")
+    command = commands.add_parser("bench", help="time and memory beside TRL and Liger (40 minutes; extra `bench`)")
+    command.add_argument("--quick", action="store_true", help="fewer sections and pairs, about three minutes")
     command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="sections whose names begin so")
     command.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; nothing is written")
     command.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")

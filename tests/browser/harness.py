@@ -33,7 +33,8 @@ NotebookPage
     formulas                how many formulas are typeset in the outputs now.
     locator(selector)       a playwright Locator in the outputs.
     content(selector)       what is in all elements the selector finds: an image's address, the HTML of anything else.
-    wait_for_text(text)     until it shows. wait_for_change(before): until `text` differs from `before`; returns the new one.
+    wait_for_text(text)     until it shows. wait_for_match(pattern): until the regular expression finds something.
+    wait_for_change(before) until `text` differs from `before`; returns the new one.
     wait_for_pictures(before, selector)     until all pictures are others than `before`, and loaded; returns the new ones.
     latency(action, text, fresh=None)       seconds from the start of `action()` until `text` shows, and everything that the
                             selector `fresh` finds is new and, if a picture, loaded; timed by the page itself.
@@ -212,8 +213,8 @@ class NotebookPage:
         self.assert_clean()
 
     def idle(self, timeout: float = 60) -> None:
-        self.page.wait_for_timeout(100)  # a message on its way has not made the kernel busy yet
-        self.page.wait_for_function(IDLE, timeout=timeout * 1000)
+        self.page.evaluate(IDLE, timeout * 1000)
+        self.page.wait_for_timeout(100)  # the page draws
 
     def locator(self, selector: str) -> Locator:
         return self.page.locator(self.scope).locator(selector)
@@ -255,6 +256,9 @@ class NotebookPage:
 
     def wait_for_text(self, text: str, timeout: float = 30) -> None:
         self._until(lambda shown: text in shown, timeout, f"{text!r} did not show")
+
+    def wait_for_match(self, pattern: str, timeout: float = 30) -> str:
+        return self._until(lambda shown: re.search(pattern, shown) is not None, timeout, f"nothing matched {pattern!r}")
 
     def wait_for_change(self, before: str, timeout: float = 30) -> str:
         return self._until(lambda shown: shown != before, timeout, "nothing changed")

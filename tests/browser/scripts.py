@@ -11,7 +11,17 @@ READY = """async () => {
             window.kernelErrors.push(`${message.content.ename}: ${message.content.evalue}`);
     });
 }"""
-IDLE = """() => window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === "idle" """
+# The kernel answers in turn: once it has run nothing, all that was sent before is done, and what it printed has arrived.
+# Twice, because widgets hold back a move until the one before it is answered.
+IDLE = """async limit => {
+    const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
+    const late = new Promise((_, fail) =>
+        setTimeout(() => fail(new Error(`the kernel is still ${kernel.status} after ${limit} ms`)), limit));
+    for (let round = 0; round < 2; round++) {
+        await Promise.race([kernel.requestExecute({code: "", silent: true, store_history: false}).done, late]);
+        await new Promise(go => setTimeout(go, 50));
+    }
+}"""
 # The visible text of the outputs, block by block. Formulas are left out (MathJax writes its glyphs in its own time), and of
 # a list only the choice counts. Not innerText of a copy: that would be slow enough to disturb what it measures.
 TEXT = """scope => {
