@@ -125,13 +125,8 @@ def assert_same(
 PATHS = [by_statistics, by_pairs]
 
 
-@given(
-    st.data(),
-    st.sampled_from([torch.float64, torch.float32]),
-    st.sampled_from(list(losses.OBJECTIVES)),
-    st.sampled_from(PATHS),
-)
-def test_both_paths_equal_the_textbook(data, dtype, name, path):
+def draw_case(data, dtype: torch.dtype, softcaps=(None,)) -> tuple[Case, int]:
+    """An odd shape and head, and the size of a tile: one row or pair, a few, all."""
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     case = make_case(
         pairs=pick(1, 2, 5),
@@ -139,11 +134,21 @@ def test_both_paths_equal_the_textbook(data, dtype, name, path):
         vocab=pick(2, 23, 41),
         bias=pick(True, False),
         scale=pick(1.0, 0.3),
-        softcap=pick(None, 2.0),
+        softcap=pick(*softcaps),
         dtype=dtype,
         seed=data.draw(st.integers(0, 999)),
     )
-    tile = pick(1, 4 * 23 * 7, 1 << 20)  # one row or pair, a few, all
+    return case, pick(1, 4 * 23 * 7, 1 << 20)
+
+
+@given(
+    st.data(),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.sampled_from(list(losses.OBJECTIVES)),
+    st.sampled_from(PATHS),
+)
+def test_both_paths_equal_the_textbook(data, dtype, name, path):
+    case, tile = draw_case(data, dtype, softcaps=(None, 2.0))
     expected = textbook(case, name)
     least = size_of_terms(case, *expected)
     assert_same(everything(case, *path(case, name, tile)), everything(case, *expected), TOLERANCE[dtype], least=least)
@@ -153,25 +158,14 @@ def assert_merged_equals_the_textbook(case: Case, tile: int, tolerance: float) -
     output, tokens = by_merged_pairs(case, "tdpo1", tile)
     assert tokens is None
     expected = textbook(case, "tdpo1")
-    least = size_of_terms(case, *expected) | {
-        "output": case.policy.logits().abs().max().item()
-    }  # not log-probabilities
+    logits = case.policy.logits().abs().max().item()  # what a merged value is made of, not log-probabilities
+    least = size_of_terms(case, *expected) | {"output": logits}
     assert_same(everything(case, output, None), everything(case, expected[0], None), tolerance, least=least)
 
 
 @given(st.data(), st.sampled_from([torch.float64, torch.float32]))
 def test_the_merged_path_equals_the_textbook(data, dtype):
-    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    case = make_case(
-        pairs=pick(1, 2, 5),
-        longest=pick(1, 4, 9),
-        vocab=pick(2, 23, 41),
-        bias=pick(True, False),
-        scale=pick(1.0, 0.3),
-        dtype=dtype,
-        seed=data.draw(st.integers(0, 999)),
-    )
-    assert_merged_equals_the_textbook(case, pick(1, 4 * 23 * 7, 1 << 20), TOLERANCE[dtype])
+    assert_merged_equals_the_textbook(*draw_case(data, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -474,6 +474,20 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize(("name", "expected"), [("tdpo1", [True, False, True, False]), ("tdpo2", [False] * 4)])
+def test_statistics_are_left_out_between_logged_updates_where_the_loss_can_do_without(name, expected, monkeypatch):
+    asked, pair_loss = [], train.fused.pair_loss
+
+    def watched(*args, merged, **kwargs):
+        asked.append(merged)
+        return pair_loss(*args, merged=merged, **kwargs)
+
+    monkeypatch.setattr(train.fused, "pair_loss", watched)
+    result = trained(replace(CONFIG, loss_type=name, batch_size=2, accumulation=1, epochs=1, log_every=2))
+    assert asked == expected
+    assert all({"logps/chosen", "kl/rejected"} <= row.keys() for row in result.metrics)
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch):
     monkeypatch.setattr(train.Accelerator, "distributed_type", train.DistributedType[kind])

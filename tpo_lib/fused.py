@@ -203,6 +203,7 @@ def pair_loss(
         raise ValueError(WEIGHED_APART)
     output = _joined(outputs)
     if gradients is not None:
+        gradients.weight = None  # the body's backward pass needs the sums alone
         output = replace(output, loss=_Attached.apply(output.loss, gradients, *inputs))
     return output, None if merged else tiles.token_stats(slice(None), logps, kl)
 
