@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tpo_lib import evaluate as ev
+from tpo_lib import pairing
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.losses import OBJECTIVES
+from tpo_lib.rewards import PROBE
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import split, token_stats
 
@@ -412,8 +414,46 @@ def test_modes_and_the_global_random_state_are_put_back(llamas, tokenizer):
 def test_a_reward_reads_prompt_and_response_if_it_asks_for_both(llamas, tokenizer):
     full, response = Shouting("full"), Shouting()
     result = ev.evaluate(*llamas[:2], tokenizer, PROMPTS, full, judge=response, max_new_tokens=4)
-    assert full.seen == [sample.prompt + sample.text for sample in result.samples]
-    assert response.seen == [sample.text for sample in result.samples]
+    for reward in (full, response):  # each was tried before anything was sampled
+        assert reward.seen[:2] == list(PROBE)
+    assert full.seen[2:] == [sample.prompt + sample.text for sample in result.samples]
+    assert response.seen[2:] == [sample.text for sample in result.samples]
+
+
+def test_a_plain_function_of_texts_is_a_reward_and_its_scale_is_its_own(llamas, tokenizer):
+    result = ev.evaluate(
+        *llamas[:2], tokenizer, PROMPTS, lambda texts: [10.0 * len(text) for text in texts], max_new_tokens=4
+    )
+    lengths = [10.0 * len(sample.text) for sample in result.samples]
+    assert [sample.reward for sample in result.samples] == lengths
+    assert result.metrics["reward"].mean == pytest.approx(sum(lengths) / len(lengths))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": lambda texts: [0.5]}, r"returned shape \(1,\) for 2 texts"),
+        ({"objective": "tdpo2", "hyperparameters": {"beta": 0.1}}, "tdpo2 cannot rank pairs without its alpha"),
+        ({"objective": "tgdpo", "hyperparameters": HYPERPARAMETERS["tgdpo"]}, "without guide_logps of its guide"),
+        ({"reference": build("llama", 64, 1)}, "a vocabulary of 286 tokens, the reference one of 64"),
+    ],
+)
+def test_what_must_fail_fails_before_anything_is_sampled(llamas, tokenizer, monkeypatch, changes, message):
+    monkeypatch.setattr(ev, "sample_cached", lambda *_, **__: pytest.fail("sampled first"))
+    models = [llamas[0], changes.pop("reference", llamas[1])]
+    with pytest.raises(ValueError, match=message):
+        run(models, tokenizer, **changes)
+
+
+def test_samples_are_kept_when_scoring_fails(llamas, tokenizer, monkeypatch, tmp_path):
+    def broken(texts):
+        return [0.5] * len(texts) if texts[0] == PROBE[0] else [math.nan] * len(texts)
+
+    expected = run(llamas, tokenizer).samples
+    with pytest.raises(ValueError, match="gave text 0 of 4 the score nan"):
+        run(llamas, tokenizer, judge=broken, cache_dir=tmp_path)
+    monkeypatch.setattr(pairing, "generate", lambda *_, **__: pytest.fail("sampled again"))
+    assert run(llamas, tokenizer, cache_dir=tmp_path).samples == expected
 
 
 def test_dropout_does_not_act_while_evaluating(tokenizer):

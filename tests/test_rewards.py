@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from tpo_lib.rewards import AdditiveReward, ClassifierReward, hash_bigrams, load_reward
+from tpo_lib.rewards import AdditiveReward, ClassifierReward, hash_bigrams, load_reward, scores_of
 
 
 @pytest.fixture
@@ -76,21 +78,108 @@ def test_missing_additive_reward_is_explained(tmp_path):
         AdditiveReward.load(tmp_path)
 
 
+def logits_of(reward: ClassifierReward, text: str) -> torch.Tensor:
+    batch = reward.tokenizer([text], return_tensors="pt", truncation=True, max_length=reward.max_length)
+    return reward.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
+
+
 @pytest.mark.parametrize(
-    ("labels", "positive"),
-    [(("NEGATIVE", "POSITIVE"), 1), (("pos", "neg"), 0), (("LABEL_0", "LABEL_1"), 1), (("positive",), 0)],
+    ("labels", "problem", "expected"),
+    [
+        (("NEGATIVE", "POSITIVE"), None, lambda z: z.softmax(-1)[1]),
+        (("pos", "neg"), None, lambda z: z.softmax(-1)[0]),
+        (("not positive", "positive"), None, lambda z: z.softmax(-1)[1]),
+        (("positive", "not positive"), None, lambda z: z.softmax(-1)[0]),
+        (("LABEL_0", "LABEL_1"), None, lambda z: z.softmax(-1)[1]),
+        (("0", "1"), "single_label_classification", lambda z: z.softmax(-1)[1]),
+        (("Negative", "Neutral", "Positive"), None, lambda z: z.softmax(-1)[2]),
+        (("negative", "neutral", "positive"), "multi_label_classification", lambda z: z[2].sigmoid()),
+        (("positive",), None, lambda z: z[0].sigmoid()),
+        (("LABEL_0",), None, lambda z: z[0]),  # a reward model: its score is not a probability
+        (("quality",), "regression", lambda z: z[0]),
+    ],
 )
-def test_classifier_finds_its_positive_class(labels, positive, tmp_path):
-    reward = ClassifierReward(tiny.classifier(tmp_path, labels))
-    batch = reward.tokenizer(["good fun"], return_tensors="pt")
-    logits = reward.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
-    expected = logits.sigmoid()[0] if len(labels) == 1 else logits.softmax(-1)[positive]
-    assert reward(["good fun"]).item() == pytest.approx(expected.item(), abs=1e-6)
+def test_classifier_reads_its_outputs_as_its_labels_say(labels, problem, expected, tmp_path):
+    reward = ClassifierReward(tiny.classifier(tmp_path, labels, problem_type=problem, initializer_range=3.0))
+    assert reward(["good fun"]).item() == pytest.approx(expected(logits_of(reward, "good fun")).item(), abs=1e-5)
 
 
-def test_classifier_without_a_positive_class_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "labels", [("LABEL_0", "LABEL_1", "LABEL_2"), ("1", "2", "3", "4", "5"), ("toxic",), ("not positive", "other")]
+)
+def test_classifier_without_a_positive_class_is_refused(tmp_path, labels):
     with pytest.raises(ValueError, match="none says which class is positive"):
-        ClassifierReward(tiny.classifier(tmp_path, ("LABEL_0", "LABEL_1", "LABEL_2")))
+        ClassifierReward(tiny.classifier(tmp_path, labels))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", list(tiny.CLASSIFIERS))
+def test_every_kind_of_classifier_scores_a_text_as_if_it_were_alone(kind, side, tmp_path):
+    tiny.classifier(tmp_path, kind=kind)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": side}))
+    reward = ClassifierReward(tmp_path)
+    texts = ["good", "a bad film with a poor plot", "word " * 200]  # the last one longer than the positions
+    alone = [logits_of(reward, text).softmax(-1)[1].item() for text in texts]
+    assert reward(texts).tolist() == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) == 3
+    assert reward.max_length == (512 if kind == "XLNet" else 64)
+
+
+def test_a_pad_id_that_disagrees_with_the_tokenizer_is_put_right(tmp_path):
+    reward = ClassifierReward(tiny.classifier(tmp_path, kind="GPT2", pad_token_id=7))
+    assert reward.model.config.pad_token_id == reward.tokenizer.pad_token_id == 0
+    assert reward(tiny.TEXT[:3]).tolist() == pytest.approx([reward([text]).item() for text in tiny.TEXT[:3]], abs=1e-5)
+
+
+def test_a_language_model_is_no_classifier(tmp_path):
+    with pytest.raises(ValueError, match=r"no weights for score\.weight: it is a language model"):
+        load_reward(tiny.checkpoint_folder(tmp_path))
+
+
+def test_a_classifier_that_cannot_score_says_so_when_it_is_loaded(tmp_path):
+    tiny.classifier(tmp_path, kind="Llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["score.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot score a text: ValueError: .*gave text 0 of 2 the score nan"):
+        load_reward(tmp_path)
+
+
+def test_the_fingerprint_changes_with_the_labels(tmp_path):
+    first = load_reward(tiny.classifier(tmp_path)).fingerprint
+    assert load_reward(tiny.classifier(tmp_path)).fingerprint == first
+    assert load_reward(tiny.classifier(tmp_path, ("POSITIVE", "NEGATIVE"))).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    "convert", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16), np.float32]
+)
+def test_any_list_of_numbers_is_scores(convert):
+    scores = scores_of(lambda texts: convert([4.0, -2.0]), ["a", "b"])
+    assert scores.tolist() == [4.0, -2.0]
+    assert scores.dtype == (torch.float64 if convert in (list, tuple, np.array) else scores.dtype)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], r"shape \(1,\) for 2 texts; it must give one number a text"),
+        (torch.zeros(2, 1), r"shape \(2, 1\) for 2 texts"),
+        (0.5, r"shape \(\) for 2 texts"),
+        ([[1.0], [1.0, 2.0]], "returned list that is no list of numbers"),
+        ([{"label": "POSITIVE"}] * 2, "returned list that is no list of numbers"),
+        ({"a": 1}, "returned dict that is no list of numbers"),
+        ([0.0, math.inf], "gave text 1 of 2 the score inf: 'b'"),
+        ([None, 1.0], "gave text 0 of 2 the score nan: 'a'"),
+    ],
+)
+def test_what_is_no_score_is_refused(returned, message):
+    def mine(texts):
+        return returned
+
+    with pytest.raises(ValueError, match="reward 'mine' .*" + message):
+        scores_of(mine, ["a", "b"])
 
 
 def test_classifier_batches_do_not_change_scores(tmp_path):

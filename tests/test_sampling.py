@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
 from tpo_lib.data import load_pairs
+from tpo_lib.rewards import PROBE
 from tpo_lib.sampling import Completion, Sampler
 
 EOS = "<|end|>"
@@ -278,7 +281,7 @@ def test_scores_out_of_range_unknown_scopes_and_ragged_lists_are_refused():
         def __call__(self, texts):
             return torch.tensor([0.5, float("nan")])
 
-    with pytest.raises(ValueError, match="gave text 1 the score nan"):
+    with pytest.raises(ValueError, match="gave text 1 of 2 the score nan"):
         pairing.score(Broken(), ["x"], [["a", "b"]])
     with pytest.raises(ValueError, match="has scope 'all'; it must be"):
         pairing.score(CountReward("all"), ["x"], [["a"]])
@@ -410,9 +413,14 @@ def build(llama, tokenizer, tmp_path):
     return call
 
 
+def entries(folder, kind: str = "pairs") -> list:
+    """Cache entries of pairs, or of samples."""
+    return [path for path in folder.iterdir() if path.name.startswith("samples-") == (kind == "samples")]
+
+
 def test_the_second_call_reads_the_cache(build, monkeypatch, tmp_path):
     table, report = build()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(entries(tmp_path)) == len(entries(tmp_path, "samples")) == 1
 
     def refuse(*args, **kwargs):
         raise AssertionError("sampled again")
@@ -442,18 +450,21 @@ def test_everything_that_decides_the_pairs_names_the_cache_entry(build, llama, t
     changes += [{"reward": CountReward("full")}, {"model": tiny.llama(seed=1, vocab=len(WORDS))}]
     for number, change in enumerate(changes, start=2):
         build(**change)
-        assert len(list(tmp_path.iterdir())) == number, change
+        assert len(entries(tmp_path)) == number, change
     tokenizer(["abc", "d"], padding=True, truncation=True, max_length=5)  # leaves its settings in the tokenizer
     build()
     llama.config.rms_norm_eps = 0.5
     build()
-    assert len(list(tmp_path.iterdir())) == len(changes) + 2
+    assert len(entries(tmp_path)) == len(changes) + 2
+    assert (
+        len(entries(tmp_path, "samples")) == len(changes) + 2 - 4
+    )  # rule, gap and the two rewards share their samples
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest"])
 def test_a_damaged_entry_is_built_anew_saying_so(build, tmp_path, capsys, damage):
     table, report = build()
-    (entry,) = tmp_path.iterdir()
+    (entry,) = entries(tmp_path)
     if damage == "truncate":
         path = entry / "pairs.parquet"
         path.write_bytes(path.read_bytes()[:-7])
@@ -474,19 +485,54 @@ def test_a_damaged_entry_is_built_anew_saying_so(build, tmp_path, capsys, damage
 
 
 def test_without_a_cache_nothing_is_written(build, tmp_path):
-    assert build(cache_dir=None)[0].to_list() == build()[0].to_list()
-    assert len(list(tmp_path.iterdir())) == 1
+    table = build(cache_dir=None)[0]
+    assert list(tmp_path.iterdir()) == []
+    assert table.to_list() == build()[0].to_list()
 
 
-def test_a_reward_without_a_fingerprint_cannot_be_cached(build):
-    reward = CountReward()
-    reward.fingerprint = None
-    with pytest.raises(ValueError, match="has no fingerprint"):
-        build(reward=reward)
-    assert build(reward=reward, cache_dir=None)[1].kept
+def test_a_plain_function_is_a_reward_whose_pairs_are_not_cached(build, tmp_path, capsys):
+    def count(texts):
+        return [10.0 * text.count("a") - 5 for text in texts]
+
+    table, report = build(reward=count)
+    assert "reward 'count' has no fingerprint, so its pairs are not cached" in capsys.readouterr().err
+    assert not entries(tmp_path)
+    assert len(entries(tmp_path, "samples")) == 1
+    assert {row["chosen_score"] - row["rejected_score"] for row in table} <= {10.0 * k for k in range(1, 7)}
+    assert report.gap_edges[-1] == max(row["chosen_score"] - row["rejected_score"] for row in table)
+    assert sum(report.gap_counts) == report.kept  # none beyond the histogram
+    assert "0 to 1" not in report.figure().axes[0].get_xlabel()
+
+
+def test_a_reward_that_cannot_score_fails_before_sampling(build, monkeypatch):
+    monkeypatch.setattr(pairing, "generate", lambda *_, **__: pytest.fail("sampled first"))
+    with pytest.raises(ValueError, match=r"returned shape \(1,\) for 2 texts"):
+        build(reward=lambda texts: [0.5])
+
+
+def test_samples_outlive_a_reward_that_fails(build, monkeypatch, tmp_path):
+    table, _ = build(cache_dir=None)
+
+    def fails_late(texts):
+        return [0.5 if text in PROBE else math.nan for text in texts]
+
+    with pytest.raises(ValueError, match="gave text 0 of 8 the score nan"):
+        build(reward=fails_late)
+    monkeypatch.setattr(pairing, "generate", lambda *_, **__: pytest.fail("sampled again"))
+    assert build()[0].to_list() == table.to_list()
+
+
+def test_damaged_samples_are_drawn_anew_saying_so(build, tmp_path, capsys):
+    table, _ = build()
+    (entry,), (pairs,) = entries(tmp_path, "samples"), entries(tmp_path)
+    shutil.rmtree(pairs)
+    text = (entry / "samples.json").read_text()
+    (entry / "samples.json").write_text(text.replace('"complete": false', '"complete": true', 1))
+    assert build()[0].to_list() == table.to_list()
+    assert "built anew" in capsys.readouterr().err
 
 
 def test_no_pair_left_says_why(build, tmp_path):
     with pytest.raises(ValueError, match=r"no pair is left; lower min_gap(.|\n)*gap below min_gap"):
         build(min_gap=1.5)
-    assert list(tmp_path.iterdir()) == []
+    assert not entries(tmp_path)

@@ -112,25 +112,26 @@ def checkpoint_folder(folder: Path, build=llama) -> Path:
     return folder
 
 
-def classifier(folder: Path, labels: tuple[str, ...] = ("NEGATIVE", "POSITIVE")) -> Path:
-    """A tiny DistilBERT sentiment classifier, saved as the hub has them."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+CLASSIFIERS = {  # the smallest of each kind; RoBERTa's positions begin after its padding index
+    "DistilBert": {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64},
+    "Roberta": {k: v for k, v in SHAPE.items() if k.startswith(("hidden", "inter", "num_hidden", "num_att"))}
+    | {"max_position_embeddings": 66, "pad_token_id": 1},
+    "GPT2": {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "Llama": {k: v for k, v in SHAPE.items() if not k.endswith("token_id")} | {"max_position_embeddings": 64},
+    "XLNet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32},
+}
+
+
+def classifier(folder: Path, labels: tuple[str, ...] = ("NEGATIVE", "POSITIVE"), kind="DistilBert", **settings) -> Path:
+    """A tiny sentiment classifier, saved as the hub has them."""
+    import transformers
 
     torch.manual_seed(0)
     tokenizer(folder)
-    config = DistilBertConfig(
-        vocab_size=300,
-        dim=16,
-        hidden_dim=32,
-        n_layers=1,
-        n_heads=2,
-        max_position_embeddings=64,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        initializer_range=0.5,
-    )
-    DistilBertForSequenceClassification(config).save_pretrained(str(folder))
+    labels = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings = {"vocab_size": 300, "initializer_range": 0.5, **labels, **CLASSIFIERS[kind], **settings}
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(str(folder))
     return folder
 
 

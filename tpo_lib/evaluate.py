@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from tpo_lib.data import EncodedPair, collate, prompt_token_ids
 from tpo_lib.fused import Reading, token_stats
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader
-from tpo_lib.pairing import score
-from tpo_lib.sampling import Completion, generate
+from tpo_lib.pairing import sample_cached, score
+from tpo_lib.rewards import probe
+from tpo_lib.sampling import Completion
 from tpo_lib.stats import response_mask, split
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 
@@ -364,32 +367,39 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     reference_cache: dict | None = None,
+    cache_dir: Path | None = None,
 ) -> Evaluation:
     """Sample continuations of held-out prompts at temperature 1, score them, and rank held-out pairs.
 
-    Metrics: reward, judge (both in [0, 1]); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
+    Metrics: reward, judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
     repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
     `pair_metrics`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
 
     Args:
         policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
-        reward, judge: callables, texts -> scores in [0, 1]; see `rewards.py`.
+        reward, judge: callables, texts -> one finite score each; see `rewards.py`. Both are tried before anything is sampled.
         pairs: held-out pairs, tokenized.
         objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
         batch_size: sequences whose logits are alive at a time.
         reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
+        cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompts, another vocabulary, a reward that cannot score, or something that the objective needs is missing.
     """
     prompts = list(prompts)
     if not prompts:
         raise ValueError("evaluate needs at least one prompt")
+    _check_vocabulary(policy, reference=reference, guide=guide)
+    if pairs and objective is not None:
+        _check_objective(objective, hyperparameters, guide)
+    probe(reward, judge)
     with _eval_mode(policy, reference, guide):
-        drawn = generate(
+        drawn = sample_cached(
             policy,
             tokenizer,
             prompts,
+            cache_dir=cache_dir,
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=max_new_tokens,
             seed=seed,
@@ -420,6 +430,33 @@ def evaluate(
     ]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
     return Evaluation(metrics, samples, by_prompt)
+
+
+def _check_vocabulary(policy, **others) -> None:
+    def size(model) -> int:
+        inner = model.model if isinstance(model, ResponseReader) else model
+        return inner.get_output_embeddings().weight.shape[0]
+
+    for name, model in others.items():
+        if model is not None and size(model) != size(policy):
+            raise ValueError(
+                f"the policy has a vocabulary of {size(policy)} tokens, the {name} one of {size(model)}: there is no KL between "
+                f"them; name the {name} that the policy was trained with"
+            )
+
+
+def _check_objective(objective: str, hyperparameters: Mapping | None, guide) -> None:
+    """What ranking pairs by an objective takes, judged before anything is sampled."""
+    entry, parameters = OBJECTIVES[objective], inspect.signature(OBJECTIVES[objective].fn).parameters.values()
+    needed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    missing = [f"its {name}" for name in needed if name not in (hyperparameters or {})]
+    if "guide_logps" in entry.needs and guide is None:
+        missing.append("guide_logps of its guide")
+    if missing:
+        raise ValueError(
+            f"{objective} cannot rank pairs without {', '.join(missing)}; pass what is missing, or objective=None for the plain "
+            "log-ratio"
+        )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,15 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tokenizer_content(tokenizer) -> Any:
+    """What decides how a tokenizer encodes, as JSON takes it; padding and truncation, which calls set, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return [content, tokenizer.special_tokens_map]
 
 
 class ResponseReader(nn.Module):

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tpo_lib import checkpoint
 from tpo_lib.data import load_pairs, pairs_table
-from tpo_lib.models import fingerprint
+from tpo_lib.models import fingerprint, tokenizer_content
+from tpo_lib.rewards import name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
 
 Rule = Literal["all", "best_worst"]
@@ -66,25 +67,22 @@ def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[st
         completion_texts: P lists of K texts each.
 
     Returns:
-        (P, K) float32 in [0, 1].
+        (P, K) float32, or float64 where the reward computes in it.
 
     Raises:
-        ValueError: the scope is unknown, the lists do not match, or a score is not a number in [0, 1].
+        ValueError: the scope is unknown, the lists do not match, or as in `rewards.scores_of`.
     """
-    if reward.scope not in ("response", "full"):
-        raise ValueError(f'reward {reward.name!r} has scope {reward.scope!r}; it must be "response" or "full"')
+    scope = getattr(reward, "scope", "response")
+    if scope not in ("response", "full"):
+        raise ValueError(f'reward {name_of(reward)!r} has scope {scope!r}; it must be "response" or "full"')
     widths = {len(texts) for texts in completion_texts}
     if len(prompts) != len(completion_texts) or len(widths) > 1:
         raise ValueError(
             f"{len(prompts)} prompts, {len(completion_texts)} lists of completions of lengths {sorted(widths)}"
         )
-    full = reward.scope == "full"
+    full = scope == "full"
     pairs = zip(prompts, completion_texts, strict=True)
-    texts = [prompt + text if full else text for prompt, several in pairs for text in several]
-    scores = reward(texts).float().cpu()
-    bad = (~((scores >= 0) & (scores <= 1))).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"reward {reward.name!r} gave text {bad[0]} the score {scores[bad[0]]}; scores lie in [0, 1]")
+    scores = scores_of(reward, [prompt + text if full else text for prompt, several in pairs for text in several])
     return scores.view(len(prompts), -1) if len(prompts) else scores.view(0, 0)  # (P K,) -> (P, K)
 
 
@@ -96,7 +94,8 @@ class PairReport:
         prompts, completions: how many were there.
         kept: pairs in the table.
         dropped: reason -> candidate pairs that were left out for it.
-        gap_edges: (BARS + 1,) edges of the histogram of score gaps, chosen minus rejected, of the pairs kept.
+        gap_edges: (BARS + 1,) edges of the histogram of score gaps, chosen minus rejected, of the pairs kept: from 0 to 1 if
+            all scores lie in [0, 1], else to the largest gap.
         gap_counts: (BARS,) pairs in each bar.
         score_mean, score_std: of the scores of all completions (standard deviation of the population).
     """
@@ -119,9 +118,9 @@ class PairReport:
             "score gap, chosen - rejected:",
         ]
         most = max(self.gap_counts, default=0)
-        edges = itertools.pairwise(self.gap_edges)
+        edges, unit = itertools.pairwise(self.gap_edges), self.gap_edges[-1] == 1
         for (low, high), count in zip(edges, self.gap_counts, strict=True):
-            lines.append(f"  {low:.2f} to {high:.2f} {_bar(count / most if most else 0.0)} {count:,}")
+            lines.append(f"  {_edge(low, unit)} to {_edge(high, unit)} {_bar(count / most if most else 0.0)} {count:,}")
         return "\n".join(lines)
 
     def figure(self):
@@ -133,10 +132,14 @@ class PairReport:
         widths = [high - low for low, high in itertools.pairwise(self.gap_edges)]
         axes.bar(self.gap_edges[:-1], self.gap_counts, width=widths, align="edge", edgecolor="white")
         axes.set_xlim(self.gap_edges[0], self.gap_edges[-1])
-        axes.set_xlabel("score gap, chosen - rejected (reward units, 0 to 1)")
+        axes.set_xlabel(f"score gap, chosen - rejected (reward units{', 0 to 1' if self.gap_edges[-1] == 1 else ''})")
         axes.set_ylabel("pairs (count)")
         axes.set_title(f"{self.kept:,} pairs kept, {sum(self.dropped.values()):,} dropped")
         return figure
+
+
+def _edge(value: float, unit: bool) -> str:
+    return f"{value:.2f}" if unit else f"{value:.3g}"
 
 
 def _bar(share: float, width: int = 30) -> str:
@@ -222,13 +225,14 @@ def _pair_row(prompt: str, better: _Scored, worse: _Scored) -> dict[str, Any]:
 def _report(rows: list[dict[str, Any]], dropped: dict[str, int], scores: Sequence[Sequence[float]]) -> PairReport:
     gaps = torch.tensor([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=torch.float64)
     flat = torch.tensor([float(value) for values in scores for value in values], dtype=torch.float64)
-    counts, edges = torch.histogram(gaps, bins=BARS, range=(0.0, 1.0))
+    bounded = bool(((flat >= 0) & (flat <= 1)).all()) or not len(gaps)
+    counts, edges = torch.histogram(gaps, bins=BARS, range=(0.0, 1.0 if bounded else gaps.max().item()))
     return PairReport(
         prompts=len(scores),
         completions=len(flat),
         kept=len(rows),
         dropped=dropped,
-        gap_edges=tuple(round(edge, 9) for edge in edges.tolist()),
+        gap_edges=tuple(float(f"{edge:.9g}") for edge in edges.tolist()),
         gap_counts=tuple(int(count) for count in counts),
         score_mean=flat.mean().item() if len(flat) else math.nan,
         score_std=flat.std(correction=0).item() if len(flat) else math.nan,
@@ -258,7 +262,8 @@ def build_pairs(
 
     The cache entry is named by a SHA-256 over the model's weights and configuration, the tokenizer, the reward's
     fingerprint, the prompts and all settings. It is written atomically and verified when read; a damaged one is built
-    anew, with a note on stderr.
+    anew, with a note on stderr. The samples have an entry of their own, written before they are scored: they outlive
+    whatever fails after, and serve any reward. The pairs of a reward without a fingerprint are not cached.
 
     Args:
         cache_dir: folder of cache entries, or None for no cache.
@@ -270,69 +275,88 @@ def build_pairs(
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"seed": seed, "batch_size": batch_size}
     pairing = {"rule": rule, "min_gap": min_gap}
-    folder = None
-    if cache_dir is not None:
-        folder = Path(cache_dir) / _content_hash(
-            model, tokenizer, reward, {"prompts": list(prompts), **sampling, **pairing}
-        )
-        found = _read_cache(folder)
+    folder, mark = None, getattr(reward, "fingerprint", None)
+    if cache_dir is not None and not mark:
+        print(f"reward {name_of(reward)!r} has no fingerprint, so its pairs are not cached", file=sys.stderr)
+    elif cache_dir is not None:
+        content = {"prompts": list(prompts), "reward": [mark, getattr(reward, "scope", "response")]}
+        folder = Path(cache_dir) / _content_hash(model, tokenizer, content | sampling | pairing)
+        found = _read_cache(folder, _read_pairs)
         if found is not None:
             return found
-    completions = generate(model, tokenizer, prompts, **sampling, progress=progress)
+    probe(reward)
+    completions = sample_cached(model, tokenizer, prompts, cache_dir=cache_dir, progress=progress, **sampling)
     scores = score(reward, prompts, [[completion.text for completion in several] for several in completions])
     dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing)
     if not report.kept:
         raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
     if folder is not None:
-        checkpoint.write_atomically(folder, lambda unfinished: _write_cache(unfinished, dataset, report))
+        checkpoint.write_atomically(folder, lambda unfinished: _write_pairs(unfinished, dataset, report))
     return dataset, report
 
 
-def _content_hash(model, tokenizer, reward, settings: dict[str, Any]) -> str:
-    if not getattr(reward, "fingerprint", None):
-        raise ValueError(
-            f"reward {reward.name!r} has no fingerprint to name its cache entry by; give it one or pass cache_dir=None"
+def sample_cached(
+    model, tokenizer, prompts: Sequence[str], *, cache_dir: Path | None, progress: Progress | None = None, **sampling
+) -> list[list[Completion]]:
+    """`generate`, written to the cache before anything is made of it; the second call with the same content reads it.
+
+    Args:
+        cache_dir: folder of cache entries, or None for no cache.
+        sampling: further arguments of `generate`.
+    """
+    if cache_dir is None:
+        return generate(model, tokenizer, prompts, **sampling, progress=progress)
+    content = {"samples": list(prompts), **sampling}
+    folder = Path(cache_dir) / f"samples-{_content_hash(model, tokenizer, content)}"
+    completions = _read_cache(folder, _read_samples)
+    if completions is None:
+        completions = generate(model, tokenizer, prompts, **sampling, progress=progress)
+        rows = [[asdict(completion) for completion in several] for several in completions]
+        checkpoint.write_atomically(
+            folder, lambda unfinished: (unfinished / "samples.json").write_text(json.dumps(rows))
         )
+    return completions
+
+
+def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     content = {
         "version": CACHE_VERSION,
         "weights": fingerprint(model),
         "config": config,
-        "tokenizer": _tokenizer_content(tokenizer),
+        "tokenizer": tokenizer_content(tokenizer),
         "stops": stop_ids(model, tokenizer),
-        "reward": [reward.fingerprint, reward.scope],
         **settings,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _tokenizer_content(tokenizer) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
-    content = json.loads(backend.to_str())
-    return [
-        {k: v for k, v in content.items() if k not in ("padding", "truncation")},
-        tokenizer.special_tokens_map,
-    ]  # set by calls
-
-
-def _write_cache(folder: Path, dataset: Dataset, report: PairReport) -> None:
+def _write_pairs(folder: Path, dataset: Dataset, report: PairReport) -> None:
     save_pairs(dataset, folder / "pairs.parquet")
     (folder / "report.json").write_text(json.dumps(asdict(report)))
 
 
-def _read_cache(folder: Path) -> tuple[Dataset, PairReport] | None:
+def _read_cache(folder: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` finds in a cache entry, or None if there is none or it is damaged."""
     if not folder.exists():
         return None
     try:
         checkpoint.verify(folder)
-        dataset, _ = load_pairs(folder / "pairs.parquet")
-        fields = json.loads((folder / "report.json").read_text())
-        return dataset, PairReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return read(folder)
     except (checkpoint.CheckpointError, OSError, ValueError, TypeError) as error:
         print(f"cached pairs cannot be read and are built anew: {error}", file=sys.stderr)
         return None
+
+
+def _read_pairs(folder: Path) -> tuple[Dataset, PairReport]:
+    dataset, _ = load_pairs(folder / "pairs.parquet")
+    fields = json.loads((folder / "report.json").read_text())
+    return dataset, PairReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _read_samples(folder: Path) -> list[list[Completion]]:
+    rows = json.loads((folder / "samples.json").read_text())
+    return [[Completion(**{**row, "token_ids": tuple(row["token_ids"])}) for row in several] for several in rows]
 
 
 def save_pairs(dataset: Dataset, path: str | Path) -> None:

@@ -1,22 +1,26 @@
-"""Sentiment rewards behind one interface: texts in, the probability of a positive review out.
+"""Rewards behind one interface: texts in, one finite score a text out; those here give the probability of a positive review.
 
-A reward has a `name`, a `fingerprint` (it changes whenever its scores may), and a `scope`: "response" if it reads the
-response alone, "full" if it reads prompt and response as one text.
+Any callable, texts -> scores, is a reward. It may have a `name`, a `scope` ("response", the default, if it reads the
+response alone, "full" if it reads prompt and response as one text), and a `fingerprint` that changes whenever its scores
+may: without one, nothing that it scored is cached.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tpo_lib.models import explain_missing, fingerprint, load_tokenizer
+from tpo_lib.models import explain_missing, fingerprint, load_tokenizer, tokenizer_content
 
 
 class Reward(Protocol):
@@ -27,8 +31,57 @@ class Reward(Protocol):
     fingerprint: str
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return (len(texts),) float32 scores in [0, 1]."""
+        """Return len(texts) finite scores: a tensor, an array or a list; the rewards here give float32 in [0, 1]."""
         ...
+
+
+# What every reward is tried on before anything is sampled: two lengths, so that padding shows, and all that is read.
+PROBE = ("good", "a film like this one " * 200)
+
+
+def name_of(reward) -> str:
+    """What messages call a reward: its name, or that of the function."""
+    return str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
+
+
+def scores_of(reward, texts: Sequence[str]) -> Tensor:
+    """Score texts: (n,) on the CPU, float64 where the reward computes in it, else float32.
+
+    Raises:
+        ValueError: what the reward returned is not one finite number a text.
+    """
+    found = reward(texts)
+    try:
+        scores = found if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found, dtype=np.float64))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"reward {name_of(reward)!r} returned {type(found).__name__} that is no list of numbers ({error}); "
+            "it must give one number a text"
+        ) from error
+    if scores.shape != (len(texts),):
+        raise ValueError(
+            f"reward {name_of(reward)!r} returned shape {tuple(scores.shape)} for {len(texts)} texts; it must give one "
+            "number a text"
+        )
+    scores = (scores if scores.dtype == torch.float64 else scores.float()).detach().cpu()
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"reward {name_of(reward)!r} gave text {bad[0]} of {len(texts)} the score {scores[bad[0]]}: {texts[bad[0]][:80]!r}; "
+            "every score must be finite"
+        )
+    return scores
+
+
+def probe(*rewards) -> None:
+    """Score two texts with each reward (None is passed over), so that what cannot score fails before anything is sampled.
+
+    Raises:
+        ValueError: as in `scores_of`.
+    """
+    for reward in rewards:
+        if reward is not None:
+            scores_of(reward, list(PROBE))
 
 
 class AdditiveReward:
@@ -107,17 +160,20 @@ def hash_bigrams(previous: Tensor, current: Tensor, size: int) -> Tensor:
 
 
 class ClassifierReward:
-    """Any sequence classifier in the hub's format: the probability it gives to its positive class.
+    """Any sequence classifier in the hub's format.
+
+    The score is the probability of the positive class, in [0, 1]. A model with a single output that is a regression, or has
+    no label of its own (a reward model), gives that output itself: unbounded, in its own units.
 
     Args:
         name: folder or hub name, e.g. siebert/sentiment-roberta-large-english or lvwerra/distilbert-imdb.
         device: where it runs.
-        batch_size: texts a forward pass.
+        batch_size: texts a forward pass; a model that does not mask its padding reads one text at a time (said on stderr).
         max_length: tokens read of each text at most; the rest, or what the model has no positions for, is cut at the end.
 
     Raises:
         OSError: it cannot be loaded.
-        ValueError: its labels do not say which class is the positive one.
+        ValueError: its labels do not say which class is the positive one, or it cannot score a text.
     """
 
     scope = "full"
@@ -125,23 +181,35 @@ class ClassifierReward:
     def __init__(
         self, name: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 64, max_length: int = 512
     ):
-        from transformers import AutoModelForSequenceClassification
-
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                str(name), use_safetensors=True, dtype=torch.float32
+        self.name, self.batch_size = Path(name).name, batch_size
+        self.model, self.tokenizer = _load_classifier(name), load_tokenizer(name)
+        self.model.to(device).eval().requires_grad_(False)
+        self.tokenizer.padding_side = "right"  # so that positions, which start at 0, are those of the text alone
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"classifier {str(name)!r} has neither a pad nor an EOS token in its tokenizer; give it one"
             )
-        except (OSError, ValueError) as error:
-            raise explain_missing("classifier", name, error) from error
-        self.name, self.model = Path(name).name, model.to(device).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(name)
-        positions = getattr(model.config, "max_position_embeddings", max_length)
-        self.batch_size, self.max_length = batch_size, min(max_length, positions, self.tokenizer.model_max_length)
-        self.positive = _positive_class(model.config, str(name))
-        self.fingerprint = fingerprint(model)
+        # decoders score the last token that is no padding
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.max_length = int(min(max_length, _positions(self.model), self.tokenizer.model_max_length))
+        self.activation, self.positive = _reading(self.model.config, str(name))
+        content = [fingerprint(self.model), self.activation, self.positive, self.max_length]
+        content.append(tokenizer_content(self.tokenizer))
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self._try(str(name))
+
+    def _try(self, name: str) -> None:
+        """Score a short text beside a long one and alone: what breaks here would break after all sampling is done."""
+        try:
+            together, alone = scores_of(self, list(PROBE))[:1], scores_of(self, list(PROBE[:1]))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"classifier {name!r} cannot score a text: {type(error).__name__}: {error}") from error
+        if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4):
+            print(f"classifier {name!r} does not mask its padding and reads one text at a time", file=sys.stderr)
+            self.batch_size = 1
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return (n,) probabilities of the positive class."""
+        """Return (n,) scores, float32."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: less padding
         scores = torch.zeros(len(texts))
         for start in range(0, len(order), self.batch_size):
@@ -151,21 +219,54 @@ class ClassifierReward:
             ).to(self.model.device)
             with torch.inference_mode():
                 logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-            one_logit = logits.shape[-1] == 1
-            scores[rows] = (logits[:, 0].sigmoid() if one_logit else logits.softmax(-1)[:, self.positive]).cpu()
+            scores[rows] = ACTIVATIONS[self.activation](logits)[:, self.positive].cpu()
         return scores
 
 
-def _positive_class(config, name: str) -> int:
-    """Index of the class that means "positive"."""
-    if config.num_labels == 1:
-        return 0
-    labels = {str(label).lower(): int(index) for index, label in config.id2label.items()}
-    for known in ("positive", "pos", "label_1", "1"):
-        if known in labels and (known != "label_1" or config.num_labels == 2):
-            return labels[known]
+ACTIVATIONS = {"none": lambda logits: logits, "sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+
+
+def _load_classifier(name: str | Path):
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            str(name), use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise explain_missing("classifier", name, error) from error
+    if found["missing_keys"]:  # transformers would fill them at random, and a language model would score by dice
+        raise ValueError(
+            f"classifier {str(name)!r} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}: it is a language "
+            "model, or the head was not saved; name a trained classifier"
+        )
+    return model
+
+
+def _positions(model) -> float:
+    """Tokens that fit into the model's positions; RoBERTa and its kin begin counting after their padding index."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    tables = [
+        m for name, m in model.named_modules() if name.endswith("position_embeddings") and hasattr(m, "padding_idx")
+    ]
+    offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    return known - offset if known and known > 0 else math.inf  # XLNet says -1: it has no limit
+
+
+def _reading(config, name: str) -> tuple[str, int]:
+    """How the outputs become a score: the activation, as transformers' pipelines choose it, and the positive class."""
+    labels = {str(label).strip().lower(): int(index) for index, label in config.id2label.items()}
+    regression, single = config.problem_type == "regression", config.num_labels == 1
+    if single and (regression or labels.keys() & {"label_0", "0", "score", "reward"}):
+        return "none", 0
+    sigmoid = single or config.problem_type == "multi_label_classification"
+    activation = "none" if regression else "sigmoid" if sigmoid else "softmax"
+    for known in ("positive", "pos", *(("label_1", "1") if config.num_labels == 2 else ())):
+        if known in labels:
+            return activation, labels[known]
     raise ValueError(
-        f"classifier {name!r} has the labels {json.dumps(sorted(labels))}; none says which class is positive"
+        f"classifier {name!r} has the labels {json.dumps(sorted(labels))}; none says which class is positive (positive, pos, "
+        "or LABEL_1 of two): rename it in id2label of its config.json"
     )
 
 
