@@ -280,6 +280,13 @@ BAD_ROWS = {
         "neither true nor false",
         "write true or false",
     ),
+    "ids": (
+        GOOD | {"chosen_ids": [1], "rejected_ids": None, "tokenizer": "x"},
+        GOOD | {"chosen_ids": [1, -2], "rejected_ids": [1], "tokenizer": "x"},
+        "chosen_ids",
+        "is not a list of token ids but [1, -2]",
+        "leave it empty",
+    ),
     "transcript": (
         {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
         {"chosen": "a", "rejected": "b"},

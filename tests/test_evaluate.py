@@ -63,7 +63,7 @@ def llamas(tokenizer):
 
 def completions() -> list[Completion]:
     rows = [((5, 9, 200, 31, 7), False), ((40,), True), ((), True), ((8, 8, 8), True)]
-    return [Completion("", ids, complete) for ids, complete in rows]
+    return [Completion("", ids, 0 if complete else None) for ids, complete in rows]
 
 
 def encoded_pairs(count: int = 5) -> list[EncodedPair]:

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
-from tpo_lib.data import load_pairs
-from tpo_lib.rewards import PROBE
+from tpo_lib.data import encode_pairs, load_pairs
+from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.sampling import Completion, Sampler
 
 EOS = "<|end|>"
@@ -182,6 +182,8 @@ def test_every_end_token_the_model_names_ends_a_completion(llama, tokenizer):
     llama.generation_config.eos_token_id = [0, 3]
     (drawn,) = sampling.generate(llama, tokenizer, ["abc"], samples_per_prompt=200, max_new_tokens=10, seed=0)
     assert all(3 not in completion.token_ids for completion in drawn)
+    assert {completion.end for completion in drawn} == {0, 3, None}  # which of them it was is kept
+    assert all(completion.steps == [*completion.token_ids, 3] for completion in drawn if completion.end == 3)
     assert all(len(completion.token_ids) == 10 for completion in drawn if not completion.complete)
 
 
@@ -290,7 +292,7 @@ def test_scores_out_of_range_unknown_scopes_and_ragged_lists_are_refused():
 
 
 def said(*texts):
-    return [Completion(text, (1,), complete=i % 2 == 0) for i, text in enumerate(texts)]
+    return [Completion(text, (1,), end=None if i % 2 else 0) for i, text in enumerate(texts)]
 
 
 def test_four_completions_give_the_papers_six_pairs():
@@ -372,6 +374,70 @@ def test_rule_and_gap_are_checked():
 
 def test_the_papers_recipe():
     assert dataclasses.astuple(pairing.PAPER_RECIPE) == (25_000, 2, 8, 4, "all")
+
+
+# ---- what was sampled is what is trained
+
+
+@pytest.fixture(params=[".jsonl", ".parquet"])
+def sampled(request, llama, tokenizer, tmp_path):
+    """Completions that end with either of two tokens or are cut, and their pairs read back from a file."""
+    llama.generation_config.eos_token_id = [0, 3]
+    prompts = [*PROMPTS, "ab"]
+    drawn = sampling.generate(llama, tokenizer, prompts, samples_per_prompt=6, max_new_tokens=8, seed=1)
+    scores = pairing.score(CountReward(), prompts, [[c.text for c in several] for several in drawn])
+    table, _ = pairing.pairs_from_scores(prompts, drawn, scores.tolist(), tokenizer=tokenizer)
+    pairing.save_pairs(table, tmp_path / f"pairs{request.param}")
+    steps = {(prompt, c.text): c.steps for prompt, several in zip(prompts, drawn, strict=True) for c in several}
+    return load_pairs(tmp_path / f"pairs{request.param}")[0], steps
+
+
+def test_sampled_responses_are_trained_as_the_tokens_that_were_sampled(sampled, tokenizer):
+    table, steps = sampled
+    pairs, report = encode_pairs(table, tokenizer, max_length=64)
+    assert len(pairs) == len(table) > 10
+    for pair, row in zip(pairs, table, strict=True):
+        assert pair.prompt_ids == sampling.prompt_token_ids(tokenizer, [row["prompt"]])[0]
+        for column in ("chosen", "rejected"):
+            assert getattr(pair, f"{column}_ids") == steps[row["prompt"], row[column]]
+    last = {ids[-1] for ids in steps.values() if len(ids) < 8}
+    assert last == {0, 3}
+    again = tokenizer(list(table["rejected"]), add_special_tokens=False)["input_ids"]
+    assert any(ids != own[: len(ids)] for ids, own in zip(again, table["rejected_ids"], strict=True))
+    assert "encoded from their text" not in str(report)
+
+
+def test_ids_of_another_vocabulary_or_another_text_are_not_trained(sampled, tokenizer):
+    table, _ = sampled
+    plain, _ = encode_pairs(table.remove_columns(["tokenizer"]), tokenizer, max_length=64)
+    names = {f"chosen{end}": f"rejected{end}" for end in ("", "_complete")}
+    exchanged = table.rename_columns(names | {new: old for old, new in names.items()})
+    foreign = table.map(lambda _: {"tokenizer": "another"})
+    texts = [(pair.chosen_ids, pair.rejected_ids) for pair in plain]
+    for changed, expected in [(exchanged, [pair[::-1] for pair in texts]), (foreign, texts)]:
+        pairs, report = encode_pairs(changed, tokenizer, max_length=64)
+        assert [(pair.chosen_ids, pair.rejected_ids) for pair in pairs] == expected
+        assert report.reencoded == len(table)
+        assert f"{len(table)} rows encoded from their text: the ids beside it are another tokenizer's" in str(report)
+    uncut = table.filter(lambda row: row["chosen_complete"]).map(lambda _: {"chosen_complete": False})
+    pairs, _ = encode_pairs(uncut, tokenizer, max_length=64, on_bad_rows="skip")
+    assert all(pair.chosen_ids[-1] != 0 for pair in pairs)  # the flag beside the ids decides
+
+
+def test_a_reward_that_reads_tokens_scores_the_sampled_ones(tokenizer, llama):
+    draw = torch.Generator().manual_seed(0)
+    tables = torch.randn(len(WORDS), generator=draw), torch.randn(64, generator=draw)
+    drawn = sampling.generate(llama, tokenizer, PROMPTS, samples_per_prompt=20, max_new_tokens=8, seed=1)
+    reward = AdditiveReward(tokenizer, *tables, bias=0.1)
+    credits = [reward.token_credit(torch.tensor(c.token_ids, dtype=int)).sum() for several in drawn for c in several]
+    by_token = torch.sigmoid(0.1 + torch.stack(credits)).view(len(PROMPTS), 20)
+    by_text = pairing.score(reward, PROMPTS, [[completion.text for completion in several] for several in drawn])
+    torch.testing.assert_close(pairing.score_samples(reward, tokenizer, PROMPTS, drawn), by_token)
+    assert not torch.allclose(by_text, by_token)
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    other.add_tokens(["another"])
+    torch.testing.assert_close(pairing.score_samples(reward, other, PROMPTS, drawn), by_text)
+    assert pairing.score_samples(reward, tokenizer, [], []).shape == (0, 0)
 
 
 # ---- files and cache
@@ -527,7 +593,7 @@ def test_damaged_samples_are_drawn_anew_saying_so(build, tmp_path, capsys):
     (entry,), (pairs,) = entries(tmp_path, "samples"), entries(tmp_path)
     shutil.rmtree(pairs)
     text = (entry / "samples.json").read_text()
-    (entry / "samples.json").write_text(text.replace('"complete": false', '"complete": true', 1))
+    (entry / "samples.json").write_text(text.replace('"end": null', '"end": 0', 1))
     assert build()[0].to_list() == table.to_list()
     assert "built anew" in capsys.readouterr().err
 

@@ -9,10 +9,13 @@ disappears silently.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ OnBadRows = Literal["error", "skip"]
 PROMPT_COLUMNS = ("prompt", "instruction", "text")  # the first one that a table has is its prompt
 SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  # our name: the hub's other spelling
 COMPLETE = ("chosen_complete", "rejected_complete")
+SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
 ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
 LAYOUTS = (
     "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
@@ -52,8 +56,9 @@ def load_pairs(
 
     Returns:
         The table: prompt, chosen, rejected (all text, or all messages), and where given chosen_score, rejected_score
-        (float) and chosen_complete, rejected_complete (bool: the response ends by itself, was not cut). And the rows
-        left out.
+        (float), chosen_complete, rejected_complete (bool: the response ends by itself, was not cut), and of sampled
+        pairs chosen_ids, rejected_ids (the token ids that were sampled) and tokenizer (what names their vocabulary).
+        And the rows left out.
 
     Raises:
         BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.
@@ -106,6 +111,7 @@ def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
     kinds = dict.fromkeys(("prompt", "chosen", "rejected"), message if as_messages else Value("string"))
     kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
     columns = list(rows[0]) if rows else list(kinds)
+    kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
     features = Features({column: kinds[column] for column in columns})
     return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
 
@@ -138,6 +144,9 @@ def _row(record: Record, prompt_column: str | None, columns: dict[str, None]) ->
     for column in COMPLETE:
         if column in columns:
             row[column] = _flag(values.get(column), column)
+    if set(SAMPLED) <= set(columns):
+        *ids, name = (values.get(column) for column in SAMPLED)
+        row |= zip(SAMPLED, (*map(_token_ids, ids, SAMPLED), name if isinstance(name, str) else None), strict=False)
     return row
 
 
@@ -220,6 +229,12 @@ def _flag(value: Any, column: str) -> bool:
     return flags[str(value).lower()]
 
 
+def _token_ids(value: Any, column: str) -> list[int] | None:
+    if value and not (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
+        raise Bad(column, f"is not a list of token ids but {_short(value)}", "leave it empty: the text is encoded then")
+    return value or None
+
+
 def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
     """Where responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not repeat it.
 
@@ -269,22 +284,38 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of a table: pairs kept, responses among them that were cut at max_length, rows left out."""
+    """What became of a table.
+
+    Attributes:
+        kept: pairs.
+        truncated: responses among them that were cut at max_length.
+        skipped: rows left out.
+        reencoded: rows whose sampled ids were not used, but their text encoded: the ids belong to another vocabulary, or
+            say something else than the text and flags beside them.
+    """
 
     kept: int
     truncated: int
     skipped: list[BadRow]
+    reencoded: int = 0
 
     def __str__(self) -> str:
         first = f" (the first: {self.skipped[0]})" if self.skipped else ""
         counts = f"{self.kept:,} pairs kept, {self.truncated:,} responses cut to max_length"
-        return f"{counts}, {len(self.skipped):,} rows skipped{first}"
+        notes = {
+            "encoded from their text: the ids beside it are another tokenizer's, or say another text": self.reencoded
+        }
+        said = "".join(f"; {count:,} rows {note}" for note, count in notes.items() if count)
+        return f"{counts}, {len(self.skipped):,} rows skipped{first}{said}"
 
 
 def encode_pairs(
     pairs: Dataset, tokenizer, *, max_length: int, on_bad_rows: OnBadRows = "error"
 ) -> tuple[list[EncodedPair], EncodingReport]:
     """Tokenize pairs: the prompt with the special tokens that lead a text, each response without, EOS where it ends by itself.
+
+    A pair that was sampled (columns chosen_ids, rejected_ids, tokenizer) is trained as the tokens that were sampled, the
+    one that ended it included: its text would often be encoded otherwise. A table of another tokenizer's is encoded anew.
 
     Messages go through the tokenizer's chat template, whose own special tokens replace those of the tokenizer. A response
     with `*_complete` False gets no EOS; without that column every response counts as complete. No response gets two.
@@ -307,9 +338,10 @@ def encode_pairs(
     texts, unrendered = _render_messages(pairs, tokenizer) if messages else (pairs, {})
     prompts = (_ids if messages else prompt_token_ids)(tokenizer, list(texts["prompt"]))
     responses = {column: _response_ids(texts[column], pairs, tokenizer, column) for column in ("chosen", "rejected")}
+    sampled, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
     kept, skipped, truncated = [], [], 0
     for row, prompt in enumerate(prompts):
-        chosen, rejected = responses["chosen"][row], responses["rejected"][row]
+        chosen, rejected = sampled.get(row) or (responses["chosen"][row], responses["rejected"][row])
         room = max_length - len(prompt)
         try:
             if row in unrendered:
@@ -322,7 +354,7 @@ def encode_pairs(
         truncated += (len(chosen) > room) + (len(rejected) > room)
     if skipped and on_bad_rows == "error":
         raise BadRowsError(skipped, "the table")
-    return kept, EncodingReport(len(kept), truncated, skipped)
+    return kept, EncodingReport(len(kept), truncated, skipped, reencoded)
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -338,11 +370,60 @@ def prompt_token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return [row[:-1] for row in rows] if ends else rows
 
 
+def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[str]:
+    """What responses add to the text of their prompts, special tokens left out.
+
+    A response is decoded behind its prompt: alone, sentencepiece would drop the space before its first word.
+    """
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if not prompts:
+        return []
+    whole = decode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    heads, alone = decode(list(prompts)), decode(list(responses))
+    return [w[len(h) :] if w.startswith(h) else a for h, w, a in zip(heads, whole, alone, strict=True)]
+
+
+def vocabulary_name(tokenizer) -> str:
+    """What names a vocabulary: equal names, equal meaning of every token id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def _complete(pairs: Dataset, column: str) -> list[bool]:
+    flags = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
+    return [flag is not False for flag in flags]
+
+
+def _sampled_ids(
+    pairs: Dataset, texts, prompts: list[list[int]], tokenizer
+) -> tuple[dict[int, tuple[list[int], list[int]]], int]:
+    """The sampled ids of chosen and rejected by row, where they can be trained, and the number of rows where not.
+
+    They can where the vocabulary is the same, and they still say the text and the flag that stand beside them: whoever
+    edits a text, or exchanges the two columns, means the text.
+    """
+    if not set(SAMPLED) <= set(pairs.column_names):
+        return {}, 0
+    chosen, rejected, names = (pairs[column] for column in SAMPLED)
+    given = [row for row in range(len(pairs)) if chosen[row] or rejected[row]]
+    mine = vocabulary_name(tokenizer)
+    good = [row for row in given if names[row] == mine and chosen[row] and rejected[row]]
+    for column, ids in (("chosen", chosen), ("rejected", rejected)):
+        complete, text = _complete(pairs, column), texts[column]
+        spoken = [ids[row][:-1] if complete[row] else ids[row] for row in good]
+        said = response_texts(tokenizer, [prompts[row] for row in good], spoken)
+        good = [
+            row
+            for row, words in zip(good, said, strict=True)
+            if words == text[row] and (complete[row] or ids[row][-1] != tokenizer.eos_token_id)
+        ]
+    return {row: (chosen[row], rejected[row]) for row in good}, len(given) - len(good)
+
+
 def _response_ids(texts: Sequence[str], pairs: Dataset, tokenizer, column: str) -> list[list[int]]:
     """Token ids of a column of responses, one EOS at the end of the complete ones and none at the end of the others."""
-    complete = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
     rows = _ids(tokenizer, [_without_eos(text, tokenizer.eos_token) for text in texts])
-    return [row if end is False else [*row, tokenizer.eos_token_id] for row, end in zip(rows, complete, strict=True)]
+    complete = _complete(pairs, column)
+    return [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, complete, strict=True)]
 
 
 def _without_eos(text: str, eos: str) -> str:

@@ -24,7 +24,7 @@ from tpo_lib.data import EncodedPair, collate, prompt_token_ids
 from tpo_lib.fused import Reading, token_stats
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader
-from tpo_lib.pairing import sample_cached, score
+from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import response_mask, split
@@ -223,8 +223,7 @@ def sequence_kl(
         SampleStats of (S,) sums, in the order of the prompts.
     """
     encoded = prompt_token_ids(tokenizer, list(prompts))
-    end = [tokenizer.eos_token_id]  # choosing to end is a step like any other
-    responses = [[*completion.token_ids, *(end if completion.complete else [])] for completion in completions]
+    responses = [completion.steps for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
     models = _scorer(policy), _scorer(reference)
     kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
@@ -407,8 +406,8 @@ def evaluate(
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         flat = [completion for group in drawn for completion in group]
         stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
-        texts = [[completion.text for completion in group] for group in drawn]
-        scores = {name: score(r, prompts, texts) for name, r in (("reward", reward), ("judge", judge)) if r is not None}
+        scorers = {"reward": reward, "judge": judge}
+        scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
         if pairs:
             held_out = pair_stats(
                 policy,

@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from tpo_lib import checkpoint
-from tpo_lib.data import load_pairs, pairs_table
+from tpo_lib.data import load_pairs, pairs_table, vocabulary_name
 from tpo_lib.models import fingerprint, tokenizer_content
 from tpo_lib.rewards import name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
@@ -32,7 +32,7 @@ from tpo_lib.sampling import Completion, Progress, generate, stop_ids
 Rule = Literal["all", "best_worst"]
 REASONS = ("empty text", "identical text", "equal scores", "gap below min_gap")
 BARS = 20  # of the histogram of gaps
-CACHE_VERSION = 1  # raise it when the meaning of a setting changes: old entries are then not found
+CACHE_VERSION = 2  # raise it when the meaning of a setting changes: old entries are then not found
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,25 @@ def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[st
     pairs = zip(prompts, completion_texts, strict=True)
     scores = scores_of(reward, [prompt + text if full else text for prompt, several in pairs for text in several])
     return scores.view(len(prompts), -1) if len(prompts) else scores.view(0, 0)  # (P K,) -> (P, K)
+
+
+def score_samples(reward, tokenizer, prompts: Sequence[str], completions: Sequence[Sequence[Completion]]) -> Tensor:
+    """Score sampled completions: by the tokens that were sampled where the reward reads tokens of the same vocabulary.
+
+    Their text, tokenized, would often give other tokens, whose credit is not that of the tokens that are trained.
+
+    Args:
+        reward: as for `score`; with `score_ids` and a `tokenizer`, as AdditiveReward has them, it reads tokens.
+        tokenizer: the one that the completions were sampled with.
+
+    Returns:
+        (P, K) as from `score`.
+    """
+    reads_tokens = hasattr(reward, "score_ids") and hasattr(reward, "tokenizer")
+    if not reads_tokens or vocabulary_name(reward.tokenizer) != vocabulary_name(tokenizer):
+        return score(reward, prompts, [[completion.text for completion in several] for several in completions])
+    rows = [completion.token_ids for several in completions for completion in several]
+    return reward.score_ids(rows).view(len(prompts), len(rows) // max(1, len(prompts)))  # (P K,) -> (P, K)
 
 
 @dataclass(frozen=True)
@@ -160,16 +179,18 @@ def pairs_from_scores(
     *,
     rule: Rule = "all",
     min_gap: float = 0.0,
+    tokenizer=None,
 ) -> tuple[Dataset, PairReport]:
     """Turn scored completions into preference pairs: the higher score is the chosen one.
 
     Args:
         rule: "all" takes every pair of completions of a prompt (6 of 4), "best_worst" its highest against its lowest.
         min_gap: pairs whose scores differ by less are dropped. Equal scores are dropped whatever it is.
+        tokenizer: the one that the completions were sampled with; with it, the table holds the sampled ids too.
 
     Returns:
-        A table with prompt, chosen, rejected, chosen_score, rejected_score, chosen_complete, rejected_complete, and the
-        report of what was kept and dropped.
+        A table with prompt, chosen, rejected, chosen_score, rejected_score, chosen_complete, rejected_complete, with a
+        tokenizer chosen_ids, rejected_ids, tokenizer, and the report of what was kept and dropped.
 
     Raises:
         ValueError: the rule is unknown, min_gap negative, or the lists do not match.
@@ -178,6 +199,7 @@ def pairs_from_scores(
         raise ValueError(f'rule must be "all" or "best_worst" and min_gap at least 0, got {rule!r} and {min_gap}')
     rows: list[dict[str, Any]] = []
     dropped = dict.fromkeys(REASONS, 0)
+    name = None if tokenizer is None else vocabulary_name(tokenizer)
     for prompt, several, values in zip(prompts, completions, scores, strict=True):
         scored = sorted(
             zip(map(float, values), several, strict=True), key=lambda pair: -pair[0]
@@ -187,7 +209,7 @@ def pairs_from_scores(
             if reason:
                 dropped[reason] += 1
             else:
-                rows.append(_pair_row(prompt, better, worse))
+                rows.append(_pair_row(prompt, better, worse, name))
     return pairs_table(rows), _report(rows, dropped, scores)
 
 
@@ -210,7 +232,8 @@ def _reason_to_drop(better: _Scored, worse: _Scored, min_gap: float) -> str | No
     return "gap below min_gap" if better[0] - worse[0] < min_gap else None
 
 
-def _pair_row(prompt: str, better: _Scored, worse: _Scored) -> dict[str, Any]:
+def _pair_row(prompt: str, better: _Scored, worse: _Scored, tokenizer: str | None) -> dict[str, Any]:
+    sampled = {"chosen_ids": better[1].steps, "rejected_ids": worse[1].steps, "tokenizer": tokenizer}
     return {
         "prompt": prompt,
         "chosen": better[1].text,
@@ -219,7 +242,7 @@ def _pair_row(prompt: str, better: _Scored, worse: _Scored) -> dict[str, Any]:
         "rejected_score": worse[0],
         "chosen_complete": better[1].complete,
         "rejected_complete": worse[1].complete,
-    }
+    } | (sampled if tokenizer else {})
 
 
 def _report(rows: list[dict[str, Any]], dropped: dict[str, int], scores: Sequence[Sequence[float]]) -> PairReport:
@@ -286,8 +309,8 @@ def build_pairs(
             return found
     probe(reward)
     completions = sample_cached(model, tokenizer, prompts, cache_dir=cache_dir, progress=progress, **sampling)
-    scores = score(reward, prompts, [[completion.text for completion in several] for several in completions])
-    dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing)
+    scores = score_samples(reward, tokenizer, prompts, completions)
+    dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing, tokenizer=tokenizer)
     if not report.kept:
         raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
     if folder is not None:

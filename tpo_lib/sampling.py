@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpo_lib.data import prompt_token_ids
+from tpo_lib.data import prompt_token_ids, response_texts
 
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 
@@ -26,12 +26,22 @@ class Completion:
     Attributes:
         text: what follows the prompt, without EOS.
         token_ids: the same as sampled tokens, without EOS.
-        complete: it ended by itself (with EOS) and was not cut at max_new_tokens.
+        end: the token that ended it, EOS or another one of the model's; None where it was cut at max_new_tokens.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    complete: bool
+    end: int | None
+
+    @property
+    def complete(self) -> bool:
+        """It ended by itself."""
+        return self.end is not None
+
+    @property
+    def steps(self) -> list[int]:
+        """Every token that was sampled: choosing to end is a step like any other."""
+        return [*self.token_ids, self.end] if self.complete else list(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def _check_lengths(count: int, min_tokens: int, max_tokens: int) -> None:
 
 def _prompt_texts(rows: list[list[int]], tokenizer) -> list[str | None]:
     """Decode rows of ids; None where the text is blank or broken, or would tokenize to other ids."""
-    texts = _decode(rows, tokenizer)
+    texts = response_texts(tokenizer, [[]] * len(rows), rows)
     again = tokenizer(texts, add_special_tokens=False)["input_ids"]
     good = [ids == back and bool(text.strip()) for ids, back, text in zip(rows, again, texts, strict=True)]
     return [text if ok and "\ufffd" not in text else None for text, ok in zip(texts, good, strict=True)]
@@ -211,12 +221,8 @@ def generate(
     rows = [ids for ids in encoded for _ in range(samples_per_prompt)]
     with _seeded(seed, model.device):
         sampled = _sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
-    heads = _decode(rows, tokenizer)
-    whole = _decode([row + ids for row, (ids, _) in zip(rows, sampled, strict=True)], tokenizer)
-    alone = _decode([ids for ids, _ in sampled], tokenizer)
-    # sentencepiece decodes a text's first token without its space: prefer what the completion adds to its prompt
-    texts = [w[len(h) :] if w.startswith(h) else a for h, w, a in zip(heads, whole, alone, strict=True)]
-    done = [Completion(text, tuple(ids), complete) for text, (ids, complete) in zip(texts, sampled, strict=True)]
+    texts = response_texts(tokenizer, rows, [ids for ids, _ in sampled])
+    done = [Completion(text, tuple(ids), end) for text, (ids, end) in zip(texts, sampled, strict=True)]
     return [done[i : i + samples_per_prompt] for i in range(0, len(done), samples_per_prompt)]
 
 
@@ -230,10 +236,6 @@ def _check_prompts(model, encoded: list[list[int]], max_new_tokens: int) -> None
                 f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the model's "
                 f"{positions} positions; shorten the prompt or lower max_new_tokens"
             )
-
-
-def _decode(rows: list[list[int]], tokenizer) -> list[str]:
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False) if rows else []
 
 
 @contextlib.contextmanager
@@ -264,19 +266,19 @@ def _prepared(model) -> Iterator[Any]:
 
 def _sample_ids(
     model, tokenizer, rows: list[list[int]], sampler: Sampler, batch_size: int, progress: Progress | None = None
-) -> list[tuple[list[int], bool]]:
-    """Continue rows of token ids; return for each its new ids without EOS, and whether EOS ended it."""
+) -> list[tuple[list[int], int | None]]:
+    """Continue rows of token ids; return for each its new ids without EOS, and the token that ended it, if any did."""
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths together: less padding
-    result: list[tuple[list[int], bool]] = [([], False)] * len(rows)
+    result: list[tuple[list[int], int | None]] = [([], None)] * len(rows)
     with _prepared(model) as lent:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops, pad)
             for i, ids in zip(batch, new, strict=True):
                 end = next((t for t, token in enumerate(ids) if token in stops), None)
-                result[i] = (ids[:end], end is not None)
+                result[i] = (ids[:end], None if end is None else ids[end])
             if progress is not None:
                 progress(start + len(batch), len(order))
     return result

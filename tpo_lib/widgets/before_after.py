@@ -7,7 +7,7 @@ import html
 import ipywidgets as w
 
 from tpo_lib.lab import Laboratory
-from tpo_lib.pairing import score
+from tpo_lib.pairing import score_samples
 from tpo_lib.sampling import generate
 from tpo_lib.widgets.parts import bundle, one_line
 
@@ -97,14 +97,16 @@ class BeforeAfter:
             max_new_tokens=stage.config.max_new_tokens,
             seed=self.seed.value,
         )[0]
-        texts = [completion.text for completion in drawn]
-        scores = {"reward": score(stage.reward, [prompt], [texts])[0]}
-        if stage.judge is not None:
-            scores["judge"] = score(stage.judge, [prompt], [texts])[0]
+        scorers = {"reward": stage.reward, "judge": stage.judge}
+        scores = {
+            kind: score_samples(scorer, stage.tokenizer, [prompt], [drawn])[0]
+            for kind, scorer in scorers.items()
+            if scorer is not None
+        }
         means = ", ".join(f"{kind} {float(values.mean()):.2f}" for kind, values in scores.items())
         rows = "".join(
             f"<p><small>{', '.join(f'{kind} {float(values[i]):.2f}' for kind, values in scores.items())}</small><br>"
             f"<b>{html.escape(prompt)}</b>{' ' + one_line(text)}</p>"
-            for i, text in enumerate(texts)
+            for i, text in enumerate(completion.text for completion in drawn)
         )
         return f'<div style="flex:1"><b>{html.escape(name)}</b>: mean {means}{rows}</div>'
