@@ -238,3 +238,13 @@ def test_the_legend_of_highlight_keeps_its_order_whichever_run_is_chosen():
         others = runs[:chosen] + runs[chosen + 1 :]
         (legend,) = plots.highlight(others, runs[chosen], metrics).legends
         assert [text.get_text() for text in legend.get_texts()] == ["DPO", "TDPO2", "TGDPO", "start"]
+
+
+def test_a_reward_of_another_scale_is_not_said_to_lie_between_0_and_1():
+    points = curves()
+    assert plots.frontier(points).axes[0].get_ylabel() == "mean reward (0 to 1)"
+    points["dpo"][-1]["reward"] = {"mean": 7.5, "low": 7.0, "high": 8.0, "n": 9}
+    assert plots.frontier(points).axes[0].get_ylabel() == "mean reward"
+    assert plots.diversity(points).axes[0].get_xlabel() == "mean reward"
+    ends = {name: (name, rows[-1]) for name, rows in points.items()}
+    assert plots.run_points(ends, points["dpo"][0]).axes[0].get_ylabel() == "mean reward"

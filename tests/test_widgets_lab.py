@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tpo_lib.stats import split
 from tpo_lib.widgets.before_after import before_after
 from tpo_lib.widgets.microscope import token_microscope
 from tpo_lib.widgets.preference_explorer import preference_explorer
+from tpo_lib.widgets.training_lab import training_lab
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,49 @@ def test_before_after(lab):
     ui.prompt.value = "  "
     ui.sample_button.click()
     assert "prompt is empty" in ui.page.value
+
+
+@pytest.fixture(scope="module")
+def bare(small_stage):
+    """A stage without a judge, whose reward is a plain function on a scale of its own."""
+
+    def words(texts):
+        return [10.0 * len(text.split()) for text in texts]
+
+    def scaled(row):
+        return {key: 10 * row[key] for key in ("chosen_score", "rejected_score")}
+
+    stage = replace(small_stage, judge=None, reward=words, table=small_stage.table.map(scaled), reference_cache={})
+    lab = Laboratory(stage)
+    lab.train(lab.config("dpo", beta=0.1, alpha=0.5, lr=3e-4, updates=2), "mine")
+    return lab
+
+
+def test_the_laboratory_needs_no_judge_and_takes_any_scale(bare, tmp_path):
+    ui = training_lab(bare, folder=tmp_path)
+    assert "judge" not in ui.table.value
+    assert "<th>reward</th>" in ui.table.value
+    reward = bare.points()["mine"][1]["reward"]
+    assert reward["mean"] > 1
+    assert f"<td>{reward['mean']:.2f} [{reward['low']:.2f}, {reward['high']:.2f}]</td>" in ui.table.value
+    ui.export_button.click()
+    saved = json.loads((tmp_path / "training_lab.json").read_text())
+    assert {sample["judge"] for sample in saved["runs"]["mine"]["samples"]} == {None}
+    assert "judge" not in before_after(bare).page.value
+
+
+def test_the_explorer_covers_gaps_beyond_one(bare):
+    ui = preference_explorer(bare.stage)
+    gaps = np.array(bare.stage.table["chosen_score"]) - np.array(bare.stage.table["rejected_score"])
+    assert ui.smallest.max == pytest.approx(0.9 * gaps.max())
+    ui.smallest.value = 5.0
+    assert ui.count.value.startswith(f"{(gaps >= ui.smallest.value).sum()} of {len(gaps)} pairs")
+
+
+def test_the_microscope_shows_all_but_the_credit_that_a_reward_does_not_tell(bare):
+    ui = token_microscope(bare.stage, {"dpo": bare.runs["mine"].policy})
+    pair = bare.stage.held_out_pairs[0]
+    assert ui.page.value.count("<span title=") == len(pair.chosen_ids) + len(pair.rejected_ids)
+    assert "this reward does not tell what each token is worth" in ui.page.value
+    assert "true credit" not in ui.page.value + ui.numbers.value
+    assert "log-ratio" in ui.numbers.value

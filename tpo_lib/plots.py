@@ -9,7 +9,8 @@ curves stay apart in greyscale and for colour-blind readers. Figures are made wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,18 @@ def style_of(objective: str) -> Style:
     return STYLE[objective]
 
 
+def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
+    """A metric's axis label (or `words`); a reward of another scale loses its "(0 to 1)".
+
+    Example:
+        >>> label("reward", [{"reward": {"mean": 3.0, "low": 2.0, "high": 4.0}}])
+        'mean reward'
+    """
+    inside = all(p[metric]["low"] >= 0 and p[metric]["high"] <= 1 for p in points if metric in p)
+    words = words or AXIS[metric]
+    return words if inside else words.removesuffix(" (0 to 1)")
+
+
 def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:
     """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve an objective.
 
@@ -78,7 +91,7 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
     """
     fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
-    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    ax.set(xlabel=AXIS["kl"], ylabel=label(y, itertools.chain(*curves.values())))
     first = next(iter(curves.values()))[0]
     ax.annotate(
         "start", (mean(first, "kl"), mean(first, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
@@ -116,7 +129,7 @@ def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str =
     ax.annotate(
         "start", (mean(start, "kl"), mean(start, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
     )
-    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(point for _, point in runs.values())]))
     ax.margins(0.12)
     return fig
 
@@ -137,7 +150,7 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     ax.errorbar(x["mean"], v["mean"], **_bars(x, v), fmt=style.marker, color=style.colour, markersize=12,
                 markeredgecolor="black", zorder=6)  # fmt: skip
     ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
-    ax.set(xlabel=AXIS["kl"], ylabel=AXIS[y])
+    ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
     drawn = {run["objective"] for run in (chosen, *others)}
     _legend(fig, {name: () for name in STYLE if name in drawn}, start=True)  # one order, whichever run is chosen
     return fig
@@ -172,7 +185,7 @@ def diversity(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     fig, axes = panels(3, width=12.5, height=4.4)
     for ax, metric in zip(axes, ("entropy", "distinct_2", "length"), strict=True):
         _trajectories(ax, curves, "reward", metric)
-        ax.set(xlabel=AXIS["reward"], ylabel=AXIS[metric])
+        ax.set(xlabel=label("reward", itertools.chain(*curves.values())), ylabel=AXIS[metric])
     _legend(fig, curves, start=True)
     return fig
 

@@ -33,7 +33,7 @@ def token_microscope(
     """Look at held-out pairs token by token.
 
     Args:
-        stage: pairs, tokenizer, reference and the additive reward whose token credit is the truth.
+        stage: pairs, tokenizer, reference and the reward; the token credit of an additive one is shown as the truth.
         policies: {objective: a policy}, one row each; several may be the same model.
         guide, guide_beta: TGDPO's; needed if there is a row for it.
         gamma: SimPO's margin.
@@ -133,8 +133,9 @@ class TokenMicroscope:
         self._cut = len(pair.chosen_ids)
         self._pieces = [self.stage.tokenizer.decode([i]) for i in self._ids]
         self._found = self._values()
-        credits = [self.stage.reward.token_credit(torch.tensor(ids)) for ids in (pair.chosen_ids, pair.rejected_ids)]
-        self._credit = torch.cat(credits)
+        credit = getattr(self.stage.reward, "token_credit", None)
+        sides = (pair.chosen_ids, pair.rejected_ids)
+        self._credit = credit and torch.cat([credit(torch.tensor(ids)) for ids in sides])
         self.facts.value = (
             '<div style="line-height:1.5;max-width:912px">'
             f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; "
@@ -160,11 +161,14 @@ class TokenMicroscope:
         parts = [f"<p style='margin:0'><b>prompt</b> {html.escape(prompt)} …</p>"]
         for side, where in (("chosen", slice(0, self._cut)), ("rejected", slice(self._cut, None))):
             parts.append(f"<p style='margin:6px 0 0'><b>{side}</b></p>")
-            parts.append(self._row("true credit", self._credit, float(self._credit.abs().max()), where))
+            if self._credit is not None:
+                parts.append(self._row("true credit", self._credit, float(self._credit.abs().max()), where))
             parts += [self._row(label, values, largest, where) for label, values in rows.items()]
+        credit = "this reward does not tell what each token is worth"
+        if self._credit is not None:
+            credit = f"true credit of the reward: full colour = {float(self._credit.abs().max()):.3g} nats of log-odds"
         legend = (
-            f"Colour: {words}, full colour = {largest:.3g} {unit}; true credit of the reward: full colour = "
-            f"{float(self._credit.abs().max()):.3g} nats of log-odds. Blue with a solid line is positive, orange with a "
+            f"Colour: {words}, full colour = {largest:.3g} {unit}; {credit}. Blue with a solid line is positive, orange with a "
             "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
         )
         legend = f"<p style='margin:6px 0'><small>{legend}</small></p>"
@@ -183,7 +187,8 @@ class TokenMicroscope:
 
     def _text(self, index: int, separator: str) -> str:
         side, place = ("chosen", index) if index < self._cut else ("rejected", index - self._cut)
-        lines = [f"{side} token {place}, {self._pieces[index]!r}: true credit {float(self._credit[index]):+.3f}"]
+        credit = "" if self._credit is None else f": true credit {float(self._credit[index]):+.3f}"
+        lines = [f"{side} token {place}, {self._pieces[index]!r}{credit}"]
         for name, values in self._found.items():
             numbers = [f"{key} {float(v[index]):+.3g}" for key, v in values.items() if v is not None]
             lines.append(f"{plots.style_of(name).label}: {', '.join(numbers)}")

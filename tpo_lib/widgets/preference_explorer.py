@@ -40,9 +40,18 @@ class PreferenceExplorer:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         table = stage.table
-        self._gaps = np.array(table["chosen_score"]) - np.array(table["rejected_score"])
+        chosen, rejected = np.array(table["chosen_score"]), np.array(table["rejected_score"])
+        self._gaps, unit = chosen - rejected, bool(rejected.min() >= 0 and chosen.max() <= 1)  # chosen is the larger
+        self._widest, self._unit = (1.0, " (0 to 1)") if unit else (float(self._gaps.max()), "")
         wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
-        self.smallest = w.FloatSlider(0.2, min=0, max=0.9, step=0.05, description="smallest gap", **wide)
+        self.smallest = w.FloatSlider(
+            0.2 * self._widest,
+            min=0,
+            max=0.9 * self._widest,
+            step=0.05 * self._widest,
+            description="smallest gap",
+            **wide,
+        )
         self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
         self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
         self.train_button = w.Button(description="Train on both sides of the gap", layout=w.Layout(width="260px"))
@@ -92,9 +101,9 @@ class PreferenceExplorer:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.hist(self._gaps, bins=np.linspace(0, 1, 41), color="#56B4E9", edgecolor="black", linewidth=0.5)
+        axes.hist(self._gaps, bins=np.linspace(0, self._widest, 41), color="#56B4E9", edgecolor="black", linewidth=0.5)
         axes.axvline(self.smallest.value, color="black", ls="--", label=f"smallest gap {self.smallest.value:.2f}")
-        axes.set(xlabel="score of chosen minus score of rejected (0 to 1)", ylabel="pairs", xlim=(0, 1))
+        axes.set(xlabel=f"score of chosen minus score of rejected{self._unit}", ylabel="pairs", xlim=(0, self._widest))
         axes.legend(frameon=False)
         return png(figure)
 
@@ -151,7 +160,7 @@ class PreferenceExplorer:
         start = lab.start.metrics["reward"]
         self.result.value = (
             '<table style="border-spacing:12px 2px;text-align:left;line-height:1.5"><tr><th>trained on gaps</th><th>pairs</th>'
-            "<th>reward (0 to 1)</th><th>KL(policy ‖ ref), nats</th></tr>"
+            f"<th>reward{self._unit}</th><th>KL(policy ‖ ref), nats</th></tr>"
             + "".join(lines)
             + f"</table><small>DPO, {UPDATES} updates each; start {start.mean:.2f} [{start.low:.2f}, {start.high:.2f}].</small>"
         )

@@ -217,16 +217,16 @@ class TrainingLab:
                 settings += f", alpha {run.config.alpha:.3g}"
             ended = f"{run.updates} updates" + (", stopped" if run.stopped else "")
             rows.append((name, settings, ended, self.lab.points()[name][1]))
+        points = [point for *_, point in rows]
+        titles = {"reward": "reward (0 to 1)", "judge": "judge (0 to 1)", "kl": "KL(policy ‖ ref), nats"}
+        titles = {metric: plots.label(metric, points, title) for metric, title in titles.items() if metric in points[0]}
         body = "".join(
             f"<tr><td><b>{html.escape(name)}</b></td><td>{settings}</td><td>{ended}</td>"
-            + "".join(f"<td>{interval(point[metric])}</td>" for metric in ("reward", "judge", "kl"))
+            + "".join(f"<td>{interval(point[metric])}</td>" for metric in titles)
             + "</tr>"
             for name, settings, ended, point in rows
         )
-        head = "".join(
-            f"<th>{title}</th>"
-            for title in ("run", "settings", "length", "reward (0 to 1)", "judge (0 to 1)", "KL(policy ‖ ref), nats")
-        )
+        head = "".join(f"<th>{title}</th>" for title in ("run", "settings", "length", *titles.values()))
         return (
             '<table class="tpo-runs" style="border-spacing:12px 2px;text-align:left;line-height:1.5">'
             f"<tr>{head}</tr>{body}</table>"
