@@ -21,15 +21,19 @@ from tpo_lib import checkpoint
 from tpo_lib.checkpoint import (
     MANIFEST,
     CheckpointError,
+    alone,
     exclusive,
     keep_last,
     load_state,
     newest,
+    read_json,
     save_state,
     sha256_file,
     step_folder,
     verify,
     write_atomically,
+    write_file,
+    write_json,
 )
 
 
@@ -185,6 +189,92 @@ def test_every_byte_is_on_disk_before_the_name_and_the_name_after(tmp_path, monk
     cut = events.index("rename")
     assert set(events[:cut]) == written
     assert events[cut + 1 :] == [tmp_path.stat().st_ino]
+
+
+# Single files -------------------------------------------------------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, stage):
+    write_file(tmp_path / "a.txt", "good")
+
+    def failing(*args):
+        raise FULL
+
+    def half(path: Path) -> None:
+        path.write_text("half of")
+        if stage == "write":
+            raise FULL
+
+    with monkeypatch.context() as patch:
+        if stage != "write":
+            patch.setattr(os, stage, failing)
+        with pytest.raises(OSError, match="No space left"):
+            write_file(tmp_path / "a.txt", half)
+    assert (tmp_path / "a.txt").read_text() == "good"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_file_is_on_disk_before_its_name_and_the_name_after(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
+    write_file(tmp_path / "new" / "a.txt", b"bytes")
+    assert events == [(tmp_path / "new" / "a.txt").stat().st_ino, "replace", (tmp_path / "new").stat().st_ino]
+
+
+def test_a_link_stays_a_link_and_what_is_no_file_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.txt").write_text("old")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "far" / "a.txt")
+    write_file(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").is_symlink()
+    assert (tmp_path / "far" / "a.txt").read_text() == "new"
+    with pytest.raises(FileExistsError, match="far is no file that may be replaced"):
+        write_file(tmp_path / "far", "new")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is no file"):
+        write_file(tmp_path / "pipe", "new")
+
+
+def test_json_comes_back_and_damage_is_named_with_its_fix(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"mean": 0.1 + 0.2, "nested": {"é": [1, None, math.inf]}, "step": 7}
+    for indent in (None, 1):
+        write_json(path, content, indent=indent)
+        assert read_json(path, "no") == content
+    whole = path.read_bytes()
+    for damaged in (
+        whole.replace(b"7", b"8"),
+        whole.replace(b"step", b"stop"),
+        whole[:-9],
+        b"",
+        b"[1]",
+        b"\xff\xfe\x00",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"a\.json is damaged \(.*\); make it anew"):
+            read_json(path, "make it anew")
+    path.write_bytes(b'{"step": 7}')  # of an earlier version
+    assert read_json(path, "no") == {"step": 7}
+
+
+def test_one_builds_while_the_other_waits_and_says_so(tmp_path):
+    program = f"""
+        from pathlib import Path
+        from tpo_lib.checkpoint import alone
+        with alone(Path({str(tmp_path / "entry")!r})):
+            print(Path({str(tmp_path / "entry")!r}).read_text())
+    """
+    with alone(tmp_path / "entry"):
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert "waiting for it" in child.stderr.readline()
+        (tmp_path / "entry").write_text("built")
+    assert child.communicate()[0] == "built\n"
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tpo_lib import sweep
+from tpo_lib.checkpoint import CheckpointError, read_json, write_json
 from tpo_lib.widgets.run_browser import run_browser
 
 WHOLE = tuple(sweep.grid())  # the fixture below replaces it
@@ -25,18 +24,17 @@ def swept(small_stage, tmp_path_factory):
         content = sweep.sweep(path, progress=False)
         assert content["runs"][0] == first["runs"][0]
         yield path, content
-        content = json.loads(path.read_text())
         content["start"]["metrics"]["reward"]["mean"] = 0.123
-        path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="another start"):
+        write_json(path, content)
+        with pytest.raises(ValueError, match=r"another sweep \(start differs\)"):
             sweep.sweep(path, progress=False)
 
 
 def test_the_file_is_what_was_returned(swept):
     path, content = swept
-    assert json.loads(path.read_text()) == content
+    assert read_json(path, "no") == content
     assert [(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]] == list(GRID)
-    assert list(path.parent.iterdir()) == [path]
+    assert [other for other in path.parent.iterdir() if other.suffix != ".lock"] == [path]
     for run in content["runs"]:
         assert len(run["training"]) == 2
         assert run["metrics"]["reward"]["low"] <= run["metrics"]["reward"]["high"]
@@ -57,6 +55,22 @@ def test_the_browser_shows_the_run_that_was_chosen(swept):
         assert f"beta {beta:g}, alpha {alpha:g}" in ui.facts.value
         assert f"reward {run['metrics']['reward']['mean']:.2f} [" in ui.facts.value
     assert (bytes(ui.points.value), bytes(ui.curve.value)) != pictures
+
+
+@pytest.mark.parametrize("text", ['{"runs": []}', '{"name": "mine", "version": 1}'])
+def test_a_file_of_another_kind_is_left_alone(swept, small_stage, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(sweep, "pocket_stage", lambda **changes: small_stage)
+    (tmp_path / "package.json").write_text(text)
+    with pytest.raises(ValueError, match=r"package\.json is not the file of a sweep"):
+        sweep.sweep(tmp_path / "package.json", progress=False)
+    assert (tmp_path / "package.json").read_text() == text
+
+
+def test_a_digit_that_changed_is_noticed(swept, tmp_path):
+    text = swept[0].read_text()
+    (tmp_path / "runs.json").write_text(text.replace('"mean": 0.', '"mean": 1.', 1))
+    with pytest.raises(CheckpointError, match=r"runs\.json is damaged .*digest differs.*; make it anew with"):
+        run_browser(tmp_path / "runs.json")
 
 
 def test_the_grid_has_no_run_twice():

@@ -20,7 +20,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tpo_lib import fused, losses, stats
-from tpo_lib.checkpoint import CheckpointError, verify, write_atomically
+from tpo_lib.checkpoint import CheckpointError, alone, verify, write_atomically
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fused import Head, Reading
@@ -221,7 +221,7 @@ def build_or_open(
     head = reader.head if kind == "states" else None
     with contextlib.suppress(CheckpointError):
         return _open(path, key, head)
-    with _alone(path):
+    with alone(path):
         try:
             return _open(path, key, head)  # another process may have built it by now
         except CheckpointError as error:
@@ -302,14 +302,3 @@ def _announce(path: Path, pairs: Sequence[EncodedPair], first: Tensor) -> None:
             f"{path.parent} has {free / 1e6:,.1f} MB free, the cache takes {size / 1e6:,.1f} MB; free some, choose another "
             "--cache-dir, or train without one"
         )
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Build `path` alone: other processes, of this run or another, wait for the lock (a barrier would time out)."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,4 +1,6 @@
-"""Checkpoints that survive anything: atomic, verified, and free of pickle.
+"""Files and checkpoints that survive anything: atomic, verified, and free of pickle.
+
+Every file of a run is written by `write_file`, and by `write_json` if it is read back.
 
 A checkpoint is a folder of safetensors and JSON files plus `MANIFEST.json`, which lists the SHA-256 of every other file.
 It is written beside its final place, flushed to disk and renamed, so a folder with its final name is complete; a folder
@@ -12,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
+DIGEST = "sha256"
 
 
 class CheckpointError(RuntimeError):
@@ -38,6 +42,64 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file that is complete or not there: beside its place, flushed to disk, renamed. A link stays a link.
+
+    Args:
+        path: missing folders above it are made.
+        content: text (UTF-8), bytes, or a function that writes the file it is given, whose suffix is that of `path`.
+
+    Raises:
+        OSError: it cannot be written, the disk is full, or `path` is something else than a file; what was there remains.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise FileExistsError(f"{path} is no file that may be replaced; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # two processes never share it
+    try:
+        if callable(content):
+            content(unfinished)
+        else:
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        _fsync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def write_json(path: str | Path, content: dict, *, indent: int | None = None) -> None:
+    """Write a JSON object that will be read back: `read_json` checks the digest that stands in it as "sha256"."""
+    write_file(path, json.dumps(content | {DIGEST: _digest(content)}, indent=indent) + "\n")
+
+
+def read_json(path: str | Path, fix: str) -> dict:
+    """Read what `write_json` wrote (a file without a digest, as earlier versions wrote them, is believed).
+
+    Args:
+        fix: what to do if the file is damaged, the end of a sentence.
+
+    Raises:
+        CheckpointError: it is no JSON object, or was altered; the message names file and fix.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        if content.pop(DIGEST, None) not in (None, _digest(content)):
+            raise ValueError("it is not what was written: the digest differs")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {fix}") from error
+    return content
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
@@ -173,6 +235,21 @@ def load_progress(folder: Path, model: torch.nn.Module, optimizers: list[torch.o
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return state
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Build the file or folder `path` alone: other processes wait here, and then find it built."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is at work on {path}; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

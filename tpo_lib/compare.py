@@ -14,6 +14,7 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tpo_lib.models import fingerprint, frozen_copy, load_model
 from tpo_lib.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps
 
+FIX = "restore it, or pass --fresh to make the comparison anew"
 EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's estimate alone
 
 
@@ -102,10 +104,9 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
         comparison.bar.close()
         summary, curves, samples = _collect(comparison)
         report.write_report(folder, summary, curves, samples, training=_training_rows(comparison))
-        (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in _metrics_rows(comparison, curves))
-        )
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        lines = "".join(json.dumps(row) + "\n" for row in _metrics_rows(comparison, curves))
+        checkpoint.write_file(folder / "metrics.jsonl", lines)
+        checkpoint.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         _link_latest(folder)
     return summary
 
@@ -116,11 +117,11 @@ class _Comparison:
     def __init__(self, config: CompareConfig, folder: Path, progress: bool):
         self.config, self.folder = config, folder
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
-        self.clock = (json.loads(before.read_text()) if before.exists() else 0.0) - time.time()
+        self.clock = (checkpoint.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
         _check_identity(folder, config=asdict(config))  # before the work, and once more with what was loaded
         self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
         _check_identity(folder, model=fingerprint(self.stage.start), reward=self.stage.reward.fingerprint)
-        self.stage.report.figure().savefig(folder / "gaps.png", dpi=110)
+        checkpoint.write_file(folder / "gaps.png", partial(self.stage.report.figure().savefig, dpi=110))
         self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
         self.every = max(1, self.updates // config.evaluations)
         each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))
@@ -136,15 +137,15 @@ class _Comparison:
         """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
         path = folder / "evaluations" / f"{step:08d}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return checkpoint.read_json(path, FIX)
         result = self.stage.evaluate(policy, train, guide=guide)
         row = {"step": step, "pairs_seen": step * train.batch_size if train else 0}
         row |= {name: metric.as_dict() for name, metric in result.metrics.items()}
         row["samples"] = [asdict(sample) for sample in result.samples]
         row["by_prompt"] = {name: [float(v) for v in values] for name, values in result.by_prompt.items()}
-        _write_json(path, row)
+        checkpoint.write_json(path, row)
         self.clock += time.time()
-        _write_json(self.folder / "wall_time.json", self.clock)
+        checkpoint.write_json(self.folder / "wall_time.json", {"seconds": self.clock})
         self.clock -= time.time()
         self.bar.update(EVALUATION_COST)
         return row
@@ -198,7 +199,7 @@ def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
         | {"pairs": len(comparison.stage.pairs), "held_out_pairs": len(comparison.stage.held_out_pairs)},
         "seed": comparison.config.stage.seed,
         "versions": versions(),
-        "wall_time_s": json.loads((comparison.folder / "wall_time.json").read_text()),
+        "wall_time_s": checkpoint.read_json(comparison.folder / "wall_time.json", FIX)["seconds"],
     }
     return summary, curves, samples
 
@@ -223,25 +224,17 @@ def versions() -> dict[str, str]:
 def _check_identity(folder: Path, **facts) -> None:
     """Write down what the comparison in `folder` is, and refuse to mix another one in."""
     path = folder / "identity.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = checkpoint.read_json(path, FIX) if path.exists() else {}
     facts = json.loads(json.dumps(facts))
     if any(name in known and known[name] != value for name, value in facts.items()):
         raise RuntimeError(
             f"{folder} holds another comparison (settings or weights differ); pass --fresh to replace it, or another --name"
         )
-    _write_json(path, known | facts)
-
-
-def _write_json(path: Path, value) -> None:
-    """Write a JSON file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value))
-    unfinished.replace(path)
+    checkpoint.write_json(path, known | facts)
 
 
 def _evaluations(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
+    return [checkpoint.read_json(path, FIX) for path in sorted((folder / "evaluations").glob("*.json"))]
 
 
 def _metrics_rows(comparison: _Comparison, curves: dict) -> list[dict]:

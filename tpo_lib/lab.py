@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tpo_lib import checkpoint
 from tpo_lib.compare import versions
 from tpo_lib.config import PRESETS, TrainConfig
 from tpo_lib.evaluate import Evaluation
@@ -164,21 +165,24 @@ class Laboratory:
         return _metrics(self.start)
 
     def save(self, path: str | Path, *, samples: int | None = None) -> Path:
-        """Write every run (settings, curves, figures, samples) and the start as JSON; returns the path.
+        """Write `record` as JSON; returns the path."""
+        path = Path(path)
+        checkpoint.write_file(path, json.dumps(self.record(samples=samples), indent=1) + "\n")
+        return path
+
+    def record(self, *, samples: int | None = None) -> dict:
+        """Every run (settings, curves, figures, samples), the start, the stage and the versions, as JSON has them.
 
         Args:
             samples: how many of each run's samples, None for all.
         """
         runs = {name: _record(run, samples) for name, run in self.runs.items()}
-        content = {
+        return {
             "start": {"metrics": self.start_point(), "samples": [asdict(s) for s in self.start.samples[:samples]]},
             "runs": runs,
             "stage": asdict(self.stage.config),
             "versions": versions(),
         }
-        path = Path(path)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        return path
 
 
 def _record(run: Run, samples: int | None) -> dict:

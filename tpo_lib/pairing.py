@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -391,11 +390,7 @@ def save_pairs(dataset: Dataset, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: pairs are written as .jsonl or .parquet, not {path.suffix or 'without a suffix'!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     if path.suffix == ".parquet":
-        dataset.to_parquet(str(unfinished))
+        checkpoint.write_file(path, dataset.to_parquet)
     else:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
-    os.replace(unfinished, path)  # a reader never sees half a file
+        checkpoint.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset))

@@ -19,13 +19,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpo_lib import plots
+from tpo_lib import checkpoint, plots
 from tpo_lib.evaluate import paired_differences
 
 SHOWN = 6  # samples an objective
@@ -134,12 +135,12 @@ def write_report(
     folder = Path(folder)
     pictures = []
     for name, figure in _figures(curves, training).items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        checkpoint.write_file(folder / f"{name}.png", partial(figure.savefig, dpi=150))
         pictures.append(Picture(folder / f"{name}.png", CAPTIONS[name]))
     names = ", ".join(_label(name) for name in summary["objectives"])
     blocks = _compose(_with_differences(summary, curves), curves, samples, pictures)
-    (folder / "report.md").write_text(to_markdown(f"{names}: a comparison", blocks), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(f"{names}: a comparison", blocks), encoding="utf-8")
+    checkpoint.write_file(folder / "report.md", to_markdown(f"{names}: a comparison", blocks))
+    checkpoint.write_file(folder / "report.html", to_html(f"{names}: a comparison", blocks))
 
 
 def findings(summary: Mapping, metric: str = "reward") -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from tpo_lib import checkpoint
 from tpo_lib.lab import Laboratory
 from tpo_lib.models import POCKET
 from tpo_lib.stage import pocket_stage
@@ -38,39 +39,48 @@ def grid() -> Iterator[tuple[str, float, float]]:
 def sweep(path: Path, *, progress: bool = True) -> dict:
     """Make every run of the grid that `path` does not hold yet; the file is complete after each of them.
 
+    A second sweep into the same file waits for the first, and makes what is missing then.
+
     Returns:
-        The file's content: {"start", "stage", "versions", "runs": [{"objective", "beta", "alpha", "training",
-        "metrics", "samples"}]}.
+        The file's content: {"lr", "updates", "start", "stage", "versions", "runs": [{"objective", "beta", "alpha",
+        "training", "metrics", "samples"}]}.
 
     Raises:
-        ValueError: `path` holds runs from another start.
+        ValueError: `path` holds something else, or runs from another start or with other settings.
+        CheckpointError: it is damaged.
     """
-    lab = Laboratory(pocket_stage(**STAGE))
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    start = _short(lab.start_point())
-    if content.get("start", {"metrics": start})["metrics"] != start:
-        raise ValueError(f"{path} holds runs from another start (the pocket model has changed); remove it first")
-    done = {(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]}
-    todo = [settings for settings in grid() if settings not in done]
-    for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
-        lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES), "run")
-        saved = json.loads(lab.save(path.with_suffix(".part"), samples=SAMPLES).read_text())
-        lab.remove("run")
-        run = saved["runs"]["run"]
-        found = {"objective": objective, "beta": beta, "alpha": alpha} | {
-            key: _short(run[key]) for key in ("training", "metrics", "samples")
-        }
-        content = {
-            "lr": LR,
-            "updates": UPDATES,
-            "start": _short(saved["start"]),
-            "stage": {**saved["stage"], "model": "pocket", "reward": "pocket", "judge": "pocket/judge"},
-            "versions": saved["versions"],
-            "runs": [*content["runs"], found],
-        }
-        path.with_suffix(".part").write_text(json.dumps(content, separators=(",", ":")) + "\n")
-        path.with_suffix(".part").replace(path)
+    with checkpoint.alone(path):
+        lab = Laboratory(pocket_stage(**STAGE))
+        content = _begin(path, _short(lab.record(samples=SAMPLES)))
+        done = {(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]}
+        todo = [settings for settings in grid() if settings not in done]
+        for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
+            lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES), "run")
+            run = _short(lab.record(samples=SAMPLES)["runs"]["run"])
+            lab.remove("run")
+            found = {"objective": objective, "beta": beta, "alpha": alpha}
+            content["runs"].append(found | {key: run[key] for key in ("training", "metrics", "samples")})
+            checkpoint.write_json(path, content)
     return content
+
+
+def _begin(path: Path, record: dict) -> dict:
+    """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
+    stage = {**record["stage"], "model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
+    content = {"lr": LR, "updates": UPDATES, "start": record["start"], "stage": stage, "versions": record["versions"]}
+    content = json.loads(json.dumps(content | {"runs": []}))
+    if not path.exists():
+        return content
+    known = checkpoint.read_json(path, "restore it, or remove it to make all runs anew")
+    if not known.keys() >= content.keys():
+        raise ValueError(f"{path} is not the file of a sweep, and is left as it is; choose another --output")
+    for name in ("start", "stage", "lr", "updates"):
+        was, now = (found[name]["metrics"] if name == "start" else found[name] for found in (known, content))
+        if was != now:
+            raise ValueError(
+                f"{path} holds runs of another sweep ({name} differs); remove it, or choose another --output"
+            )
+    return known
 
 
 def _short(value):

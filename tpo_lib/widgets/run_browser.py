@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 
 import ipywidgets as w
 
 from tpo_lib import plots
+from tpo_lib.checkpoint import read_json
 from tpo_lib.sweep import RUNS
 from tpo_lib.widgets.parts import PANELS, WIDE, bundle, interval, one_line, png, still
 
@@ -24,8 +24,9 @@ def run_browser(path: str | Path = RUNS) -> RunBrowser:
 
     Raises:
         OSError: there is no such file.
+        checkpoint.CheckpointError: it is damaged.
     """
-    return RunBrowser(json.loads(Path(path).read_text(encoding="utf-8")))
+    return RunBrowser(read_json(path, "make it anew with `python -m tpo_lib sweep`"))
 
 
 class RunBrowser:
