@@ -608,6 +608,16 @@ def test_a_pair_larger_than_the_token_budget_is_named():
         data.token_budget([EncodedPair(7, [1], [2] * 11, [3])], 23)
 
 
+def test_a_batch_without_rejected_sides_has_one_sequence_a_row():
+    bare = [EncodedPair(4, [1], [2, 3]), EncodedPair(5, [1, 7], [2])]
+    batch = data.collate(bare, 0)
+    assert not batch.paired
+    assert batch.labels.tolist() == [[-100, 2, 3], [-100, -100, 2]]
+    assert [len(chunk) for chunk in data.token_budget(bare, 6)] == [2]
+    with pytest.raises(ValueError, match="1 of 2 pairs have no rejected side; batch them apart"):
+        data.collate([bare[0], EncodedPair(5, [1], [2], [3])], 0)
+
+
 def test_collate_refuses_no_pairs():
     with pytest.raises(ValueError, match="at least one pair"):
         data.collate([], pad_token_id=0)

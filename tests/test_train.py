@@ -181,6 +181,45 @@ def test_objectives_without_reference_train_without_one():
         assert "kl/chosen" not in result.metrics[-1]
 
 
+def test_sft_without_a_rejected_side_is_sft_on_the_chosen_one(tmp_path):
+    pairs = tiny.pairs(8)
+    bare = [replace(pair, rejected_ids=[]) for pair in pairs]
+    for more in ({}, {"fused": False}, {"cache_dir": str(tmp_path)}, {"max_tokens": 60}):
+        config = replace(CONFIG, loss_type="sft", schedule="constant", eval_every=1, **more)
+        policies = tiny.llama(), tiny.llama()
+        rows = [
+            train.fit(config, policy, tiny.llama(seed=3), table, eval_pairs=table, progress=False).metrics
+            for policy, table in zip(
+                policies, ([replace(p, rejected_ids=p.chosen_ids) for p in pairs], bare), strict=True
+            )
+        ]
+        for both, alone in zip(*rows, strict=True):
+            invented = ("rejected", "margin", "accuracies")
+            assert alone.keys() == {name for name in both if not name.endswith(invented) and "margins" not in name}
+            for name in set(alone) - {"padding", "grad_norm"}:
+                assert alone[name] == pytest.approx(both[name], rel=1e-5), name
+        assert {"eval_loss", "eval_rewards/chosen", "eval_logps/chosen", "eval_kl/chosen"} <= rows[1][-1].keys()
+        for a, b in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_a_rejected_side_are_refused_where_one_is_needed():
+    pairs = tiny.pairs(8)
+    bare = [*pairs[:3], replace(pairs[3], rejected_ids=[]), *pairs[4:]]
+    for config, message in (
+        (CONFIG, "dpo needs a rejected side, which row 3 of pairs lacks"),
+        (replace(CONFIG, loss_type="sft"), "row 3 of pairs has no rejected side and others have one"),
+        (
+            replace(CONFIG, loss_type="sft", share_prefix=True),
+            "no pair to share a prompt in; train without share_prefix",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.fit(config, tiny.llama(), tiny.llama, bare, progress=False)
+    with pytest.raises(ValueError, match="which row 3 of eval_pairs lacks"):
+        train.fit(CONFIG, tiny.llama(), tiny.llama, pairs, eval_pairs=bare, progress=False)
+
+
 def test_held_out_pairs_are_scored():
     result = trained(replace(CONFIG, eval_every=1), eval_pairs=tiny.pairs(6, seed=9))
     held_out = [row for row in result.metrics if "eval_loss" in row]

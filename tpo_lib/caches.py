@@ -267,13 +267,15 @@ def _build(
     first = read(collate(pairs[:1], PAD))  # tells type and width before anything is written
     _announce(path, pairs, first)
     rows, spans, done = [], [], 0
-    max_tokens = max(max_tokens, *(2 * pair.length for pair in pairs))
+    max_tokens = max(max_tokens, *(pair.size for pair in pairs))
     # Written, not mapped: of a full disk the one makes an error, the other a killed process.
     with open(to / "values.bin", "wb") as file, tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
         for chunk in token_budget(pairs, max_tokens):
             batch, b = collate(chunk, PAD), len(chunk)
             file.write(read(batch).cpu().contiguous().view(torch.uint8).numpy())
-            ends = torch.tensor([done, *stats.response_mask(batch.labels).sum(1).tolist()]).cumsum(0).tolist()
+            counts = stats.response_mask(batch.labels).sum(1).tolist()
+            counts += [0] * (2 * b - len(counts))  # no rejected side: empty spans
+            ends = torch.tensor([done, *counts]).cumsum(0).tolist()
             spans += [[ends[i], ends[i + 1], ends[b + i], ends[b + i + 1]] for i in range(b)]
             rows += [pair.row for pair in chunk]
             done = ends[-1]

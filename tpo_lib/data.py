@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -269,17 +269,25 @@ def _check_responses(row: dict[str, Any], first: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One tokenized pair. `row` is its row in the table; a response that ends by itself ends with EOS."""
+    """One tokenized pair. `row` is its row in the table; a response that ends by itself ends with EOS.
+
+    Without `rejected_ids` there is no rejected side: a row for SFT.
+    """
 
     row: int
     prompt_ids: list[int]
     chosen_ids: list[int]
-    rejected_ids: list[int]
+    rejected_ids: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:
         """Tokens of the longer of its two sequences, prompt included."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def size(self) -> int:
+        """Tokens of its sequences, two or, without a rejected side, one, when both are padded to its length."""
+        return self.length * (1 + bool(self.rejected_ids))
 
 
 @dataclass(frozen=True)
@@ -489,7 +497,10 @@ def _check_ids(prompt: list[int], chosen: list[int], rejected: list[int], max_le
 
 
 def collate(pairs: Sequence[EncodedPair], pad_token_id: int) -> PairBatch:
-    """Pad B pairs on the right to one PairBatch of N = 2B sequences, chosen first.
+    """Pad B pairs on the right to one PairBatch of N = 2B sequences, chosen first; without rejected sides N = B.
+
+    Raises:
+        ValueError: there is no pair, or some have a rejected side and some do not.
 
     Example:
         >>> collate([EncodedPair(0, [5], [6, 7], [8])], pad_token_id=0).labels.tolist()
@@ -497,9 +508,13 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int) -> PairBatch:
     """
     if not pairs:
         raise ValueError("collate needs at least one pair, got none")
-    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    prompts = [pair.prompt_ids for pair in pairs] * 2
-    shape = (2 * len(pairs), max(pair.length for pair in pairs))  # (N, T)
+    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
+    if len(responses) not in (len(pairs), 2 * len(pairs)):
+        raise ValueError(
+            f"{2 * len(pairs) - len(responses)} of {len(pairs)} pairs have no rejected side; batch them apart"
+        )
+    prompts = ([pair.prompt_ids for pair in pairs] * 2)[: len(responses)]
+    shape = (len(responses), max(pair.length for pair in pairs))  # (N, T)
     input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORE)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -541,7 +556,7 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
 def token_budget(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[EncodedPair]]:
     """Sort pairs by length and cut them into batches of at most `max_tokens` tokens, padding included.
 
-    A batch of B pairs takes 2 B T tokens, T the length of its longest sequence.
+    A batch of B pairs takes 2 B T tokens, T the length of its longest sequence (B T without rejected sides).
 
     Raises:
         ValueError: a single pair takes more; the message names its row.
@@ -553,12 +568,12 @@ def token_budget(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[Enc
     """
     batches: list[list[EncodedPair]] = []
     for pair in sorted(pairs, key=lambda pair: pair.length):
-        if 2 * pair.length > max_tokens:
+        if pair.size > max_tokens:
             raise ValueError(
-                f"the pair of row {pair.row} takes {2 * pair.length} tokens, more than max_tokens {max_tokens}; raise it, or "
+                f"the pair of row {pair.row} takes {pair.size} tokens, more than max_tokens {max_tokens}; raise it, or "
                 "lower max_length"
             )
-        if not batches or 2 * pair.length * (len(batches[-1]) + 1) > max_tokens:
+        if not batches or pair.size * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
         batches[-1].append(pair)
     return batches

@@ -285,6 +285,8 @@ def pair_stats(
     model, parts = _scorer(policy), []
     for start in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(_device(policy))
+        if not batch.paired:
+            raise ValueError(f"row {int(batch.rows[0])} has no rejected side, so there is nothing to compare")
         ref, hint = (_read_frozen(frozen[name], name, batch, cache) for name in ("ref", "guide"))
         read = model(batch.input_ids, batch.attention_mask, batch.labels)
         parts.append(split(token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)))

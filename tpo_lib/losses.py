@@ -32,13 +32,15 @@ _HOW_TO_GET = {
 }
 
 
-def sft(chosen: TokenStats, rejected: TokenStats) -> LossOutput:
+def sft(chosen: TokenStats, rejected: TokenStats | None) -> LossOutput:
     """Supervised fine-tuning: the chosen response's negative log-likelihood per token.
 
-    loss = -(1/|y_w|) sum_t log pi_theta(y_w^t | s_t). The rejected response is read for the logged reward only.
+    loss = -(1/|y_w|) sum_t log pi_theta(y_w^t | s_t). The rejected response is read for the logged reward only, and may be
+    missing.
     """
-    chosen_mean, rejected_mean = _mean(chosen.logps, chosen.mask), _mean(rejected.logps, rejected.mask)
-    return LossOutput(-chosen_mean, chosen_mean.detach(), rejected_mean.detach())
+    chosen_mean = _mean(chosen.logps, chosen.mask)
+    rejected_mean = None if rejected is None else _mean(rejected.logps, rejected.mask).detach()
+    return LossOutput(-chosen_mean, chosen_mean.detach(), rejected_mean)
 
 
 def dpo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
@@ -179,16 +181,18 @@ class Objective:
         needs: the optional TokenStats fields it reads.
         hyperparameters: what it takes beside the statistics.
         merged: it reads logps and kl as their sum alone, which `fused.pair_loss` can make cheaper.
+        paired: it needs a rejected side; otherwise it is also called with None for it.
     """
 
     fn: Callable[..., LossOutput]
     needs: tuple[str, ...]
     hyperparameters: tuple[str, ...]
     merged: bool = False
+    paired: bool = True
 
 
 OBJECTIVES = {
-    "sft": Objective(sft, needs=(), hyperparameters=()),
+    "sft": Objective(sft, needs=(), hyperparameters=(), paired=False),
     "dpo": Objective(dpo, needs=("ref_logps",), hyperparameters=("beta",)),
     "tdpo1": Objective(tdpo1, needs=("ref_logps", "kl"), hyperparameters=("beta",), merged=True),
     "tdpo2": Objective(tdpo2, needs=("ref_logps", "kl"), hyperparameters=("beta", "alpha")),

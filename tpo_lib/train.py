@@ -75,8 +75,8 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the objective lacks a model it needs; there are fewer pairs than one update takes; accelerate is set to
-            shard the weights (FSDP, DeepSpeed, Megatron), which checkpoints do not gather.
+        ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update
+            takes; accelerate is set to shard the weights (FSDP, DeepSpeed, Megatron), which checkpoints do not gather.
         NonFiniteLoss: names step and rows; checkpoints keep the last good state.
         RuntimeError: output_dir is in use, or holds another run.
 
@@ -94,6 +94,7 @@ def fit(
         project_dir=config.output_dir,
     )
     _check_models(config, reference, guide)
+    _check_sides(config, pairs=pairs, eval_pairs=eval_pairs or ())
     if accelerator.distributed_type in SHARDED:
         raise ValueError(
             f"accelerate is set to {accelerator.distributed_type.value}, which shards the weights, and checkpoints are written "
@@ -204,6 +205,9 @@ class PairScorer(torch.nn.Module):
         ref, guide = frozen.get("ref"), frozen.get("guide")
         merged = self.merged and not with_kl
         with_kl = self.needs_kl or (with_kl and isinstance(ref, Reading))
+        if not batch.paired:
+            tokens = fused.token_stats(read, batch.labels, ref, with_kl=with_kl)
+            return self.objective(tokens, None), tokens
         return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, with_kl=with_kl, merged=merged)
 
 
@@ -219,22 +223,21 @@ def score(
 def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | None) -> dict[str, tuple]:
     """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch.
 
-    Without statistics (a merged reading) logps/* and kl/* are left out.
+    Without statistics (a merged reading) logps/* and kl/* are left out, without a rejected side all that speaks of one.
     """
-    margin = output.chosen_reward - output.rejected_reward
-    values = {
-        "loss": output.loss.detach(),
-        "rewards/chosen": output.chosen_reward,
-        "rewards/rejected": output.rejected_reward,
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).float(),
-    }
+    values = {"loss": output.loss.detach(), "rewards/chosen": output.chosen_reward}
+    paired = output.rejected_reward is not None
+    if paired:
+        margin = output.chosen_reward - output.rejected_reward
+        values |= {"rewards/rejected": output.rejected_reward, "rewards/margins": margin}
+        values["rewards/accuracies"] = (margin > 0).float()
     if tokens is not None:
-        chosen, rejected = stats.split(tokens)
-        values |= {"logps/chosen": chosen.logps.detach().sum(-1), "logps/rejected": rejected.logps.detach().sum(-1)}
-    if tokens is not None and tokens.kl is not None:
-        kl_chosen, kl_rejected = chosen.kl.detach().sum(-1), rejected.kl.detach().sum(-1)
-        values |= {"kl/chosen": kl_chosen, "kl/rejected": kl_rejected, "kl/margin": kl_rejected - kl_chosen}
+        sides = dict(zip(("chosen", "rejected"), stats.split(tokens) if paired else (tokens,), strict=False))
+        values |= {f"logps/{name}": side.logps.detach().sum(-1) for name, side in sides.items()}
+        if tokens.kl is not None:
+            values |= {f"kl/{name}": side.kl.detach().sum(-1) for name, side in sides.items()}
+            if paired:
+                values["kl/margin"] = values["kl/rejected"] - values["kl/chosen"]
     sums = {name: (value.sum(), len(value)) for name, value in values.items()}
     if output.token_weights is not None:
         sums["guidance/floor_share"] = losses.floor_share(output, tokens.mask, config.floor)
@@ -291,7 +294,7 @@ def updates(
     config: TrainConfig, pairs: Sequence[EncodedPair], per_update: int, first: int, steps: int
 ) -> Iterator[list[int]]:
     """Yield the rows of updates first, ..., steps - 1: a pure function of seed and step, so a resumed run repeats it."""
-    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    lengths = [pair.length for pair in pairs]
     step = 0
     for epoch in range(config.epochs):
         for window in bucketed_batches(lengths, per_update, seed=config.seed, epoch=epoch):
@@ -361,6 +364,23 @@ def _check_models(config: TrainConfig, reference, guide) -> None:
         raise ValueError("tgdpo needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
     if "guide_beta" in losses.OBJECTIVES[config.loss_type].hyperparameters and config.guide_beta is None:
         raise ValueError("tgdpo needs guide_beta, the beta its guide was trained with")
+
+
+def _check_sides(config: TrainConfig, **tables: Sequence[EncodedPair]) -> None:
+    """Raise where rows have no rejected side and the run needs one."""
+    for name, pairs in tables.items():
+        bare = [pair.row for pair in pairs if not pair.rejected_ids]
+        if bare and losses.OBJECTIVES[config.loss_type].paired:
+            raise ValueError(
+                f"{config.loss_type} needs a rejected side, which row {bare[0]} of {name} lacks ({len(bare)} of {len(pairs)} "
+                "rows do); sft trains without"
+            )
+        if bare and (len(bare) < len(pairs) or config.share_prefix):
+            problem = "there is no pair to share a prompt in" if config.share_prefix else "others have one"
+            raise ValueError(
+                f"row {bare[0]} of {name} has no rejected side and {problem}; "
+                + ("train without share_prefix" if config.share_prefix else "train on the two kinds apart")
+            )
 
 
 def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:

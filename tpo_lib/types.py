@@ -1,6 +1,7 @@
 """The three records that flow through the library: PairBatch -> TokenStats -> LossOutput.
 
-Shapes: B pairs, N = 2B sequences (all chosen first, then all rejected), T tokens, V vocabulary entries.
+Shapes: B pairs, N = 2B sequences (all chosen first, then all rejected), T tokens, V vocabulary entries. Where there is no
+rejected side (SFT can do without), N = B.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class PairBatch:
     attention_mask: Tensor
     labels: Tensor
     rows: Tensor
+
+    @property
+    def paired(self) -> bool:
+        """Whether it has a rejected side."""
+        return len(self.labels) > len(self.rows)
 
     def to(self, device) -> PairBatch:
         """Return the same batch on another device."""
@@ -62,11 +68,11 @@ class LossOutput:
     Attributes:
         loss: (B,) nats, differentiable. The loop takes the mean over pairs.
         chosen_reward: (B,) implicit reward of the chosen response under this very objective, detached.
-        rejected_reward: (B,) the same for the rejected response, detached.
+        rejected_reward: (B,) the same for the rejected response, detached; None where there is none.
         token_weights: (N, T-1) TGDPO's f(r_hat) on every response token (chosen first), 0 off-mask; else None.
     """
 
     loss: Tensor
     chosen_reward: Tensor
-    rejected_reward: Tensor
+    rejected_reward: Tensor | None
     token_weights: Tensor | None = None
