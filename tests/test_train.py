@@ -536,11 +536,10 @@ def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch)
 
 def test_lora_trains_adapters_alone_and_resumes(tmp_path):
     pytest.importorskip("peft", reason="extra peft is not installed")
-    from tpo_lib.models import add_lora
+    from tpo_lib.adapters import add_lora
 
     def run(config, **kwargs):
-        torch.manual_seed(1)
-        policy = add_lora(tiny.llama(), 2)
+        policy = add_lora(tiny.llama(), 2, seed=1)
         return train.fit(config, policy, tiny.llama(), tiny.pairs(8), progress=False, **kwargs)
 
     config = replace(CONFIG, lora_rank=2, epochs=2)

@@ -93,7 +93,7 @@ def _add_train(commands) -> None:
 
 
 def _train(options) -> None:
-    from tpo_lib.models import add_lora, choose_device, load_model, load_tokenizer
+    from tpo_lib.models import choose_device, load_tokenizer
     from tpo_lib.train import fit
 
     preset = PRESETS[options.preset]
@@ -101,6 +101,7 @@ def _train(options) -> None:
     if config.output_dir is None:
         raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
     name, device = _model_name(options), choose_device(config.device)
+    _check_rank(config, name)
     tokenizer = load_tokenizer(name)
     with _main_process_first(device):  # of several processes one samples, the others read its cache
         pairs = _encoded(options.pairs or preset.pairs or str(_sampled_pairs(options)), tokenizer, config, options)
@@ -109,9 +110,7 @@ def _train(options) -> None:
     if config.loss_type == "tgdpo":
         config, guide_folder = _guide(options, config, name, tokenizer, pairs)
         guide = partial(_frozen, guide_folder, device)
-    policy, reference = load_model(name, device=device), partial(_frozen, name, device)
-    if config.lora_rank:
-        policy = add_lora(policy, config.lora_rank)
+    policy, reference = _policy(config, name), partial(_frozen, name, device)
     result = fit(
         config, policy, reference, pairs, eval_pairs=eval_pairs, guide=guide, tokenizer=tokenizer, resume=options.resume
     )
@@ -119,6 +118,21 @@ def _train(options) -> None:
     print(
         f"trained {result.steps} updates; model: {result.output_dir / 'final'}, metrics: {result.output_dir / 'metrics.jsonl'}"
     )
+
+
+def _check_rank(config: TrainConfig, name: str) -> None:
+    from tpo_lib import adapters, models
+
+    if config.lora_rank:
+        adapters.check_rank(config.lora_rank, models.load_config(name))
+
+
+def _policy(config: TrainConfig, name: str):
+    """What is trained: the start model, or fresh adapters on it."""
+    from tpo_lib import adapters, models
+
+    model = models.load_model(name, device=models.choose_device(config.device))
+    return adapters.add_lora(model, config.lora_rank, seed=config.seed) if config.lora_rank else model
 
 
 def _frozen(name: str | Path, device):
@@ -139,7 +153,7 @@ def _main_process_first(device):
 
 def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path | str]:
     """The guide of a TGDPO run and the beta it was trained with; without --guide it is trained first, with DPO."""
-    from tpo_lib.models import choose_device, load_model
+    from tpo_lib.models import choose_device
     from tpo_lib.train import fit
 
     if options.guide:
@@ -155,9 +169,8 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
     beta = config.guide_beta or config.beta
     print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     stage = replace(config, loss_type="dpo", beta=beta, guide_beta=None, output_dir=str(folder))
-    device = choose_device(config.device)
-    reference = partial(_frozen, name, device)
-    fit(stage, load_model(name, device=device), reference, pairs, tokenizer=tokenizer, resume=True)
+    reference = partial(_frozen, name, choose_device(config.device))
+    fit(stage, _policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
     return replace(config, guide_beta=beta), folder
 
 

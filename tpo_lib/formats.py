@@ -15,6 +15,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from tpo_lib.folders import is_path, no_such_path
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -172,11 +174,9 @@ def read_records(name_or_path: str | Path, split: str) -> Iterator[Record]:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _read_table(_saved_table(path, split), path.name)
         return (record for file in _files_of_split(path, split) for record in _READERS[file.suffix](file))
-    if path.suffix in _READERS or path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    if path.suffix in _READERS or is_path(name):
         if not path.exists():
-            raise FileNotFoundError(
-                f"{name} does not exist; pass a file ({', '.join(_READERS)}), a folder or a hub name"
-            )
+            raise no_such_path("the data set", name)
         if path.suffix not in _READERS:
             raise ValueError(
                 f"{name}: files of pairs end in {', '.join(_READERS)}, this one in {path.suffix!r}; convert it"

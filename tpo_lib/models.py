@@ -1,4 +1,4 @@
-"""Policies, references and guides: loading, freezing, LoRA, and reading them at response positions only.
+"""Policies, references and guides: loading, freezing, and reading them at response positions only.
 
 Models are loaded from safetensors alone, remote code is never run, and dropout is off everywhere: a policy with dropout
 would differ from its reference before the first step.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpo_lib import prefix, stats
+from tpo_lib import adapters, folders, prefix, stats
 from tpo_lib.fused import Head, Reading
 from tpo_lib.types import IGNORE
 
@@ -47,33 +51,22 @@ def choose_precision(device: torch.device, name: str | None = None) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def explain_missing(kind: str, name: str | Path, error: Exception) -> OSError:
-    """An error for a model, tokenizer or data set that could not be loaded: what is missing and what works without it."""
-    return OSError(
-        f"{kind} {str(name)!r} could not be loaded: it is not a local folder with safetensors weights, and the hub gave no "
-        f"such thing ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the network, pass a "
-        "local folder, or use --preset pocket, which needs no download."
-    )
-
-
-def _resolve(name: str | Path) -> str | Path:
-    """The folder of a training run stands for its final model."""
-    final = Path(name) / "final"
-    return final if final.is_dir() and not (Path(name) / "config.json").exists() else name
-
-
 def load_tokenizer(name: str | Path):
-    """Load a tokenizer from a folder or the hub; one without a pad token pads with EOS.
+    """Load a tokenizer from a folder or the hub; one without a pad token pads with EOS, an adapter without one has its base's.
 
     Raises:
-        OSError: it cannot be found; the message names `--preset pocket`.
+        OSError: it cannot be found or read, or would run code of its own.
     """
     from transformers import AutoTokenizer
 
+    source = folders.find("tokenizer", name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_resolve(name)))
-    except (OSError, ValueError) as error:
-        raise explain_missing("tokenizer", name, error) from error
+        if source.adapter is not None and not list(source.folder.glob("token*")):
+            return load_tokenizer(folders.base_of(source))
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+    except Exception as error:  # the readers of a dozen formats raise whatever they meet
+        raise folders.unusable("tokenizer", name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -82,38 +75,116 @@ def load_tokenizer(name: str | Path):
 def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
     """Load a causal language model from a folder or the hub, in eval mode (gradients flow, dropout does not act).
 
-    Weights are kept in `dtype`; train in float32 and let accelerate's autocast use the shorter type.
+    Weights are kept in `dtype`; train in float32 and let accelerate's autocast use the shorter type. The folder of a PEFT
+    adapter gives its base with the adapter merged into it: a plain model, like any other.
 
     Raises:
-        OSError: it cannot be found, or has no safetensors weights; the message names `--preset pocket`.
+        OSError: it cannot be found; it has no safetensors weights, or not all the weights that the model needs; it would run
+            code of its own; an adapter's base is missing, or cannot take the adapter up exactly.
+        ImportError: it is an adapter and peft is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    return _load("model", name, dtype).to(device).eval()
 
+
+def load_classifier(name: str | Path, *, device: torch.device | str = "cpu"):
+    """Load a text classifier in float32, as `load_model` does a language model."""
+    return _load("classifier", name, torch.float32).to(device).eval()
+
+
+def load_config(name: str | Path):
+    """Load the configuration of a model alone, an adapter's base's for an adapter.
+
+    Raises:
+        OSError: as `load_model`, as far as it can be told without the weights.
+    """
+    from transformers import AutoConfig
+
+    source = folders.find("model", name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(_resolve(name)), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise explain_missing("model", name, error) from error
-    return model.to(device).eval()
+        if source.adapter is not None:
+            return load_config(folders.base_of(source))
+        folders.check_weights(source)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise folders.unusable("model", name, error) from error
+
+
+def _load(kind: str, name: str | Path, dtype: torch.dtype, brought: dict[str, tuple[int, ...]] | None = None):
+    """A whole model, or a base with its adapter merged into it; `brought` are weights that an adapter will lay over it."""
+    source = folders.find(kind, name)
+    try:
+        shapes = folders.check_weights(source)
+        if source.adapter is None:
+            with _quiet():
+                return _load_whole(kind, source, shapes, dtype, brought or {})
+        config = adapters.settings(source, shapes)
+        base = _load(kind, folders.base_of(source), dtype, shapes | (brought or {}))
+        return adapters.merge_into(base, source, config, shapes)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever transformers and peft raise over what is in a folder
+        raise folders.unusable(kind, name, error) from error
+
+
+def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dtype, brought: dict):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if kind == "model" else AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    _check_kind(kind, config)
+    heads = [shape[0] for name, shape in brought.items() if len(shape) == 2 and "lora" not in name]
+    if kind == "classifier" and heads and min(heads) != config.num_labels:
+        config.num_labels = min(heads)  # an adapter does not say how many; its last layer has the fewest rows
+    with torch.device("meta"):
+        folders.check_size(auto.from_config(config, trust_remote_code=False), shapes)
+    model, found = auto.from_pretrained(
+        source.name,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
+    )
+    mismatched = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
+    absent = mismatched | set(found["missing_keys"]) - {name.removeprefix("base_model.model.") for name in brought}
+    if absent:
+        raise ValueError(
+            f"its files lack {len(absent)} weights that {type(model).__name__} needs, or have them in another shape, and they "
+            f"would be random: {', '.join(sorted(absent)[:4])}; choose a folder that was saved as a whole"
+        )
+    if found["unexpected_keys"]:
+        unused = sorted(found["unexpected_keys"])
+        print(
+            f"{source.name}: {type(model).__name__} has no use for {', '.join(unused[:4])} ({len(unused)} weights)",
+            file=sys.stderr,
+        )
+    return model
+
+
+def _check_kind(kind: str, config) -> None:
+    """Raise ValueError if a checkpoint was made for another purpose: its body would load, and its head mean nothing."""
+    named = ", ".join(config.architectures or [])
+    if kind == "model" and (config.is_encoder_decoder or re.search("For(?!CausalLM|ConditionalGeneration)", named)):
+        raise ValueError(f"it is a {named or config.model_type}, and a causal language model is needed")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling on many lines what is told here on one."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def frozen_copy(model):
     """Return a copy that no gradient reaches: the reference of a policy, or the guide after its training."""
     return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-def add_lora(model, rank: int):
-    """Wrap a model so that only low-rank adapters of its linear layers are trained (extra `peft`).
-
-    Raises:
-        ImportError: peft is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(f"--lora-rank {rank} needs peft: pip install -e '.[peft]'") from error
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tpo_lib.models import explain_missing, fingerprint, load_tokenizer, tokenizer_content
+from tpo_lib.models import fingerprint, load_classifier, load_tokenizer, tokenizer_content
 
 
 class Reward(Protocol):
@@ -182,8 +182,8 @@ class ClassifierReward:
         self, name: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 64, max_length: int = 512
     ):
         self.name, self.batch_size = Path(name).name, batch_size
-        self.model, self.tokenizer = _load_classifier(name), load_tokenizer(name)
-        self.model.to(device).eval().requires_grad_(False)
+        self.model, self.tokenizer = load_classifier(name, device=device), load_tokenizer(name)
+        self.model.requires_grad_(False)
         self.tokenizer.padding_side = "right"  # so that positions, which start at 0, are those of the text alone
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -224,23 +224,6 @@ class ClassifierReward:
 
 
 ACTIVATIONS = {"none": lambda logits: logits, "sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
-
-
-def _load_classifier(name: str | Path):
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            str(name), use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise explain_missing("classifier", name, error) from error
-    if found["missing_keys"]:  # transformers would fill them at random, and a language model would score by dice
-        raise ValueError(
-            f"classifier {str(name)!r} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}: it is a language "
-            "model, or the head was not saved; name a trained classifier"
-        )
-    return model
 
 
 def _positions(model) -> float:

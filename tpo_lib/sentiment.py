@@ -113,6 +113,8 @@ def train_judge(folder: Path, tokenizer, labelled: dict[str, list], config: Sent
         id2label={0: "NEGATIVE", 1: "POSITIVE"},
         label2id={"NEGATIVE": 0, "POSITIVE": 1},
         dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.judge_lr, weight_decay=0.01)
     step = load_progress(work, model, [optimizer]).get("step", 0)

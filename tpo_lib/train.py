@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib import caches, checkpoint, fused, losses, stats
+from tpo_lib import adapters, caches, checkpoint, fused, losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fused import Reading
@@ -168,7 +168,7 @@ def fit(
                 break
         bar.close()
         if folder and main:
-            save(folder / "final", config, policy, tokenizer)
+            save(folder / "final", config, adapters.whole(policy), tokenizer)
     # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
     del scorer
     accelerator.free_memory()
@@ -448,7 +448,7 @@ def _load_weights(policy, folder: Path) -> None:
 
         set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
         return
-    saved = type(policy).from_pretrained(str(folder), dtype=policy.dtype, use_safetensors=True)
+    saved = type(policy).from_pretrained(str(folder), dtype=policy.dtype, use_safetensors=True, trust_remote_code=False)
     policy.load_state_dict(saved.state_dict())
 
 
