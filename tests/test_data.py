@@ -413,7 +413,7 @@ def test_unknown_layout_lists_what_was_found_and_what_is_accepted(tmp_path):
 
 
 def test_wrong_names_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl does not exist; pass a file \(.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"data set '.*nowhere.jsonl' does not exist: there is no"):
         load_pairs(tmp_path / "nowhere.jsonl")
     (tmp_path / "p.txt").write_text("x")
     with pytest.raises(ValueError, match=r"this one in '\.txt'; convert it"):
