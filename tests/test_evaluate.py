@@ -435,7 +435,7 @@ def test_a_plain_function_of_texts_is_a_reward_and_its_scale_is_its_own(llamas, 
         ({"judge": lambda texts: [0.5]}, r"returned shape \(1,\) for 2 texts"),
         ({"objective": "tdpo2", "hyperparameters": {"beta": 0.1}}, "tdpo2 cannot rank pairs without its alpha"),
         ({"objective": "tgdpo", "hyperparameters": HYPERPARAMETERS["tgdpo"]}, "without guide_logps of its guide"),
-        ({"reference": build("llama", 64, 1)}, "a vocabulary of 286 tokens, the reference one of 64"),
+        ({"reference": build("llama", 64, 1)}, "the reference has a vocabulary of 64, the policy of 286"),
     ],
 )
 def test_what_must_fail_fails_before_anything_is_sampled(llamas, tokenizer, monkeypatch, changes, message):

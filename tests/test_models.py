@@ -7,7 +7,10 @@ import tiny
 import torch
 
 from tpo_lib import models, stats
-from tpo_lib.data import collate
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import EncodedPair, collate
+from tpo_lib.evaluate import evaluate, pair_stats
+from tpo_lib.train import fit
 
 BUILDS = [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.cohere, tiny.granite, tiny.gptj]
 
@@ -117,3 +120,91 @@ def test_padding_is_not_read_on_a_cpu(build):
     assert sum(shape.numel() for shape in read) < 0.8 * rows * longest
     full = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]  # (N, T, d)
     torch.testing.assert_close(states, full[:, :-1][stats.response_mask(batch.labels)])
+
+
+# ---- ids and positions
+
+
+def train_on(pairs: list[EncodedPair], policy, reference=None, eval_pairs=None, **settings):
+    config = TrainConfig(loss_type="dpo", beta=0.1, batch_size=2, device="cpu", **settings)
+    reference = reference or models.frozen_copy(policy)
+    return fit(config, policy, reference, pairs, eval_pairs=eval_pairs, progress=False)
+
+
+@pytest.mark.parametrize("pad", [-1, 63, 64, 2**40])
+@pytest.mark.parametrize("build", [*BUILDS, tiny.opt])
+def test_any_id_may_pad(build, pad):
+    model, pairs = build(), tiny.pairs(5)
+    read = []
+    for token in (0, pad):
+        batch = collate(pairs, token)
+        read.append(models.ResponseReader(model)(batch.input_ids, batch.attention_mask, batch.labels).logits())
+    assert torch.equal(*read)
+
+
+def two(prompt=(0, 5), chosen=(7, 8), rejected=(9,)) -> list[EncodedPair]:
+    """Two sound pairs and, in row 7, this one."""
+    return [*tiny.pairs(2), EncodedPair(7, list(prompt), list(chosen), list(rejected))]
+
+
+OUTSIDE = [
+    (two(prompt=(0, 64)), r"row 7 \(chosen\), column 1 holds token id 64, but the policy has the ids 0 to 63"),
+    (two(rejected=(9, 100)), r"row 7 \(rejected\), column 3 holds token id 100, but the policy has the ids 0 to 63"),
+    (two(chosen=(-1, 3)), r"row 7 \(chosen\), column 2 holds token id -1, but the policy"),
+    (two(prompt=[1] * 100, chosen=[2] * 29), r"row 7 \(chosen\) has 129 tokens, but the policy has 128 positions"),
+]
+
+
+@pytest.mark.parametrize(("pairs", "message"), OUTSIDE)
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.opt, tiny.llama])
+def test_pairs_that_do_not_fit_are_refused_before_training(build, pairs, message):
+    with pytest.raises(ValueError, match=message):
+        train_on(pairs, build())
+    with pytest.raises(ValueError, match=message):
+        train_on(tiny.pairs(2), build(), eval_pairs=pairs)
+
+
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.opt, tiny.llama])
+def test_every_position_may_be_used(build):
+    train_on(two(prompt=[1] * 100, chosen=[2] * 28), build())
+
+
+def test_readers_name_the_sequence():
+    long, wrong = (collate(two(**given), 0) for given in ({"prompt": [1] * 127}, {"prompt": (64,)}))
+    reader = models.ResponseReader(tiny.gpt2())
+    with pytest.raises(ValueError, match="sequence 0 has 129 tokens, but the model has 128 positions"):
+        reader(long.input_ids, long.attention_mask, long.labels)
+    with pytest.raises(ValueError, match="sequence 2, column 0 holds token id 64, but the model has the ids 0 to 63"):
+        reader(wrong.input_ids, wrong.attention_mask, wrong.labels)
+    with pytest.raises(ValueError, match="sequence 2, column 0 holds token id 64"):
+        pair_stats(tiny.gpt2(), tiny.gpt2(seed=1), two(prompt=(64,)), 0)
+
+
+def test_longrope_ends_where_a_batch_would_turn_its_positions_otherwise():
+    assert models.most_tokens(tiny.phi3().config) == 64
+    train_on(two(prompt=[1] * 60, chosen=[2] * 4), tiny.phi3())
+    with pytest.raises(ValueError, match=r"row 7 \(chosen\) has 65 tokens, but the policy has 64 positions"):
+        train_on(two(prompt=[1] * 61, chosen=[2] * 4), tiny.phi3())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("vocab", [60, 72])
+def test_another_vocabulary_is_refused_with_a_sentence(vocab, cached, tmp_path):
+    other = tiny.gpt2(vocab=vocab)
+    settings = {"cache_dir": str(tmp_path)} if cached else {}
+    with pytest.raises(
+        ValueError, match=f"the reference has a vocabulary of {vocab}, the policy of 64; there is no KL"
+    ):
+        train_on(tiny.pairs(2), tiny.gpt2(), other, **settings)
+    config = TrainConfig(loss_type="tgdpo", guide_beta=0.1, beta=0.1, batch_size=2, device="cpu", **settings)
+    with pytest.raises(ValueError, match=f"the guide has a vocabulary of {vocab}, the policy of 64"):
+        fit(config, tiny.gpt2(), tiny.gpt2(), tiny.pairs(2), guide=other, progress=False)
+    with pytest.raises(ValueError, match=f"the reference has a vocabulary of {vocab}, the policy of 64"):
+        evaluate(tiny.gpt2(), other, None, ["a"], None)
+
+
+def test_a_reference_with_fewer_positions_is_named():
+    short = tiny.gpt2()
+    short.config.n_positions = 30
+    with pytest.raises(ValueError, match=r"row 7 \(chosen\) has 31 tokens, but the reference has 30 positions"):
+        train_on(two(prompt=[1] * 25, chosen=[2] * 6), tiny.gpt2(), short)

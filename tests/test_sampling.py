@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -204,13 +205,28 @@ def test_progress_counts_to_the_end(llama, tokenizer):
         ({"samples_per_prompt": 0}, "must be at least 1, got 0"),
         (
             {"max_new_tokens": 127},
-            "prompt 1 has 3 tokens: with max_new_tokens 127 that exceeds the model's 128 positions",
+            "prompt 1 has 3 tokens and 127 to be sampled, but the model has 128 positions; lower max_new_tokens",
         ),
     ],
 )
 def test_settings_out_of_range_are_named(llama, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         sampling.generate(llama, tokenizer, ["", "de"], **{"max_new_tokens": 4, "seed": 0, **settings})
+
+
+def test_any_id_may_pad_and_an_unknown_one_is_named(model, tokenizer):
+    plain = sampling.generate(model, tokenizer, PROMPTS, max_new_tokens=8, seed=3)
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": "<pad>"})  # and the model was not resized
+    assert larger.pad_token_id == len(WORDS)
+    assert sampling.generate(model, larger, PROMPTS, max_new_tokens=8, seed=3) == plain
+    with pytest.raises(
+        ValueError, match=f"prompt 1, column 2 holds token id {len(WORDS)}, but the model has the ids 0 to"
+    ):
+        sampling.generate(model, larger, ["a", "a<pad>"], samples_per_prompt=3, max_new_tokens=8, seed=3)
+    larger.bos_token = "<pad>"
+    with pytest.raises(ValueError, match=f"beginning of a text, column 0 holds token id {len(WORDS)}"):
+        sampling.sample_prompts(model, larger, 3, seed=0)
 
 
 def test_a_prompt_without_tokens_is_named(llama, tokenizer):

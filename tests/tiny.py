@@ -89,6 +89,19 @@ def gptj(seed: int = 0, vocab: int = VOCAB):
     return model
 
 
+def opt(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer OPT: its table of positions is two longer than its positions."""
+    shape = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1, "init_std": 0.3}
+    return _build("OPT", seed, vocab, **shape, num_attention_heads=2, max_position_embeddings=128, pad_token_id=1)
+
+
+def phi3(seed: int = 0, vocab: int = VOCAB):
+    """A one-layer Phi-3 whose rope changes for the whole batch once a sequence passes 64 tokens."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    positions = {"max_position_embeddings": 128, "original_max_position_embeddings": 64}
+    return _build("Phi3", seed, vocab, **SHAPE, **positions, rope_parameters=rope)
+
+
 TEXT = [
     "a good film and a fine cast",
     "a bad film with a poor plot",

@@ -35,7 +35,7 @@ from tpo_lib.checkpoint import CheckpointError, alone, verify, write_atomically
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fused import Head, Reading
-from tpo_lib.models import ResponseReader, fingerprint
+from tpo_lib.models import ResponseReader, check_pairs, fingerprint
 from tpo_lib.types import PairBatch
 
 FORMAT = 1  # raise it whenever the same inputs would give other files
@@ -83,6 +83,7 @@ class FrozenCache:
 def frozen_readers(
     config: TrainConfig,
     models: dict,
+    policy,
     pairs: Sequence[EncodedPair],
     eval_pairs: Sequence[EncodedPair] | None,
     *,
@@ -98,28 +99,34 @@ def frozen_readers(
     Args:
         config: the run.
         models: {"ref" | "guide": a model, a function that loads one, or None}.
+        policy: the model beside which they are read.
         pairs, eval_pairs: training and held-out pairs; None where nothing is evaluated.
         accelerator: gives device and precision.
         progress: show a progress bar while a cache is built.
 
     Raises:
-        ValueError: two pairs of one cache have the same row.
+        ValueError: two pairs of one cache have the same row; a model's vocabulary is not the policy's, or a pair does not
+            fit it.
         OSError: the disk has no room for a cache.
     """
     found: tuple[dict, dict] = ({}, {})
     for name, model in models.items():
         if model is None:
             continue
+        label = {"ref": "reference", "guide": "guide"}[name]
+        check = partial(check_pairs, pairs=[*pairs, *(eval_pairs or [])], name=label, policy=policy)
         if config.cache_dir is None:
-            found[0][name] = found[1][name] = partial(_live, _reader(model, accelerator.device, config.share_prefix))
+            reader = _reader(model, accelerator.device, config.share_prefix)
+            check(reader.model)
+            found[0][name] = found[1][name] = partial(_live, reader)
             continue
         train_kind, eval_kind = _kinds(config.loss_type, name)
-        label = {"ref": "reference", "guide": "guide"}[name]
         wanted = [(found[0], pairs, train_kind, label), (found[1], eval_pairs, eval_kind, f"{label}-eval")]
         wanted = [entry for entry in wanted if entry[1] and entry[2]]
         if not wanted:
             continue
         reader = _reader(model, accelerator.device)
+        check(reader.model)
         identity = identify(reader.model, accelerator.mixed_precision)
         for readers, rows, kind, label in wanted:
             if kind == "states" and not reader.understood:

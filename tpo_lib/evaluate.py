@@ -23,7 +23,7 @@ from torch import Tensor
 from tpo_lib.data import EncodedPair, collate, prompt_token_ids
 from tpo_lib.fused import Reading, token_stats
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import ResponseReader
+from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
@@ -386,12 +386,15 @@ def evaluate(
         cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
     Raises:
-        ValueError: no prompts, another vocabulary, a reward that cannot score, or something that the objective needs is missing.
+        ValueError: no prompts; another vocabulary, a pair or prompt that does not fit a model, a reward that cannot score, or
+            something that the objective needs is missing.
     """
     prompts = list(prompts)
     if not prompts:
         raise ValueError("evaluate needs at least one prompt")
-    _check_vocabulary(policy, reference=reference, guide=guide)
+    for name, model in (("policy", policy), ("reference", reference), ("guide", guide)):
+        if model is not None:
+            check_pairs(_bare(model), pairs or [], name=name, policy=_bare(policy))
     if pairs and objective is not None:
         _check_objective(objective, hyperparameters, guide)
     probe(reward, judge)
@@ -433,19 +436,6 @@ def evaluate(
     return Evaluation(metrics, samples, by_prompt)
 
 
-def _check_vocabulary(policy, **others) -> None:
-    def size(model) -> int:
-        inner = model.model if isinstance(model, ResponseReader) else model
-        return inner.get_output_embeddings().weight.shape[0]
-
-    for name, model in others.items():
-        if model is not None and size(model) != size(policy):
-            raise ValueError(
-                f"the policy has a vocabulary of {size(policy)} tokens, the {name} one of {size(model)}: there is no KL between "
-                f"them; name the {name} that the policy was trained with"
-            )
-
-
 def _check_objective(objective: str, hyperparameters: Mapping | None, guide) -> None:
     """What ranking pairs by an objective takes, judged before anything is sampled."""
     entry, parameters = OBJECTIVES[objective], inspect.signature(OBJECTIVES[objective].fn).parameters.values()
@@ -476,6 +466,10 @@ def _eval_mode(*models) -> Iterator[None]:
 
 def _scorer(model) -> ResponseReader:
     return model if isinstance(model, ResponseReader) else ResponseReader(model)
+
+
+def _bare(model):
+    return model.model if isinstance(model, ResponseReader) else model
 
 
 def _device(model) -> torch.device:

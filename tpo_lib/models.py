@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,74 @@ def tokenizer_content(tokenizer) -> Any:
     return [content, tokenizer.special_tokens_map]
 
 
+def most_tokens(config) -> float:
+    """The longest sequence that a model of this configuration reads as it was made to: its positions; infinite without any.
+
+    Models that turn positions (rope) compute beyond them too, but nobody trained them there; and longrope turns the positions
+    of a whole batch otherwise as soon as one sequence in it passes the original ones, so a sequence's values would depend on its
+    neighbours.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "context_length")]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):  # one, or one a type of layer
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit and limit > 0), default=math.inf)
+
+
+def vocabulary(model) -> int:
+    """Number of ids that a model has both an embedding and a logit for."""
+    head = model.get_output_embeddings()
+    return min(len(layer.weight) for layer in (model.get_input_embeddings(), head) if layer is not None)
+
+
+def check_sequences(
+    model, sequences: Iterable[tuple[str, Sequence[int]]], *, name: str = "model", room: int = 0
+) -> None:
+    """Refuse ids and lengths that a model has no embedding, logit or position for, before it reads them.
+
+    Args:
+        sequences: what each is called, and its token ids.
+        name: what the model is called in the message.
+        room: tokens that will be sampled behind every sequence.
+
+    Raises:
+        ValueError: names the first such sequence and what it takes.
+    """
+    vocab, most = vocabulary(model), most_tokens(model.config)
+    for place, ids in sequences:
+        if len(ids) + room > most:
+            sampled = f" and {room} to be sampled" if room else ""
+            raise ValueError(
+                f"{place} has {len(ids)} tokens{sampled}, but the {name} has {most} positions; lower "
+                f"{'max_new_tokens or shorten the prompt' if room else 'max_length'}, or take a model with more positions"
+            )
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            column = next(i for i, token in enumerate(ids) if not 0 <= token < vocab)
+            raise ValueError(
+                f"{place}, column {column} holds token id {ids[column]}, but the {name} has the ids 0 to {vocab - 1}: "
+                "tokenizer and model do not belong together"
+            )
+
+
+def check_pairs(model, pairs: Iterable, *, name: str = "model", policy=None) -> None:
+    """`check_sequences` for encoded pairs; with a policy, also that both have equally many logits.
+
+    Raises:
+        ValueError: as `check_sequences`; or the vocabularies differ.
+    """
+    if policy is not None and vocabulary(model) != vocabulary(policy):
+        raise ValueError(
+            f"the {name} has a vocabulary of {vocabulary(model)}, the policy of {vocabulary(policy)}; there is no KL between "
+            f"them, nor one tokenizer; take the {name} that belongs to the policy (see resize_token_embeddings)"
+        )
+    sides = ((pair, side) for pair in pairs for side in ("chosen", "rejected"))
+    check_sequences(
+        model, ((f"row {p.row} ({side})", [*p.prompt_ids, *getattr(p, f"{side}_ids")]) for p, side in sides), name=name
+    )
+
+
 class ResponseReader(nn.Module):
     """A causal language model whose forward reads response positions only: their hidden states, and the head for them.
 
@@ -229,6 +298,7 @@ class ResponseReader(nn.Module):
         config = inner.config
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.vocab, self.most_tokens = vocabulary(inner), most_tokens(config)
         self.understood = self._probe()
         self.share_prefix = share_prefix and self._check_sharing()
 
@@ -277,9 +347,17 @@ class ResponseReader(nn.Module):
         """Read the R positions of `stats.response_mask(labels)`, in its order.
 
         Args:
-            input_ids, attention_mask, labels: (N, T) int64, as in PairBatch.
+            input_ids, attention_mask, labels: (N, T) int64, as in PairBatch. Whatever id stands where attention_mask is 0
+                is not read.
+
+        Raises:
+            ValueError: as `check_sequences` and `stats.response_mask`.
         """
         mask = stats.response_mask(labels)  # (N, T-1)
+        input_ids = input_ids.masked_fill(attention_mask == 0, 0)  # padding may be an id that the model does not have
+        low, high = torch.stack(input_ids.aminmax()).tolist()
+        if low < 0 or high >= self.vocab or input_ids.shape[1] > self.most_tokens:
+            check_sequences(self.model, ((f"sequence {i}", ids) for i, ids in enumerate(input_ids.tolist())))
         if not self.understood:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return Reading(output["logits"][:, :-1][mask], None)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tpo_lib.data import prompt_token_ids, response_texts
+from tpo_lib.models import check_sequences
 
+PAD = 0  # any id: it is masked, and what follows the end of a text is cut off
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 
 
@@ -105,10 +107,11 @@ def sample_prompts(
     Prompts that are blank, ended early, or do not tokenize back to the same ids are drawn anew, at the same length.
 
     Raises:
-        ValueError: the lengths make no sense, or the model does not have that many distinct beginnings.
+        ValueError: the lengths make no sense, the model has no such token or positions, or not that many distinct beginnings.
     """
     _check_lengths(count, min_tokens, max_tokens)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
     draw = random.Random(seed)
     missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
     found: dict[str, None] = {}
@@ -208,8 +211,7 @@ def generate(
         progress: called with (sequences done, sequences in all) after every batch.
 
     Raises:
-        ValueError: a setting is out of range, a prompt has no tokens, or a prompt and max_new_tokens exceed the
-            positions the model has.
+        ValueError: a setting is out of range, a prompt has no tokens, or `models.check_sequences` refuses it.
     """
     if samples_per_prompt < 1 or batch_size < 1:
         raise ValueError(
@@ -217,25 +219,16 @@ def generate(
         )
     sampler = Sampler(max_new_tokens, temperature, top_p)
     encoded = prompt_token_ids(tokenizer, list(prompts))
-    _check_prompts(model, encoded, max_new_tokens)
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompt {i} has no tokens, so nothing predicts the first one; give it text")
+    check_sequences(model, ((f"prompt {i}", ids) for i, ids in enumerate(encoded)), room=max_new_tokens)
     rows = [ids for ids in encoded for _ in range(samples_per_prompt)]
     with _seeded(seed, model.device):
         sampled = _sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
     texts = response_texts(tokenizer, rows, [ids for ids, _ in sampled])
     done = [Completion(text, tuple(ids), end) for text, (ids, end) in zip(texts, sampled, strict=True)]
     return [done[i : i + samples_per_prompt] for i in range(0, len(done), samples_per_prompt)]
-
-
-def _check_prompts(model, encoded: list[list[int]], max_new_tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(f"prompt {i} has no tokens, so nothing predicts the first one; give it text")
-        if len(ids) + max_new_tokens > positions:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the model's "
-                f"{positions} positions; shorten the prompt or lower max_new_tokens"
-            )
 
 
 @contextlib.contextmanager
@@ -269,13 +262,12 @@ def _sample_ids(
 ) -> list[tuple[list[int], int | None]]:
     """Continue rows of token ids; return for each its new ids without EOS, and the token that ended it, if any did."""
     stops = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths together: less padding
     result: list[tuple[list[int], int | None]] = [([], None)] * len(rows)
     with _prepared(model) as lent:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops, pad)
+            new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops)
             for i, ids in zip(batch, new, strict=True):
                 end = next((t for t, token in enumerate(ids) if token in stops), None)
                 result[i] = (ids[:end], None if end is None else ids[end])
@@ -291,17 +283,17 @@ def stop_ids(model, tokenizer) -> list[int]:
     return list(dict.fromkeys(token for token in named if token is not None))
 
 
-def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[int], pad: int) -> list[list[int]]:
+def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[int]) -> list[list[int]]:
     """Continue one batch, padded on the left so that all prompts end in the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # (n, width)
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=model.device)  # (n, width)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)  # (n, width)
     config = GenerationConfig(
         do_sample=False,  # the sampler has drawn already
         max_new_tokens=sampler.max_new_tokens,
-        pad_token_id=pad,
+        pad_token_id=PAD,
         eos_token_id=stops,
         use_cache=True,
     )

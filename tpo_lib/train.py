@@ -22,7 +22,7 @@ from tpo_lib import adapters, caches, checkpoint, fused, losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fused import Reading
-from tpo_lib.models import ResponseReader, choose_device, choose_precision
+from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
 from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
@@ -100,6 +100,7 @@ def fit(
             f"accelerate is set to {accelerator.distributed_type.value}, which shards the weights, and checkpoints are written "
             "from whole ones: launch with --multi_gpu instead (a whole copy per process), and --lora-rank if that does not fit"
         )
+    check_pairs(policy, [*pairs, *(eval_pairs or [])], name="policy")
     scorer = PairScorer(config, policy.eval())
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
@@ -111,6 +112,7 @@ def fit(
         frozen, frozen_eval = caches.frozen_readers(
             config,
             {"ref": reference, "guide": guide},
+            policy,
             pairs,
             eval_pairs if config.eval_every else None,
             accelerator=accelerator,
@@ -125,7 +127,7 @@ def fit(
             log_now = (step + 1) % config.log_every == 0 or step + 1 == steps
             chunks = micro_batches(window, pairs, config, accelerator)
             for number, chunk in enumerate(chunks):
-                batch = collate(chunk, policy.config.pad_token_id or 0).to(accelerator.device)  # any id: it is masked
+                batch = collate(chunk, caches.PAD).to(accelerator.device)
                 with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
                     output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now)
                     accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
@@ -249,9 +251,7 @@ def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedP
     """The metrics of training on held-out pairs, under the names eval_*."""
     sums = _Sums()
     for start in range(0, len(pairs), config.batch_size):
-        batch = collate(pairs[start : start + config.batch_size], policy.config.pad_token_id or 0).to(
-            accelerator.device
-        )
+        batch = collate(pairs[start : start + config.batch_size], caches.PAD).to(accelerator.device)
         sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, with_kl=True)))
     return {f"eval_{name}": value for name, value in sums.means(None).items()}
 
