@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 
 import datasets
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tpo_lib import data, formats
 from tpo_lib.data import BadRow, BadRowsError, EncodedPair, load_pairs
+from tpo_lib.stats import token_stats
 
 EOS = "<|end|>"
 CHATML = (
@@ -565,6 +568,133 @@ def test_a_template_that_rewrites_the_prompt_is_reported():
     rewriting = "{{ messages | length }}" + CHATML
     with pytest.raises(BadRowsError, match="column 'chosen': the chat template writes the prompt differently"):
         data.encode_pairs(table_of(MESSAGES), tiny_tokenizer(chat_template=rewriting), max_length=64)
+
+
+# ---- tokenizers of every form
+
+SPLITS = [
+    ("a good film", " with a fine plot", " and fun"),  # the boundary is a token's
+    ("a good film: ", "fine", "bad"),  # as after a chat template that ends in a space
+    ("a good film: ", "fine", " with two spaces"),
+    ("a go", "od film", "odd plot"),  # within a word
+    ("the plot is ", "fine", "p"),
+]
+
+
+@pytest.mark.parametrize("form", tiny.FORMS)
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), SPLITS)
+def test_a_pair_is_its_text_tokenized_as_one(form, prompt, chosen, rejected):
+    tokenizer = tiny.tokenizer_of(form)
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    (pair,), report = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    alone = tokenizer(prompt)["input_ids"]
+    for text, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+        assert pair.prompt_ids + ids == [*tokenizer(prompt + text)["input_ids"], tokenizer.eos_token_id]
+        if form != "wordpiece":  # keeps no spaces
+            assert tokenizer.decode(pair.prompt_ids + ids[:-1], skip_special_tokens=True).lstrip() == prompt + text
+    assert pair.prompt_ids == alone[: len(pair.prompt_ids)]
+    assert report.straddling == (pair.prompt_ids != alone)
+    assert ("1 rows where a token straddles" in str(report)) == (pair.prompt_ids != alone)
+
+
+def test_a_token_that_straddles_the_boundary_counts_as_the_responses():
+    tokenizer = tiny.tokenizer_of("byte")
+    row = {"prompt": "a good film: ", "chosen": "fine", "rejected": "bad"}
+    (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["<s>", "a", "Ġgood", "Ġfilm", ":"]
+    assert tokenizer.convert_ids_to_tokens(pair.chosen_ids) == ["Ġfine", "</s>"]
+    batch = data.collate([pair], tokenizer.pad_token_id)
+    model = tiny.llama(vocab=len(tokenizer))
+    stats = token_stats(model(batch.input_ids).logits, batch.labels, model(batch.input_ids).logits)
+    for response, logps in zip(("fine", "bad"), stats.logps.sum(-1), strict=True):
+        ids = torch.tensor([[*tokenizer(f"a good film: {response}")["input_ids"], tokenizer.eos_token_id]])
+        given = model(ids).logits[0].log_softmax(-1)
+        by_hand = sum(given[t - 1, ids[0, t]] for t in range(5, ids.shape[1]))  # all that follows "film:"
+        torch.testing.assert_close(logps, by_hand)
+
+
+def test_a_boundary_within_the_only_token_of_a_prompt_is_a_bad_row():
+    tokenizer = tiny_tokenizer(bos=False)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.model = models.BPE(tokenizer.get_vocab() | {"ab": 400}, [("a", "b")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    with pytest.raises(BadRowsError, match="row 0, column 'prompt': has no tokens of its own"):
+        data.encode_pairs(table_of({"prompt": "a", "chosen": "b", "rejected": "c"}), tokenizer, max_length=8)
+
+
+@pytest.mark.parametrize("form", tiny.FORMS)
+def test_a_template_that_ends_in_a_space_inserts_none(form):
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}: {% endif %}{% endfor %}"
+    tokenizer = copy.deepcopy(tiny.tokenizer_of(form))
+    tokenizer.chat_template = template
+    row = {"prompt": [said("user", "a film")]} | {s: [said("assistant", s)] for s in ("chosen", "rejected")}
+    (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    joint = tokenizer("a film: chosen", add_special_tokens=False)["input_ids"]
+    assert pair.prompt_ids + pair.chosen_ids == [*joint, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("form", tiny.FORMS)
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(form):
+    tokenizer = tiny.tokenizer_of(form)
+    row = {"prompt": "<s>a good film", "chosen": " fine", "rejected": " bad"}
+    (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    assert pair.prompt_ids == data.prompt_token_ids(tokenizer, [row["prompt"]])[0]
+    assert pair.prompt_ids == tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    assert pair.prompt_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("form", tiny.FORMS)
+def test_special_tokens_in_a_response_are_text_unless_the_prompt_has_some(form):
+    tokenizer, end = tiny.tokenizer_of(form), tiny.SPECIAL.index("</s>")
+    rows = [{"prompt": p, "chosen": " fun</s>fine", "rejected": " bad"} for p in ("good", "<s>good", "good <unk>")]
+    pairs, report = data.encode_pairs(table_of(*rows), tokenizer, max_length=64)
+    plain = form != "unigram"  # whose model reads "</s>" as a word of its own
+    assert [pair.chosen_ids.count(end) for pair in pairs] == [1 if plain else 2, 2, 2]
+    assert pairs[0].prompt_ids == tokenizer("good")["input_ids"]
+    if form not in ("wordpiece", "unigram"):  # the one keeps no spaces, the other puts one behind a special token
+        assert tokenizer.decode(pairs[0].prompt_ids[1:] + pairs[0].chosen_ids).lstrip() == "good fun</s>fine</s>"
+    assert all(pair.prompt_ids[0] == tokenizer.bos_token_id != pair.prompt_ids[1] for pair in pairs)
+    assert report.special == 3
+    assert "3 rows that hold the text of a special token in a response" in str(report)
+
+
+def test_special_tokens_of_a_template_are_not_counted_those_of_a_message_are():
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    turns = [said("assistant", "A"), said("user", "more"), said("assistant", "B")]
+    spoken = [said("assistant", f"A{EOS}B")]
+    rows = [MESSAGES | {"chosen": turns}, MESSAGES | {"chosen": spoken}]
+    pairs, report = data.encode_pairs(table_of(*rows), tokenizer, max_length=128)
+    assert [pair.chosen_ids.count(0) for pair in pairs] == [3, 2]
+    assert report.special == 1
+
+
+@pytest.mark.parametrize("ends", ["", EOS, EOS + EOS, f" {EOS}\n{EOS}\n\n"])
+def test_however_many_eos_end_a_response_it_gets_one(tokenizer, ends):
+    row = GOOD | {"chosen": GOOD["chosen"] + ends}
+    (pair,), report = data.encode_pairs(table_of(row), tokenizer, max_length=64)
+    assert tokenizer.decode(pair.chosen_ids) == " was good" + " " * ends.startswith(" ") + EOS
+    assert report.repeated_eos == (ends.count(EOS) > 1)
+    assert ("1 rows with several EOS" in str(report)) == (ends.count(EOS) > 1)
+
+
+def test_of_a_book_a_page_is_tokenized(monkeypatch):
+    tokenizer, read = tiny.tokenizer_of("byte"), []
+    row = {"prompt": "the plot", "chosen": " is bad" * 100_000, "rejected": " is fine" * 100_000}
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda t, x, **k: (read.append(len(str(x))), call(t, x, **k))[1])
+    (pair,), report = data.encode_pairs(table_of(row), tokenizer, max_length=16)
+    assert max(read) < 1000
+    assert pair.chosen_ids == tokenizer(" is bad" * 20)["input_ids"][1 : 17 - len(pair.prompt_ids)]
+    assert report.truncated == 2
+    with pytest.raises(BadRowsError, match=r"'prompt': takes \d+ tokens or more, which leaves no room"):
+        data.encode_pairs(table_of(row | {"prompt": "the plot" * 100_000}), tokenizer, max_length=16)
+
+
+def test_what_follows_many_spaces_is_read():
+    tokenizer = tiny.tokenizer_of("wordpiece")
+    row = {"prompt": "the plot", "chosen": " " * 5000 + "is bad", "rejected": " is fine"}
+    (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=16)
+    assert tokenizer.decode(pair.chosen_ids) == "is bad </s>"
 
 
 # ---- batching

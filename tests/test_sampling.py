@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
 from tpo_lib.data import encode_pairs, load_pairs
+from tpo_lib.evaluate import sequence_kl
 from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.sampling import Completion, Sampler
 
@@ -438,6 +439,35 @@ def test_ids_of_another_vocabulary_or_another_text_are_not_trained(sampled, toke
     uncut = table.filter(lambda row: row["chosen_complete"]).map(lambda _: {"chosen_complete": False})
     pairs, _ = encode_pairs(uncut, tokenizer, max_length=64, on_bad_rows="skip")
     assert all(pair.chosen_ids[-1] != 0 for pair in pairs)  # the flag beside the ids decides
+
+
+@pytest.mark.parametrize("form", tiny.FORMS)
+def test_sampled_tokens_are_trained_whatever_the_tokenizer(form):
+    tokenizer = tiny.tokenizer_of(form)
+    model = tiny.llama(vocab=len(tokenizer))
+    drawn = sampling.generate(
+        model, tokenizer, ["a good", "<s>a good"], samples_per_prompt=20, max_new_tokens=6, seed=0
+    )
+    scores = torch.arange(40.0).view(2, 20).tolist()
+    table, report = pairing.pairs_from_scores(["a good", "<s>a good"], drawn, scores, tokenizer=tokenizer)
+    pairs, encoding = encode_pairs(table, tokenizer, max_length=64, on_bad_rows="skip")
+    steps = {tuple(c.steps) for several in drawn for c in several}
+    assert len(pairs) == report.kept > 200
+    assert {tuple(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)} <= steps
+    assert encoding.reencoded == 0
+    assert {tuple(i for i, token in enumerate(pair.prompt_ids) if token == 1) for pair in pairs} == {
+        (0,)
+    }  # one BOS, leading
+
+
+def test_a_prompt_that_begins_with_bos_is_sampled_and_scored_as_the_one_without():
+    tokenizer = tiny.tokenizer_of("byte")
+    model, other = tiny.llama(vocab=len(tokenizer)), tiny.llama(seed=1, vocab=len(tokenizer))
+    prompts = ["a good film", "<s>a good film"]
+    (plain,), (rendered,) = sampling.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0, seed=0)
+    assert plain == rendered
+    stats = sequence_kl(model, other, tokenizer, prompts, [plain, rendered])
+    assert stats.kl[0].item() == pytest.approx(stats.kl[1].item(), rel=1e-6)
 
 
 def test_a_reward_that_reads_tokens_scores_the_sampled_ones(tokenizer, llama):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -116,6 +117,48 @@ def tokenizer(folder: Path):
     from tpo_lib.pocket import train_tokenizer
 
     return train_tokenizer(TEXT, 300, folder)
+
+
+FORMS = ("byte", "prefix", "llama2", "always", "first", "unigram", "wordpiece")
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+@functools.cache
+def tokenizer_of(form: str):
+    """A tiny tokenizer with <s> before every text, of one of the FORMS that people's models have.
+
+    "byte" and "prefix" are byte-level BPE, without and with add_prefix_space; "llama2" is sentencepiece as the normalizers
+    Prepend and Replace, "always", "first" and "unigram" as a Metaspace.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = {"unigram": models.Unigram(), "wordpiece": models.WordPiece(unk_token="<unk>")}
+    backend = Tokenizer(model.get(form, models.BPE(unk_token=None if form in ("byte", "prefix") else "<unk>")))
+    alphabet = sorted({*"".join(TEXT), *"</s>:.▁"})
+    if form in ("byte", "prefix"):
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=form == "prefix")
+        backend.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    elif form == "llama2":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    elif form == "wordpiece":
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(cleanup=False)
+    else:
+        scheme = "first" if form == "first" else "always"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = {"unigram": trainers.UnigramTrainer, "wordpiece": trainers.WordPieceTrainer}.get(
+        form, trainers.BpeTrainer
+    )
+    settings = {"unk_token": "<unk>"} if form == "unigram" else {}
+    settings |= {"initial_alphabet": alphabet, "special_tokens": SPECIAL, "show_progress": False}
+    backend.train_from_iterator(TEXT, trainer(vocab_size=320, **settings))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def checkpoint_folder(folder: Path, build=llama) -> Path:

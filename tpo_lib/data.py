@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ OnBadRows = Literal["error", "skip"]
 PROMPT_COLUMNS = ("prompt", "instruction", "text")  # the first one that a table has is its prompt
 SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  # our name: the hub's other spelling
 COMPLETE = ("chosen_complete", "rejected_complete")
+SPARE = 32  # tokens behind a cut that are not used: what stands behind the cut would have changed the last of them
 SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
 ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
 LAYOUTS = (
@@ -290,6 +292,14 @@ class EncodedPair:
         return self.length * (1 + bool(self.rejected_ids))
 
 
+NOTES = {  # field of EncodingReport: what its count says
+    "reencoded": "encoded from their text: the ids beside it are another tokenizer's, or say another text",
+    "straddling": "where a token straddles the end of the prompt; it counts as the response's",
+    "special": "that hold the text of a special token in a response",
+    "repeated_eos": "with several EOS at the end of a response; one was kept",
+}
+
+
 @dataclass(frozen=True)
 class EncodingReport:
     """What became of a table.
@@ -300,38 +310,52 @@ class EncodingReport:
         skipped: rows left out.
         reencoded: rows whose sampled ids were not used, but their text encoded: the ids belong to another vocabulary, or
             say something else than the text and flags beside them.
+        straddling: rows where a token has characters of both prompt and response, see `encode_pairs`.
+        special: rows with the text of a special token in a response, at another place than its end.
+        repeated_eos: rows with more than one EOS at the end of a response.
     """
 
     kept: int
     truncated: int
     skipped: list[BadRow]
     reencoded: int = 0
+    straddling: int = 0
+    special: int = 0
+    repeated_eos: int = 0
 
     def __str__(self) -> str:
         first = f" (the first: {self.skipped[0]})" if self.skipped else ""
         counts = f"{self.kept:,} pairs kept, {self.truncated:,} responses cut to max_length"
-        notes = {
-            "encoded from their text: the ids beside it are another tokenizer's, or say another text": self.reencoded
-        }
-        said = "".join(f"; {count:,} rows {note}" for note, count in notes.items() if count)
-        return f"{counts}, {len(self.skipped):,} rows skipped{first}{said}"
+        notes = "".join(f"; {count:,} rows {said}" for name, said in NOTES.items() if (count := getattr(self, name)))
+        return f"{counts}, {len(self.skipped):,} rows skipped{first}{notes}"
 
 
 def encode_pairs(
     pairs: Dataset, tokenizer, *, max_length: int, on_bad_rows: OnBadRows = "error"
 ) -> tuple[list[EncodedPair], EncodingReport]:
-    """Tokenize pairs: the prompt with the special tokens that lead a text, each response without, EOS where it ends by itself.
+    """Tokenize pairs: special tokens that lead a text, the prompt, the response, and EOS where that ends by itself.
+
+    Prompt and response are tokenized as one text, so that the text is kept: alone, a response would get the space that
+    many tokenizers put before a text, and none of the tokens that begin within the prompt (the space that ends it, say).
+    A token that straddles the boundary counts as the response's, in both responses alike, since both share one prompt.
+    (TRL tokenizes alike, but leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
 
     A pair that was sampled (columns chosen_ids, rejected_ids, tokenizer) is trained as the tokens that were sampled, the
     one that ended it included: its text would often be encoded otherwise. A table of another tokenizer's is encoded anew.
 
-    Messages go through the tokenizer's chat template, whose own special tokens replace those of the tokenizer. A response
-    with `*_complete` False gets no EOS; without that column every response counts as complete. No response gets two.
+    Messages go through the tokenizer's chat template, whose own special tokens replace those of the tokenizer; a text
+    that begins with BOS gets no second one. A response with `*_complete` False gets no EOS; without that column every
+    response counts as complete. However many EOS end it, it gets one. The text of any other special token, "</s>" say, is
+    that token where the prompt holds such tokens too or came from a chat template; else it is text like any other (except
+    for a Unigram model, which knows no other reading of it).
 
     Args:
         pairs: columns as from `load_pairs`.
         max_length: most tokens of prompt + response; responses are cut at their end.
         on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
+
+    Returns:
+        The pairs, and the report, which counts all of these cases.
 
     Raises:
         BadRowsError: a prompt leaves no room, a response has no token, or two responses have the same ones.
@@ -344,12 +368,10 @@ def encode_pairs(
         raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
     messages = not isinstance(pairs.features["prompt"], Value)
     texts, unrendered = _render_messages(pairs, tokenizer) if messages else (pairs, {})
-    prompts = (_ids if messages else prompt_token_ids)(tokenizer, list(texts["prompt"]))
-    responses = {column: _response_ids(texts[column], pairs, tokenizer, column) for column in ("chosen", "rejected")}
-    sampled, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
+    encode = partial(_token_ids_of, tokenizer, lead=[] if messages else _leading_ids(tokenizer), most=max_length)
+    encoded, counts = _encode_rows(pairs, texts, tokenizer, encode)
     kept, skipped, truncated = [], [], 0
-    for row, prompt in enumerate(prompts):
-        chosen, rejected = sampled.get(row) or (responses["chosen"][row], responses["rejected"][row])
+    for row, (prompt, chosen, rejected) in enumerate(encoded):
         room = max_length - len(prompt)
         try:
             if row in unrendered:
@@ -362,20 +384,36 @@ def encode_pairs(
         truncated += (len(chosen) > room) + (len(rejected) > room)
     if skipped and on_bad_rows == "error":
         raise BadRowsError(skipped, "the table")
-    return kept, EncodingReport(len(kept), truncated, skipped, reencoded)
-
-
-def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return kept, EncodingReport(len(kept), truncated, skipped, **counts)
 
 
 def prompt_token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokenize prompts with the special tokens that lead a text (BOS), but none that would end it."""
-    if not texts:
-        return []
-    rows = tokenizer(texts, add_special_tokens=True)["input_ids"]
-    ends = tokenizer("a", add_special_tokens=True)["input_ids"][-1] == tokenizer.eos_token_id
-    return [row[:-1] for row in rows] if ends else rows
+    """Tokenize prompts with the special tokens that lead a text (BOS), once, and none that would end it."""
+    return _token_ids_of(tokenizer, texts, lead=_leading_ids(tokenizer))
+
+
+def _leading_ids(tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    whole, alone = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)]
+
+
+def _token_ids_of(
+    tokenizer, texts: Sequence[str], *, lead: list[int], most: int | None = None, plain: Sequence[int] = ()
+) -> list[list[int]]:
+    """Token ids of texts, led by `lead`.
+
+    Args:
+        most: what follows the first `most` tokens may be missing: of a book, a page is tokenized to keep a page.
+        plain: numbers of the texts whose special tokens are text like any other.
+    """
+    short = [text if most is None else text[: 16 * (most + SPARE)] for text in texts]
+    rows = tokenizer(short, add_special_tokens=False)["input_ids"] if short else []
+    for i, text in enumerate(texts):
+        if i in plain or (len(short[i]) < len(text) and len(rows[i]) < most + SPARE):  # its tokens are longer than 16
+            split = True if i in plain else None  # None: as the tokenizer is set
+            rows[i] = tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+    return [row if row[: len(lead)] == lead else lead + row for row in rows]
 
 
 def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[str]:
@@ -401,10 +439,11 @@ def _complete(pairs: Dataset, column: str) -> list[bool]:
     return [flag is not False for flag in flags]
 
 
-def _sampled_ids(
-    pairs: Dataset, texts, prompts: list[list[int]], tokenizer
-) -> tuple[dict[int, tuple[list[int], list[int]]], int]:
-    """The sampled ids of chosen and rejected by row, where they can be trained, and the number of rows where not.
+_Ids = tuple[list[int], list[int], list[int]]  # of prompt, chosen, rejected
+
+
+def _sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> tuple[dict[int, _Ids], int]:
+    """The sampled ids by row, where they can be trained, and the number of rows where they cannot.
 
     They can where the vocabulary is the same, and they still say the text and the flag that stand beside them: whoever
     edits a text, or exchanges the two columns, means the text.
@@ -424,20 +463,57 @@ def _sampled_ids(
             for row, words in zip(good, said, strict=True)
             if words == text[row] and (complete[row] or ids[row][-1] != tokenizer.eos_token_id)
         ]
-    return {row: (chosen[row], rejected[row]) for row in good}, len(given) - len(good)
+    return {row: (prompts[row], chosen[row], rejected[row]) for row in good}, len(given) - len(good)
 
 
-def _response_ids(texts: Sequence[str], pairs: Dataset, tokenizer, column: str) -> list[list[int]]:
-    """Token ids of a column of responses, one EOS at the end of the complete ones and none at the end of the others."""
-    rows = _ids(tokenizer, [_without_eos(text, tokenizer.eos_token) for text in texts])
-    complete = _complete(pairs, column)
-    return [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, complete, strict=True)]
+def _encode_rows(pairs: Dataset, texts, tokenizer, encode) -> tuple[list[_Ids], dict[str, int]]:
+    """The ids of every row, and the counts of the report."""
+    heads, eos, special = list(texts["prompt"]), tokenizer.eos_token, _special_texts(tokenizer)
+    prompts = encode(heads)
+    encoded, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
+    rows = [row for row in range(len(pairs)) if row not in encoded]
+    holding, repeated, straddling, sides = set(), set(), set(), []
+    for column in ("chosen", "rejected"):
+        written, said = list(texts[column]), list(pairs[column])
+        bodies = [_without_eos(written[row], eos) for row in rows]
+        repeated |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
+        holds = {row for row in rows if special.search(_without_eos(_said(said[row]), eos)[0])}
+        plain = {i for i, row in enumerate(rows) if row in holds and texts is pairs and not special.search(heads[row])}
+        wholes = encode([heads[row] + body for row, (body, _) in zip(rows, bodies, strict=True)], plain=plain)
+        ends = [[tokenizer.eos_token_id] * flag for flag in _complete(pairs, column)]
+        sides.append([(whole, ends[row]) for row, whole in zip(rows, wholes, strict=True)])
+        holding |= holds
+    for row, *both in zip(rows, *sides, strict=True):
+        start = _common_start(prompts[row], *(whole for whole, _ in both))
+        straddling |= {row} if start < len(prompts[row]) else set()
+        encoded[row] = prompts[row][:start], *(whole[start:] + end for whole, end in both)
+    counts = {"straddling": len(straddling), "special": len(holding), "repeated_eos": len(repeated)}
+    return [encoded[row] for row in range(len(pairs))], counts | {"reencoded": reencoded}
 
 
-def _without_eos(text: str, eos: str) -> str:
-    """Remove an EOS that ends a text already (and the newline that templates put after it)."""
-    stripped = text.rstrip()
-    return stripped.removesuffix(eos) if stripped.endswith(eos) else text
+def _common_start(*rows: list[int]) -> int:
+    """How many ids the rows begin with alike.
+
+    Example:
+        >>> _common_start([1, 2], [1, 2, 3], [1, 4])
+        1
+    """
+    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+
+
+def _special_texts(tokenizer) -> re.Pattern:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(added | set(tokenizer.all_special_tokens)))))
+
+
+def _said(response: str | list[dict[str, Any]]) -> str:
+    return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
+
+
+def _without_eos(text: str, eos: str) -> tuple[str, int]:
+    """Remove the EOS that end a text already (and the newline that templates put after it); also how many there were."""
+    ends = re.match(rf"(?:\s*{re.escape(eos[::-1])})*", text[::-1])[0]  # read from behind
+    return text[: len(text) - len(ends)], ends.count(eos[::-1])
 
 
 def _render_messages(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, Bad]]:
@@ -480,9 +556,12 @@ def _render(pair: dict[str, list], tokenizer) -> dict[str, str]:
 def _check_ids(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int, eos: int) -> None:
     room = max_length - len(prompt)
     if not prompt:
-        raise Bad("prompt", "has no tokens, so nothing predicts the response", "give it text or a BOS token")
+        raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
     if room < 1:
-        problem = f"takes {len(prompt)} tokens, which leaves no room for a response within max_length {max_length}"
+        more = " or more" if len(prompt) > max_length + SPARE else ""  # it may have been cut
+        problem = (
+            f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
+        )
         raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
     for column, ids in (("chosen", chosen), ("rejected", rejected)):
         if ids in ([], [eos]):
