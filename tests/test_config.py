@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from tpo_lib.config import PRESETS, TrainConfig, override
-from tpo_lib.losses import OBJECTIVES
+from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,20 @@ from tpo_lib.losses import OBJECTIVES
         ("alpha", -0.1, r"alpha=-0\.1 must be at least 0"),
         ("gamma", -1.0, "gamma"),
         ("warmup_steps", -1, "warmup_steps"),
+        ("lr", float("inf"), "lr=inf must be finite"),
+        ("lr", float("nan"), "lr=nan must be greater than 0"),
+        ("lr", -0.0, r"lr=-0\.0 must be greater than 0"),
+        ("alpha", float("inf"), "alpha=inf must be finite"),
+        ("beta", "0.1", "beta='0.1' must be a number"),
+        ("batch_size", 2.5, r"batch_size=2\.5 must be a number \(int\)"),
+        ("batch_size", True, "batch_size=True must be a number"),
+        ("fused", 1, "fused=1 must be True or False"),
+        ("epochs", None, "epochs=None must be a number"),
+        ("max_tokens", 3, "max_tokens=3 must be greater than 3"),
+        ("seed", -1, "seed=-1 must be at least 0"),
+        ("seed", 2**32, "seed=4294967296 must be at most 4294967295"),
+        ("extra", {"tau": 1.0}, "extra names 'tau', which no objective takes"),
+        ("extra", {"beta": 1.0}, r"extra holds \['beta'\], which TrainConfig has of itself"),
     ],
 )
 def test_bad_values_are_named(name, value, message):
@@ -56,6 +70,41 @@ def test_hyperparameters_are_what_the_objective_takes(name):
     assert list(config.hyperparameters()) == [p.name for p in keywords]
 
 
+def test_defaults_belong_to_the_objective():
+    """SimPO's authors' code has beta 2 and gamma a quarter of it; the papers with a reference have beta 0.1."""
+    simpo = TrainConfig(loss_type="simpo")
+    assert simpo.hyperparameters() == {"beta": 2.0, "gamma": 0.5}
+    assert replace(TrainConfig(), loss_type="simpo") == simpo
+    assert override(PRESETS["pocket"].train, loss_type="simpo").hyperparameters() == simpo.hyperparameters()
+    assert TrainConfig(loss_type="simpo", beta=0.1).hyperparameters()["beta"] == 0.1
+    assert TrainConfig().hyperparameters() == {"beta": 0.1}
+    assert (simpo.to_dict()["beta"], simpo.to_dict()["alpha"]) == (2.0, None)
+    assert TrainConfig(**simpo.to_dict()).to_dict() == simpo.to_dict()
+
+
+def test_what_is_hardly_meant_is_said():
+    assert TrainConfig(beta=0.5, warmup_steps=10).remarks(10) == []
+    config = TrainConfig(loss_type="simpo", beta=0.1, alpha=0.3, lr=1e-3, warmup_steps=40)
+    assert [remark.split(":")[0] for remark in config.remarks(4)] == [
+        "beta=0.1 is unusual with simpo",
+        "alpha=0.3 has no effect with simpo",
+        "the warm-up of 40 updates is longer than the run of 4",
+    ]
+    assert "only rises, to 0.0001 of 0.001" in config.remarks(4)[-1]
+
+
+def test_an_objective_of_ones_own_has_a_place_for_its_hyperparameter(monkeypatch):
+    tau = Hyperparameter(0.7, "τ", "temperature", above=0)
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(OBJECTIVES["dpo"].fn, ("ref_logps",), {"beta": tau, "tau": tau}))
+    assert TrainConfig(loss_type="mine").hyperparameters() == {"beta": 0.7, "tau": 0.7}
+    config = TrainConfig(loss_type="mine", extra={"tau": 2.0})
+    assert config.hyperparameters() == {"beta": 0.7, "tau": 2.0}
+    assert config.to_dict()["extra"] == {"tau": 2.0}
+    assert hash(config) == hash(replace(config, extra={}))
+    with pytest.raises(ValueError, match=r"tau=-1\.0 must be greater than 0"):
+        TrainConfig(loss_type="mine", extra={"tau": -1.0})
+
+
 def test_every_field_is_documented():
     for field in fields(TrainConfig):
         assert field.name in TrainConfig.__doc__, field.name
@@ -63,7 +112,8 @@ def test_every_field_is_documented():
 
 def test_presets_say_where_their_values_come_from():
     assert set(PRESETS) == {"pocket", "gpt2-imdb", "gpt2-large-imdb"}
-    paper = PRESETS["gpt2-large-imdb"].train
-    assert (paper.beta, paper.alpha, paper.optimizer, paper.lr, paper.warmup_steps) == (0.1, 0.5, "rmsprop", 5e-6, 150)
+    paper = override(PRESETS["gpt2-large-imdb"].train, loss_type="tdpo2")
+    assert paper.hyperparameters() == {"beta": 0.1, "alpha": 0.5}
+    assert (paper.optimizer, paper.lr, paper.warmup_steps) == ("rmsprop", 5e-6, 150)
     assert paper.batch_size * paper.accumulation == PRESETS["gpt2-imdb"].train.batch_size * 4 == 64
     assert all(preset.source for preset in PRESETS.values())

@@ -6,8 +6,12 @@ import json
 
 import pytest
 
+from tpo_lib import plots
 from tpo_lib.lab import Laboratory
+from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 from tpo_lib.models import fingerprint
+from tpo_lib.report import write_report
+from tpo_lib.types import LossOutput
 from tpo_lib.widgets.training_lab import training_lab
 
 SMALL = {"lr": 3e-4, "updates": 2}
@@ -34,6 +38,33 @@ def test_a_run_is_trained_evaluated_and_kept(lab):
     assert objective == "tdpo2"
     assert point["reward"]["low"] <= point["reward"]["mean"] <= point["reward"]["high"]
     assert lab.start_point()["kl"]["mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_an_objective_of_ones_own_is_trained_evaluated_drawn_and_saved(lab, monkeypatch, tmp_path):
+    """IPO, which brings a hyperparameter of its own: at the start its loss is (1 / (2 tau))^2."""
+
+    def ipo(chosen, rejected, *, tau):
+        rewards = [(side.logps - side.ref_logps).sum(-1) for side in (chosen, rejected)]
+        return LossOutput((rewards[0] - rewards[1] - 1 / (2 * tau)) ** 2, *(reward.detach() for reward in rewards))
+
+    record = Objective(ipo, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
+    monkeypatch.setitem(OBJECTIVES, "ipo", record)
+    run = lab.train(lab.config("ipo", beta=0.1, alpha=0.5, **SMALL, extra={"tau": 0.25}), "mine")
+    assert run.rows[0]["loss"] == pytest.approx(4, rel=1e-4)
+    assert run.evaluation.metrics["reward_margin"].n > 0
+    assert plots.run_points(lab.points(), lab.start_point()) is not None
+    assert "<b>mine</b>" in training_lab(lab).table.value
+    saved = json.loads(lab.save(tmp_path / "lab.json").read_text())["runs"]["mine"]["config"]
+    assert (saved["extra"], saved["beta"]) == ({"tau": 0.25}, None)
+    curves = {"ipo": [lab.start_point() | {"step": 0}, lab.points()["mine"][1] | {"step": 2}]}
+    summary = {
+        "objectives": {"ipo": lab.points()["mine"][1]},
+        "config": {"objectives": [saved]},
+        "versions": {},
+        "seed": 0,
+    }
+    write_report(tmp_path, summary | {"wall_time_s": 1.0}, curves, {}, training={"ipo": run.rows})
+    assert "| ipo |" in (tmp_path / "report.md").read_text()
 
 
 def test_tgdpo_trains_its_guide_once(lab):

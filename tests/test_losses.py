@@ -486,7 +486,7 @@ def test_declared_hyperparameters_are_the_signature_and_matter(name):
     objective = OBJECTIVES[name]
     assert objective.fn.__name__ == name
     parameters = list(inspect.signature(objective.fn).parameters.values())[2:]
-    assert tuple(p.name for p in parameters) == objective.hyperparameters
+    assert [p.name for p in parameters] == list(objective.hyperparameters)
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
     changed = {"beta": 0.31, "alpha": 0.71, "gamma": 0.41, "guide_beta": 0.91, "shaping": "exp", "floor": 1.5}
     base = objective.fn(CHOSEN, REJECTED, **hyper(name)).loss

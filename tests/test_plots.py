@@ -190,9 +190,18 @@ def test_the_start_alone_can_be_drawn():
     plots.training({"dpo": []}).draw_without_rendering()
 
 
-def test_an_objective_without_a_style_is_named():
-    with pytest.raises(ValueError, match="'ipo' has no style"):
-        plots.frontier(curves(("ipo",)))
+def test_objectives_of_ones_own_have_styles_that_nobody_else_has(monkeypatch):
+    for name in ("mine", "yours"):
+        monkeypatch.setitem(OBJECTIVES, name, OBJECTIVES["dpo"])
+    styles = [*plots.STYLE.values(), plots.style_of("mine"), plots.style_of("yours")]
+    assert [style.label for style in styles[-2:]] == ["mine", "yours"]
+    for style in styles[-2:]:
+        for field in plots.Style._fields:
+            assert [getattr(other, field) for other in styles].count(getattr(style, field)) == 1, field
+    assert {to_rgb(colour) for colour in plots.OWN_COLOURS}.isdisjoint(to_rgb(style.colour) for style in styles[:-2])
+    for figure in (plots.frontier(curves(("dpo", "mine"))), plots.training({"mine": training_rows()["dpo"]})):
+        figure.draw_without_rendering()
+    assert plots.style_of("read from a file") == plots.style_of("read from a file")
 
 
 def test_run_points_stand_where_their_figures_are():

@@ -72,7 +72,7 @@ def test_metrics_are_those_of_the_textbook_computation():
     with torch.no_grad():
         logits = [m(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for m in (policy, reference)]
     chosen, rejected = stats.split(stats.token_stats(logits[0], batch.labels, logits[1], with_kl=True))
-    output = losses.tdpo2(chosen, rejected, beta=config.beta, alpha=config.alpha)
+    output = losses.tdpo2(chosen, rejected, **config.hyperparameters())
     row = train.fit(config, policy, reference, pairs, progress=False).metrics[0]
     expected = {
         "loss": output.loss.mean(),

@@ -107,7 +107,7 @@ def _train(options) -> None:
         pairs = _encoded(options.pairs or preset.pairs or str(_sampled_pairs(options)), tokenizer, config, options)
     eval_pairs = _encoded(options.eval_pairs, tokenizer, config, options) if options.eval_pairs else None
     guide = None
-    if config.loss_type == "tgdpo":
+    if "guide_logps" in OBJECTIVES[config.loss_type].needs:
         config, guide_folder = _guide(options, config, name, tokenizer, pairs)
         guide = partial(_frozen, guide_folder, device)
     policy, reference = _policy(config, name), partial(_frozen, name, device)
@@ -166,9 +166,9 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
             f"--guide {options.guide} does not say which beta it was trained with; pass it as --guide-beta"
         )
     folder = Path(config.output_dir) / "guide"
-    beta = config.guide_beta or config.beta
+    beta = config.guide_beta or config.hyperparameters()["beta"]
     print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
-    stage = replace(config, loss_type="dpo", beta=beta, guide_beta=None, output_dir=str(folder))
+    stage = override(config, loss_type="dpo", beta=beta, output_dir=str(folder))
     reference = partial(_frozen, name, choose_device(config.device))
     fit(stage, _policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
     return replace(config, guide_beta=beta), folder

@@ -206,7 +206,7 @@ def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
 
 def _flat(config: CompareConfig) -> dict:
     """The configuration with the stage's settings beside the rest."""
-    settings = asdict(config)
+    settings = asdict(config) | {"objectives": [run.to_dict() for run in config.objectives]}
     return settings.pop("stage") | settings
 
 

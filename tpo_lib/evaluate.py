@@ -310,7 +310,8 @@ def pair_metrics(
     Args:
         stats: as from `pair_stats`, with kl.
         objective: key of OBJECTIVES; None reads the plain log-ratio (DPO at beta = 1).
-        hyperparameters: those the objective was trained with; entries it does not take are ignored.
+        hyperparameters: those the objective was trained with; entries it does not take are ignored, those that are missing are
+            its defaults.
 
     Returns:
         seqkl_{chosen,rejected,margin} in nats, accuracy (share of pairs whose chosen reward is the larger one; a tie, as
@@ -319,7 +320,7 @@ def pair_metrics(
     chosen, rejected = split(stats)
     entry = OBJECTIVES[objective or "dpo"]
     given = {"beta": 1.0} if objective is None else dict(hyperparameters or {})
-    output = entry.fn(chosen, rejected, **{name: given[name] for name in entry.hyperparameters if name in given})
+    output = entry.fn(chosen, rejected, **entry.settings(given))
     margin = (output.chosen_reward - output.rejected_reward).double()  # (P,)
     values = {}
     if stats.kl is not None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from tpo_lib import checkpoint
 from tpo_lib.compare import versions
-from tpo_lib.config import PRESETS, TrainConfig
+from tpo_lib.config import PRESETS, TrainConfig, override
 from tpo_lib.evaluate import Evaluation
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
 from tpo_lib.stage import Stage
 from tpo_lib.train import fit
@@ -61,18 +62,22 @@ class Laboratory:
         self.start = stage.evaluate(stage.start)
         self._guides: dict[TrainConfig, torch.nn.Module] = {}
 
-    def config(self, loss_type: str, *, beta: float, alpha: float, lr: float, updates: int) -> TrainConfig:
+    def config(self, loss_type: str, *, beta: float, alpha: float, lr: float, updates: int, **more) -> TrainConfig:
         """Settings of a run of so many updates on the stage's pairs.
+
+        Args:
+            more: other fields of TrainConfig, such as `extra` for an objective of your own.
 
         Raises:
             ValueError: a value is out of range (it is named).
         """
         base = PRESETS["pocket"].train
         per_epoch = len(self.stage.pairs) // base.batch_size
-        guide_beta = base.beta if loss_type == "tgdpo" else None
-        return replace(
-            base, loss_type=loss_type, beta=beta, alpha=alpha, lr=lr, guide_beta=guide_beta, warmup_steps=min(5, updates // 2),
-            max_length=self.stage.config.max_length, max_steps=updates, epochs=-(-updates // per_epoch), log_every=1,
+        given = {"beta": beta, "alpha": alpha, "guide_beta": base.beta}
+        taken = {name: value for name, value in given.items() if name in OBJECTIVES[loss_type].hyperparameters}
+        return override(
+            base, loss_type=loss_type, lr=lr, warmup_steps=min(5, updates // 2), max_length=self.stage.config.max_length,
+            max_steps=updates, epochs=-(-updates // per_epoch), log_every=1, **(taken | more),
         )  # fmt: skip
 
     def train(
@@ -99,7 +104,7 @@ class Laboratory:
         if name in self.runs:
             raise ValueError(f"there is a run {name!r} already; rename or remove it, or choose another name")
         guide = None
-        if config.loss_type == "tgdpo":
+        if "guide_logps" in OBJECTIVES[config.loss_type].needs:
             guide = self._guide(config, on_log, on_stage)
             if guide is None:
                 return Run(config, stopped=True)
@@ -112,7 +117,7 @@ class Laboratory:
         return run
 
     def _guide(self, config: TrainConfig, on_log, on_stage) -> torch.nn.Module | None:
-        settings = replace(config, loss_type="dpo", beta=config.guide_beta, guide_beta=None, alpha=TrainConfig.alpha)
+        settings = override(config, loss_type="dpo", beta=config.guide_beta)
         if settings not in self._guides:
             on_stage(f"training the DPO guide, beta {settings.beta:g}")
             run = self._fit(settings, None, on_log)
@@ -137,8 +142,9 @@ class Laboratory:
 
     def free_name(self, config: TrainConfig) -> str:
         """A short name that no run has, such as "tdpo2 β.1 α.5"."""
-        weight = f" α{config.alpha:.3g}" if "alpha" in config.hyperparameters() else ""
-        base = f"{config.loss_type} β{config.beta:.3g}{weight}"
+        used = config.hyperparameters()
+        shown = (f" {sign}{used[name]:.3g}" for name, sign in (("beta", "β"), ("alpha", "α")) if name in used)
+        base = config.loss_type + "".join(shown)
         names = [base, *(f"{base} ({i})" for i in range(2, len(self.runs) + 3))]
         return next(name for name in names if name not in self.runs)
 

@@ -13,8 +13,10 @@ Reference-based objectives share one form, -log sigma(chosen_reward - rejected_r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +155,8 @@ def simpo(chosen: TokenStats, rejected: TokenStats, *, beta: float, gamma: float
 
     Args:
         chosen, rejected: statistics of B pairs.
-        beta: scale of the reward, > 0 (2 to 10 is usual, since it multiplies a mean).
-        gamma: target margin, >= 0, in units of the reward.
+        beta: scale of the reward, > 0 (2 in the authors' code, up to 10 in use: it multiplies a mean).
+        gamma: target margin, >= 0, in units of the reward (a quarter of beta in the authors' code).
 
     Returns:
         LossOutput; rewards are (beta/|y|) sum_t log pi(y^t).
@@ -173,33 +175,98 @@ def floor_share(output: LossOutput, mask: Tensor, floor: float = F_FLOOR) -> tup
 
 
 @dataclass(frozen=True)
+class Hyperparameter:
+    """What an objective takes beside the statistics; flags, help texts and range checks are made from it.
+
+    Attributes:
+        default: taken where nothing is given; None: it has to be given.
+        symbol: as in the papers.
+        words: what it does, half a line.
+        above, least: it must be greater than the one and at least the other.
+        usual: the range in use; values outside are said, not refused.
+        choices: of a word.
+    """
+
+    default: float | str | None
+    symbol: str
+    words: str
+    above: float = -math.inf
+    least: float = -math.inf
+    usual: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: float | str) -> None:
+        """Raise ValueError, naming the value, where it is out of range."""
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(self.choices)}")
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name}={value!r} must be a number")
+        elif not value > self.above:
+            raise ValueError(f"{name}={value!r} must be greater than {self.above:g}")
+        elif not value >= self.least:
+            raise ValueError(f"{name}={value!r} must be at least {self.least:g}")
+        elif math.isinf(value):
+            raise ValueError(f"{name}={value!r} must be finite")
+
+
+@dataclass(frozen=True)
 class Objective:
-    """An entry of OBJECTIVES.
+    """An entry of OBJECTIVES. One of your own is trained, evaluated and drawn like ours once it stands there.
 
     Attributes:
         fn: the function.
         needs: the optional TokenStats fields it reads.
-        hyperparameters: what it takes beside the statistics.
+        hyperparameters: what it takes beside the statistics, by name.
         merged: it reads logps and kl as their sum alone, which `fused.pair_loss` can make cheaper.
         paired: it needs a rejected side; otherwise it is also called with None for it.
     """
 
     fn: Callable[..., LossOutput]
-    needs: tuple[str, ...]
-    hyperparameters: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
     merged: bool = False
     paired: bool = True
 
+    def settings(self, given: Mapping) -> dict:
+        """The keyword arguments of `fn`: what is given (names it does not take are passed over), else the defaults.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        known = self.hyperparameters
+        found = {name: known[name].default if given.get(name) is None else given[name] for name in known}
+        for name, value in found.items():
+            if value is not None:
+                known[name].check(name, value)
+        return found
+
+
+_BETA = Hyperparameter(0.1, "β", "strength of the pull towards the reference", above=0)
+_GUIDED = {
+    "beta": _BETA,
+    "alpha": Hyperparameter(0.5, "α", "strength of the guidance", least=0),
+    "guide_beta": Hyperparameter(None, "β̂", "the beta its guide was trained with", above=0),
+    "shaping": Hyperparameter("linear", "f", "how a token's weight grows with r̂", choices=("linear", "exp")),
+    "floor": Hyperparameter(F_FLOOR, "f_min", "smallest token weight", above=0),
+}
+# The defaults of SimPO are those of its authors' code: beta 2, gamma / beta 1/4. Its beta scales a mean over tokens.
+_SIMPO = {
+    "beta": Hyperparameter(2.0, "β", "scale of the mean log-probability", above=0, usual=(1.0, 10.0)),
+    "gamma": Hyperparameter(0.5, "γ", "target margin", least=0),
+}
 
 OBJECTIVES = {
-    "sft": Objective(sft, needs=(), hyperparameters=(), paired=False),
-    "dpo": Objective(dpo, needs=("ref_logps",), hyperparameters=("beta",)),
-    "tdpo1": Objective(tdpo1, needs=("ref_logps", "kl"), hyperparameters=("beta",), merged=True),
-    "tdpo2": Objective(tdpo2, needs=("ref_logps", "kl"), hyperparameters=("beta", "alpha")),
-    "tgdpo": Objective(
-        tgdpo, needs=("ref_logps", "guide_logps"), hyperparameters=("beta", "alpha", "guide_beta", "shaping", "floor")
+    "sft": Objective(sft, paired=False),
+    "dpo": Objective(dpo, ("ref_logps",), {"beta": _BETA}),
+    "tdpo1": Objective(tdpo1, ("ref_logps", "kl"), {"beta": _BETA}, merged=True),
+    "tdpo2": Objective(
+        tdpo2,
+        ("ref_logps", "kl"),
+        {"beta": _BETA, "alpha": Hyperparameter(0.5, "α", "weight of the KL terms (the paper's 0.5)", least=0)},
     ),
-    "simpo": Objective(simpo, needs=(), hyperparameters=("beta", "gamma")),
+    "tgdpo": Objective(tgdpo, ("ref_logps", "guide_logps"), _GUIDED),
+    "simpo": Objective(simpo, (), _SIMPO),
 }
 
 

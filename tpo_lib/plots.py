@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from tpo_lib.losses import OBJECTIVES
 
 FONT = 11  # points; the smallest text is 10
 GRID = {"color": "#DDDDDD", "linewidth": 0.8}
@@ -61,15 +64,19 @@ AXIS = {  # metric -> axis label with its unit
 }
 
 
-def style_of(objective: str) -> Style:
-    """The style of an objective.
+# For objectives of one's own: Tol's dark colours, and markers that nobody above has.
+OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
+OWN_MARKERS = ("p", "h", "<", ">", "d")
 
-    Raises:
-        ValueError: it has none.
-    """
-    if objective not in STYLE:
-        raise ValueError(f"objective {objective!r} has no style; plots.STYLE knows {', '.join(STYLE)}: add it there")
-    return STYLE[objective]
+
+def style_of(objective: str) -> Style:
+    """The style of an objective; one of your own gets one by its place in OBJECTIVES, any other name by its letters."""
+    if objective in STYLE:
+        return STYLE[objective]
+    own = [name for name in OBJECTIVES if name not in STYLE]
+    number = own.index(objective) if objective in own else crc32(objective.encode())
+    colour, marker = OWN_COLOURS[number % len(OWN_COLOURS)], OWN_MARKERS[number % len(OWN_MARKERS)]
+    return Style(objective, colour, marker, (0, (2 + number % 5, 1, 1, 1, 1, 1)))
 
 
 def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
@@ -152,7 +159,8 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
     drawn = {run["objective"] for run in (chosen, *others)}
-    _legend(fig, {name: () for name in STYLE if name in drawn}, start=True)  # one order, whichever run is chosen
+    order = [name for name in STYLE if name in drawn] + sorted(drawn - set(STYLE))  # one, whichever run is chosen
+    _legend(fig, dict.fromkeys(order, ()), start=True)
     return fig
 
 

@@ -356,7 +356,7 @@ def _cell(metric: Mapping | None, name: str) -> str:
 
 
 def _label(name: str) -> str:
-    return plots.STYLE[name].label if name in plots.STYLE else name
+    return plots.style_of(name).label
 
 
 def _scores(row: Mapping, side: str) -> str:

@@ -107,6 +107,8 @@ def fit(
     steps = planned_steps(config, len(pairs), per_update)
     folder = Path(config.output_dir) if config.output_dir else None
     main = accelerator.is_main_process
+    for remark in config.remarks(steps) if main else ():
+        print(remark, file=sys.stderr)
     with checkpoint.exclusive(folder) if folder and main else nullcontext():
         step, rows = _start(config, policy, optimizer, folder, resume, accelerator)
         frozen, frozen_eval = caches.frozen_readers(
@@ -242,7 +244,9 @@ def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | 
                 values["kl/margin"] = values["kl/rejected"] - values["kl/chosen"]
     sums = {name: (value.sum(), len(value)) for name, value in values.items()}
     if output.token_weights is not None:
-        sums["guidance/floor_share"] = losses.floor_share(output, tokens.mask, config.floor)
+        sums["guidance/floor_share"] = losses.floor_share(
+            output, tokens.mask, config.hyperparameters().get("floor", losses.F_FLOOR)
+        )
     return sums
 
 
@@ -361,9 +365,11 @@ def _check_models(config: TrainConfig, reference, guide) -> None:
     if "ref_logps" in needs and reference is None:
         raise ValueError(f"{config.loss_type} needs a reference model; pass a frozen copy of the start policy")
     if "guide_logps" in needs and guide is None:
-        raise ValueError("tgdpo needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
-    if "guide_beta" in losses.OBJECTIVES[config.loss_type].hyperparameters and config.guide_beta is None:
-        raise ValueError("tgdpo needs guide_beta, the beta its guide was trained with")
+        raise ValueError(f"{config.loss_type} needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
+    known = losses.OBJECTIVES[config.loss_type].hyperparameters
+    for name, value in config.hyperparameters().items():
+        if value is None:
+            raise ValueError(f"{config.loss_type} needs {name}, {known[name].words}")
 
 
 def _check_sides(config: TrainConfig, **tables: Sequence[EncodedPair]) -> None:
@@ -401,7 +407,8 @@ def _start(
     if folder is None:
         return 0, []
     if config.report_to:
-        accelerator.init_trackers("tensorboard", config={k: v for k, v in config.to_dict().items() if v is not None})
+        plain = {name: value for name, value in config.to_dict().items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("tensorboard", config=plain)
     checkpoints = sorted(folder.glob("checkpoints/step-*"))
     if checkpoints and not resume:
         raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")

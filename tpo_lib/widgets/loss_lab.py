@@ -113,7 +113,7 @@ class LossLab:
         for name in ("alpha", "shaping", "gamma", "guide", "chosen_kl", "rejected_kl"):
             self.controls[name].disabled = name not in read
         given = {**value, "guide_beta": GUIDE_BETA, "floor": F_FLOOR}
-        hyper = {name: given[name] for name in objective.hyperparameters}
+        hyper = objective.settings(given)
         pair = [
             _response(CHOSEN, value["chosen_logratio"], value["chosen_kl"], value["guide"]),
             _response(REJECTED, value["rejected_logratio"], value["rejected_kl"], value["guide"]),

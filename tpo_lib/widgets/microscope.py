@@ -111,7 +111,7 @@ class TokenMicroscope:
                 self._stats[key] = pair_stats(policy, self.stage.start, [pair], pad, guide=guide)
             chosen, rejected = split(self._stats[key])
             given = {"beta": self.beta.value, "alpha": self.alpha.value, "floor": F_FLOOR, **self.fixed}
-            hyper = {k: given[k] for k in OBJECTIVES[name].hyperparameters}
+            hyper = OBJECTIVES[name].settings(given)
             pushed = coefficients(name, chosen, rejected, **hyper)
             self._margins[name] = (pushed.margin.item(), pushed.output.loss.item())
 

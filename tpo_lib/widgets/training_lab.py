@@ -212,9 +212,10 @@ class TrainingLab:
     def _table(self) -> str:
         rows = [("start", "", "", self.lab.start_point())]
         for name, run in self.lab.runs.items():
-            settings = f"beta {run.config.beta:.3g}, lr {run.config.lr:.1e}"
-            if "alpha" in run.config.hyperparameters():
-                settings += f", alpha {run.config.alpha:.3g}"
+            used = run.config.hyperparameters().items()
+            words = [f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in used]
+            words.insert(1, f"lr {run.config.lr:.1e}")
+            settings = ", ".join(words)
             ended = f"{run.updates} updates" + (", stopped" if run.stopped else "")
             rows.append((name, settings, ended, self.lab.points()[name][1]))
         points = [point for *_, point in rows]
