@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import sys
@@ -65,15 +66,22 @@ def no_such_path(kind: str, name: str | Path) -> FileNotFoundError:
 
 
 def unusable(kind: str, name: str | Path, reason: object) -> OSError:
-    """The error for something that is there and cannot be used; ours are sentences already, of others one line is kept."""
-    if not (type(reason) is ValueError or type(reason) is str or isinstance(reason, OSError)):
-        reason = first_line(reason)
+    """The error for something that is there and cannot be used; what others raise on many lines is told on one."""
+    if isinstance(reason, Exception) and not isinstance(reason, OSError):
+        reason = one_line(reason)
     return OSError(f"{kind} {str(name)!r} could not be loaded: {reason}")
 
 
-def first_line(error: BaseException) -> str:
-    """An error of someone else's as a part of a sentence."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0][:200]}"
+def one_line(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    text = " ".join(str(error).split())[:500] or "no reason given"
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+@functools.cache
+def tell(sentence: str) -> None:
+    """Say something about a folder on stderr, once however often it is loaded."""
+    print(sentence, file=sys.stderr)
 
 
 def read_json(path: Path) -> dict:
@@ -87,7 +95,7 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"it has more than {LARGEST_JSON} bytes")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} cannot be read ({first_line(error)})") from error
+        raise ValueError(f"{path.name} cannot be read ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__} where an object belongs")
     return content
@@ -153,7 +161,7 @@ def _fetch(kind: str, name: str) -> Path:
         raise unusable(
             kind,
             name,
-            f"it is not a local folder{hint}, and the hub gave no such thing ({first_line(error)}). Check the name and the "
+            f"it is not a local folder{hint}, and the hub gave no such thing ({one_line(error)}). Check the name and the "
             "network, pass a local folder, or use --preset pocket, which needs no download.",
         ) from error
 
@@ -166,7 +174,8 @@ def _refuse_code(folder: Path) -> None:
         raise ValueError(
             "it brings code of its own (custom_generate), which is never run; remove that folder from a copy"
         )
-    for name, key in (("config.json", "architectures"), ("tokenizer_config.json", "tokenizer_class")):
+    keys = {"config.json": "architectures", "tokenizer_config.json": "tokenizer_class", "generation_config.json": ""}
+    for name, key in keys.items():
         settings = read_json(folder / name) if (folder / name).is_file() else {}
         named = settings.get(key) or []
         known = [hasattr(transformers, str(each)) for each in (named if isinstance(named, list) else [named])]
@@ -215,7 +224,7 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
             with safe_open(str(folder / name), framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name} was truncated or altered ({first_line(error)}); copy it again") from error
+            raise ValueError(f"{name} was truncated or altered ({one_line(error)}); copy it again") from error
     if source.adapter is None:
         _check_counts(config, shapes)
     return shapes
@@ -252,6 +261,8 @@ def _check_counts(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
                 raise ValueError(
                     f"its config.json has {key} = {value}, its files only {len(shapes)} weights; one of them is damaged"
                 )
+        if key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer") and isinstance(value, int) and value < 1:
+            raise ValueError(f"its config.json has {key} = {value}: a model has layers; repair that number")
 
 
 def check_size(model, shapes: dict[str, tuple[int, ...]]) -> None:

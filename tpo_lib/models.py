@@ -154,13 +154,21 @@ def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dt
             f"its files lack {len(absent)} weights that {type(model).__name__} needs, or have them in another shape, and they "
             f"would be random: {', '.join(sorted(absent)[:4])}; choose a folder that was saved as a whole"
         )
-    if found["unexpected_keys"]:
-        unused = sorted(found["unexpected_keys"])
-        print(
-            f"{source.name}: {type(model).__name__} has no use for {', '.join(unused[:4])} ({len(unused)} weights)",
-            file=sys.stderr,
-        )
+    _check_unused(model, source.name, sorted(found["unexpected_keys"]))
     return model
+
+
+def _check_unused(model, name: str, unused: list[str]) -> None:
+    """Say which weights a model has no use for; raise ValueError if they are of layers like those that it has."""
+    known = {re.sub(r"\d+", "0", weight) for weight in model.state_dict()}
+    layers = [weight for weight in unused if re.sub(r"\d+", "0", weight) in known]
+    if layers:
+        raise ValueError(
+            f"its files have layers that its config.json leaves out: {', '.join(layers[:4])}; repair that file"
+        )
+    if unused:
+        what = f"{len(unused)} weights: {', '.join(unused[:4])}"
+        folders.tell(f"{name}: {type(model).__name__} has no use for {what}")
 
 
 def _check_kind(kind: str, config) -> None:
