@@ -101,6 +101,7 @@ def _train(options) -> None:
     if config.output_dir is None:
         raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
     name, device = _model_name(options), choose_device(config.device)
+    _check_names(options)
     _check_rank(config, name)
     tokenizer = load_tokenizer(name)
     with _main_process_first(device):  # of several processes one samples, the others read its cache
@@ -118,6 +119,19 @@ def _train(options) -> None:
     print(
         f"trained {result.steps} updates; model: {result.output_dir / 'final'}, metrics: {result.output_dir / 'metrics.jsonl'}"
     )
+
+
+def _check_names(options) -> None:
+    """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
+    from tpo_lib import folders
+
+    for kind in ("model", "policy", "guide", "reward", "judge"):
+        if name := getattr(options, kind, None):
+            folders.find(kind, name)
+    for kind in ("pairs", "eval_pairs"):
+        name = getattr(options, kind, None)
+        if name and folders.is_path(name) and not Path(name).exists():
+            raise folders.no_such_path(f"--{kind.replace('_', '-')}", name)
 
 
 def _check_rank(config: TrainConfig, name: str) -> None:
@@ -211,6 +225,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     from tpo_lib.pocket import load_imdb
     from tpo_lib.rewards import load_reward
 
+    _check_names(options)
     preset, name, folder = PRESETS[options.preset], _model_name(options), Path(options.cache_dir or "runs/pairs")
     device = choose_device(options.device)
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
@@ -262,6 +277,7 @@ def _evaluate(options) -> None:
     from tpo_lib.rewards import load_reward
     from tpo_lib.sampling import sample_prompts
 
+    _check_names(options)
     preset, name, device = PRESETS[options.preset], _model_name(options), choose_device(options.device)
     tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
     judge = options.judge or preset.judge or (str(_pocket() / "judge") if name == str(_pocket()) else None)

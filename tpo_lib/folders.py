@@ -185,9 +185,7 @@ def _refuse_code(folder: Path) -> None:
                 f"whose {key} transformers knows"
             )
         if "auto_map" in settings:
-            print(
-                f"{folder}: the code that {name} names is not run; transformers' own {named} is used", file=sys.stderr
-            )
+            tell(f"{folder}: the code that its {name} names is not run; transformers' own {named} is used")
 
 
 def check_weights(source: Source) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,15 @@ from tpo_lib.fused import Head, Reading
 from tpo_lib.types import IGNORE
 
 MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
+NO_MATHEMATICS = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
 
@@ -65,7 +73,7 @@ def load_tokenizer(name: str | Path):
         if source.adapter is not None and not list(source.folder.glob("token*")):
             return load_tokenizer(folders.base_of(source))
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # the readers of a dozen formats raise whatever they meet
         raise folders.unusable("tokenizer", name, error) from error
     if tokenizer.pad_token_id is None:
@@ -197,8 +205,21 @@ def frozen_copy(model):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of all weights: equal if and only if the models are."""
+    """SHA-256 over all weights (names, shapes, types, bytes) and what the configuration says beside its defaults.
+
+    Equal if and only if the models compute the same; where a model came from, its type on disk and the ids of its special
+    tokens, which belong to the tokenizer, are left out. An adapter that is not merged counts with its scale.
+    """
     digest = hashlib.sha256()
+    if hasattr(model, "config"):
+        said = json.loads(model.config.to_json_string())
+        said = {
+            name: value for name, value in said.items() if name not in NO_MATHEMATICS and not name.endswith("_token_id")
+        }
+        said |= {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        digest.update(
+            json.dumps(said, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)).encode()
+        )
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
