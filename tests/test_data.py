@@ -677,6 +677,13 @@ def test_however_many_eos_end_a_response_it_gets_one(tokenizer, ends):
     assert ("1 rows with several EOS" in str(report)) == (ends.count(EOS) > 1)
 
 
+def test_a_table_without_rejected_sides_is_encoded_for_sft(tokenizer):
+    (pair,), report = data.encode_pairs(table_of(GOOD).remove_columns("rejected"), tokenizer, max_length=14)
+    assert (tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids)) == (f"{EOS}The film", " was ")
+    assert pair.rejected_ids == []
+    assert report.truncated == 1
+
+
 def test_of_a_book_a_page_is_tokenized(monkeypatch):
     tokenizer, read = tiny.tokenizer_of("byte"), []
     row = {"prompt": "the plot", "chosen": " is bad" * 100_000, "rejected": " is fine" * 100_000}

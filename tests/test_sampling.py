@@ -396,7 +396,7 @@ def test_the_papers_recipe():
 # ---- what was sampled is what is trained
 
 
-@pytest.fixture(params=[".jsonl", ".parquet"])
+@pytest.fixture(params=[".jsonl", ".parquet", ".csv"])
 def sampled(request, llama, tokenizer, tmp_path):
     """Completions that end with either of two tokens or are cut, and their pairs read back from a file."""
     llama.generation_config.eos_token_id = [0, 3]
@@ -404,7 +404,10 @@ def sampled(request, llama, tokenizer, tmp_path):
     drawn = sampling.generate(llama, tokenizer, prompts, samples_per_prompt=6, max_new_tokens=8, seed=1)
     scores = pairing.score(CountReward(), prompts, [[c.text for c in several] for several in drawn])
     table, _ = pairing.pairs_from_scores(prompts, drawn, scores.tolist(), tokenizer=tokenizer)
-    pairing.save_pairs(table, tmp_path / f"pairs{request.param}")
+    if request.param == ".csv":
+        table.to_csv(str(tmp_path / "pairs.csv"))  # writes lists as [1 2 3]
+    else:
+        pairing.save_pairs(table, tmp_path / f"pairs{request.param}")
     steps = {(prompt, c.text): c.steps for prompt, several in zip(prompts, drawn, strict=True) for c in several}
     return load_pairs(tmp_path / f"pairs{request.param}")[0], steps
 

@@ -232,6 +232,8 @@ def _flag(value: Any, column: str) -> bool:
 
 
 def _token_ids(value: Any, column: str) -> list[int] | None:
+    if isinstance(value, str) and re.fullmatch(r"\[[\d,\s]*\]", value):  # so a CSV file holds a list
+        value = [int(token) for token in re.findall(r"\d+", value)]
     if value and not (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
         raise Bad(column, f"is not a list of token ids but {_short(value)}", "leave it empty: the text is encoded then")
     return value or None
@@ -350,7 +352,7 @@ def encode_pairs(
     for a Unigram model, which knows no other reading of it).
 
     Args:
-        pairs: columns as from `load_pairs`.
+        pairs: columns as from `load_pairs`; without the column rejected, rows for SFT.
         max_length: most tokens of prompt + response; responses are cut at their end.
         on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
 
@@ -371,17 +373,17 @@ def encode_pairs(
     encode = partial(_token_ids_of, tokenizer, lead=[] if messages else _leading_ids(tokenizer), most=max_length)
     encoded, counts = _encode_rows(pairs, texts, tokenizer, encode)
     kept, skipped, truncated = [], [], 0
-    for row, (prompt, chosen, rejected) in enumerate(encoded):
+    for row, (prompt, *responses) in enumerate(encoded):
         room = max_length - len(prompt)
         try:
             if row in unrendered:
                 raise unrendered[row]
-            _check_ids(prompt, chosen, rejected, max_length, tokenizer.eos_token_id)
+            _check_ids(prompt, responses, max_length, tokenizer.eos_token_id)
         except Bad as problem:
             skipped.append(problem.at(row))
             continue
-        kept.append(EncodedPair(row, prompt, chosen[:room], rejected[:room]))
-        truncated += (len(chosen) > room) + (len(rejected) > room)
+        kept.append(EncodedPair(row, prompt, *(ids[:room] for ids in responses)))
+        truncated += sum(len(ids) > room for ids in responses)
     if skipped and on_bad_rows == "error":
         raise BadRowsError(skipped, "the table")
     return kept, EncodingReport(len(kept), truncated, skipped, **counts)
@@ -439,7 +441,7 @@ def _complete(pairs: Dataset, column: str) -> list[bool]:
     return [flag is not False for flag in flags]
 
 
-_Ids = tuple[list[int], list[int], list[int]]  # of prompt, chosen, rejected
+_Ids = tuple[list[int], ...]  # of prompt, chosen and, except for SFT, rejected
 
 
 def _sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> tuple[dict[int, _Ids], int]:
@@ -473,7 +475,7 @@ def _encode_rows(pairs: Dataset, texts, tokenizer, encode) -> tuple[list[_Ids], 
     encoded, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
     rows = [row for row in range(len(pairs)) if row not in encoded]
     holding, repeated, straddling, sides = set(), set(), set(), []
-    for column in ("chosen", "rejected"):
+    for column in [column for column in ("chosen", "rejected") if column in pairs.column_names]:
         written, said = list(texts[column]), list(pairs[column])
         bodies = [_without_eos(written[row], eos) for row in rows]
         repeated |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
@@ -553,7 +555,7 @@ def _render(pair: dict[str, list], tokenizer) -> dict[str, str]:
     return texts
 
 
-def _check_ids(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int, eos: int) -> None:
+def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eos: int) -> None:
     room = max_length - len(prompt)
     if not prompt:
         raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
@@ -563,11 +565,11 @@ def _check_ids(prompt: list[int], chosen: list[int], rejected: list[int], max_le
             f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
         )
         raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
-    for column, ids in (("chosen", chosen), ("rejected", rejected)):
+    for column, ids in zip(("chosen", "rejected"), responses, strict=False):
         if ids in ([], [eos]):
             raise Bad(column, "tokenizes to nothing", "write a response or remove the row")
-    if chosen[:room] == rejected[:room]:
-        cut = chosen != rejected
+    if len(responses) == 2 and responses[0][:room] == responses[1][:room]:
+        cut = responses[0] != responses[1]
         problem = f"has the same first {room} tokens as chosen" if cut else "has the same tokens as chosen"
         raise Bad("rejected", problem, "raise max_length or remove the row" if cut else "remove the row")
 
