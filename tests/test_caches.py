@@ -35,7 +35,7 @@ def bf16():
 def cached(folder: Path, model=None, pairs=PAIRS, kind="logps", precision="no", **settings) -> caches.FrozenCache:
     reader = model if isinstance(model, ResponseReader) else ResponseReader(model or tiny.llama())
     settings = {"name": "reference", "max_tokens": 90, "progress": False} | settings
-    identity = caches.identify(reader.model, precision)
+    identity = caches.identify(reader, precision)
     return caches.build_or_open(reader, identity, pairs, kind=kind, folder=folder, **settings)
 
 
@@ -172,6 +172,7 @@ CHANGES = {
     "truncation": lambda: {"pairs": [replace(pair, chosen_ids=pair.chosen_ids[:3]) for pair in PAIRS]},
     "row": lambda: {"pairs": [replace(PAIRS[0], row=77), *PAIRS[1:]]},
     "precision": lambda: {"precision": "bf16", "autocast": bf16},
+    "reading": lambda: {"model": ResponseReader(tiny.llama(), share_prefix=True)},
     "kind": lambda: {"kind": "states"},
 }
 

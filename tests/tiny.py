@@ -103,6 +103,68 @@ def phi3(seed: int = 0, vocab: int = VOCAB):
     return _build("Phi3", seed, vocab, **SHAPE, **positions, rope_parameters=rope)
 
 
+WINDOW = 6  # of the layers that look back only so far: shorter than the sequences of `pairs`
+WIDE = SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128}
+GPT = {"n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+MIXED = WIDE | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+QWEN = WIDE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+FAMILIES = {  # model type -> settings; every one that attends causally and can share prompts, see prefix.FAMILIES
+    "cohere": WIDE | {"logit_scale": 0.3},
+    "cohere2": MIXED | {"logit_scale": 0.3},
+    "exaone4": MIXED,
+    "gemma": WIDE,
+    "gemma2": MIXED | {"final_logit_softcapping": 2.0},
+    "gemma3_text": MIXED,
+    "glm": WIDE,
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gpt_neox": SHAPE | {"num_hidden_layers": 2, "max_position_embeddings": 128},
+    "gpt_oss": MIXED | EXPERTS,
+    "gptj": GPT | {"rotary_dim": 4},
+    "granite": WIDE | {"logits_scaling": 3.0},
+    "llama": WIDE | {"tie_word_embeddings": True},  # as SmolLM: tied, grouped queries
+    "ministral": MIXED,
+    "mistral": WIDE | {"sliding_window": WINDOW},
+    "mixtral": WIDE | EXPERTS | {"sliding_window": WINDOW},
+    "olmo2": WIDE,
+    "olmo3": MIXED,
+    "opt": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "init_std": 0.3}
+    | {"num_attention_heads": 2, "max_position_embeddings": 128, "pad_token_id": 1},
+    "phi": WIDE,
+    "phi3": WIDE | {"sliding_window": WINDOW},
+    "qwen2": QWEN,
+    "qwen3": QWEN,
+    "qwen3_moe": QWEN | EXPERTS,
+    "smollm3": MIXED | {"use_sliding_window": True},
+    "stablelm": WIDE,
+    "starcoder2": WIDE | {"sliding_window": WINDOW},
+}
+ODD = {  # their attention or recurrence counts places, so prompts cannot be shared
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3},
+    "falcon": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.3,
+        "alibi": True,
+    },
+    "gpt_neo": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "initializer_range": 0.3, "intermediate_size": 32}
+    | {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "max_position_embeddings": 128},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3},
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "initializer_range": 0.3},
+}
+
+
+def family(name: str, seed: int = 0, vocab: int = VOCAB, **settings):
+    """A two-layer model of one of the families above, with short windows where its family has windows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, vocab_size=vocab, **(FAMILIES | ODD).get(name, {}) | settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 TEXT = [
     "a good film and a fine cast",
     "a bad film with a poor plot",

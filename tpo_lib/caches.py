@@ -125,9 +125,9 @@ def frozen_readers(
         wanted = [entry for entry in wanted if entry[1] and entry[2]]
         if not wanted:
             continue
-        reader = _reader(model, accelerator.device)
+        reader = _reader(model, accelerator.device, config.share_prefix)
         check(reader.model)
-        identity = identify(reader.model, accelerator.mixed_precision)
+        identity = identify(reader, accelerator.mixed_precision)
         for readers, rows, kind, label in wanted:
             if kind == "states" and not reader.understood:
                 print(f"{label}: what follows its head is not understood; it stays in memory", file=sys.stderr)
@@ -158,7 +158,7 @@ def _kinds(loss_type: str, name: str) -> tuple[str | None, str | None]:
     return "states" if "kl" in needs else kind, "states"
 
 
-def _reader(model, device, share_prefix: bool = False) -> ResponseReader:
+def _reader(model, device, share_prefix: bool) -> ResponseReader:
     model = model if isinstance(model, torch.nn.Module) else model()
     return ResponseReader(model, share_prefix=share_prefix).to(device)
 
@@ -167,14 +167,16 @@ def _live(reader: ResponseReader, batch: PairBatch) -> Reading:
     return reader(batch.input_ids, batch.attention_mask, batch.labels)
 
 
-def identify(model, precision: str) -> dict:
-    """All that decides what a frozen model says, apart from the pairs: weights, architecture, precision, libraries."""
+def identify(reader: ResponseReader, precision: str) -> dict:
+    """All that decides what a frozen model says, apart from the pairs: weights, architecture, reading, precision, libraries."""
     import transformers
 
+    model = reader.model
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return {
         "weights": fingerprint(model),
         "architecture": [type(model).__name__, getattr(model.config, "_attn_implementation", None), config],
+        "share_prefix": reader.share_prefix,
         "precision": [precision, torch.get_float32_matmul_precision(), model.device.type],
         "libraries": [torch.__version__, transformers.__version__],
     }

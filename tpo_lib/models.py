@@ -329,6 +329,7 @@ class ResponseReader(nn.Module):
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.vocab, self.most_tokens = vocabulary(inner), most_tokens(config)
         self.understood = self._probe()
+        self._windows = prefix.layer_windows(config) if share_prefix else {}
         self.share_prefix = share_prefix and self._check_sharing()
 
     @property
@@ -352,6 +353,8 @@ class ResponseReader(nn.Module):
     def _check_sharing(self) -> bool:
         """Whether this architecture gives the same hidden states when the two responses of a pair share their prompt.
 
+        Five tokens, against what a version of transformers might change: windows are taken from the configuration.
+
         Raises:
             ValueError: it does not.
         """
@@ -360,7 +363,7 @@ class ResponseReader(nn.Module):
         labels = ids.masked_fill(mask == 0, IGNORE).index_fill(1, torch.tensor([0, 1], device=ids.device), IGNORE)
         plain = self._states(ids, mask)
         try:
-            shared = prefix.shared_states(self._parts[0], ids, mask, labels)
+            shared = prefix.shared_states(self._parts[0], self._windows, ids, mask, labels)
             same = self.understood and torch.allclose(plain[mask == 1], shared[mask == 1], rtol=1e-3, atol=1e-3)
         except (TypeError, ValueError, RuntimeError) as error:
             same, reason = False, f"{type(error).__name__}: {error}"
@@ -391,7 +394,7 @@ class ResponseReader(nn.Module):
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             return Reading(output["logits"][:, :-1][mask], None)
         if self.share_prefix:
-            states = prefix.shared_states(self._parts[0], input_ids, attention_mask, labels)
+            states = prefix.shared_states(self._parts[0], self._windows, input_ids, attention_mask, labels)
         else:
             states = self._states(input_ids, attention_mask)
         return Reading(states[:, :-1][mask], self.head)

@@ -3,7 +3,8 @@
 A pair as two sequences reads its prompt twice. As one sequence of Lp + Lc + Lr tokens it is read once, if
 
 - every token of the rejected response has the position that it has in its own sequence (Lp, Lp + 1, ...), and
-- attention lets it see the prompt and the rejected response up to itself, not the chosen one.
+- attention lets it see the prompt and the rejected response up to itself, not the chosen one; in layers with a window
+  (Mistral, Gemma 2 and 3, Phi-3, Qwen) as much of them as the window shows in its own sequence.
 
 Then every hidden state is what it was. The state that predicts the first token of a response is the prompt's last one,
 for both. It pays where prompts are long beside their responses (chat data): positions drop from 2 Lp + Lc + Lr to Lp + Lc + Lr.
@@ -17,6 +18,16 @@ import torch
 from torch import Tensor
 
 from tpo_lib.stats import response_mask
+
+# Families whose bodies take positions and masks from outside, and whose windows their configuration tells; each is tested.
+# Not among them: GPT-Neo (its window counts places, not positions), ALiBi (so do its biases), layers that recur (Mamba, RWKV).
+# fmt: off
+FAMILIES = {
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "llama", "ministral", "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
+    "smollm3", "stablelm", "starcoder2",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -71,19 +82,48 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SharedBa
     return SharedBatch(tokens, own, visible[:, None], where)
 
 
-def shared_states(body, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+def layer_windows(config) -> dict[str | None, int | None]:
+    """How far each type of layer looks back, from a model's configuration: {type: positions, or None for all of them}.
+
+    The type None stands for all layers of a model that does not tell its layers apart.
+
+    Raises:
+        ValueError: prompts cannot be shared in this architecture; the message says why.
+    """
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if config.model_type not in FAMILIES or getattr(config, "use_bidirectional_attention", False):
+        reason = f"its attention is not known to be causal and free of its tokens' places; it is in {', '.join(sorted(FAMILIES))}"
+    elif kinds - {"full_attention", "sliding_attention"}:
+        reason = f"it has layers of {', '.join(sorted(kinds))}"
+    elif attention not in ("eager", "sdpa"):
+        reason = f"{attention} takes no mask of ours; load it with attn_implementation='sdpa'"
+    else:
+        return {"full_attention": None, "sliding_attention": window} if kinds else {None: window}
+    raise ValueError(f"share_prefix does not work with {config.model_type} ({reason}); train without it")
+
+
+def shared_states(body, windows: dict, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
     """(N, T, d) hidden states of a transformers body, every prompt read once; padding gets those of some other position.
 
-    The body must take a 4-D attention mask and position ids, as the decoders of transformers do.
+    windows is what `layer_windows` says of it.
     """
-    batch = share(input_ids, attention_mask, labels)
-    kind = next(body.parameters()).dtype
-    mask = torch.zeros(batch.visible.shape, dtype=kind, device=labels.device).masked_fill_(
-        ~batch.visible, torch.finfo(kind).min
-    )
-    states = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)[
-        0
-    ]  # (B, S, d)
+    batch, kind = share(input_ids, attention_mask, labels), next(body.parameters()).dtype
+    back = (
+        batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]
+    )  # (B, 1, S, S), in the own sequence
+    masks = {
+        layer: torch.zeros(back.shape, dtype=kind, device=labels.device).masked_fill_(
+            ~(batch.visible if window is None else batch.visible & (back < window)), torch.finfo(kind).min
+        )
+        for layer, window in windows.items()
+    }
+    states = body(
+        input_ids=batch.input_ids,
+        attention_mask=masks.get(None, masks),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )[0]  # (B, S, d)
     b = len(labels) // 2
     row = torch.arange(b, device=labels.device).repeat(2)[:, None]  # (N, 1)
     return states[row, batch.where.clamp(min=0)]  # (N, T, d)
