@@ -44,6 +44,20 @@ def test_train_writes_a_model_and_its_metrics(files, tmp_path, capsys, model):
     assert "trained 3 updates" in capsys.readouterr().out
 
 
+def test_splits_and_configurations_of_both_tables_are_reached(files, tmp_path, capsys):
+    rows = (tmp_path / "pairs.jsonl").read_text()
+    for name in ("small/train_prefs", "small/test_prefs", "large/train"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / f"{name}.jsonl").write_text(rows)
+    files["pairs"] = str(tmp_path / "set")
+    both = ["--eval-pairs", files["pairs"], "--config", "small", "--split", "train_prefs", "--eval-every", "3"]
+    train(files, *both, "--eval-config", "small", "--eval-split", "test_prefs")
+    assert "eval_loss" in json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    with pytest.raises(SystemExit, match="2"):
+        train(files, *both, "--eval-config", "large", "--eval-split", "test_prefs")
+    assert "has no split 'test_prefs'; it has train: name one with --split" in capsys.readouterr().err
+
+
 def test_training_continues_only_with_resume(files, capsys):
     train(files)
     with pytest.raises(SystemExit, match="2"):

@@ -108,7 +108,7 @@ def test_folder_of_files_keeps_the_splits_apart(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [GOOD | {"prompt": "Held out"}])
     assert load_pairs(tmp_path)[0]["prompt"] == ["The film", "Second"]
     assert load_pairs(tmp_path, split="test")[0]["prompt"] == ["Held out"]
-    with pytest.raises(FileNotFoundError, match=r"split 'dev' \(found: test.jsonl, train"):
+    with pytest.raises(ValueError, match="no split 'dev'; it has test, train: name one with --split"):
         load_pairs(tmp_path, split="dev")
 
 
@@ -425,16 +425,192 @@ def test_wrong_names_say_what_to_do(tmp_path):
         load_pairs(tmp_path / "p.txt", on_bad_rows="ignore")
 
 
-def test_hub_names_go_to_load_dataset_with_their_split(monkeypatch):
+def test_splits_are_told_by_files_and_by_folders(tmp_path, capsys):
+    for name in ("data/train_prefs-00000-of-00001", "data/test_prefs-00000-of-00001", "gen-00000-of-00001", "dev/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{name}.jsonl", [GOOD | {"prompt": name}])
+    for split, name in (("train_prefs", "data/train_prefs"), ("gen", "gen"), ("dev", "dev/x")):
+        assert load_pairs(tmp_path, split=split)[0]["prompt"][0].startswith(name)
+    with pytest.raises(ValueError, match="no split 'train'; it has test_prefs, train_prefs, dev, gen: name one with"):
+        load_pairs(tmp_path)
+    (tmp_path / "train").mkdir()
+    write_jsonl(tmp_path / "train/a.jsonl", [GOOD])
+    write_jsonl(tmp_path / "extra.jsonl", [GOOD])
+    assert len(load_pairs(tmp_path)[0]) == 1
+    assert "not read, since it is of no split: extra.jsonl" in capsys.readouterr().err
+
+
+def test_a_single_file_or_table_has_no_splits(tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", [GOOD])
+    for more, problem in (({"split": "test"}, "no splits"), ({"config": "a"}, "no configurations")):
+        with pytest.raises(ValueError, match=f"is a single file, which has {problem}"):
+            load_pairs(path, **more)
+    datasets.Dataset.from_list([GOOD]).save_to_disk(str(tmp_path / "table"))
+    with pytest.raises(ValueError, match="is a single table, which has no splits"):
+        load_pairs(tmp_path / "table", split="test")
+
+
+def test_configurations_are_those_of_the_readme_or_subfolders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [GOOD | {"prompt": name}])
+        write_jsonl(tmp_path / name / "test.jsonl", [GOOD | {"prompt": f"{name} held out"}])
+    assert load_pairs(tmp_path, config="b", split="test")[0]["prompt"] == ["b held out"]
+    with pytest.raises(ValueError, match="no configuration 'c'; it has a, b: name one with --config"):
+        load_pairs(tmp_path, config="c")
+    card = "---\nconfigs:\n- config_name: one\n  data_files:\n  - split: fit\n    path: a/*.jsonl\n"
+    (tmp_path / "README.md").write_text(card + "- config_name: two\n  data_files: b/train.jsonl\n---\n# Pairs\n")
+    assert load_pairs(tmp_path, config="one", split="fit")[0]["prompt"] == ["a held out", "a"]
+    assert load_pairs(tmp_path, config="two")[0]["prompt"] == ["b"]
+    with pytest.raises(ValueError, match="has the configurations one, two: name one with --config"):
+        load_pairs(tmp_path)
+    with pytest.raises(ValueError, match="no split 'train'; it has fit"):
+        load_pairs(tmp_path, config="one")
+
+
+def test_hub_names_go_to_load_dataset_with_split_and_configuration(monkeypatch):
     asked = []
 
-    def fake(name, *, split):
-        asked.append((name, split))
+    def fake(*name, split):
+        asked.append((*name, split))
         return datasets.Dataset.from_list([GOOD])
 
     monkeypatch.setattr(formats, "load_dataset", fake)
     assert load_pairs("org/pairs", split="train_prefs")[0].to_list() == [GOOD]
-    assert asked == [("org/pairs", "train_prefs")]
+    assert load_pairs("org/pairs", config="small")[0].to_list() == [GOOD]
+    assert asked == [("org/pairs", None, "train_prefs"), ("org/pairs", "small", "train")]
+
+
+@pytest.mark.parametrize(
+    ("more", "lists"),
+    [({"config": "a", "split": "dev"}, "['train', 'test']"), ({"config": "c"}, "['a', 'b']"), ({}, "['a', 'b']")],
+)
+def test_a_wrong_split_or_configuration_of_the_hub_lists_what_there_is(tmp_path, monkeypatch, more, lists):
+    card = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: x.jsonl\n  - split: test\n    path: x.jsonl\n"
+        for name in "ab"
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    write_jsonl(tmp_path / "x.jsonl", [GOOD])
+
+    def fake(name, *more, split):
+        return datasets.load_dataset(str(tmp_path), *more, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(formats, "load_dataset", fake)
+    with pytest.raises(ValueError, match="the data set 'org/pairs' cannot be read") as raised:
+        load_pairs("org/pairs", **more)
+    assert lists in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert load_pairs("org/pairs", config="a", split="test")[0].to_list() == [GOOD]
+
+
+def with_unknown_feature(table):
+    """The table, its column `extra` declared of a type that `datasets` does not know."""
+    features = {name: {"dtype": "string", "_type": "Value"} for name in table.column_names}
+    features["extra"] = {"_type": "Hologram"}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_a_column_of_an_unknown_type_is_no_hindrance(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = with_unknown_feature(pyarrow.Table.from_pylist([GOOD | {"extra": "x"}]))
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="Hologram"):
+        datasets.Dataset(table)
+    assert load_pairs(tmp_path / "p.parquet")[0].to_list() == [GOOD]
+    datasets.Dataset.from_list([GOOD | {"extra": "x"}]).save_to_disk(str(tmp_path / "saved"))
+    with pyarrow.ipc.new_stream(tmp_path / "saved/data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table)
+    assert load_pairs(tmp_path / "saved")[0].to_list() == [GOOD]
+
+
+def test_keys_that_arrow_invents_are_left_out(tmp_path):
+    rows = [MESSAGES | {"chosen": [said("assistant", "A") | {"only": "here"}]}, MESSAGES]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "p.parquet"))
+    records = list(formats.read_records(tmp_path / "p.parquet", wanted={"chosen"}))
+    assert [record.values["chosen"] for record in records] == [row["chosen"] for row in rows]
+    assert records[0].values["prompt"] is None
+
+
+# ---- input that is built to hurt
+
+
+def test_a_table_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "p.jsonl", [GOOD] * 5)
+    monkeypatch.setattr(formats, "MAX_TABLE", 4000)
+    with pytest.raises(
+        ValueError, match=r"p.jsonl, up to row 3: more than .* GiB, more than is read at once; split it"
+    ):
+        load_pairs(path)
+
+
+def test_long_lines_are_refused_before_they_are_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_LINE", 1000)
+    for path in (write_jsonl(tmp_path / "p.jsonl", [GOOD, GOOD | {"chosen": "x" * 2000}]), tmp_path / "p.csv"):
+        if path.suffix == ".csv":
+            path.write_text("prompt,chosen,rejected\np," + "x" * 2000 + ",y\n")
+        with pytest.raises(ValueError, match=f"{path}, line 2: longer than 1,000 characters; shorten or remove it"):
+            load_pairs(path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path, nested):
+    import pyarrow
+    import pyarrow.parquet
+
+    value = "x" * 2**20  # as a dictionary: a megabyte in the file's metadata, three gigabytes in its rows
+    index = pyarrow.array([0] * 3000, pyarrow.int32())
+    column = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array([value]))
+    if nested:
+        message = pyarrow.StructArray.from_arrays([column, column], ["role", "content"])
+        column = pyarrow.ListArray.from_arrays(range(3001), message)
+    path = tmp_path / "p.parquet"
+    table = pyarrow.table({"prompt": column, "chosen": column, "rejected": column})
+    pyarrow.parquet.write_table(table, path, store_schema=False)  # else it would say that it is a dictionary
+    code = """if True:
+        import resource, sys
+        from tpo_lib import formats
+        formats.MAX_TABLE = 2**28
+        try:
+            [None for record in formats.read_records(sys.argv[1], wanted={"prompt", "chosen", "rejected"})]
+        except ValueError as error:
+            print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    problem, peak = done.stdout.splitlines()
+    assert "more than 0.25 GiB" in problem
+    assert int(peak) < 2**20  # KiB
+    assert path.stat().st_size < 2**20
+
+
+def test_parquet_that_is_large_by_its_own_account_is_not_read(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([GOOD] * 50).to_parquet(str(tmp_path / "p.parquet"))
+    monkeypatch.setattr(formats, "MAX_TABLE", 100)
+    with pytest.raises(ValueError, match=r"p.parquet: more than .* GiB, more than is read at once"):
+        load_pairs(tmp_path / "p.parquet")
+    (tmp_path / "q.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"q.parquet: not valid parquet"):
+        load_pairs(tmp_path / "q.parquet")
+
+
+def test_deep_json_is_a_bad_row_or_file(tmp_path):
+    deep = "[" * 200_000 + "]" * 200_000
+    (tmp_path / "p.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": ' + deep + "}\n")
+    _, (bad,) = load_pairs(tmp_path / "p.jsonl", on_bad_rows="skip")
+    assert (bad.row, bad.column) == (1, "*")
+    assert "not valid JSON" in bad.problem
+    (tmp_path / "p.json").write_text(deep)
+    with pytest.raises(ValueError, match=r"p.json: not valid JSON"):
+        load_pairs(tmp_path / "p.json")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,chosen,rejected,chosen\np,a,b,c\n")
+    with pytest.raises(ValueError, match="two columns of the header prompt, chosen, rejected, chosen have one name"):
+        load_pairs(tmp_path / "p.csv")
 
 
 def test_without_a_network_the_message_names_the_alternative(tmp_path):

@@ -81,6 +81,10 @@ def _add_train(commands) -> None:
     command = commands.add_parser("train", help="train one objective")
     _add_models(command)
     command.add_argument("--pairs", help="preference pairs: file, folder or hub name (default: sampled from the model)")
+    command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
+    command.add_argument("--config", help="configuration of --pairs, if these have several")
+    command.add_argument("--eval-split", help="split of --eval-pairs (default: train)")
+    command.add_argument("--eval-config", help="configuration of --eval-pairs")
     command.add_argument("--eval-pairs", help="held-out pairs, scored every --eval-every updates")
     command.add_argument(
         "--guide", help="tgdpo: folder or name of the DPO model that guides (default: train one first)"
@@ -105,8 +109,11 @@ def _train(options) -> None:
     _check_rank(config, name)
     tokenizer = load_tokenizer(name)
     with _main_process_first(device):  # of several processes one samples, the others read its cache
-        pairs = _encoded(options.pairs or preset.pairs or str(_sampled_pairs(options)), tokenizer, config, options)
-    eval_pairs = _encoded(options.eval_pairs, tokenizer, config, options) if options.eval_pairs else None
+        source = options.pairs or preset.pairs or str(_sampled_pairs(options))
+        pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
+    eval_pairs = None
+    if options.eval_pairs:
+        eval_pairs = _encoded(options.eval_pairs, options.eval_split, options.eval_config, tokenizer, config, options)
     guide = None
     if "guide_logps" in OBJECTIVES[config.loss_type].needs:
         config, guide_folder = _guide(options, config, name, tokenizer, pairs)
@@ -188,10 +195,10 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
     return replace(config, guide_beta=beta), folder
 
 
-def _encoded(name: str, tokenizer, config: TrainConfig, options):
+def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
     from tpo_lib.data import encode_pairs, load_pairs
 
-    table, skipped = load_pairs(name, on_bad_rows=options.on_bad_rows)
+    table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows)
     for row in skipped:
         print(f"skipped {row}", file=sys.stderr)
     encoded, encoding = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows=options.on_bad_rows)

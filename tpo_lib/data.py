@@ -33,6 +33,7 @@ SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  #
 COMPLETE = ("chosen_complete", "rejected_complete")
 SPARE = 32  # tokens behind a cut that are not used: what stands behind the cut would have changed the last of them
 SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
+WANTED = {*PROMPT_COLUMNS, "input", "chosen", "rejected", *SCORES, *SCORES.values(), *COMPLETE, *SAMPLED}
 ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
 LAYOUTS = (
     "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
@@ -42,7 +43,11 @@ LAYOUTS = (
 
 
 def load_pairs(
-    name_or_path: str | Path, *, split: str = "train", on_bad_rows: OnBadRows = "error"
+    name_or_path: str | Path,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    on_bad_rows: OnBadRows = "error",
 ) -> tuple[Dataset, list[BadRow]]:
     """Load preference pairs from a file, a folder or the hub, whatever their layout.
 
@@ -53,7 +58,9 @@ def load_pairs(
 
     Args:
         name_or_path: .jsonl, .json, .csv or .parquet; a folder of such files or one of `Dataset.save_to_disk`; a hub name.
-        split: which split of a hub data set or folder; a single file has none.
+        split: which split of a hub data set or folder (None: "train"); a single file has none. Files of a folder tell it by
+            their own or their folder's name (train_prefs-00000-of-00002.parquet, test/a.jsonl), or its README declares them.
+        config: which configuration of a hub data set, or of a folder: those of its README, else its subfolders.
         on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
 
     Returns:
@@ -65,10 +72,11 @@ def load_pairs(
     Raises:
         BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.
         FileNotFoundError, ConnectionError: there is no such file, or the hub cannot be reached.
-        ValueError: no known layout, or an unknown file type.
+        ValueError: no known layout, split or configuration (the message lists what there is), or an unknown file type.
     """
     _check_on_bad_rows(on_bad_rows)
-    good, bad = _validate(list(read_records(name_or_path, split)), str(name_or_path))
+    records = list(read_records(name_or_path, split=split, config=config, wanted=WANTED))
+    good, bad = _validate(records, str(name_or_path))
     if bad and (on_bad_rows == "error" or not good):
         raise BadRowsError(bad, str(name_or_path))
     return pairs_table(good), bad
