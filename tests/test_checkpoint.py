@@ -494,7 +494,7 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     with pytest.raises(ZeroDivisionError), exclusive(folder):
         raise ZeroDivisionError
     with exclusive(folder):
-        assert (folder / ".lock").read_text() == str(os.getpid())
+        assert (folder / checkpoint.MARK).read_text() == str(os.getpid())
 
 
 def test_the_lock_of_a_killed_process_is_gone(tmp_path):
@@ -515,13 +515,13 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
             child.kill()
     assert child.returncode == -signal.SIGKILL
     with exclusive(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert (tmp_path / checkpoint.MARK).read_text() == str(os.getpid())
 
 
 def test_a_lock_without_an_owner_is_still_a_lock(tmp_path):
     """The other run may not have written its process id yet."""
     with exclusive(tmp_path):
-        (tmp_path / ".lock").write_text("")
+        (tmp_path / checkpoint.MARK).write_text("")
         with pytest.raises(RuntimeError, match=r"\(process unknown\)"):
             exclusive(tmp_path).__enter__()
 

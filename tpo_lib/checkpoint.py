@@ -13,9 +13,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +26,9 @@ from safetensors.torch import load_file, save_file
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DIGEST = "sha256"
+MARK = ".tpo_lib.lock"  # a folder of ours has it
+RUN = ("checkpoints", "final", "metrics.jsonl")  # what a training run writes into its folder
+DOCUMENTS = (".md", ".png")
 
 
 class CheckpointError(RuntimeError):
@@ -106,21 +111,34 @@ def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
     """Fill a new folder through `write(folder)` and give it its final name only once every byte is on disk.
 
     If anything raises (a full disk, an interrupt), the unfinished folder is removed and `final` is left as it was.
+
+    Raises:
+        FileExistsError: `final` is there and not ours (see `prove`).
     """
+    prove(final)
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left over from a kill
     unfinished.mkdir(parents=True)
     try:
         write(unfinished)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        manifest = {path.relative_to(unfinished).as_posix(): sha256_file(path) for path in files}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        write_manifest(unfinished)
         for path in [*unfinished.rglob("*"), unfinished]:
             _fsync(path)
         _rename_over(unfinished, final)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 of every file below `folder` into its MANIFEST.json."""
+    manifest = {name: sha256_file(folder / name) for name in sorted(_names(folder) - {MANIFEST})}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _names(folder: Path) -> set[str]:
+    """All files and links below `folder`, by their path from there."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
 
 
 def _rename_over(unfinished: Path, final: Path) -> None:
@@ -139,20 +157,52 @@ def _rename_over(unfinished: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of `folder` has the digest its manifest promises."""
+def _manifest(folder: Path) -> dict[str, str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if not isinstance(manifest, dict) or not manifest:
             raise ValueError("it lists no files")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); the checkpoint is not usable") from error
-    for name, digest in manifest.items():
+    return manifest
+
+
+def verify(folder: Path, *, digest: Callable[[Path], str] = sha256_file) -> None:
+    """Raise CheckpointError unless every file of `folder` has the digest its manifest promises.
+
+    Documents may change: nothing reads them. Files beside those that are listed may be there.
+    """
+    for name, promised in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing; the checkpoint is not usable")
-        if sha256_file(path) != digest:
+        if path.suffix not in DOCUMENTS and digest(path) != promised:
             raise CheckpointError(f"{folder}: {name} was truncated or altered; the checkpoint is not usable")
+
+
+def prove(folder: Path) -> None:
+    """Raise FileExistsError unless `folder` may be replaced: nothing is there, or what stands in its manifest, as written.
+
+    A folder that is named after the digest of its content (a cache's entry) is ours by its name.
+    """
+    if not os.path.lexists(folder) or re.search(r"(^|-)[0-9a-f]{16,64}$", folder.name):
+        return
+    reason = "it is not a folder" if folder.is_symlink() or not folder.is_dir() else _foreign(folder)
+    for name, promised in {} if reason else _manifest(folder).items():
+        if sha256_file(folder / name) != promised:
+            reason = f"{name} was altered"
+    if reason:
+        raise FileExistsError(f"{folder} would be replaced, but is not what was written there ({reason}); move it away")
+
+
+def _foreign(folder: Path) -> str | None:
+    """What in `folder` does not agree with its manifest, by names alone; None if all does."""
+    try:
+        listed = {MANIFEST, *_manifest(folder)}
+    except CheckpointError:
+        return f"no readable {MANIFEST}"
+    found = _names(folder)
+    return next((f"{name} is missing" if name in listed else f"{name} is not in it" for name in listed ^ found), None)
 
 
 def newest(folder: Path, *, warn: Callable[[str], None] = print) -> Path | None:
@@ -168,11 +218,25 @@ def newest(folder: Path, *, warn: Callable[[str], None] = print) -> Path | None:
 
 
 def keep_last(folder: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints below `folder`; count is at least 1."""
+    """Remove all but the `count` newest checkpoints below `folder`; count is at least 1.
+
+    What is not ours, or has files beside ours in it, is neither removed nor counted.
+    """
     if count < 1:
         raise ValueError(f"keep_last={count} would leave no checkpoint to resume from; keep at least 1")
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-count]:
+    ours = [path for path in sorted(folder.glob(f"{PREFIX}*")) if not path.is_symlink() and not _foreign(path)]
+    for old in ours[:-count]:
         shutil.rmtree(old)
+
+
+def set_aside(folder: Path, found: Path | None) -> None:
+    """Rename the checkpoints below `folder` that come after `found` (None: all), which `newest` could not use.
+
+    A run that goes on from `found` would otherwise count them among its last ones, and remove its own.
+    """
+    for damaged in sorted(folder.glob(f"{PREFIX}*")):
+        if found is None or damaged.name > found.name:
+            damaged.rename(folder / f"damaged-{damaged.name}-{time.time_ns()}")
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -228,6 +292,7 @@ def save_progress(
 def load_progress(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
     """Continue from the newest sound checkpoint below `folder`; returns its state, {} where there is none."""
     found = newest(folder)
+    set_aside(folder, found)
     if found is None:
         return {}
     state = load_state(found / "state")
@@ -253,12 +318,29 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; a second run into it is refused. The lock dies with the process."""
+def exclusive(folder: Path, names: Sequence[str] | None = RUN) -> Iterator[None]:
+    """Hold `folder` for this process alone; a second run into it is refused. The lock dies with the process.
+
+    The lock's file stays: it is the mark of a folder of ours.
+
+    Args:
+        names: what will be written there and may be replaced; None is everything.
+
+    Raises:
+        FileExistsError: something of these names is there and not ours; nothing was changed.
+        RuntimeError: another process holds the folder.
+    """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
+    for name in () if (folder / MARK).is_file() else os.listdir(folder) if names is None else names:
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"{folder / name} was there before, and {folder} is not marked as ours by a file {MARK}: move it away or choose "
+                "another folder (a run of an earlier version continues once there is such a file)"
+            )
+    prove(folder / "final")  # now, not when the work is done
+    with open(folder / MARK, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -270,4 +352,5 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        _fsync(folder)
         yield
