@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -363,6 +364,155 @@ def test_keeping_none_is_refused(tmp_path, count):
     with pytest.raises(ValueError, match=f"keep_last={count} .*at least 1"):
         keep_last(tmp_path, count)
     verify(step_folder(tmp_path, 1))
+
+
+# What is not ours -----------------------------------------------------------------------------------------------------
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file below a folder with its content, links with their target."""
+    return {
+        str(p.relative_to(root)): f"-> {os.readlink(p)}" if p.is_symlink() else p.read_bytes().hex()
+        for p in sorted(root.rglob("*"))
+        if p.is_symlink() or p.is_file()
+    }
+
+
+def users_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+
+
+FOREIGN = {
+    "a folder of the user's": (lambda path: users_folder(path), "no readable MANIFEST"),
+    "a file": (lambda path: path.write_text("mine"), "not a folder"),
+    "a link to a folder of ours": (
+        lambda path: (write_atomically(path.with_name("far"), writer("x")), path.symlink_to("far")),
+        "not a folder",
+    ),
+    "ours with a file of the user's": (
+        lambda path: (write_atomically(path, writer("x")), (path / "state" / "notes").write_text("mine")),
+        "state/notes is not in it",
+    ),
+    "ours with a link": (
+        lambda path: (write_atomically(path, writer("x")), (path / "link").symlink_to("/")),
+        "link is not in it",
+    ),
+    "ours with a model card edited": (
+        lambda path: (
+            write_atomically(path, lambda to: (to / "README.md").write_text("card")),
+            (path / "README.md").write_text("mine"),
+        ),
+        "README.md was altered",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_is_not_ours_is_not_replaced(tmp_path, case):
+    make, reason = FOREIGN[case]
+    make(tmp_path / "final")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"final would be replaced, but .*{reason}.*; move it away"):
+        write_atomically(tmp_path / "final", lambda to: pytest.fail("refused only after the work"))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_a_run_takes_no_folder_where_its_names_are_the_users(tmp_path, name, kind):
+    (tmp_path / "pairs.jsonl").write_text("may lie beside a run")
+    with exclusive(tmp_path / "new"):
+        pass
+    {"folder": users_folder, "file": lambda p: p.write_text("mine"), "dangling link": lambda p: p.symlink_to("none")}[
+        kind
+    ](tmp_path / name)
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"{name} was there before.*not marked as ours"):
+        exclusive(tmp_path).__enter__()
+    assert tree(tmp_path) == before
+    (tmp_path / checkpoint.MARK).touch()  # what the sentence says a run of an earlier version needs
+    if name == "final":
+        with pytest.raises(FileExistsError, match="final would be replaced"):
+            exclusive(tmp_path).__enter__()
+    else:
+        with exclusive(tmp_path):
+            pass
+
+
+def test_a_folder_that_is_wanted_whole_is_empty_or_ours(tmp_path):
+    with exclusive(tmp_path / "new", None):
+        (tmp_path / "new" / "anything").touch()
+    with exclusive(tmp_path / "new", None):
+        pass
+    users_folder(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match=r"mine/thesis\.tex was there before"):
+        exclusive(tmp_path / "mine", None).__enter__()
+    assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_clearing_removes_ours_and_stops_at_anything_else(tmp_path):
+    known = re.compile(r"summary\.json")
+    for _ in range(2):
+        with exclusive(tmp_path, None):
+            write_json(tmp_path / "dpo" / "summary.json", {})
+            save(tmp_path / "dpo" / "checkpoints", 1)
+            truncate(save(tmp_path / "dpo" / "checkpoints", 2))
+            (tmp_path / "dpo" / "checkpoints" / ".step-00000003.unfinished").mkdir()
+            (tmp_path / "dpo" / "checkpoints" / ".step-00000003.unfinished" / "weights").touch()
+            (tmp_path / ".summary.123.json").touch()
+            for name in (".git/config", "notes.md", "dpo/checkpoints/step-00000001/notes.md", "dpo/link"):
+                path = tmp_path / name
+                path.parent.mkdir(exist_ok=True)
+                path.symlink_to(tmp_path) if name == "dpo/link" else path.write_text("mine")
+                before = tree(tmp_path)
+                with pytest.raises(FileExistsError, match=f"{name} is not ours, and nothing was removed"):
+                    checkpoint.clear(tmp_path, known)
+                assert tree(tmp_path) == before
+                path.unlink()
+            shutil.rmtree(tmp_path / ".git")
+            checkpoint.clear(tmp_path, known)
+        assert names(tmp_path) == [checkpoint.MARK]
+
+
+def test_checkpoints_with_something_beside_ours_are_neither_removed_nor_counted(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (step_folder(tmp_path, 1) / "notes").write_text("mine")
+    users_folder(tmp_path / "step-by-step")
+    (tmp_path / "step-99999999").symlink_to(step_folder(tmp_path, 2))
+    keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001", "step-00000004", "step-99999999", "step-by-step"]
+    assert (tmp_path / "step-by-step" / "thesis.tex").exists()
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_new_ones_kept(tmp_path):
+    """A build whose kept checkpoints are both damaged starts over: what it writes then sorts before the damaged ones."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in (900, 1000):
+        checkpoint.save_progress(tmp_path, model, [optimizer], step=step)
+        state = step_folder(tmp_path, step) / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-1])
+    assert checkpoint.load_progress(tmp_path, model, [optimizer]) == {}
+    for step in (100, 200, 300):
+        checkpoint.save_progress(tmp_path, model, [optimizer], step=step)
+    kept = [name for name in names(tmp_path) if not name.startswith("damaged-")]
+    assert kept == ["step-00000200", "step-00000300"]
+    assert [name[:21] for name in names(tmp_path) if name not in kept] == [
+        "damaged-step-00000900",
+        "damaged-step-00001000",
+    ]
+    assert checkpoint.load_progress(tmp_path, model, [optimizer])["step"] == 300
+
+
+def test_documents_may_change_and_files_may_be_added(tmp_path):
+    write_atomically(
+        tmp_path / "final", lambda to: [(to / name).write_text("ours") for name in ("README.md", "a.json")]
+    )
+    (tmp_path / "final" / "README.md").write_text("a better card")
+    (tmp_path / "final" / "tokenizer.json").write_text("mine")
+    verify(tmp_path / "final")
 
 
 # State --------------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from tpo_lib import compare, stage
+from tpo_lib import checkpoint, compare, stage
+from tpo_lib.cli import main
 from tpo_lib.config import PRESETS
 
 OBJECTIVES = {"dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"}
@@ -93,6 +95,73 @@ def test_another_comparison_is_not_mixed_in(finished):
     config, folder, _ = finished
     with pytest.raises(RuntimeError, match="--fresh"):
         compare.run(replace(config, stage=replace(config.stage, seed=1)), folder, progress=False)
+
+
+def test_fresh_knows_every_file_of_a_comparison_and_stops_at_any_other(finished, tmp_path):
+    _, folder, _ = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tgdpo" / "final" / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"tgdpo/final/notes\.md is not ours, and nothing was removed"):
+        checkpoint.clear(copy, compare.WRITTEN)
+    assert len(list(copy.rglob("*"))) == len(list(folder.rglob("*"))) + 1
+    (copy / "tgdpo" / "final" / "notes.md").unlink()
+    checkpoint.clear(copy, compare.WRITTEN)
+    assert [path.name for path in copy.iterdir()] == [checkpoint.MARK]
+
+
+@pytest.mark.parametrize("damage", ["digit", "gone"])
+def test_an_evaluation_that_changed_is_not_believed(finished, tmp_path, damage):
+    config, folder, _ = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = max(copy.glob("dpo/evaluations/*.json"))
+    text = path.read_text()
+    mean = json.loads(text)["reward"]["mean"]
+    path.write_text(text.replace(f'"mean": {mean}', '"mean": 0.999'))
+    if damage == "gone":
+        path.unlink()
+    said = "missing, and the run has gone on" if damage == "gone" else "damaged"
+    with pytest.raises(RuntimeError, match=rf"dpo/evaluations/{path.name} is {said}.*--fresh"):
+        compare.run(config, copy, progress=False)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "latest", "a/b", "/tmp/elsewhere", "../home", "a\\b"])
+def test_a_name_is_one_folder_below_runs(tmp_path, capsys, name):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--fresh", "--quick", "--runs", str(tmp_path / "runs"), "--name", name])
+    assert f"--name {name!r} must be a name of one folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "runs"]
+
+
+def test_a_folder_of_the_users_is_refused_with_fresh_and_without(tmp_path, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "report.md").write_text("mine")
+    for more in ([], ["--fresh"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", "--quick", "--runs", str(tmp_path / "runs"), "--name", "mine", *more])
+        assert "mine/report.md was there before" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "mine" / "report.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link of the user's", "link of ours", "nothing"])
+def test_latest_is_a_link_or_left_as_it_is(tmp_path, capsys, kind):
+    link, run = tmp_path / "latest", tmp_path / "quick"
+    run.mkdir()
+    if kind == "folder":
+        link.mkdir()
+        (link / "precious").write_text("mine")
+    elif kind == "file":
+        link.write_text("mine")
+    elif kind != "nothing":
+        link.symlink_to("earlier" if kind == "link of ours" else "/home")
+    compare._link_latest(run)
+    if kind in ("nothing", "link of ours"):
+        assert link.readlink().name == "quick"
+    else:
+        assert "latest is left as it is" in capsys.readouterr().err
+        assert not link.is_symlink() or str(link.readlink()) == "/home"
+        assert kind != "folder" or (link / "precious").read_text() == "mine"
 
 
 def test_nothing_is_tuned_in_favour_of_one():

@@ -29,6 +29,7 @@ DIGEST = "sha256"
 MARK = ".tpo_lib.lock"  # a folder of ours has it
 RUN = ("checkpoints", "final", "metrics.jsonl")  # what a training run writes into its folder
 DOCUMENTS = (".md", ".png")
+LEFT_OVER = re.compile(r"\..+\.(lock|unfinished|replaced|\d+(\.\w+)?)")  # what a kill leaves, and locks
 
 
 class CheckpointError(RuntimeError):
@@ -205,6 +206,28 @@ def _foreign(folder: Path) -> str | None:
     return next((f"{name} is missing" if name in listed else f"{name} is not in it" for name in listed ^ found), None)
 
 
+def clear(folder: Path, known: re.Pattern) -> None:
+    """Empty a folder of ours, but for its mark.
+
+    Args:
+        known: what the names of our files match, beside those that stand in a manifest.
+
+    Raises:
+        FileExistsError: there is something else; it is named, and nothing was removed.
+    """
+    listed = {folder / MARK}
+    for manifest in folder.rglob(MANIFEST):
+        with contextlib.suppress(CheckpointError):
+            listed |= {manifest, *(manifest.parent / name for name in _manifest(manifest.parent))}
+    for path in sorted(folder / name for name in _names(folder)):
+        left_over = any(map(LEFT_OVER.fullmatch, path.relative_to(folder).parts))
+        if path.is_symlink() or not (path in listed or left_over or known.fullmatch(path.name)):
+            raise FileExistsError(f"{path} is not ours, and nothing was removed; move it out of {folder} first")
+    for path in sorted(folder.iterdir(), key=lambda path: path.is_file()):  # single files last: they say what it was
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def newest(folder: Path, *, warn: Callable[[str], None] = print) -> Path | None:
     """Return the newest checkpoint below `folder` that verifies, telling of every one that had to be passed over."""
     for candidate in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
@@ -339,7 +362,6 @@ def exclusive(folder: Path, names: Sequence[str] | None = RUN) -> Iterator[None]
                 f"{folder / name} was there before, and {folder} is not marked as ours by a file {MARK}: move it away or choose "
                 "another folder (a run of an earlier version continues once there is such a file)"
             )
-    prove(folder / "final")  # now, not when the work is done
     with open(folder / MARK, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -353,4 +375,5 @@ def exclusive(folder: Path, names: Sequence[str] | None = RUN) -> Iterator[None]
         lock.write(str(os.getpid()))
         lock.flush()
         _fsync(folder)
+        prove(folder / "final")  # now, not when the work is done
         yield

@@ -69,7 +69,8 @@ def _run(options) -> None:
     from tpo_lib import compare, report
 
     config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
-    folder = Path(options.runs) / (options.name or ("quick" if options.quick else "pocket"))
+    name = ("quick" if options.quick else "pocket") if options.name is None else options.name
+    folder = compare.run_folder(options.runs, name)
     summary = compare.run(config, folder, fresh=options.fresh)
     print(report.summary_table(summary))
     print(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
-import shutil
+import re
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +29,11 @@ from tpo_lib.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
+LATEST = "latest"  # the link to the last comparison
+WRITTEN = re.compile(  # names of all files of a comparison that stand in no manifest
+    r"(identity|wall_time|summary|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
+    r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
+)
 EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's estimate alone
 
 
@@ -86,24 +93,26 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
 
     Args:
         config: what is compared.
-        folder: where; a folder that holds another comparison is refused unless `fresh`.
-        fresh: throw away what the folder holds.
+        folder: where; a folder that holds another comparison is refused unless `fresh`, one that is not ours in any case.
+        fresh: throw away what an earlier comparison left in the folder.
         progress: show one overall progress bar.
 
     Returns:
         The summary, as in summary.json.
+
+    Raises:
+        FileExistsError: there is something in the folder that no comparison wrote; nothing was removed.
+        RuntimeError: it holds another comparison, or another process is at work in it.
     """
-    with checkpoint.exclusive(folder):
+    with checkpoint.exclusive(folder, None):
         if fresh:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            checkpoint.clear(folder, WRITTEN)
         comparison = _Comparison(config, folder, progress)
         for train in config.objectives:
             _train_one(train, comparison)
         comparison.bar.close()
         summary, curves, samples = _collect(comparison)
-        report.write_report(folder, summary, curves, samples, training=_training_rows(comparison))
+        report.write_report(folder, summary, curves, samples, training=comparison.training)
         lines = "".join(json.dumps(row) + "\n" for row in _metrics_rows(comparison, curves))
         checkpoint.write_file(folder / "metrics.jsonl", lines)
         checkpoint.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -116,6 +125,7 @@ class _Comparison:
 
     def __init__(self, config: CompareConfig, folder: Path, progress: bool):
         self.config, self.folder = config, folder
+        self.training: dict[str, list[dict]] = {}  # objective -> its metrics rows
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (checkpoint.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
         _check_identity(folder, config=asdict(config))  # before the work, and once more with what was loaded
@@ -135,7 +145,7 @@ class _Comparison:
 
     def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
         """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
-        path = folder / "evaluations" / f"{step:08d}.json"
+        path = _evaluation(folder, step)
         if path.exists():
             return checkpoint.read_json(path, FIX)
         result = self.stage.evaluate(policy, train, guide=guide)
@@ -167,7 +177,7 @@ def _train_one(train: TrainConfig, comparison: _Comparison) -> None:
         if step:
             comparison.evaluated(folder, step, policy, train, guide)
 
-    fit(
+    result = fit(
         settings,
         stage.policy(),
         stage.start,
@@ -178,6 +188,10 @@ def _train_one(train: TrainConfig, comparison: _Comparison) -> None:
         resume=True,
         progress=False,
     )
+    comparison.training[train.loss_type] = result.metrics
+    for step in [*range(comparison.every, result.steps, comparison.every), result.steps]:
+        if not (path := _evaluation(folder, step)).exists():
+            raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
 
 
 def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
@@ -233,26 +247,24 @@ def _check_identity(folder: Path, **facts) -> None:
     checkpoint.write_json(path, known | facts)
 
 
+def _evaluation(folder: Path, step: int) -> Path:
+    return folder / "evaluations" / f"{step:08d}.json"
+
+
 def _evaluations(folder: Path) -> list[dict]:
     return [checkpoint.read_json(path, FIX) for path in sorted((folder / "evaluations").glob("*.json"))]
 
 
 def _metrics_rows(comparison: _Comparison, curves: dict) -> list[dict]:
     """Everything that was logged, one row a line: training rows and evaluations of all objectives."""
-    rows, training = [], _training_rows(comparison)
+    rows = []
     for name, curve in curves.items():
-        rows += [{"objective": name, "kind": "train"} | row for row in training[name]]
+        rows += [{"objective": name, "kind": "train"} | row for row in comparison.training[name]]
         rows += [
             {"objective": name, "kind": "evaluation"} | {k: v for k, v in row.items() if k != "by_prompt"}
             for row in curve
         ]
     return rows
-
-
-def _training_rows(comparison: _Comparison) -> dict[str, list[dict]]:
-    names = [train.loss_type for train in comparison.config.objectives]
-    lines = {name: (comparison.folder / name / "metrics.jsonl").read_text().splitlines() for name in names}
-    return {name: [json.loads(line) for line in some] for name, some in lines.items()}
 
 
 def _without_samples(row: dict) -> dict:
@@ -263,9 +275,27 @@ def _is_metric(value) -> bool:
     return isinstance(value, dict) and "mean" in value
 
 
+def run_folder(runs: str | Path, name: str) -> Path:
+    """The folder of the comparison `name`.
+
+    Raises:
+        ValueError: the name is not one of a single folder below `runs`, or the link's own.
+    """
+    if name in ("", ".", "..", LATEST) or "/" in name or "\\" in name:
+        raise ValueError(
+            f"--name {name!r} must be a name of one folder below {runs}, and not {LATEST!r}; move with --runs"
+        )
+    return Path(runs) / name
+
+
 def _link_latest(folder: Path) -> None:
-    link = folder.parent / "latest"
-    new = folder.parent / ".latest.new"
-    new.unlink(missing_ok=True)
-    new.symlink_to(folder.name, target_is_directory=True)
-    new.replace(link)
+    """Point the link `latest` here; where it cannot be, or is not a link of ours, all is done but the link."""
+    link, new = folder.parent / LATEST, folder.parent / f".{LATEST}.new"
+    try:
+        if os.path.lexists(link) and not (link.is_symlink() and os.path.dirname(os.readlink(link)) == ""):
+            raise FileExistsError("it is not a link of ours")
+        new.unlink(missing_ok=True)
+        new.symlink_to(folder.name, target_is_directory=True)
+        new.replace(link)
+    except OSError as error:
+        print(f"{link} is left as it is ({error}); the comparison is in {folder}", file=sys.stderr)
