@@ -6,21 +6,27 @@ import argparse
 import json
 import os
 import sys
-import types
-import typing
+import tempfile
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from tpo_lib import flags
 from tpo_lib.config import PRESETS, TrainConfig, override
 from tpo_lib.losses import OBJECTIVES
 
+LONGEST = 1000  # characters of an error
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; user errors end with one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m tpo_lib", description=__doc__)
+
+def build_parser() -> flags.Parser:
+    """The parser of all commands; `commands` holds theirs by name."""
+    parser = flags.Parser(prog="python -m tpo_lib", description=__doc__)
+    parser.add_argument("--traceback", action="store_true", help="show errors as Python does")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_run,
@@ -34,16 +40,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _add_bench,
     ):
         add(commands)
-    options = parser.parse_args(arguments)
-    _one_bar_only()
+    parser.commands = commands.choices
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; user errors end with one line on stderr and exit status 2 (`--traceback`: with Python's traceback)."""
+    options = build_parser().parse_args(arguments)
     try:
+        _judge(options)
+        _one_bar_only()
         options.function(options)
-    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was (train: add --resume)", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if options.traceback:
+            raise
+        print(_sentence(error), file=sys.stderr)
+        sys.exit(2)
+
+
+def _judge(options) -> None:
+    """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
+    from tpo_lib.models import choose_device, choose_precision
+
+    if options.command == "train":
+        config = flags.read_config(options)
+        if config.output_dir is None:
+            raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
+        if options.guide and "guide_logps" not in OBJECTIVES[config.loss_type].needs:
+            raise ValueError(f"--guide has no effect with {config.loss_type}, which reads no guide; leave it out")
+        choose_precision(choose_device(config.device), config.precision)
+    elif getattr(options, "device", None):
+        choose_device(options.device)
+    suffixes = {"pairs": (".jsonl", ".parquet")}.get(options.command, ())
+    if getattr(options, "output", None):
+        flags.check_room("--output", options.output, folder=options.command == "bench", suffixes=suffixes)
+    for name in ("output_dir", "work_dir", "cache_dir", "runs"):
+        if getattr(options, name, None):
+            flags.check_room("--" + name.replace("_", "-"), getattr(options, name), folder=True)
+
+
+def _sentence(error: Exception) -> str:
+    """An error as one line. What this package did not raise itself keeps its traceback, in a file: it may be a fault of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = " ".join(str(error).split()) or "no more is known"
+    text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return (
+            f"out of memory: {text}; lower --batch-size, --max-tokens, --max-length, --num-prompts or --max-new-tokens"
+        )
+    known = isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError)
+    if known and (isinstance(error, OSError) or Path(frames[-1].filename).is_relative_to(Path(__file__).parent)):
+        return f"{type(error).__name__}: {text}"
+    with tempfile.NamedTemporaryFile("w", prefix="tpo_lib-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.writelines(traceback.format_exception(error))
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)][-1]
+    return f"{type(error).__name__} in {Path(ours.filename).name}, line {ours.lineno}: {text} (traceback: {file.name})"
 
 
 def _one_bar_only() -> None:
@@ -61,7 +115,7 @@ def _add_run(commands) -> None:
     command.add_argument("--name", help="folder below --runs (default: pocket, or quick)")
     command.add_argument("--runs", default="runs", help="where runs are kept")
     command.add_argument("--fresh", action="store_true", help="throw away what an earlier run left in the folder")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=flags.SEED, default=0, help="of prompts, samples and the order of the pairs")
     command.set_defaults(function=_run)
 
 
@@ -91,9 +145,11 @@ def _add_train(commands) -> None:
         "--guide", help="tgdpo: folder or name of the DPO model that guides (default: train one first)"
     )
     command.add_argument("--resume", action="store_true", help="continue from the newest sound checkpoint")
-    command.add_argument("--on-bad-rows", choices=("error", "skip"), default="error")
+    command.add_argument(
+        "--on-bad-rows", choices=("error", "skip"), default="error", help="stop at them, or list and skip"
+    )
     _add_sampling(command)
-    _add_config(command)
+    flags.add_config(command)
     command.set_defaults(function=_train)
 
 
@@ -101,10 +157,7 @@ def _train(options) -> None:
     from tpo_lib.models import choose_device, load_tokenizer
     from tpo_lib.train import fit
 
-    preset = PRESETS[options.preset]
-    config = override(preset.train, **{field.name: getattr(options, field.name) for field in fields(TrainConfig)})
-    if config.output_dir is None:
-        raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
+    preset, config = PRESETS[options.preset], flags.read_config(options)
     name, device = _model_name(options), choose_device(config.device)
     _check_names(options)
     _check_rank(config, name)
@@ -183,7 +236,7 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
             return config, options.guide
         for record in (Path(options.guide) / "training.json", Path(options.guide) / "final" / "training.json"):
             if record.is_file():
-                return replace(config, guide_beta=json.loads(record.read_text())["beta"]), options.guide
+                return replace(config, guide_beta=_guides_beta(record)), options.guide
         raise ValueError(
             f"--guide {options.guide} does not say which beta it was trained with; pass it as --guide-beta"
         )
@@ -194,6 +247,23 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
     reference = partial(_frozen, name, choose_device(config.device))
     fit(stage, _policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
     return replace(config, guide_beta=beta), folder
+
+
+def _guides_beta(record: Path) -> float:
+    """The beta of a run that can guide: log pi_guide - log pi_ref is a reward in what was trained against a reference."""
+    try:
+        run = json.loads(record.read_text())
+        needs, beta = OBJECTIVES[run["loss_type"]].needs, run["beta"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} does not tell the guide's objective and beta ({error!r}): pass --guide-beta"
+        ) from error
+    if "ref_logps" not in needs:
+        raise ValueError(
+            f"--guide {record.parent} is a run of {run['loss_type']}, which reads no reference, so that it holds no token "
+            "rewards: guide with a run of dpo, or say with --guide-beta how its log-ratio is to be read"
+        )
+    return beta
 
 
 def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
@@ -213,8 +283,8 @@ def _add_pairs(commands) -> None:
     command = commands.add_parser("pairs", help="prompts -> completions -> scored preference pairs")
     _add_models(command)
     _add_sampling(command)
-    command.add_argument("--device")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--seed", type=flags.SEED, default=0, help="of prompts and samples")
     command.add_argument(
         "--output", required=True, help="file to write: .jsonl or .parquet; the histogram goes beside it"
     )
@@ -269,10 +339,10 @@ def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help="reward, judge, KL and diversity of a trained model, with intervals")
     _add_models(command)
     command.add_argument("policy", help="folder or name of the trained model")
-    command.add_argument("--num-prompts", type=int, default=192)
-    command.add_argument("--max-new-tokens", type=int, default=40)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device")
+    command.add_argument("--num-prompts", type=flags.COUNT, default=192, help="prompts sampled from the reference")
+    command.add_argument("--max-new-tokens", type=flags.COUNT, default=40, help="longest completion")
+    command.add_argument("--seed", type=flags.SEED, default=0, help="of prompts and samples")
+    command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     command.add_argument("--output", help="JSON file for metrics and samples")
     command.set_defaults(function=_evaluate)
 
@@ -312,12 +382,12 @@ def _add_pocket(commands) -> None:
     command.add_argument(
         "--imdb", help="folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)"
     )
-    command.add_argument("--output-dir", default=str(_pocket()))
+    command.add_argument("--output-dir", default=str(_pocket()), help="where model, reward and judge go")
     command.add_argument(
         "--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here"
     )
     command.add_argument(
-        "--steps", type=int, nargs="+", help="training steps of the language model, a number for every cycle"
+        "--steps", type=flags.COUNT, nargs="+", help="training steps of the language model, a number for every cycle"
     )
     command.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the step"
@@ -385,7 +455,7 @@ def _add_bench(commands) -> None:
     command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="sections whose names begin so")
     command.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; nothing is written")
     command.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    command.add_argument("--repetitions", type=int, help="rounds of timing (default: 4, quick: 2)")
+    command.add_argument("--repetitions", type=flags.COUNT, help="rounds of timing (default: 4, quick: 2)")
     command.add_argument("--output", type=Path, help="folder to write (default: benchmarks, quick: runs/bench)")
     command.set_defaults(function=_bench)
 
@@ -408,7 +478,9 @@ def _bench(options) -> None:
 
 
 def _add_models(command) -> None:
-    command.add_argument("--preset", choices=tuple(PRESETS), default="pocket")
+    command.add_argument(
+        "--preset", choices=tuple(PRESETS), default="pocket", help="where everything not given comes from"
+    )
     command.add_argument("--model", help="start model: folder or hub name (default: the preset's)")
     command.add_argument("--reward", help="reward: folder or hub name of a text classifier (default: the preset's)")
     command.add_argument("--judge", help="second classifier, for reporting only")
@@ -421,37 +493,29 @@ def _add_sampling(command) -> None:
     command.add_argument(
         "--imdb", help="with --prompts imdb: folder of parquet files (default: the hub's stanfordnlp/imdb)"
     )
-    command.add_argument("--num-prompts", type=int, default=512, help="prompts of 2-8 tokens (the DPO paper: 25,000)")
-    command.add_argument("--samples-per-prompt", type=int, default=4, help="completions of a prompt (the DPO paper: 4)")
-    command.add_argument("--max-new-tokens", type=int, default=40)
-    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument(
+        "--num-prompts", type=flags.COUNT, default=512, help="prompts of 2-8 tokens (the DPO paper: 25,000)"
+    )
+    command.add_argument(
+        "--samples-per-prompt",
+        type=flags.SEVERAL,
+        default=4,
+        help="completions of a prompt (the DPO paper: 4)",
+    )
+    command.add_argument("--max-new-tokens", type=flags.COUNT, default=40, help="longest completion")
+    command.add_argument(
+        "--temperature", type=flags.TEMPERATURE, default=1.0, help="divides the logits before sampling"
+    )
     command.add_argument(
         "--rule", choices=("all", "best_worst"), default="all", help="all: 6 pairs from 4, as in the paper"
     )
-    command.add_argument("--min-gap", type=float, default=0.0, help="smallest difference of scores in a pair")
+    command.add_argument("--min-gap", type=flags.GAP, default=0.0, help="smallest difference of scores in a pair")
     command.add_argument(
         "--cache-dir",
         metavar="DIR",
         help="folder of caches: of sampled pairs (without the flag: runs/pairs); train: also of what the frozen models say "
         "(without the flag: none, they are read anew for every batch)",
     )
-
-
-def _add_config(command) -> None:
-    """One flag for every field of TrainConfig; the preset's value is the default."""
-    group = command.add_argument_group("training run (defaults: the preset's; meanings: tpo_lib/config.py)")
-    hints = typing.get_type_hints(TrainConfig)
-    for field in fields(TrainConfig):
-        if field.name == "cache_dir":  # one flag for every cache, in _add_sampling
-            continue
-        hint = hints[field.name]
-        kind = hint if not isinstance(hint, types.UnionType) else hint.__args__[0]
-        flag = "--" + field.name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-            continue
-        choices = tuple(OBJECTIVES) if field.name == "loss_type" else None
-        group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else "X")
 
 
 def _model_name(options) -> str:

@@ -37,8 +37,17 @@ POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the named device, or the best one here: CUDA, then MPS, then CPU."""
+    """Return the named device, or the best one here: CUDA, then MPS, then CPU.
+
+    Raises:
+        ValueError: it is not here.
+    """
     if name is not None:
+        try:
+            torch.zeros(1, device=name).item()
+        except (RuntimeError, AssertionError) as error:  # torch's own words are a page
+            here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+            raise ValueError(f"device {name!r} is not here; choose {' or '.join(['cpu', *here])}") from error
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")

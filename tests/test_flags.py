@@ -1,0 +1,195 @@
+"""What the command line refuses, in one sentence and with status 2; and what it says of every flag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from tpo_lib import cli, flags
+from tpo_lib.config import TrainConfig
+from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
+
+COMMANDS = ("run", "train", "pairs", "evaluate", "pocket", "derive", "notebooks", "sweep", "bench")
+
+
+def refused(capsys, *arguments) -> str:
+    """The sentence that a command leaves with."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert len(said.strip().splitlines()) == 1, said
+    assert "raceback" not in said
+    return said
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Arguments are judged before anything is imported that is slow, or loaded."""
+
+    def load():
+        raise AssertionError("it began to load")
+
+    monkeypatch.setattr(cli, "_one_bar_only", load)
+
+
+def train(*more) -> list[str]:
+    return ["train", "--output-dir", "out", *more]
+
+
+def pairs(*more) -> list[str]:
+    return ["pairs", "--output", "pairs.jsonl", *more]
+
+
+JUDGED = [
+    ([], "required: command"),
+    (["trian"], "invalid choice: 'trian'"),
+    (["train", "--learning-rate", "1"], "--learning-rate"),
+    (["train"], "--output-dir is missing"),
+    (train("--seed", "-1"), "seed=-1 must be at least 0"),
+    (train("--seed", "99999999999"), "seed=99999999999 must be at most 4294967295"),
+    (train("--max-tokens", "1"), "max_tokens=1 must be greater than 3"),
+    (train("--batch-size", "2.5"), "--batch-size: '2.5' is no whole number"),
+    (train("--batch-size", "0"), "batch_size=0 must be greater than 0"),
+    (train("--epochs", "9" * 5000), "is no whole number"),
+    (train("--lr", "nan"), "--lr: nan is not finite"),
+    (train("--lr", "inf"), "--lr: inf is not finite"),
+    (train("--lr", "-0.0"), "lr=-0.0 must be greater than 0"),
+    (train("--lr", "fast"), "--lr: 'fast' is no number"),
+    (train("--beta", "-1"), "beta=-1.0 must be greater than 0"),
+    (train("--device", "banana"), "device 'banana' is not here; choose cpu"),
+    (train("--precision", "fp16", "--device", "cpu"), "fp16 needs a CUDA device"),
+    (train("--alpha", "0.3"), "--alpha has no effect with dpo, which takes --beta"),
+    (train("--loss-type", "sft", "--beta", "1"), "--beta has no effect with sft, which takes none of these"),
+    (train("--guide", "x"), "--guide has no effect with dpo"),
+    (train("--num-prompts", "0"), "--num-prompts: 0 must be at least 1"),
+    (train("--optimizer", "rmsprop", "--weight-decay", "1"), "weight_decay=1.0 has no effect with rmsprop"),
+    (["train", "--output-dir", "file/run"], "--output-dir file/run cannot be made: "),
+    (["train", "--output-dir", "file"], "--output-dir file cannot be made: "),
+    (train("--cache-dir", "file"), "--cache-dir file cannot be made: "),
+    (["pairs"], "required: --output"),
+    (["pairs", "--output", "pairs.csv"], "--output pairs.csv must end in .jsonl or .parquet"),
+    (["pairs", "--output", "folder.jsonl"], "--output folder.jsonl is a folder; name a file in it"),
+    (["pairs", "--output", "file/pairs.jsonl"], "--output file/pairs.jsonl cannot be made: "),
+    (pairs("--seed", "-1"), "--seed: -1 must be at least 0"),
+    (pairs("--num-prompts", "0"), "--num-prompts: 0 must be at least 1"),
+    (pairs("--num-prompts", "1e3"), "--num-prompts: '1e3' is no whole number"),
+    (pairs("--num-prompts", "10000000000"), "--num-prompts: 10000000000 must be at most 10000000"),
+    (pairs("--samples-per-prompt", "1"), "--samples-per-prompt: 1 must be at least 2"),
+    (pairs("--max-new-tokens", "0"), "--max-new-tokens: 0 must be at least 1"),
+    (pairs("--temperature", "nan"), "--temperature: nan is not finite"),
+    (pairs("--temperature", "0"), "--temperature: 0 must be greater than 0"),
+    (pairs("--min-gap", "nan"), "--min-gap: nan is not finite"),
+    (pairs("--min-gap", "-0.1"), "--min-gap: -0.1 must be at least 0"),
+    (pairs("--device", "cuda:99"), "device 'cuda:99' is not here"),
+    (pairs("--rule", "worst"), "invalid choice: 'worst'"),
+    (["evaluate"], "required: policy"),
+    (["evaluate", "x", "--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["evaluate", "x", "--num-prompts", "-5"], "--num-prompts: -5 must be at least 1"),
+    (["evaluate", "x", "--device", "banana"], "device 'banana' is not here"),
+    (["evaluate", "x", "--output", "folder.jsonl"], "--output folder.jsonl is a folder"),
+    (["evaluate", "x", "--output", "file/e.json"], "--output file/e.json cannot be made: "),
+    (["run", "--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["run", "--runs", "file"], "--runs file cannot be made: "),
+    (["pocket", "--steps", "0"], "--steps: 0 must be at least 1"),
+    (["pocket", "--work-dir", "file"], "--work-dir file cannot be made: "),
+    (["sweep", "--output", "folder.jsonl"], "--output folder.jsonl is a folder"),
+    (["bench", "--repetitions", "0"], "--repetitions: 0 must be at least 1"),
+    (["bench", "--output", "file"], "--output file cannot be made: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), JUDGED)
+def test_arguments_are_judged_before_anything_loads(nothing_loads, capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert sentence in refused(capsys, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl"]
+
+
+def _flags(command: str) -> list[argparse.Action]:
+    return [action for action in cli.build_parser().commands[command]._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_every_command_has_words(command):
+    for action in _flags(command):
+        assert action.help, action.option_strings or action.dest
+    assert cli.build_parser().commands[command].format_help()
+
+
+def test_the_words_of_a_flag_are_the_docstrings_and_the_presets_defaults():
+    words = flags.attributes(TrainConfig)
+    assert words["clip"] == "largest gradient norm."
+    assert words["beta"] == words["floor"]  # "beta, ..., floor: ..."
+    assert words["cache_dir"].endswith("on a resume.")  # over two lines
+    said = {action.dest: action.help for action in _flags("train")}
+    assert said["lr"] == "peak learning rate (default: pocket 0.0002, gpt2-imdb 5e-06, gpt2-large-imdb 5e-06)"
+    assert said["beta"].endswith("reference, default 0.1; simpo: scale of the mean log-probability, default 2.0")
+
+
+def _config(*arguments) -> TrainConfig:
+    return flags.read_config(cli.build_parser().parse_args(["train", *arguments]))
+
+
+def test_a_flag_takes_the_objectives_own_default():
+    assert _config().hyperparameters() == {"beta": 0.1}
+    assert _config("--loss-type", "simpo").hyperparameters() == {"beta": 2.0, "gamma": 0.5}
+    assert _config("--loss-type", "simpo", "--beta", "0.1").hyperparameters()["beta"] == 0.1
+    assert _config("--preset", "gpt2-imdb", "--loss-type", "tdpo2").hyperparameters() == {"beta": 0.1, "alpha": 0.5}
+
+
+def test_an_objective_of_ones_own_has_flags(monkeypatch):
+    tau = Hyperparameter(0.7, "τ", "temperature", above=0)
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(OBJECTIVES["dpo"].fn, ("ref_logps",), {"tau": tau}))
+    assert _config("--loss-type", "mine").hyperparameters() == {"tau": 0.7}
+    assert _config("--loss-type", "mine", "--tau", "2").extra == {"tau": 2.0}
+    with pytest.raises(ValueError, match=r"--tau has no effect with dpo"):
+        _config("--tau", "2")
+
+
+def _raises(monkeypatch, error: Exception) -> None:
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_derive", fail)
+
+
+def test_what_nobody_foresaw_keeps_its_traceback_in_a_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _raises(monkeypatch, IndexError("list\nindex"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["derive"])
+    said = capsys.readouterr().err
+    (kept,) = tmp_path.iterdir()
+    assert f": list index (traceback: {kept})" in said
+    assert said.startswith("IndexError in cli.py, line ")
+    assert "raise error" in kept.read_text()
+    with pytest.raises(IndexError):
+        cli.main(["--traceback", "derive"])
+
+
+def test_long_words_of_libraries_are_cut_and_a_full_memory_names_what_to_lower(monkeypatch, capsys):
+    _raises(monkeypatch, MemoryError("a\n" * 5000))
+    said = refused(capsys, "derive")
+    assert said.startswith("out of memory: a a a")
+    assert "...; lower --batch-size" in said
+    assert len(said) < 1300
+
+
+def test_a_guide_is_a_run_that_read_a_reference(tmp_path):
+    record = tmp_path / "training.json"
+    record.write_text(json.dumps({"loss_type": "dpo", "beta": 0.3}))
+    assert cli._guides_beta(record) == 0.3
+    for content, words in (
+        ({"loss_type": "sft", "beta": 0.1}, "is a run of sft, which reads no reference"),
+        ({"loss_type": "simpo", "beta": 2.0}, "is a run of simpo, which reads no reference"),
+        ({"loss_type": "unknown", "beta": 2.0}, "does not tell the guide's objective and beta"),
+        ([], "does not tell the guide's objective and beta"),
+    ):
+        record.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=words):
+            cli._guides_beta(record)
