@@ -122,6 +122,13 @@ def test_weights_are_saved_whole_and_the_policy_stays_as_it_is(files):
     assert adapters.whole(plain) is plain
 
 
+def test_a_policy_whose_adapters_cannot_be_merged_is_saved_as_it_is(files, capsys):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    policy = peft.get_peft_model(models.load_model(files / "base"), config)
+    assert adapters.whole(policy) is policy
+    assert "saved as an adapter: merging its adapter into the weights changes its logits" in capsys.readouterr().err
+
+
 def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

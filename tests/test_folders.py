@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from tpo_lib import models
+from tpo_lib import cli, models
 
 
 def change(folder, **values):
@@ -233,3 +235,74 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
     loaded = models.load_model(folder)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(p, q.float()) for p, q in zip(loaded.parameters(), kept.parameters(), strict=True))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub client; returns a function that puts the files of a folder into it under a name."""
+
+    def put(folder, name):
+        place = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0" * 40)
+        return shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return put
+
+
+def test_a_model_of_the_hub_is_checked_and_loaded_from_its_snapshot(tmp_path, hub):
+    folder = tiny.checkpoint_folder(tmp_path / "local")
+    hub(folder, "owner/good")
+    model = models.load_model("owner/good")
+    assert models.fingerprint(model) == models.fingerprint(models.load_model(folder))
+    assert model.name_or_path == "owner/good"
+    assert len(models.load_tokenizer("owner/good")) == 300
+    change(hub(folder, "owner/deep"), num_hidden_layers=10**7)
+    with pytest.raises(OSError, match=r"model 'owner/deep' could not be loaded: its config.json has num_hidden_layers"):
+        models.load_model("owner/deep")
+    (hub(folder, "owner/pickled") / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model 'owner/pickled' could not be loaded: "):
+        models.load_model("owner/pickled")
+
+
+def test_an_adapter_of_the_hub_finds_its_base_there(tmp_path, hub):
+    peft = pytest.importorskip("peft", reason="extra peft is not installed")
+    hub(tiny.checkpoint_folder(tmp_path / "local"), "owner/base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    unmerged = peft.get_peft_model(models.load_model("owner/base"), config).eval()
+    unmerged.save_pretrained(str(tmp_path / "adapter"))
+    hub(tmp_path / "adapter", "owner/adapter")
+    model, ids = models.load_model("owner/adapter"), torch.arange(9)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, unmerged(input_ids=ids).logits)
+    assert len(models.load_tokenizer("owner/adapter")) == 300
+    assert models.load_config("owner/adapter").hidden_size == 16
+
+
+def test_every_call_of_the_library_that_could_run_code_forbids_it():
+    for path in Path(models.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("from_pretrained", "from_config"):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--model", "./nope"], "model './nope' does not exist"),
+        (["train", "--loss-type", "tgdpo", "--guide", "./nope"], "guide './nope' does not exist"),
+        (["train", "--pairs", "./nope.jsonl"], "--pairs './nope.jsonl' does not exist"),
+        (["train", "--eval-pairs", "./nope.jsonl"], "--eval-pairs './nope.jsonl' does not exist"),
+        (["pairs", "--output", "x.jsonl", "--reward", "./nope"], "reward './nope' does not exist"),
+        (["evaluate", "./nope"], "policy './nope' does not exist"),
+        (["evaluate", str(models.POCKET), "--judge", "./nope"], "judge './nope' does not exist"),
+    ],
+)
+def test_a_typo_is_refused_before_anything_is_loaded(command, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "_load", lambda *_: pytest.fail("a model was loaded"))
+    more = ["--output-dir", str(tmp_path)] if command[0] == "train" else []
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, *more])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

@@ -7,6 +7,8 @@ out equal whatever they were started from, and fresh adapters go on top of the m
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +45,10 @@ def add_lora(model, rank: int, *, seed: int):
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        policy = peft.get_peft_model(model, config)
+    # the embeddings are the base's own: otherwise peft asks the hub about that at every checkpoint
+    policy.save_pretrained = functools.partial(policy.save_pretrained, save_embedding_layers=False)
+    return policy
 
 
 def check_rank(rank: int, config) -> None:
@@ -121,13 +126,20 @@ def merged(model):
 
 
 def whole(policy):
-    """What to save of a policy so that it loads on its own: itself, or of one with adapters a merged copy (on the CPU)."""
+    """What to save of a policy so that it loads on its own: itself, or of one with adapters a merged copy (on the CPU).
+
+    One whose adapters cannot be merged is left as it is, and said to be: it then loads only where its base is.
+    """
     if not hasattr(policy, "peft_config"):
         return policy
     device = policy.device
     duplicate = copy.deepcopy(policy.cpu())  # on a GPU there may be no room for two
     policy.to(device)
-    return merged(duplicate)
+    try:
+        return merged(duplicate)
+    except ValueError as error:
+        print(f"the policy is saved as an adapter: {error}", file=sys.stderr)
+        return policy
 
 
 @torch.no_grad()

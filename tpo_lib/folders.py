@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,13 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 LARGEST_JSON = 32 * 2**20  # bytes; the index of the largest models in shards has about 10 MB
 MOST_LAYERS = 128  # a folder may name as many, whatever its files hold: this many cost nothing to lay out
-TEXT = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "adapter_model.safetensors",
-)  # what is fetched before anything is loaded
+# of a hub model, what is fetched at first, and what once that is found sound
+TEXT = ("*.json", "*.txt", "*.model", "*.jinja", "adapter_model.safetensors")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Source:
     """Where a model is.
 
     Attributes:
-        name: as `from_pretrained` takes it: an absolute folder or a hub name.
-        folder: where its JSON files are; the same folder, or the hub's snapshot of them.
+        name: an absolute folder or a hub name.
+        folder: the same folder, or the hub's snapshot of its files.
         adapter: what its adapter_config.json says, or None for a whole model.
     """
 
@@ -150,11 +147,11 @@ def base_of(source: Source) -> str:
     return base
 
 
-def _fetch(kind: str, name: str) -> Path:
+def _fetch(kind: str, name: str, patterns: Sequence[str] = TEXT, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(TEXT)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name, [path.name for path in Path().iterdir() if path.is_dir()], n=1)
         hint = f" (did you mean ./{near[0]}?)" if near else ""
@@ -191,7 +188,7 @@ def _refuse_code(folder: Path) -> None:
 def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights of a model's or adapter's folder, read from the headers of its safetensors files.
 
-    Of a hub model that is not an adapter nothing is here yet, and the answer is empty.
+    Of a hub model they are fetched first; for one that has none under the usual names the answer is empty.
 
     Raises:
         ValueError: it holds a GGUF file, pickles or quantised weights; a file is missing or damaged; config.json describes
@@ -208,6 +205,8 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
             raise ValueError(
                 f"its weights are quantised ({how}), which cannot be trained; take the whole model instead"
             )
+        if source.name != str(folder):
+            _fetch("model", source.name, WEIGHTS, revision=folder.name)
     index = folder / f"{stem}.safetensors.index.json"
     names = {f"{stem}.safetensors"}
     if not (folder / f"{stem}.safetensors").is_file() and index.is_file():

@@ -156,7 +156,7 @@ def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dt
     with torch.device("meta"):
         folders.check_size(auto.from_config(config, trust_remote_code=False), shapes)
     model, found = auto.from_pretrained(
-        source.name,
+        source.folder if shapes else source.name,  # the hub may have converted what was saved as pickles
         config=config,
         dtype=dtype,
         use_safetensors=True,
@@ -172,6 +172,7 @@ def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dt
             f"would be random: {', '.join(sorted(absent)[:4])}; choose a folder that was saved as a whole"
         )
     _check_unused(model, source.name, sorted(found["unexpected_keys"]))
+    model.name_or_path = source.name  # the base that adapters on it will name
     return model
 
 
