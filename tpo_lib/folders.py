@@ -215,6 +215,7 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
     for name in sorted(names):
         if not (folder / name).is_file():
             if source.name != str(folder) and source.adapter is None:
+                _check_counts(config, {})
                 return {}
             raise ValueError(_what_is_there_instead(folder, name))
         try:
@@ -244,11 +245,9 @@ def _what_is_there_instead(folder: Path, name: str = "config.json") -> str:
 
 def _check_counts(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError where a configuration counts more layers, experts or labels than its files can hold."""
-    if not shapes:
-        return
     bounds = {
         r"(layers?|experts|blocks|groups)$": max(MOST_LAYERS, len(shapes)),
-        r"num_labels$": max((n for shape in shapes.values() for n in shape), default=0),
+        r"num_labels$": max((n for shape in shapes.values() for n in shape), default=LARGEST_JSON),
     }
     for key, value in config.items():
         if isinstance(value, dict):
