@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
 from tpo_lib.data import encode_pairs, load_pairs
-from tpo_lib.evaluate import sequence_kl
+from tpo_lib.evaluate import evaluate, sequence_kl
 from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.sampling import Completion, Sampler
 
@@ -487,6 +487,13 @@ def test_a_reward_that_reads_tokens_scores_the_sampled_ones(tokenizer, llama):
     other.add_tokens(["another"])
     torch.testing.assert_close(pairing.score_samples(reward, other, PROMPTS, drawn), by_text)
     assert pairing.score_samples(reward, tokenizer, [], []).shape == (0, 0)
+    settings = {"max_new_tokens": 8, "samples_per_prompt": 20, "seed": 1}
+    table, _ = pairing.build_pairs(llama, tokenizer, reward, prompts=PROMPTS, cache_dir=None, **settings)
+    for row in table:
+        ids = row["chosen_ids"][:-1] if row["chosen_complete"] else row["chosen_ids"]
+        assert row["chosen_score"] == pytest.approx(reward.score_ids([ids]).item(), abs=1e-6)
+    found = evaluate(llama, llama, tokenizer, PROMPTS, reward, **settings)
+    torch.testing.assert_close(torch.tensor([sample.reward for sample in found.samples]), by_token.flatten())
 
 
 # ---- files and cache
