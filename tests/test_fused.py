@@ -361,6 +361,83 @@ def test_a_reference_may_give_logits_and_exclude_tokens(path):
     assert_same(everything(case, *path(case, "tdpo2", 1 << 20)), everything(case, *textbook(case, "tdpo2")), 1e-6)
 
 
+# ---- forbidden tokens: logits of -inf, and worse
+
+
+def by_all_logits(case: Case, name: str, tile_bytes: int):
+    """The textbook, as training takes it where a head is not understood."""
+    case = replace(case, policy=Reading(case.policy.logits(), None))
+    return by_pairs(case, name, tile_bytes)
+
+
+def make_biased_case(**settings: dict[int, float]) -> Case:
+    """Tokens 20 to 22 stand in no response, token 5 in the last one; settings: model -> {token: its bias in the head}."""
+    case = make_case(seed=1)
+    case.labels[case.labels >= 20] -= 20
+    case.labels[tuple((case.labels != IGNORE).nonzero()[-1])] = IN_A_RESPONSE
+    for name in ("policy", "ref", "guide"):
+        reading = getattr(case, name)
+        bias = torch.linspace(-1, 1, 23, dtype=torch.float64)
+        for token, value in settings.get(name, {}).items():
+            bias[token] = value
+        bias.requires_grad_(name == "policy")
+        setattr(case, name, Reading(reading.states, Head(reading.head.weight, bias, reading.head.scale)))
+    return case
+
+
+NO = -float("inf")
+IN_A_RESPONSE = 5
+ALLOWED = {
+    "reference": {"ref": {20: NO, 22: NO}},
+    "guide": {"guide": {20: NO}},
+    "all alike": {"policy": {20: NO, 21: NO}, "ref": {20: NO, 21: NO}, "guide": {20: NO, 21: NO}},
+    "reference more than policy": {"policy": {20: NO}, "ref": {20: NO, 21: NO}},
+}
+
+
+@pytest.mark.parametrize("layout", ALLOWED)
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "tgdpo"])
+@pytest.mark.parametrize("tile", [200, 1 << 20])
+def test_forbidden_tokens_are_equal_on_every_path(name, layout, tile):
+    case = make_biased_case(**ALLOWED[layout])
+    expected = everything(case, *textbook(case, name))
+    assert all(value.isfinite().all() for value in expected.values())
+    for path in (*PATHS, by_all_logits):
+        assert_same(everything(case, *path(case, name, tile)), expected, 1e-12)
+    if name == "tdpo1":
+        found = everything(case, *by_merged_pairs(case, name, tile))
+        assert_same(found, {key: expected[key] for key in found}, 1e-11)
+
+
+FORBIDS = "log-probability of the token is -inf: it forbids this token"
+BROKEN = "log-probability of the token is nan: its logits there hold NaN or inf, or forbid every token"
+WHO = {"policy": "policy", "ref": "reference", "guide": "guide"}
+REFUSED = [
+    ({"policy": {IN_A_RESPONSE: NO}, "ref": {IN_A_RESPONSE: NO}}, f"the policy's {FORBIDS}"),
+    ({"policy": {IN_A_RESPONSE: NO}}, f"the policy's {FORBIDS}"),
+    ({"ref": {IN_A_RESPONSE: NO}}, f"the reference's {FORBIDS}"),
+    ({"guide": {IN_A_RESPONSE: NO}}, f"the guide's {FORBIDS}"),
+    ({"policy": {20: NO}}, "KL(reference || policy) is inf: the policy forbids a token that the reference allows"),
+    ({"policy": {20: NO, 21: NO}, "ref": {20: NO}}, "KL(reference || policy) is inf"),
+    *(({who: {20: bad}}, f"the {called}'s {BROKEN}") for bad in (-NO, float("nan")) for who, called in WHO.items()),
+    *(({who: dict.fromkeys(range(23), NO)}, f"the {called}'s {BROKEN}") for who, called in WHO.items()),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+@pytest.mark.parametrize("path", [by_pairs, by_all_logits, by_merged_pairs])
+def test_what_cannot_be_learned_from_is_refused_with_its_place(path, settings, message):
+    if path is by_merged_pairs and "guide" in settings:
+        pytest.skip("TDPO1 has no guide")
+    case = make_biased_case(**settings)
+    tokens = textbook(case, "tdpo1")[1]
+    fields = [getattr(tokens, name) for name in ("logps", "ref_logps", "guide_logps", "kl")]
+    row, column = next(place for x in fields for place in (~x.isfinite()).nonzero().tolist())
+    with pytest.raises(stats.NotFinite, match=re.escape(f"column {column + 1}: {message}")) as caught:
+        path(case, "tdpo1", 200)
+    assert caught.value.sequence == row
+
+
 def test_an_objective_of_ones_own():
     def hinge(chosen, rejected):
         margin = (chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps + 0.1 * rejected.kl).sum(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -9,7 +11,8 @@ import torch
 from tpo_lib import models, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.evaluate import evaluate, pair_stats
+from tpo_lib.evaluate import evaluate, pair_stats, sequence_kl
+from tpo_lib.sampling import Completion
 from tpo_lib.train import fit
 
 BUILDS = [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.cohere, tiny.granite, tiny.gptj]
@@ -208,3 +211,21 @@ def test_a_reference_with_fewer_positions_is_named():
     short.config.n_positions = 30
     with pytest.raises(ValueError, match=r"row 7 \(chosen\) has 31 tokens, but the reference has 30 positions"):
         train_on(two(prompt=[1] * 25, chosen=[2] * 6), tiny.gpt2(), short)
+
+
+def test_evaluation_names_what_forbidden_tokens_make_infinite(tmp_path):
+    pairs = [EncodedPair(3, [0, 1], [2, 3], [4, 5])]
+    policy, forbids = tiny.gptj(vocab=300), tiny.gptj(vocab=300)
+    tokenizer = tiny.tokenizer(tmp_path)
+    with torch.no_grad():
+        forbids.lm_head.bias[5] = -math.inf
+    with pytest.raises(ValueError, match=r"row 3 \(rejected\), column 3: the reference's .* forbids this token"):
+        pair_stats(policy, forbids, pairs, 0)
+    with pytest.raises(ValueError, match=r"row 3 \(chosen\), column 2: KL\(reference \|\| policy\) is inf"):
+        pair_stats(forbids, policy, [EncodedPair(3, [0, 1], [2, 3], [4, 6])], 0)
+    drawn = [Completion("", (7, 8), None)]
+    both = [sequence_kl(a, b, tokenizer, ["x"], drawn).kl for a, b in ((forbids, forbids), (forbids, policy))]
+    assert both[0] == 0
+    assert both[1] > 0  # what the policy forbids adds nothing
+    with pytest.raises(ValueError, match=r"sample 0 has KL\(policy \|\| reference\) = inf .*the reference forbids"):
+        sequence_kl(policy, forbids, tokenizer, ["x"], drawn)

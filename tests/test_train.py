@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from tpo_lib import checkpoint, losses, stats, train
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import collate
+from tpo_lib.data import EncodedPair, collate
 from tpo_lib.models import frozen_copy
 
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device="cpu", save_every=1)
@@ -242,7 +242,10 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
             with torch.no_grad():
                 model.model.embed_tokens.weight[5] = float("nan")
 
-    with pytest.raises(train.NonFiniteLoss, match=r"step 3: non-finite loss in rows \[\d+"):
+    with pytest.raises(
+        train.NonFiniteLoss,
+        match=r"step 3: no finite loss in row \d+ \((chosen|rejected)\), column \d+: the policy.s log-probability",
+    ):
         train.fit(
             replace(config, eval_every=1),
             policy,
@@ -255,6 +258,45 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
     assert (
         kept.name == "step-00000001" or torch.isfinite(load_file(kept / "model.safetensors")["model.norm.weight"]).all()
     )
+
+
+def forbidding(*tokens: int):
+    """A GPT-J, whose head has a bias: -inf at these tokens."""
+    model = tiny.gptj()
+    with torch.no_grad():
+        model.lm_head.bias[list(tokens)] = -math.inf
+    return model
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"])
+def test_forbidden_tokens_train_alike_on_both_paths_and_leave_json(name, tmp_path):
+    pairs, rows = tiny.pairs(8, vocab=60), []  # no response holds tokens 60 to 63
+    for fused in (True, False):
+        folder = tmp_path / str(fused)
+        config = replace(CONFIG, loss_type=name, output_dir=str(folder), fused=fused, eval_every=1, guide_beta=0.1)
+        models = forbidding(61), forbidding(61, 62)
+        train.fit(config, *models, pairs, guide=forbidding(60), eval_pairs=pairs, progress=False)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rows.append([json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines])
+    assert len(rows[0]) > 2
+    for fused, plain in zip(*rows, strict=True):
+        assert fused == pytest.approx(plain, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("name", "policy", "reference", "held_out", "message"), [
+    ("tdpo1", (), (5,), False, r"step 1: no finite loss in row 9 \(rejected\), column 3: the reference's .* forbids this token"),
+    ("dpo", (5,), (5,), False, r"step 1: no finite loss in row 9 \(rejected\), column 3: the policy's .* forbids this token"),
+    ("dpo", (), (5,), True, r"held-out pairs: no finite loss in row 9 \(rejected\), column 3: the reference's"),
+    ("tdpo2", (61,), (), False, r"step 1: no finite loss in row \d \(chosen\), column \d+: KL.* is inf"),
+])  # fmt: skip
+def test_forbidden_tokens_in_a_response_are_refused_with_the_place(name, policy, reference, held_out, message, fused):
+    good = [replace(pair, row=row) for row, pair in enumerate(tiny.pairs(4, vocab=5))]
+    bad = [*good[:3], EncodedPair(9, [0, 1], [2, 3], [4, 5])]
+    models = forbidding(*policy), forbidding(*reference)
+    config = replace(CONFIG, loss_type=name, fused=fused, eval_every=1, batch_size=4)
+    with pytest.raises(train.NonFiniteLoss, match=message):
+        train.fit(config, *models, good if held_out else bad, eval_pairs=bad if held_out else None, progress=False)
 
 
 def test_checkpoints_are_model_folders(tmp_path):

@@ -27,7 +27,7 @@ from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
-from tpo_lib.stats import response_mask, split
+from tpo_lib.stats import NotFinite, check_finite, response_mask, split
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 
 RESAMPLES = 2000
@@ -221,6 +221,9 @@ def sequence_kl(
 
     Returns:
         SampleStats of (S,) sums, in the order of the prompts.
+
+    Raises:
+        ValueError: a KL or an entropy is not finite.
     """
     encoded = prompt_token_ids(tokenizer, list(prompts))
     responses = [completion.steps for completion in completions]
@@ -229,7 +232,7 @@ def sequence_kl(
     kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = _sequences([(encoded[i], responses[i]) for i in rows], tokenizer.pad_token_id).to(_device(policy))
+        batch = _sequences([(encoded[i], responses[i]) for i in rows], 0).to(_device(policy))  # any id may pad
         read = [model(batch.input_ids, batch.attention_mask, batch.labels) for model in models]
         logits, ref_logits = (reading.logits() for reading in read)  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)
@@ -237,6 +240,11 @@ def sequence_kl(
             per_token = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
             total[rows] = per_token.masked_scatter(mask, per_step.double()).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
         steps[rows] = mask.double().sum(-1).cpu()
+    for i in (~(kl + entropy).isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"sample {i} has KL(policy || reference) = {kl[i]:.4g} and an entropy of {entropy[i]:.4g}: the reference forbids a "
+            "token that the policy allows, or logits are not finite; give the policy's own reference, and check both models"
+        )
     return SampleStats(kl, entropy, steps)
 
 
@@ -289,7 +297,12 @@ def pair_stats(
             raise ValueError(f"row {int(batch.rows[0])} has no rejected side, so there is nothing to compare")
         ref, hint = (_read_frozen(frozen[name], name, batch, cache) for name in ("ref", "guide"))
         read = model(batch.input_ids, batch.attention_mask, batch.labels)
-        parts.append(split(token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)))
+        tokens = token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)
+        try:
+            check_finite(tokens)
+        except NotFinite as error:
+            raise ValueError(error.at(batch.rows)) from error
+        parts.append(split(tokens))
     halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
     width = max(half.mask.shape[1] for half in halves)
 

@@ -164,6 +164,7 @@ def pair_loss(
         LossOutput, whose loss (B,) is differentiable, and the statistics, which are not; None for these if they were not made.
 
     Raises:
+        NotFinite: a statistic is not finite; see `stats.check_finite`.
         ValueError: as `token_stats`; merged is asked for and the objective weighs logps and kl differently; in backward, if
             the pairs' losses do not all carry the same weight (take their sum or mean: what flows into the head has been
             added up over the pairs by then).
@@ -174,6 +175,7 @@ def pair_loss(
         )
     if policy.head is None:
         tokens = _textbook(policy, labels, ref, guide, with_kl)
+        stats.check_finite(tokens)
         return objective(*stats.split(tokens)), tokens
     tiles = _Tiles(policy, labels, ref, guide, with_kl, tile_bytes)
     states, head = policy.states, policy.head
@@ -199,13 +201,22 @@ def pair_loss(
             span = slice(live[0].start, live[-1].stop)
             gradients.add(index[span], tiles.buffers["policy"][span])
     tiles.buffers.clear()
+    tokens = tiles.token_stats(slice(None), logps, kl)
+    try:
+        stats.check_finite(tokens)
+    except stats.NotFinite:
+        if not merged:
+            raise
+        return pair_loss(  # which of the two numbers it is
+            objective, policy, labels, ref, guide=guide, with_kl=True, tile_bytes=tile_bytes
+        )
     if tiles.weighed_apart:
         raise ValueError(WEIGHED_APART)
     output = _joined(outputs)
     if gradients is not None:
         gradients.weight = None  # the body's backward pass needs the sums alone
         output = replace(output, loss=_Attached.apply(output.loss, gradients, *inputs))
-    return output, None if merged else tiles.token_stats(slice(None), logps, kl)
+    return output, None if merged else tokens
 
 
 def _textbook(policy: Reading, labels: Tensor, ref, guide, with_kl: bool) -> TokenStats:
@@ -255,6 +266,12 @@ def _joined(outputs: list[LossOutput]) -> LossOutput:
     return LossOutput(join("loss"), join("chosen_reward"), join("rejected_reward"), weights)
 
 
+def _may_forbid(reading: Reading) -> bool:
+    """Whether logits may be -inf: as somebody else gave them, or by the head's bias."""
+    head = reading.head
+    return head is None or (head.bias is not None and bool(head.bias.isinf().any()))
+
+
 class _Tiles:
     """Positions, frozen models and the buffers that every tile of logits uses again."""
 
@@ -276,6 +293,7 @@ class _Tiles:
         self.cast: dict[int, Tensor] = {}  # weights in the type of the products, where theirs is another
         self.weighed_apart: Tensor | bool = False
         self.head = policy.head
+        self.forbids = with_kl and (_may_forbid(policy) or _may_forbid(ref))
         self.ref = ref if with_kl else None  # read tile by tile beside the policy, for its whole distribution is needed
         self.ref_logps = torch.empty_like(self.targets, dtype=self.exact) if with_kl else self._frozen_logps(ref)
         self.guide_logps = self._frozen_logps(guide)
@@ -325,9 +343,7 @@ class _Tiles:
                 ref_logps[block] = gap.gather(-1, targets[block])[:, 0]
                 torch.exp(gap, out=q[block])
                 gap.sub_(logp[block]).mul_(q[block])  # q (log q - log p)
-                if (
-                    self.ref.head is None
-                ):  # logits as somebody else gave them: they may exclude tokens, and 0 inf is NaN
+                if self.forbids:  # 0 inf is NaN
                     gap.masked_fill_(q[block] == 0, 0.0)
                 kl[block] = gap.sum(-1)
         if q is not None:
@@ -369,16 +385,18 @@ class _Tiles:
             log_q = torch.log_softmax(q[block], -1)
             ref_logps[block] = log_q.gather(-1, targets[block])[:, 0]
             torch.exp(log_q, out=q[block])
-            if self.ref.head is None:
+            if self.forbids:
                 log_q.masked_fill_(q[block] == 0, 0.0)
             value[block] = log_q.mul_(q[block]).sum(-1)  # sum_v q_v log q_v
             q[block].neg_()
         self.ref_logps[index] = ref_logps
+        if head.bias is not None:
+            bias = head.bias.detach().to(self.exact)
+            expected = q @ bias if not self.forbids else (q * bias).masked_fill_(q == 0, 0.0).sum(-1)  # -sum_v q_v b_v
+            value += head.scale * (bias[targets[:, 0]] + expected)
         difference = q.scatter_add_(-1, targets, torch.ones_like(targets, dtype=self.exact))  # e_y - q
         self.slope = (difference.to(self.compute) @ self.weight(head)).to(self.exact).mul_(head.scale)  # u, (rows, d)
         value += torch.linalg.vecdot(states[index].detach().to(self.exact), self.slope)
-        if head.bias is not None:
-            value += head.scale * (difference @ head.bias.detach().to(self.exact))
         return value, torch.zeros_like(value)
 
     def to_merged_gradient(self, asked: list[tuple]) -> tuple[Tensor, Tensor]:

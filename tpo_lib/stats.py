@@ -40,6 +40,19 @@ def response_mask(labels: Tensor) -> Tensor:
     return mask
 
 
+class NotFinite(FloatingPointError):
+    """A statistic is not finite, so nothing can be learned from its sequence; `sequence` is its row in the batch."""
+
+    def __init__(self, message: str, sequence: int) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+
+    def at(self, rows: Tensor) -> str:
+        """The message with its place in the table of pairs, from the (B,) rows of the batch."""
+        side = ("chosen", "rejected")[self.sequence // len(rows)]
+        return f"row {int(rows[self.sequence % len(rows)])} ({side}), {self}"
+
+
 def token_stats(
     policy_logits: Tensor,
     labels: Tensor,
@@ -114,6 +127,34 @@ def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
         return TokenStats(**{name: None if value is None else value[part] for name, value in fields.items()})
 
     return half(slice(0, n // 2)), half(slice(n // 2, n))
+
+
+def check_finite(tokens: TokenStats) -> None:
+    """Refuse statistics that are not finite, at the price of one synchronisation.
+
+    A model may forbid tokens (logits of -inf) as long as no response holds them; the policy, where the KL is taken, those
+    alone that the reference forbids too.
+
+    Raises:
+        NotFinite: names the first such place, the model, and what is wrong with its logits there.
+    """
+    models = {"logps": "policy", "ref_logps": "reference", "guide_logps": "guide", "kl": ""}
+    found = {name: getattr(tokens, name).detach() for name in models if getattr(tokens, name) is not None}
+    if sum(values.sum() for values in found.values()).isfinite():
+        return
+    for name, values in found.items():
+        bad = (~values.isfinite()).nonzero()  # (bad, 2)
+        if len(bad):
+            row, column = bad[0].tolist()
+            value, who = values[row, column].item(), models[name]
+            problem = f"the {who}'s log-probability of the token is {value}: " + (
+                "it forbids this token; a response may hold no token that a model forbids."
+                if value < 0
+                else "its logits there hold NaN or inf, or forbid every token; are its weights sound?"
+            )
+            if not who:
+                problem = f"KL(reference || policy) is {value}: the policy forbids a token that the reference allows."
+            raise NotFinite(f"column {column + 1}: {problem}", row)
 
 
 def check_vocabulary(labels: Tensor, vocab: int) -> None:

@@ -131,7 +131,7 @@ def fit(
             for number, chunk in enumerate(chunks):
                 batch = collate(chunk, caches.PAD).to(accelerator.device)
                 with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
-                    output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now)
+                    output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now, step=step + 1)
                     accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
                 sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
                 _stop_if_bad(output.loss.detach(), batch.rows, step + 1)
@@ -145,7 +145,7 @@ def fit(
             stop = False
             if log_now:
                 row = {"step": step, "pairs_seen": step * per_update, "lr": learning_rate(config, step - 1, steps)}
-                row |= {"grad_norm": norm.item()} | sums.means(accelerator)
+                row |= {"grad_norm": norm.item() if norm.isfinite() else None} | sums.means(accelerator)
                 rows.append(row)
                 _log(row, folder, bar, accelerator)
                 stop = bool(on_log and on_log(row))
@@ -216,12 +216,25 @@ class PairScorer(torch.nn.Module):
 
 
 def score(
-    scorer: PairScorer, frozen: dict[str, caches.Read], batch: PairBatch, accelerator, *, with_kl: bool
+    scorer: PairScorer,
+    frozen: dict[str, caches.Read],
+    batch: PairBatch,
+    accelerator,
+    *,
+    with_kl: bool,
+    step: int | None = None,
 ) -> tuple[LossOutput, TokenStats | None]:
     """One batch: what the frozen models say, then the policy, the statistics and the loss."""
     with torch.no_grad(), accelerator.autocast():
         said = {name: read(batch) for name, read in frozen.items()}
-    return scorer(batch, said, with_kl)
+    try:
+        return scorer(batch, said, with_kl)
+    except stats.NotFinite as error:
+        place = f"step {step}" if step else "held-out pairs"
+        raise NonFiniteLoss(
+            f"{place}: no finite loss in {error.at(batch.rows)} Nothing was learned from it; lower the learning rate if it went "
+            "well before"
+        ) from error
 
 
 def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | None) -> dict[str, tuple]:
@@ -431,7 +444,7 @@ def _start(
     if main:
         for damaged in checkpoints[checkpoints.index(found) + 1 :]:
             shutil.rmtree(damaged)  # else it would count among the last k that are kept
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in state["rows"]))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in state["rows"]))
     return state["step"], state["rows"]
 
 
@@ -465,5 +478,5 @@ def _log(row: dict, folder: Path | None, bar, accelerator) -> None:
     bar.set_postfix({short: f"{row[name]:.3f}" for short, name in shown.items() if name in row})
     if folder and accelerator.is_main_process:
         with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
