@@ -214,7 +214,7 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module | dict[str, Tensor]) -> str:
     """SHA-256 over all weights (names, shapes, types, bytes) and what the configuration says beside its defaults.
 
     Equal if and only if the models compute the same; where a model came from, its type on disk and the ids of its special
@@ -230,7 +230,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(
             json.dumps(said, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)).encode()
         )
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted((model if isinstance(model, dict) else model.state_dict()).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import atexit
 import math
-import shutil
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib import adapters, caches, checkpoint, fused, losses, stats
+from tpo_lib import caches, fused, losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fused import Reading
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
+from tpo_lib.run import Run
 from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
@@ -76,9 +78,9 @@ def fit(
 
     Raises:
         ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update
-            takes; accelerate is set to shard the weights (FSDP, DeepSpeed, Megatron), which checkpoints do not gather.
+            takes; accelerate is set to what checkpoints do not gather (`accelerated`).
         NonFiniteLoss: names step and rows; checkpoints keep the last good state.
-        RuntimeError: output_dir is in use, or holds another run.
+        RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
 
     A training row averages over the updates since the last one, but for what is computed at that update alone, since the
     loss can do without: kl/* of DPO, TGDPO and SimPO, kl/* and logps/* of TDPO1.
@@ -86,99 +88,149 @@ def fit(
     With `config.cache_dir` the frozen models are read once (caches.py). Nothing else changes, except that the training rows
     of DPO, TGDPO and SimPO then have no kl/*: log-probabilities are cached there, not distributions.
     """
-    device = choose_device(config.device)
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(device, config.precision),
-        cpu=device.type == "cpu",
-        log_with=config.report_to,
-        project_dir=config.output_dir,
-    )
     _check_models(config, reference, guide)
     _check_sides(config, pairs=pairs, eval_pairs=eval_pairs or ())
-    if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which shards the weights, and checkpoints are written "
-            "from whole ones: launch with --multi_gpu instead (a whole copy per process), and --lora-rank if that does not fit"
-        )
     check_pairs(policy, [*pairs, *(eval_pairs or [])], name="policy")
-    scorer = PairScorer(config, policy.eval())
-    scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
-    per_update = config.batch_size * config.accumulation * accelerator.num_processes
-    steps = planned_steps(config, len(pairs), per_update)
-    folder = Path(config.output_dir) if config.output_dir else None
-    main = accelerator.is_main_process
-    for remark in config.remarks(steps) if main else ():
-        print(remark, file=sys.stderr)
-    with checkpoint.exclusive(folder) if folder and main else nullcontext():
-        step, rows = _start(config, policy, optimizer, folder, resume, accelerator)
-        frozen, frozen_eval = caches.frozen_readers(
-            config,
-            {"ref": reference, "guide": guide},
-            policy,
-            pairs,
-            eval_pairs if config.eval_every else None,
-            accelerator=accelerator,
-            progress=progress,
+    with accelerated(config) as accelerator:
+        scorer = PairScorer(config, policy.eval())
+        scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
+        per_update = config.batch_size * config.accumulation * accelerator.num_processes
+        steps = planned_steps(config, len(pairs), per_update)
+        for remark in config.remarks(steps) if accelerator.is_main_process else ():
+            print(remark, file=sys.stderr)
+        run = Run(config, tokenizer, accelerator)
+        with run.owned():
+            models = {"reference": reference, "guide": guide}
+            run.begin(policy, optimizer, models, pairs, eval_pairs, per_update, resume=resume)
+            frozen, frozen_eval = caches.frozen_readers(
+                config,
+                {"ref": run.noting("reference", reference), "guide": run.noting("guide", guide)},
+                policy,
+                pairs,
+                eval_pairs if config.eval_every else None,
+                accelerator=accelerator,
+                progress=progress,
+            )
+            run.record(pairs)
+            bar = tqdm(
+                total=steps,
+                initial=run.step,
+                desc=config.loss_type,
+                disable=not (progress and accelerator.is_main_process),
+                unit="update",
+            )
+            for callback in callbacks if run.step == 0 else ():
+                callback(0, policy)
+            sums = _Sums()
+            for window in updates(config, pairs, per_update, run.step, steps):
+                set_learning_rate(optimizer, learning_rate(config, run.step, steps))
+                log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
+                chunks = micro_batches(window, pairs, config, accelerator)
+                for number, chunk in enumerate(chunks):
+                    batch = collate(chunk, caches.PAD).to(accelerator.device)
+                    with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
+                        output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now, step=run.step + 1)
+                        accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
+                    sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
+                    _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
+                norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
+                if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
+                    _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step += 1
+                bar.update()
+                stop = False
+                if log_now:
+                    row = {"step": run.step, "pairs_seen": run.step * per_update}
+                    row |= {
+                        "lr": learning_rate(config, run.step - 1, steps),
+                        "grad_norm": norm.item() if norm.isfinite() else None,
+                    }
+                    _log(run, row | sums.means(accelerator), bar)
+                    stop = bool(on_log and on_log(run.rows[-1]))
+                if config.eval_every and (run.step % config.eval_every == 0 or run.step == steps):
+                    if eval_pairs:
+                        found = evaluate_pairs(config, scorer, frozen_eval, eval_pairs, policy, accelerator)
+                        _log(run, {"step": run.step} | found, bar)
+                    for callback in callbacks:
+                        callback(run.step, policy)
+                if run.step % config.save_every == 0 or run.step == steps:
+                    run.save(policy, optimizer)
+                if stop:
+                    break
+            bar.close()
+            run.finish(policy)
+        # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
+        del scorer
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
+    return TrainResult(policy, run.step, run.rows, run.folder)
+
+
+@contextmanager
+def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
+    """accelerate, set up by the run's settings alone; afterwards the process finds accelerate as it left it.
+
+    accelerate keeps its settings in the process, where no second Accelerator may change them, and takes from the
+    environment what it is not told.
+
+    Raises:
+        ValueError: it is set to another device, or to shard the weights (FSDP, DeepSpeed, Megatron, tensor or context
+            parallelism), which checkpoints do not gather.
+    """
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.precision)
+    for name, used in {
+        "GRADIENT_ACCUMULATION_STEPS": "1",
+        "MIXED_PRECISION": precision,
+        "DYNAMO_BACKEND": "no",
+    }.items():
+        value = os.environ.get(f"ACCELERATE_{name}", used)
+        if value.lower() != used:
+            told = f"ACCELERATE_{name}={value} is not used: the run's own settings decide (--accumulation, --precision)"
+            print(told, file=sys.stderr)
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [(state, dict(state._shared_state)) for state in states]
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    accelerator = None
+    try:
+        for state in states:
+            state._reset_state()
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=device.type == "cpu",
+            log_with=config.report_to,
+            project_dir=config.output_dir,
         )
-        bar = tqdm(total=steps, initial=step, desc=config.loss_type, disable=not (progress and main), unit="update")
-        for callback in callbacks if step == 0 else ():
-            callback(0, policy)
-        sums = _Sums()
-        for window in updates(config, pairs, per_update, step, steps):
-            set_learning_rate(optimizer, learning_rate(config, step, steps))
-            log_now = (step + 1) % config.log_every == 0 or step + 1 == steps
-            chunks = micro_batches(window, pairs, config, accelerator)
-            for number, chunk in enumerate(chunks):
-                batch = collate(chunk, caches.PAD).to(accelerator.device)
-                with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
-                    output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now, step=step + 1)
-                    accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
-                sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
-                _stop_if_bad(output.loss.detach(), batch.rows, step + 1)
-            norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
-            if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
-                _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), step + 1)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            stop = False
-            if log_now:
-                row = {"step": step, "pairs_seen": step * per_update, "lr": learning_rate(config, step - 1, steps)}
-                row |= {"grad_norm": norm.item() if norm.isfinite() else None} | sums.means(accelerator)
-                rows.append(row)
-                _log(row, folder, bar, accelerator)
-                stop = bool(on_log and on_log(row))
-            if config.eval_every and (step % config.eval_every == 0 or step == steps):
-                if eval_pairs:
-                    rows.append(
-                        {"step": step} | evaluate_pairs(config, scorer, frozen_eval, eval_pairs, policy, accelerator)
-                    )
-                    _log(rows[-1], folder, bar, accelerator)
-                for callback in callbacks:
-                    callback(step, policy)
-            if folder and main and (step % config.save_every == 0 or step == steps):
-                save(
-                    checkpoint.step_folder(folder / "checkpoints", step),
-                    config,
-                    policy,
-                    tokenizer,
-                    optimizer,
-                    step,
-                    rows,
-                )
-                checkpoint.keep_last(folder / "checkpoints", config.keep)
-            if stop:
-                break
-        bar.close()
-        if folder and main:
-            save(folder / "final", config, adapters.whole(policy), tokenizer)
-    # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
-    del scorer
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
-    accelerator.end_training()
-    return TrainResult(policy, step, rows, folder)
+        _check_accelerator(accelerator, device)
+        yield accelerator
+        if accelerator.use_distributed and not grouped:
+            atexit.register(torch.distributed.destroy_process_group)  # not now: a launcher's group is made only once
+    finally:
+        for tracker in accelerator.trackers if accelerator else ():
+            tracker.finish()
+        for state, values in before:
+            state._shared_state.clear()
+            state._shared_state.update(values)
+
+
+def _check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if accelerator.distributed_type in SHARDED or parallelism is not None:
+        raise ValueError(
+            f"accelerate is set to {parallelism or accelerator.distributed_type.value}, which shards the weights, and "
+            "checkpoints are written from whole ones: launch with --multi_gpu instead (a whole copy per process), and "
+            "--lora-rank if that does not fit"
+        )
+    found = accelerator.device
+    if found.type != device.type or device.index not in (None, found.index or 0):
+        raise ValueError(
+            f"the run is on device {device}, accelerate on {found}: unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and "
+            "choose among several GPUs by CUDA_VISIBLE_DEVICES"
+        )
 
 
 class PairScorer(torch.nn.Module):
@@ -328,28 +380,6 @@ def micro_batches(window: list[int], pairs, config: TrainConfig, accelerator) ->
     return token_budget(mine, config.max_tokens)
 
 
-def save(
-    folder: Path, config: TrainConfig, policy, tokenizer, optimizer=None, step: int = 0, rows: Sequence[dict] = ()
-) -> None:
-    """Write a `from_pretrained` folder, atomically; with an optimizer also what it takes to continue."""
-
-    def write(target: Path) -> None:
-        policy.save_pretrained(str(target))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(target))
-        (target / "training.json").write_text(json.dumps(config.to_dict(), indent=1))
-        if optimizer is not None:
-            state = {
-                "step": step,
-                "rows": list(rows),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-            }
-            checkpoint.save_state(target / "state", state)
-
-    checkpoint.write_atomically(folder, write)
-
-
 class _Sums:
     """Sums and counts on the device; read back at log steps alone."""
 
@@ -413,70 +443,8 @@ def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:
         )
 
 
-def _start(
-    config: TrainConfig, policy, optimizer, folder: Path | None, resume: bool, accelerator
-) -> tuple[int, list[dict]]:
-    """Return (step, metrics so far): from the newest sound checkpoint if `resume`, else a clean start."""
-    if folder is None:
-        return 0, []
-    if config.report_to:
-        plain = {name: value for name, value in config.to_dict().items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("tensorboard", config=plain)
-    checkpoints = sorted(folder.glob("checkpoints/step-*"))
-    if checkpoints and not resume:
-        raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
-    main = accelerator.is_main_process
-    if not checkpoints:
-        if main:
-            (folder / "metrics.jsonl").write_text("")
-        return 0, []
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        raise RuntimeError(
-            f"none of the {len(checkpoints)} checkpoints in {folder} is usable; remove the folder to start over"
-        )
-    _check_same_run(config, found)
-    _load_weights(policy, found)
-    state = checkpoint.load_state(found / "state")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    accelerator.wait_for_everyone()
-    if main:
-        for damaged in checkpoints[checkpoints.index(found) + 1 :]:
-            shutil.rmtree(damaged)  # else it would count among the last k that are kept
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in state["rows"]))
-    return state["step"], state["rows"]
-
-
-def _check_same_run(config: TrainConfig, found: Path) -> None:
-    free = {"output_dir", "report_to", "log_every", "save_every", "keep", "device", "cache_dir"}
-    before, now = json.loads((found / "training.json").read_text()), config.to_dict()
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now[name]!r}"
-        for name in now
-        if name not in free and before.get(name) != now[name]
-    ]
-    if changed:
-        raise RuntimeError(
-            f"cannot resume {found.parents[1]}: {'; '.join(changed)}. Use the same settings or another --output-dir"
-        )
-
-
-def _load_weights(policy, folder: Path) -> None:
-    if hasattr(policy, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
-        return
-    saved = type(policy).from_pretrained(str(folder), dtype=policy.dtype, use_safetensors=True, trust_remote_code=False)
-    policy.load_state_dict(saved.state_dict())
-
-
-def _log(row: dict, folder: Path | None, bar, accelerator) -> None:
-    """Show a metrics row in the bar, append it to metrics.jsonl, hand it to the tracker."""
+def _log(run: Run, row: dict, bar) -> None:
+    """Keep a metrics row, and show it in the bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "kl": "kl/rejected", "acc": "rewards/accuracies"}
     bar.set_postfix({short: f"{row[name]:.3f}" for short, name in shown.items() if name in row})
-    if folder and accelerator.is_main_process:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    run.log(row)

@@ -1,0 +1,241 @@
+"""A run is what it was started from: what is recorded, what a resume refuses, what the rest of the house reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from tpo_lib import checkpoint, train
+from tpo_lib.config import TrainConfig
+from tpo_lib.models import frozen_copy, load_model, load_tokenizer
+from tpo_lib.run import FORMAT, origin, read_run, shared_prompts
+
+CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device="cpu", save_every=1, keep=9)
+
+
+def fit(folder: Path, *, resume: bool = False, changes: dict | None = None, **models) -> train.TrainResult:
+    """A guided run of four updates, evaluated once; `changes` are settings, `models` arguments of `train.fit`."""
+    config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, epochs=2, eval_every=4, output_dir=str(folder))
+    given = {
+        "policy": tiny.llama(),
+        "reference": frozen_copy(tiny.llama()),
+        "guide": partial(tiny.llama, seed=1),
+        "pairs": tiny.pairs(8),
+        "eval_pairs": tiny.pairs(4, seed=9),
+    }
+    given |= models
+    return train.fit(replace(config, **changes or {}), **given, resume=resume, progress=False)
+
+
+def cut(folder: Path, step: int = 2) -> None:
+    """Leave of a run what it had after `step` updates."""
+    shutil.rmtree(folder / "final")
+    for late in sorted((folder / "checkpoints").iterdir())[step:]:
+        shutil.rmtree(late)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("half") / "run"
+    fit(folder)
+    cut(folder)
+    return folder
+
+
+def test_resumed_with_what_it_was_started_from_it_ends_the_same(half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    resumed, whole = fit(tmp_path / "run", resume=True), fit(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.policy.parameters(), whole.policy.parameters(), strict=True))
+    assert resumed.metrics == whole.metrics
+
+
+OTHERS = {
+    "start model": ({"policy": lambda: tiny.llama(seed=4)}, r"start model was one in memory \(sha256 \w{12}\), is"),
+    "architecture": ({"policy": lambda: altered(tiny.llama(), rms_norm_eps=0.1)}, "start model was"),
+    "reference": ({"reference": lambda: tiny.llama(seed=4)}, "reference was"),
+    "reference, as a function": ({"reference": lambda: partial(tiny.llama, seed=4)}, "reference was"),
+    "guide": ({"guide": lambda: tiny.llama(seed=4)}, "guide was"),
+    "more pairs": ({"pairs": lambda: tiny.pairs(20)}, r"training pairs was 8 \(sha256 \w{12}\), is 20 \("),
+    "other pairs": ({"pairs": lambda: tiny.pairs(8, seed=1)}, "training pairs was 8"),
+    "other response": (
+        {"pairs": lambda: [*tiny.pairs(8)[:7], replace(tiny.pairs(8)[7], chosen_ids=[3])]},
+        "training p",
+    ),
+    "order": ({"pairs": lambda: tiny.pairs(8)[::-1]}, "training pairs was 8"),
+    "held-out pairs": ({"eval_pairs": lambda: tiny.pairs(5, seed=9)}, "held-out pairs was 4"),
+    "no held-out pairs": ({"eval_pairs": lambda: None}, r"held-out pairs was 4 .*, is 0 \("),
+}
+
+
+def altered(model, **settings):
+    model.config.update(settings)
+    return model
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_resume_with_something_else_is_refused_by_name(what, half, tmp_path):
+    models, message = OTHERS[what]
+    shutil.copytree(half, tmp_path / "run")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with pytest.raises(RuntimeError, match=rf"cannot resume .*run: {message}.*another --output-dir to start anew"):
+        fit(tmp_path / "run", resume=True, **{name: make() for name, make in models.items()})
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_all_that_differs_is_named_at_once(half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    models = {"policy": tiny.llama(seed=4), "reference": tiny.llama(seed=4), "guide": tiny.llama(seed=4)}
+    with pytest.raises(RuntimeError) as caught:
+        fit(tmp_path / "run", resume=True, changes={"beta": 0.2, "precision": "bf16"}, pairs=tiny.pairs(9), **models)
+    for words in (
+        "beta was 0.1, is 0.2; ",
+        "start model",
+        "training pairs",
+        "reference",
+        "guide",
+        "precision was 'no'",
+    ):
+        assert words in str(caught.value)
+
+
+def test_another_precision_of_the_device_is_refused_and_its_name_is_not(half, tmp_path):
+    """None means float32 here and bf16 on another device: what counts is what it comes to."""
+    shutil.copytree(half, tmp_path / "run")
+    with pytest.raises(RuntimeError, match="precision was 'no', is 'bf16'"):
+        fit(tmp_path / "run", resume=True, changes={"precision": "bf16"})
+    fit(tmp_path / "run", resume=True, changes={"precision": "no"})
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    one, other = tiny.tokenizer(tmp_path / "one"), tiny.tokenizer(tmp_path / "other")
+    fit(tmp_path / "run", tokenizer=one)
+    fit(tmp_path / "run", tokenizer=other, resume=True)  # the same from another place
+    other.chat_template = "{{ messages }}"
+    with pytest.raises(RuntimeError, match=r"tokenizer was one in memory \(sha256 \w+\), is one"):
+        fit(tmp_path / "run", tokenizer=other, resume=True)
+
+
+def test_adapters_are_held_to_their_base_and_to_their_own_start(tmp_path):
+    pytest.importorskip("peft", reason="extra peft is not installed")
+    from tpo_lib.adapters import add_lora
+
+    def lora(seed: int = 0, start: int = 0):
+        base = tiny.llama(seed)
+        return add_lora(base, 2, seed=start)
+
+    changes = {"lora_rank": 2}
+    fit(tmp_path / "run", policy=lora(), changes=changes)
+    cut(tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"run: adapter base was .*\)\. Resume with"):
+        fit(tmp_path / "run", policy=lora(seed=4), changes=changes, resume=True)
+    with pytest.raises(RuntimeError, match=r"run: start adapter was .*\)\. Resume with"):
+        fit(tmp_path / "run", policy=lora(start=1), changes=changes, resume=True)
+    assert fit(tmp_path / "run", policy=lora(), changes=changes, resume=True).steps == 4
+
+
+def test_caches_that_spare_the_reference_still_hold_it_to_account(tmp_path):
+    changes = {"cache_dir": str(tmp_path / "caches")}
+    fit(tmp_path / "run", changes=changes)
+    cut(tmp_path / "run")
+    with pytest.raises(RuntimeError, match="run: guide was"):
+        fit(tmp_path / "run", changes=changes, guide=tiny.llama, resume=True)
+    assert read_run(tmp_path / "run").reference["sha256"] == origin(tiny.llama())["sha256"]
+
+
+@pytest.mark.parametrize("place", [".", "final", "start", "checkpoints/step-00000003"])
+def test_what_a_run_was_started_from_can_be_read(place, tmp_path, monkeypatch):
+    start = tiny.checkpoint_folder(tmp_path / "llama")
+    other = tiny.checkpoint_folder(tmp_path / "other", partial(tiny.llama, 3))
+    monkeypatch.chdir(tmp_path)
+    pairs = [replace(pair, prompt_ids=[0, 5, *pair.prompt_ids]) for pair in tiny.pairs(7)]
+    pairs.append(replace(pairs[0], row=7, chosen_ids=[9]))  # a prompt may have several pairs
+    fit(tmp_path / "run", policy=load_model("llama"), reference=partial(load_model, "other"), pairs=pairs,
+        guide=partial(load_model, "other"), tokenizer=load_tokenizer("llama"))  # fmt: skip
+    monkeypatch.chdir("/")  # what was named from another folder is found all the same
+    run = read_run(tmp_path / "run" / place)
+    assert (run.config.loss_type, run.config.guide_beta) == ("tgdpo", 0.1)
+    assert run.model == {"name": str(start), "sha256": origin(load_model(start))["sha256"]}
+    assert run.reference == run.start["guide"] == {"name": str(other), "sha256": origin(load_model(other))["sha256"]}
+    assert run.reference["sha256"] != run.model["sha256"]
+    assert run.start["tokenizer"]["name"] == str(start)
+    assert run.start["training pairs"]["count"] == 8
+    assert run.prompts() == sorted(pair.prompt_ids for pair in pairs[:7])
+
+
+def test_a_folder_that_is_no_run_is_none(tmp_path):
+    assert read_run(tiny.checkpoint_folder(tmp_path / "llama")) is None
+    assert read_run("openai-community/gpt2") is None
+
+
+def test_without_a_reference_of_its_own_a_run_is_compared_with_its_start(tmp_path):
+    config = replace(CONFIG, loss_type="simpo", output_dir=str(tmp_path / "run"))
+    train.fit(config, tiny.llama(), None, tiny.pairs(8), progress=False)
+    run = read_run(tmp_path / "run")
+    assert "reference" not in run.start
+    assert run.reference == origin(tiny.llama())
+
+
+def test_altered_prompts_are_refused_and_those_of_another_run_are_not_believed(tmp_path):
+    for name, count in (("one", 8), ("two", 12)):
+        fit(tmp_path / name, pairs=tiny.pairs(count))
+    shutil.rmtree(tmp_path / "one" / "start")
+    assert read_run(tmp_path / "one").prompts() is None
+    shutil.copytree(tmp_path / "two" / "start", tmp_path / "one" / "start")
+    assert read_run(tmp_path / "one").prompts() is None
+    path = tmp_path / "two" / "start" / "prompts.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(checkpoint.CheckpointError, match=r"prompts\.safetensors was truncated or altered"):
+        read_run(tmp_path / "two").prompts()
+
+
+def rewrite(folder: Path, **changes) -> None:
+    """Change a checkpoint's training.json as another version would have written it: with a manifest that fits."""
+    path = folder / "training.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {path.name: checkpoint.sha256_file(path)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": ..., "start": ...}, "written before runs recorded .*format 1.* --output-dir"),
+        ({"format": FORMAT + 1}, f"training.json was written by another version: it has format {FORMAT + 1}"),
+        ({"label_smoothing": 0.1, "zeta": 1}, "it has the settings label_smoothing, zeta, which this one"),
+    ],
+)
+def test_checkpoints_of_other_versions_are_refused(changes, message, half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    rewrite(tmp_path / "run" / "checkpoints" / "step-00000002", **changes)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        fit(tmp_path / "run", resume=True)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    rewrite(tmp_path / "run" / "checkpoints" / "step-00000002", share_prefix=..., clip=...)
+    with pytest.raises(RuntimeError, match=r"run: clip was 10\.0, is 1\.0\. Resume"):
+        fit(tmp_path / "run", resume=True, changes={"clip": 1.0})
+    assert fit(tmp_path / "run", resume=True).steps == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_a_record_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "training.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"training\.json cannot be read"):
+        read_run(tmp_path)
+
+
+def test_shared_prompts_are_equal_ones_beginnings_and_continuations():
+    training = [[0, 5, 6], [0, 7], [3]]
+    held_out = [[0, 5, 6], [0, 5], [0, 7, 8, 9], [0, 6], [5, 6], [0], [3], [3, 4], [], [0, 5, 7]]
+    assert shared_prompts(training, held_out) == [0, 1, 2, 6]
+    assert shared_prompts([], held_out) == []
