@@ -184,7 +184,7 @@ class Run:
             if name in before and model is not None:
                 self.start[name] = origin(_loaded(model))
         # what was not given, or is newer than the run, had its default
-        old, now = (c.to_dict() | c.hyperparameters() for c in (TrainConfig(**settings), self.config))
+        old, now = (c.to_dict() for c in (TrainConfig(**settings), self.config))
         changed = _differences(old, now, ASIDE) + _differences(before, self.start)
         if changed:
             raise RuntimeError(
