@@ -101,10 +101,11 @@ def test_sampled_pairs_go_to_the_cache_folder_too(files, tmp_path, monkeypatch):
     where = ["--model", files["model"], "--reward", files["reward"], "--device", "cpu", "--batch-size", "4"]
     where += ["--num-prompts", "6", "--max-new-tokens", "8", "--max-steps", "1"]
     main(["train", *where, "--output-dir", "one"])
-    assert (tmp_path / "runs" / "pairs" / "sampled.jsonl").exists()
+    main(["train", *where, "--output-dir", "other", "--seed", "5"])
+    assert len(list((tmp_path / "runs" / "pairs").glob("sampled-*.jsonl"))) == 2, "a run reads its own pairs"
     assert not list((tmp_path / "runs" / "pairs").glob("reference-*"))
     main(["train", *where, "--output-dir", "two", "--cache-dir", "here"])
-    assert (tmp_path / "here" / "sampled.jsonl").exists()
+    assert len(list((tmp_path / "here").glob("sampled-*.jsonl"))) == 1
     assert list((tmp_path / "here").glob("reference-logps-*"))
 
 

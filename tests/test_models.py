@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import tiny
 import torch
 
-from tpo_lib import models, stats
+from tpo_lib import checkpoint, models, rewards, stats
+from tpo_lib.checkpoint import CheckpointError
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.evaluate import evaluate, pair_stats, sequence_kl
@@ -229,3 +231,82 @@ def test_evaluation_names_what_forbidden_tokens_make_infinite(tmp_path):
     assert both[1] > 0  # what the policy forbids adds nothing
     with pytest.raises(ValueError, match=r"sample 0 has KL\(policy \|\| reference\) = inf .*the reference forbids"):
         sequence_kl(policy, forbids, tokenizer, ["x"], drawn)
+
+
+def flip(path) -> None:
+    """Flip the last bit of a file, as a worn disk does."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+LOADS = {
+    "model": ("model.safetensors", lambda folder: models.load_model(folder)),
+    "configuration": ("config.json", lambda folder: models.load_model(folder)),
+    "tokenizer": ("tokenizer.json", lambda folder: models.load_tokenizer(folder)),
+    "reward": ("reward.safetensors", lambda folder: rewards.load_reward(folder)),
+    "judge": ("model.safetensors", lambda folder: rewards.load_reward(folder / "judge")),
+}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_a_flipped_bit_in_what_is_bundled_is_noticed(tmp_path, kind):
+    name, load = LOADS[kind]
+    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    load(folder)
+    flip(folder / "judge" / name if kind == "judge" else folder / name)
+    place = "pocket/judge" if kind == "judge" else "pocket"
+    with pytest.raises(
+        CheckpointError, match=rf"{place}: {name} was truncated or altered.*if the change is yours, remove"
+    ):
+        load(folder)
+    for manifest in folder.rglob("MANIFEST.json"):
+        manifest.unlink()
+    if kind in ("model", "reward", "judge"):
+        load(folder)  # unchecked, as the sentence says
+
+
+def test_what_is_bundled_is_what_its_manifests_list():
+    for folder in (models.POCKET, models.POCKET / "judge"):
+        checkpoint.prove(folder)
+
+
+def test_a_file_is_hashed_once_for_each_content(tmp_path, monkeypatch):
+    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    real, hashed = checkpoint.sha256_file, []
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: (hashed.append(path.name), real(path))[1])
+    for _ in range(2):
+        models.load_model(folder)
+        models.load_tokenizer(folder)
+    assert len(hashed) == len(set(hashed)) + 4  # four names are in the judge's folder too
+    assert "README.md" not in hashed
+
+
+def test_a_manifest_of_another_kind_and_files_of_the_users_are_nothing_to_us(tmp_path):
+    folder = tiny.checkpoint_folder(tmp_path / "other")
+    (folder / "MANIFEST.json").write_text('{"files": ["model.safetensors"], "version": 2}')
+    models.load_model(folder)
+    checkpoint.write_atomically(tmp_path / "final", lambda to: tiny.llama(vocab=300).save_pretrained(to))
+    tiny.tokenizer(tmp_path / "final")  # saved beside the weights by hand
+    models.load_model(tmp_path / "final")
+    models.load_tokenizer(tmp_path / "final")
+    (tmp_path / "final" / "MANIFEST.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"final has no readable MANIFEST\.json"):
+        models.load_model(tmp_path / "final")
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "missing"])
+def test_a_reward_does_not_become_one_of_another_kind(tmp_path, kind):
+    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    path = folder / "reward.safetensors"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"reward\.safetensors is missing"):
+        rewards.load_reward(folder)
+    (folder / "MANIFEST.json").unlink()
+    if kind != "missing":  # then nothing says that there was one
+        with pytest.raises(OSError, match=r"reward\.safetensors is no file"):
+            rewards.load_reward(folder)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import math
 import random
 import shutil
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from tpo_lib import pairing, sampling
+from tpo_lib import checkpoint, pairing, sampling
 from tpo_lib.data import encode_pairs, load_pairs
 from tpo_lib.evaluate import evaluate, sequence_kl
 from tpo_lib.rewards import PROBE, AdditiveReward
@@ -537,7 +540,36 @@ def build(llama, tokenizer, tmp_path):
 
 def entries(folder, kind: str = "pairs") -> list:
     """Cache entries of pairs, or of samples."""
-    return [path for path in folder.iterdir() if path.name.startswith("samples-") == (kind == "samples")]
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    return [path for path in found if path.name.startswith("samples-") == (kind == "samples")]
+
+
+def test_of_two_at_once_one_samples_and_the_other_waits_and_reads(build, monkeypatch, capsys):
+    real, began, others = pairing.generate, [], []
+
+    def slow(*args, **kwargs):
+        began.append(1)
+        others.append(pool.submit(build))
+        time.sleep(0.3)  # in which it would sample too, were it not waiting
+        assert not others[0].done()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pairing, "generate", slow)
+    with ThreadPoolExecutor(1) as pool:
+        table, report = build()
+        again, read = others[0].result()
+    assert len(began) == 1
+    assert (again.to_dict(), read) == (table.to_dict(), report)
+    assert "waiting for it" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_cost_what_was_sampled(build, monkeypatch, tmp_path, capsys):
+    table, _ = build(cache_dir=None)
+    fail = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint.os, "rename", lambda *args: (_ for _ in ()).throw(fail))
+    assert build()[0].to_dict() == table.to_dict()
+    assert capsys.readouterr().err.count("not cached: [Errno 28] No space left") == 2
+    assert entries(tmp_path) == entries(tmp_path, "samples") == []
 
 
 def test_the_second_call_reads_the_cache(build, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ that was altered afterwards is detected by the digests and the one before it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -179,6 +180,32 @@ def verify(folder: Path, *, digest: Callable[[Path], str] = sha256_file) -> None
             raise CheckpointError(f"{folder}: {name} is missing; the checkpoint is not usable")
         if path.suffix not in DOCUMENTS and digest(path) != promised:
             raise CheckpointError(f"{folder}: {name} was truncated or altered; the checkpoint is not usable")
+
+
+def verify_loaded(folder: Path) -> None:
+    """`verify` of a folder that is about to be loaded: once per file and content, and only if the manifest is ours.
+
+    Raises:
+        CheckpointError: a file differs from what was written.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    try:
+        if all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in _manifest(folder).values()):
+            verify(folder, digest=_known_digest)
+    except CheckpointError as error:
+        fix = f"restore it, or, if the change is yours, remove {folder / MANIFEST}, and it loads unchecked"
+        raise CheckpointError(f"{error}; {fix}") from None
+
+
+def _known_digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.cache
+def _digest_once(path: Path, *content: int) -> str:
+    return sha256_file(path)
 
 
 def prove(folder: Path) -> None:

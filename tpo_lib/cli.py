@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -298,7 +299,7 @@ def _pairs(options) -> None:
 
 def _sampled_pairs(options, output: Path | None = None) -> Path:
     """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
-    from tpo_lib import pairing, sampling
+    from tpo_lib import checkpoint, pairing, sampling
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.pocket import load_imdb
     from tpo_lib.rewards import load_reward
@@ -328,10 +329,10 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
         cache_dir=folder,
     )
     print(report, file=sys.stderr)
-    output = output or folder / "sampled.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output is None:  # named by its content: another run may sample into the same folder
+        output = folder / f"sampled-{hashlib.sha256(json.dumps(table.to_dict()).encode()).hexdigest()[:16]}.jsonl"
     pairing.save_pairs(table, output)
-    report.figure().savefig(output.with_suffix(".png"), dpi=110)
+    checkpoint.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
     return output
 
 
@@ -350,6 +351,7 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from dataclasses import asdict
 
+    from tpo_lib import checkpoint
     from tpo_lib.evaluate import evaluate
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.rewards import load_reward
@@ -374,7 +376,7 @@ def _evaluate(options) -> None:
     if options.output:
         metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
         samples = [asdict(sample) for sample in result.samples]
-        Path(options.output).write_text(json.dumps({"metrics": metrics, "samples": samples}, indent=1))
+        checkpoint.write_file(options.output, json.dumps({"metrics": metrics, "samples": samples}, indent=1) + "\n")
 
 
 def _add_pocket(commands) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from tpo_lib import checkpoint
+
 LARGEST_JSON = 32 * 2**20  # bytes; the index of the largest models in shards has about 10 MB
 MOST_LAYERS = 128  # a folder may name as many, whatever its files hold: this many cost nothing to lay out
 # of a hub model, what is fetched at first, and what once that is found sound
@@ -103,6 +105,7 @@ def find(kind: str, name: str | Path) -> Source:
 
     Raises:
         OSError: nothing is there, or it can be had only by running code that came with it.
+        checkpoint.CheckpointError: the folder is one of ours, and a file in it was altered.
     """
     local = is_path(name)
     folder = Path(name) if local else _fetch(kind, str(name))
@@ -111,6 +114,8 @@ def find(kind: str, name: str | Path) -> Source:
     if (folder / "final").is_dir() and not (folder / "config.json").exists():
         folder = folder / "final"
     folder = folder.resolve()
+    if local:
+        checkpoint.verify_loaded(folder)
     try:
         if not folder.is_dir():
             raise ValueError("it is a file; pass the folder it lies in")

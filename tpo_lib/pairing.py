@@ -8,6 +8,7 @@ score each with a reward, and let the higher score be the chosen one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -303,18 +305,17 @@ def build_pairs(
     elif cache_dir is not None:
         content = {"prompts": list(prompts), "reward": [mark, getattr(reward, "scope", "response")]}
         folder = Path(cache_dir) / _content_hash(model, tokenizer, content | sampling | pairing)
-        found = _read_cache(folder, _read_pairs)
-        if found is not None:
-            return found
-    probe(reward)
-    completions = sample_cached(model, tokenizer, prompts, cache_dir=cache_dir, progress=progress, **sampling)
-    scores = score_samples(reward, tokenizer, prompts, completions)
-    dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing, tokenizer=tokenizer)
-    if not report.kept:
-        raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
-    if folder is not None:
-        checkpoint.write_atomically(folder, lambda unfinished: _write_pairs(unfinished, dataset, report))
-    return dataset, report
+
+    def make() -> tuple[Dataset, PairReport]:
+        probe(reward)
+        completions = sample_cached(model, tokenizer, prompts, cache_dir=cache_dir, progress=progress, **sampling)
+        scores = score_samples(reward, tokenizer, prompts, completions)
+        dataset, report = pairs_from_scores(prompts, completions, scores.tolist(), **pairing, tokenizer=tokenizer)
+        if not report.kept:
+            raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
+        return dataset, report
+
+    return _cached(folder, _read_pairs, make, _write_pairs)
 
 
 def sample_cached(
@@ -326,18 +327,12 @@ def sample_cached(
         cache_dir: folder of cache entries, or None for no cache.
         sampling: further arguments of `generate`.
     """
-    if cache_dir is None:
-        return generate(model, tokenizer, prompts, **sampling, progress=progress)
-    content = {"samples": list(prompts), **sampling}
-    folder = Path(cache_dir) / f"samples-{_content_hash(model, tokenizer, content)}"
-    completions = _read_cache(folder, _read_samples)
-    if completions is None:
-        completions = generate(model, tokenizer, prompts, **sampling, progress=progress)
-        rows = [[asdict(completion) for completion in several] for several in completions]
-        checkpoint.write_atomically(
-            folder, lambda unfinished: (unfinished / "samples.json").write_text(json.dumps(rows))
-        )
-    return completions
+    folder = None
+    if cache_dir is not None:
+        content = {"samples": list(prompts), **sampling}
+        folder = Path(cache_dir) / f"samples-{_content_hash(model, tokenizer, content)}"
+    make = partial(generate, model, tokenizer, prompts, **sampling, progress=progress)
+    return _cached(folder, _read_samples, make, _write_samples)
 
 
 def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
@@ -353,21 +348,42 @@ def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _write_pairs(folder: Path, dataset: Dataset, report: PairReport) -> None:
-    save_pairs(dataset, folder / "pairs.parquet")
-    (folder / "report.json").write_text(json.dumps(asdict(report)))
+def _cached(folder: Path | None, read: Callable[[Path], Any], make: Callable[[], Any], write: Callable) -> Any:
+    """What `read` finds in a cache entry, else what `make` makes, written there; others who want it wait meanwhile."""
+    if folder is None:
+        return make()
+    with contextlib.suppress(*UNREADABLE):
+        return _open(folder, read)
+    with checkpoint.alone(folder):
+        try:
+            return _open(folder, read)  # another process may have made it by now
+        except UNREADABLE as error:
+            if folder.exists():
+                print(f"cached pairs cannot be read and are built anew: {error}", file=sys.stderr)
+        made = make()
+        try:
+            checkpoint.write_atomically(folder, partial(write, made))
+        except OSError as error:  # a full disk shall not cost what was made
+            print(f"not cached: {error}", file=sys.stderr)
+        return made
 
 
-def _read_cache(folder: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` finds in a cache entry, or None if there is none or it is damaged."""
-    if not folder.exists():
-        return None
-    try:
-        checkpoint.verify(folder)
-        return read(folder)
-    except (checkpoint.CheckpointError, OSError, ValueError, TypeError) as error:
-        print(f"cached pairs cannot be read and are built anew: {error}", file=sys.stderr)
-        return None
+UNREADABLE = (checkpoint.CheckpointError, OSError, ValueError, TypeError)
+
+
+def _open(folder: Path, read: Callable[[Path], Any]) -> Any:
+    checkpoint.verify(folder)
+    return read(folder)
+
+
+def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:
+    save_pairs(made[0], folder / "pairs.parquet")
+    (folder / "report.json").write_text(json.dumps(asdict(made[1])))
+
+
+def _write_samples(completions: list[list[Completion]], folder: Path) -> None:
+    rows = [[asdict(completion) for completion in several] for several in completions]
+    (folder / "samples.json").write_text(json.dumps(rows))
 
 
 def _read_pairs(folder: Path) -> tuple[Dataset, PairReport]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,12 +114,13 @@ class AdditiveReward:
             OSError: the folder has no reward.
         """
         path = Path(folder) / "reward.safetensors"
+        tokenizer = load_tokenizer(folder)  # first: it sees whether the folder is as it was written
         if not path.is_file():
             raise OSError(
-                f"{path} not found; build it with `python -m tpo_lib pocket`, or name a classifier with --reward"
+                f"{path} is no file; build it with `python -m tpo_lib pocket`, or name a classifier with --reward"
             )
         tables = load_file(str(path))
-        return cls(load_tokenizer(folder), tables["unigram"], tables["bigram"], tables["bias"].item())
+        return cls(tokenizer, tables["unigram"], tables["bigram"], tables["bias"].item())
 
     def save(self, folder: str | Path) -> None:
         """Write the tables as float16 (bias float32)."""
@@ -255,6 +257,6 @@ def _reading(config, name: str) -> tuple[str, int]:
 
 def load_reward(name: str | Path, *, device: torch.device | str = "cpu") -> Reward:
     """Load a reward by folder or hub name: a folder with reward.safetensors is additive, all else a classifier."""
-    if (Path(name) / "reward.safetensors").is_file():
+    if os.path.lexists(Path(name) / "reward.safetensors"):  # whatever it is: it must not make the folder another reward
         return AdditiveReward.load(name)
     return ClassifierReward(name, device=device)
