@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -16,10 +17,14 @@ from tpo_lib import adapters, cli, models
 peft = pytest.importorskip("peft", reason="extra peft is not installed")
 
 
-def adapted(folder, base, *, seed=3, config=None, prepare=lambda model: model):
+LORA = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+DORA = peft.LoraConfig(r=2, use_dora=True, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+def adapted(folder, base, *, seed=3, config=LORA, prepare=lambda model: model):
     """Save an adapter of `base` with random weights, and a tokenizer; returns it unmerged, in eval mode."""
-    config = config or peft.LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(prepare(models.load_model(base)), config).eval()
+    model = peft.get_peft_model(prepare(models.load_model(base)), copy.deepcopy(config)).eval()
     torch.manual_seed(seed)
     for weight in model.parameters():
         if weight.requires_grad:
@@ -48,10 +53,13 @@ def logits(model):
         return model(input_ids=torch.arange(20)[None]).logits
 
 
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.gemma2])
-def test_an_adapter_loads_as_its_base_with_it_merged(build, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [(tiny.llama, LORA), (tiny.llama, DORA), (tiny.llama, IA3), (tiny.gpt2, LORA), (tiny.gemma2, LORA)],
+)
+def test_an_adapter_loads_as_its_base_with_it_merged(build, config, tmp_path):
     base = tiny.checkpoint_folder(tmp_path / "base", build)
-    unmerged = adapted(tmp_path / "sft", base)
+    unmerged = adapted(tmp_path / "sft", base, config=config)
     model = models.load_model(tmp_path / "sft")
     torch.testing.assert_close(logits(model), logits(unmerged), rtol=1e-4, atol=1e-4)
     assert (logits(model) - logits(models.load_model(base))).abs().max() > 0.1
@@ -129,6 +137,12 @@ def test_a_policy_whose_adapters_cannot_be_merged_is_saved_as_it_is(files, capsy
     assert "saved as an adapter: merging its adapter into the weights changes its logits" in capsys.readouterr().err
 
 
+def test_a_policy_with_a_prompt_of_its_own_is_refused(files):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PeftModelForCausalLM gives logits at 6 positions for 4 tokens"):
+        models.ResponseReader(peft.get_peft_model(models.load_model(files / "base"), config))
+
+
 def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -173,6 +187,7 @@ def test_adapters_that_bring_modules_and_embeddings_of_their_own(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     unmerged = adapted(tmp_path / "untied", base, config=config)
     model = models.load_model(tmp_path / "untied")
+    assert model.config.tie_word_embeddings is False
     torch.testing.assert_close(logits(model), logits(unmerged), rtol=1e-4, atol=1e-4)
     model.save_pretrained(str(tmp_path / "again"))
     torch.testing.assert_close(logits(models.load_model(tmp_path / "again")), logits(model))
@@ -207,6 +222,10 @@ def test_a_reward_may_be_an_adapter(tmp_path):
         (
             lambda: peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"),
             "merging its adapter into the weights changes its logits",  # the embeddings are tied to that head
+        ),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM"),
+            "cannot be merged into weights .Impossible to merge",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def merged(model):
     before = _logits(model)
     try:
         plain = model.merge_and_unload()
-    except (AttributeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError) as error:
         raise ValueError(f"its adapter cannot be merged into weights ({error})") from error
     head = plain.get_output_embeddings()
     if head is not None and head.weight is not plain.get_input_embeddings().weight:

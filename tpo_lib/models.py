@@ -356,6 +356,11 @@ class ResponseReader(nn.Module):
         ids = torch.arange(4, device=self.model.device)[None]
         expected = self.model(input_ids=ids, use_cache=False)["logits"].float()
         found = self.head.logits(body(input_ids=ids, use_cache=False)[0]).float()
+        if found.shape != expected.shape:
+            name, positions = type(self.model).__name__, expected.shape[1]
+            raise ValueError(
+                f"{name} gives logits at {positions} positions for 4 tokens; a prompt of its own cannot be read"
+            )
         tolerance = 16 * torch.finfo(layer.weight.dtype).eps
         return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
