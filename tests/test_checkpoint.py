@@ -418,7 +418,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, case):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["final", "checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["final", "checkpoints", "metrics.jsonl", "start"])
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
 def test_a_run_takes_no_folder_where_its_names_are_the_users(tmp_path, name, kind):
     (tmp_path / "pairs.jsonl").write_text("may lie beside a run")

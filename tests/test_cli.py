@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -64,6 +65,32 @@ def test_training_continues_only_with_resume(files, capsys):
         train(files)
     assert "continue it with --resume" in capsys.readouterr().err
     train(files, "--resume")
+
+
+def test_training_takes_no_folder_where_something_of_the_users_stands(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "final").mkdir(parents=True)
+    (out / "final" / "thesis.tex").write_text("mine")
+    (out / "metrics.jsonl").write_text("mine")
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit, match="2"):
+            train(files, *more)
+        assert "out/final was there before, and" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == (out / "final" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_finished_model_is_not_replaced_by_another_start(files, tmp_path, capsys):
+    train(files, "--max-steps", "1")
+    (tmp_path / "out" / "final" / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        train(files, "--resume", "--max-steps", "1")
+    assert "would be replaced, but is not what was written there (notes is not in it)" in capsys.readouterr().err
+    (tmp_path / "out" / "final" / "notes").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit, match="2"):
+            train(files, *more)
+        assert "out/final is the model of a run whose checkpoints are gone" in capsys.readouterr().err
 
 
 def test_tgdpo_trains_its_guide_first_and_says_so(files, tmp_path, capsys):

@@ -12,7 +12,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from tpo_lib import models, pocket, sentiment
+from tpo_lib import checkpoint, models, pocket, sentiment
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
 
 CONFIG = pocket.PocketConfig(
@@ -120,6 +120,12 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
     assert log[-1]["valid_loss"] > 0
 
     pocket.build(*arguments, compile=False)
+    checkpoint.prove(tmp_path / "out")
+    checkpoint.verify(tmp_path / "out" / "judge")
+    for changed in ((replace(CONFIG, lr=1e-3), SENTIMENT), (CONFIG, replace(SENTIMENT, judge_lr=1e-2))):
+        what = "config" if changed[0] != CONFIG else "sentiment"
+        with pytest.raises(RuntimeError, match=rf"work was begun with another {what}; .*--work-dir"):
+            pocket.build(*arguments[:3], *changed, compile=False)
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert facts["parameters"] == sum(p.numel() for p in models.load_model(tmp_path / "out").parameters())
     assert 0 < facts["nats_per_token"] < np.log(300)
@@ -134,6 +140,36 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
         assert needed in readme
     assert AdditiveReward.load(tmp_path / "out")(["good fun"]).shape == (1,)
     assert ClassifierReward(tmp_path / "out" / "judge")(["good fun"]).shape == (1,)
+
+
+def test_a_build_goes_on_with_its_own_data_alone(imdb, tmp_path, monkeypatch):
+    arguments = (tmp_path / "out", tmp_path / "work", CONFIG, SENTIMENT)
+    monkeypatch.setattr(pocket, "pretrain", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pocket.build(str(imdb), *arguments, compile=False)
+    real = pocket.load_imdb
+    for name, column, value in (("texts", "text", "another review"), ("labels", "label", 1)):
+        data = real(str(imdb))
+        data["train"][column][2] = value
+        monkeypatch.setattr(pocket, "load_imdb", lambda source, data=data: data)
+        with pytest.raises(RuntimeError, match=f"was begun with another {name}; remove the folder"):
+            pocket.build(str(imdb), *arguments, compile=False)
+    monkeypatch.setattr(pocket, "load_imdb", real)
+    corpus = tmp_path / "work" / "corpus" / "train.npy"
+    corpus.write_bytes(corpus.read_bytes()[:-2] + b"xx")
+    with pytest.raises(checkpoint.CheckpointError, match=r"corpus: train\.npy was truncated or altered"):
+        pocket.build(str(imdb), *arguments, compile=False)
+
+
+def test_a_build_replaces_no_folder_of_the_users(imdb, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{tmp_path.name} would be replaced"):
+        pocket.build(str(imdb), tmp_path, tmp_path / "work", CONFIG, SENTIMENT, compile=False)
+    (tmp_path / "empty").mkdir()
+    checkpoint.prove(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match=r"README\.md was there before"):
+        pocket.build(str(imdb), tmp_path / "empty", tmp_path, CONFIG, SENTIMENT, compile=False)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_halves_share_no_review():

@@ -28,7 +28,7 @@ MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DIGEST = "sha256"
 MARK = ".tpo_lib.lock"  # a folder of ours has it
-RUN = ("checkpoints", "final", "metrics.jsonl")  # what a training run writes into its folder
+RUN = ("checkpoints", "final", "metrics.jsonl", "start")  # what a training run writes into its folder
 DOCUMENTS = (".md", ".png")
 LEFT_OVER = re.compile(r"\..+\.(lock|unfinished|replaced|\d+(\.\w+)?)")  # what a kill leaves, and locks
 
@@ -103,6 +103,24 @@ def read_json(path: str | Path, fix: str) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); {fix}") from error
     return content
+
+
+def settle(path: Path, facts: dict, fix: str) -> None:
+    """Write down what the work in a folder was begun with, or refuse to go on with something else.
+
+    Args:
+        path: the JSON file for it.
+        facts: name -> value; names that are not in the file yet are added.
+        fix: as in `read_json`.
+
+    Raises:
+        RuntimeError: a value differs from the one in the file.
+    """
+    known, facts = read_json(path, fix) if path.exists() else {}, json.loads(json.dumps(facts))
+    changed = [name for name, value in facts.items() if known.get(name, value) != value]
+    if changed:
+        raise RuntimeError(f"{path.parent} was begun with another {' and another '.join(changed)}; {fix}")
+    write_json(path, known | facts)
 
 
 def _digest(content: dict) -> str:
@@ -209,11 +227,13 @@ def _digest_once(path: Path, *content: int) -> str:
 
 
 def prove(folder: Path) -> None:
-    """Raise FileExistsError unless `folder` may be replaced: nothing is there, or what stands in its manifest, as written.
+    """Raise FileExistsError unless `folder` may be replaced: nothing is in it but what its manifest lists, as written.
 
     A folder that is named after the digest of its content (a cache's entry) is ours by its name.
     """
     if not os.path.lexists(folder) or re.search(r"(^|-)[0-9a-f]{16,64}$", folder.name):
+        return
+    if folder.is_dir() and not folder.is_symlink() and not os.listdir(folder):
         return
     reason = "it is not a folder" if folder.is_symlink() or not folder.is_dir() else _foreign(folder)
     for name, promised in {} if reason else _manifest(folder).items():

@@ -29,6 +29,7 @@ from tpo_lib.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
+OTHER = "pass --fresh to replace the comparison there, or another --name"
 LATEST = "latest"  # the link to the last comparison
 WRITTEN = re.compile(  # names of all files of a comparison that stand in no manifest
     r"(identity|wall_time|summary|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
@@ -128,9 +129,10 @@ class _Comparison:
         self.training: dict[str, list[dict]] = {}  # objective -> its metrics rows
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (checkpoint.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
-        _check_identity(folder, config=asdict(config))  # before the work, and once more with what was loaded
+        identity = partial(checkpoint.settle, folder / "identity.json", fix=OTHER)
+        identity({"config": asdict(config)})  # before the work, and once more with what was loaded
         self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
-        _check_identity(folder, model=fingerprint(self.stage.start), reward=self.stage.reward.fingerprint)
+        identity({"model": fingerprint(self.stage.start), "reward": self.stage.reward.fingerprint})
         checkpoint.write_file(folder / "gaps.png", partial(self.stage.report.figure().savefig, dpi=110))
         self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
         self.every = max(1, self.updates // config.evaluations)
@@ -233,18 +235,6 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     } | found
-
-
-def _check_identity(folder: Path, **facts) -> None:
-    """Write down what the comparison in `folder` is, and refuse to mix another one in."""
-    path = folder / "identity.json"
-    known = checkpoint.read_json(path, FIX) if path.exists() else {}
-    facts = json.loads(json.dumps(facts))
-    if any(name in known and known[name] != value for name, value in facts.items()):
-        raise RuntimeError(
-            f"{folder} holds another comparison (settings or weights differ); pass --fresh to replace it, or another --name"
-        )
-    checkpoint.write_json(path, known | facts)
 
 
 def _evaluation(folder: Path, step: int) -> Path:

@@ -242,7 +242,7 @@ def pretrain(
             if step % (5 * every) == 0 or step == config.steps:
                 log[-1]["valid_loss"] = nats_per_token(model, valid, context=config.context, count=256)[0]
                 bar.write(f"step {step}: {log[-1]}")
-            checkpoint.save_progress(work, model, optimizers, step=step, log=log, config=asdict(config))
+            checkpoint.save_progress(work, model, optimizers, step=step, log=log)
     return model, log
 
 
@@ -263,28 +263,46 @@ def build(
         work: where every stage keeps what it needs to continue after a kill.
         config, sentiment: all settings.
         compile: torch.compile the training step (about 1.3 times as fast on CPU; needs a C++ compiler).
+
+    Raises:
+        FileExistsError: `output` or `work` holds something that no build wrote.
+        RuntimeError: `work` holds a build with other settings or data.
     """
-    with checkpoint.exclusive(work):
+    with checkpoint.exclusive(work, None):
+        checkpoint.prove(output)  # now, not hours later
         imdb = load_imdb(imdb_source)
+        texts = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
+        labels = {
+            split: hashlib.sha256(bytes(label & 255 for label in imdb[split]["label"])).hexdigest() for split in SPLITS
+        }
+        settings = {"config": asdict(config), "sentiment": asdict(sentiment), "texts": texts, "labels": labels}
+        checkpoint.settle(work / "identity.json", settings, "remove the folder, or choose another --work-dir")
         reviews = language_model_reviews(imdb)
         if not (work / "corpus").exists():
             checkpoint.write_atomically(work / "corpus", lambda folder: _encode_corpus(folder, reviews, imdb, config))
+        checkpoint.verify(work / "corpus")
         train, test = np.load(work / "corpus" / "train.npy"), np.load(work / "corpus" / "test.npy")
-        tokenizer = load_tokenizer(work / "corpus")
         model, log = pretrain(train, test, config, work / "checkpoints", compile=compile)
-        output.mkdir(parents=True, exist_ok=True)
-        model.to(torch.bfloat16).save_pretrained(str(output))  # half the size; figures below are those of these weights
-        tokenizer.save_pretrained(str(output))
-        reward_half, judge_half = halves(imdb["train"], sentiment.seed)
-        train_additive(tokenizer, reward_half, sentiment).save(output)
-        judge = train_judge(output, tokenizer, judge_half, sentiment, work / "judge")
-        judge.to(torch.bfloat16).save_pretrained(str(output / "judge"))
-        tokenizer.save_pretrained(str(output / "judge"))
-        facts = measure(output, imdb, test, log, config, sentiment)
-        facts["tokens"] = {"train": len(train), "test": len(test)}
-        facts["reviews"] = len(reviews)
-        facts["data"] = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
-        pocket_report.write(output, facts)
+        facts = {"tokens": {"train": len(train), "test": len(test)}, "reviews": len(reviews), "data": texts}
+
+        def write(folder: Path) -> None:
+            _write_models(folder, model, imdb, sentiment, work)
+            pocket_report.write(folder, measure(folder, imdb, test, log, config, sentiment) | facts)
+
+        checkpoint.write_atomically(output, write)
+
+
+def _write_models(folder: Path, model, imdb: dict, sentiment: SentimentConfig, work: Path) -> None:
+    """Save the language model, then train and save the two that judge it."""
+    tokenizer = load_tokenizer(work / "corpus")
+    model.to(torch.bfloat16).save_pretrained(str(folder))  # half the size; all figures are those of these weights
+    tokenizer.save_pretrained(str(folder))
+    reward_half, judge_half = halves(imdb["train"], sentiment.seed)
+    train_additive(tokenizer, reward_half, sentiment).save(folder)
+    judge = train_judge(folder, tokenizer, judge_half, sentiment, work / "judge")
+    judge.to(torch.bfloat16).save_pretrained(str(folder / "judge"))
+    tokenizer.save_pretrained(str(folder / "judge"))
+    checkpoint.write_manifest(folder / "judge")  # it is loaded by itself
 
 
 def _encode_corpus(folder: Path, reviews: list[str], imdb: dict, config: PocketConfig) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
@@ -160,12 +159,17 @@ class Run:
             raise RuntimeError(
                 f"{self.folder} holds a run already; continue it with --resume or choose another --output-dir"
             )
+        if not checkpoints and (self.folder / "final").exists():
+            raise RuntimeError(
+                f"{self.folder / 'final'} is the model of a run whose checkpoints are gone, and would be replaced; move it "
+                "away or choose another --output-dir"
+            )
         self.start = _identity(policy, self.tokenizer, pairs, eval_pairs)
         self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
         if checkpoints:
             self._continue(policy, optimizer, frozen, checkpoints)
         elif self.writes:
-            (self.folder / "metrics.jsonl").write_text("")
+            checkpoint.write_file(self.folder / "metrics.jsonl", "")
 
     def _continue(self, policy, optimizer, frozen: dict, checkpoints: list[Path]) -> None:
         found = checkpoint.newest(self.folder / "checkpoints")
@@ -198,11 +202,9 @@ class Run:
         self.start, self.step, self.rows = before | self.start, state["step"], state["rows"]
         self.accelerator.wait_for_everyone()
         if self.writes:
-            for damaged in checkpoints[checkpoints.index(found) + 1 :]:
-                shutil.rmtree(damaged)  # else it would count among the last k that are kept
-            (self.folder / "metrics.jsonl").write_text(
-                "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-            )
+            checkpoint.set_aside(self.folder / "checkpoints", found)
+            rows = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+            checkpoint.write_file(self.folder / "metrics.jsonl", rows)
 
     def noting(self, name: str, model):
         """A frozen model as a function that loads it and writes down what it was; None stays None."""
