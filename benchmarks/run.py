@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import goals, report, sections
+from benchmarks import contestants, goals, report, sections
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "numpy")
@@ -41,16 +41,22 @@ def run(
         repetitions: rounds of timing; None is 4, or 2 with `quick`.
 
     Raises:
-        ValueError: no section is called so.
+        ValueError: no section or contestant is called so.
         measure.Disagreement: a contestant computes something else.
     """
     folder = folder or (Path("runs/bench") if quick else HERE)
     repetitions = repetitions or (2 if quick else 4)
     plan = sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory)
     todo = sections.every(plan)
+    there = sorted({label for entries in contestants.CONTESTANTS.values() for label in entries})
+    for what, names, known, fits in (
+        ("section", only, todo, str.startswith),
+        ("contestant", labels, there, str.__eq__),
+    ):
+        unknown = [name for name in names if not any(fits(each, name) for each in known)]
+        if unknown:
+            raise ValueError(f"no {what} is called {' or '.join(unknown)}; there are {', '.join(known)}")
     chosen = [name for name in todo if not only or name.startswith(tuple(only))]
-    if not chosen:
-        raise ValueError(f"no section is called {' or '.join(only)}; there are {', '.join(todo)}")
     path, keep = folder / "results.json", not labels
     results = json.loads(path.read_text()) if only and keep and path.is_file() else {"sections": {}}
     results["about"] = about()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 
 import pytest
+import tiny
 
 from tpo_lib import cli, flags
 from tpo_lib.config import TrainConfig
@@ -54,6 +57,8 @@ JUDGED = [
     (train("--batch-size", "2.5"), "--batch-size: '2.5' is no whole number"),
     (train("--batch-size", "0"), "batch_size=0 must be greater than 0"),
     (train("--epochs", "9" * 5000), "is no whole number"),
+    (train("--epochs", "9" * 400), "must be at most 2147483647"),
+    (pairs("--num-prompts", "9" * 400), "must be at most 10000000"),
     (train("--lr", "nan"), "--lr: nan is not finite"),
     (train("--lr", "inf"), "--lr: inf is not finite"),
     (train("--lr", "-0.0"), "lr=-0.0 must be greater than 0"),
@@ -80,7 +85,7 @@ JUDGED = [
     (pairs("--samples-per-prompt", "1"), "--samples-per-prompt: 1 must be at least 2"),
     (pairs("--max-new-tokens", "0"), "--max-new-tokens: 0 must be at least 1"),
     (pairs("--temperature", "nan"), "--temperature: nan is not finite"),
-    (pairs("--temperature", "0"), "--temperature: 0 must be greater than 0"),
+    (pairs("--temperature", "0"), "--temperature: 0 must be at least 0.01"),
     (pairs("--min-gap", "nan"), "--min-gap: nan is not finite"),
     (pairs("--min-gap", "-0.1"), "--min-gap: -0.1 must be at least 0"),
     (pairs("--device", "cuda:99"), "device 'cuda:99' is not here"),
@@ -96,6 +101,10 @@ JUDGED = [
     (["pocket", "--steps", "0"], "--steps: 0 must be at least 1"),
     (["pocket", "--work-dir", "file"], "--work-dir file cannot be made: "),
     (["sweep", "--output", "folder.jsonl"], "--output folder.jsonl is a folder"),
+    (train("--model", ""), "--model '' names nothing"),
+    (train("--pairs", "a\0b"), "--pairs 'a\\x00b' names nothing"),
+    (["train", "--output-dir", " "], "--output-dir ' ' names nothing"),
+    (["derive", ""], "--name '' names nothing"),
     (["bench", "--repetitions", "0"], "--repetitions: 0 must be at least 1"),
     (["bench", "--output", "file"], "--output file cannot be made: "),
 ]
@@ -108,6 +117,91 @@ def test_arguments_are_judged_before_anything_loads(nothing_loads, capsys, tmp_p
     (tmp_path / "folder.jsonl").mkdir()
     assert sentence in refused(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A model, a reward, pairs, and spoilt neighbours of all of them."""
+    folder = tmp_path_factory.mktemp("shelf")
+    tiny.checkpoint_folder(folder / "model")
+    tiny.classifier(folder / "reward")
+    row = {"prompt": "the film is", "chosen": " good and fine", "rejected": " bad and poor"}
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row | {"chosen": f" good {i}"}) + "\n" for i in range(8)))
+    (folder / "nothing").mkdir()
+    spoilt = {"empty.jsonl": b"", "cut.jsonl": b'{"prompt": ', "latin.jsonl": '{"prompt": "\xe9"}'.encode("latin-1")}
+    spoilt |= {"list.json": b"[1, 2]", "word.jsonl": b'"a"', "zeros.jsonl": bytes(64), "deep.json": b"[" * 100_000}
+    spoilt |= {"cut.parquet": b"PAR1", "columns.csv": b"a,b\n1,2", "binary.bin": bytes(range(256))}
+    spoilt |= {
+        "types.jsonl": b'{"prompt": 1, "chosen": [2], "rejected": {"a": 3}}',
+        "utf16.jsonl": '{"a": 1}'.encode("utf-16"),
+    }
+    for name, content in spoilt.items():
+        (folder / name).write_bytes(content)
+    damages = {"config.json": (None, b"", b"[]", b"{}", b"\xe9", b'{"model_type": "nobody"}')}
+    damages |= {"model.safetensors": (None, b"", b"x" * 99), "tokenizer.json": (None, b"", b"{}", b"[]")}
+    for name, contents in damages.items():
+        for number, content in enumerate(contents):
+            there = shutil.copytree(folder / "model", folder / f"{name}-{number}")
+            (there / name).unlink() if content is None else (there / name).write_bytes(content)
+    (folder / "guide").mkdir()
+    (folder / "guide" / "training.json").write_bytes(b"{")
+    return folder
+
+
+BAD_PAIRS = (
+    "empty.jsonl",
+    "cut.jsonl",
+    "latin.jsonl",
+    "list.json",
+    "word.jsonl",
+    "zeros.jsonl",
+    "deep.json",
+    "cut.parquet",
+)
+BAD_PAIRS += ("columns.csv", "binary.bin", "types.jsonl", "utf16.jsonl", "nothing", "model", "missing.jsonl")
+BAD_MODELS = (*(f"config.json-{i}" for i in range(6)), *(f"model.safetensors-{i}" for i in range(3)))
+BAD_MODELS += (*(f"tokenizer.json-{i}" for i in range(4)), "nothing", "missing", "pairs.jsonl")
+_TRAIN = "train --output-dir out --batch-size 4 --warmup-steps 1 --device cpu --model {} --pairs {}"
+_PAIRS = "pairs --output made.jsonl --num-prompts 2 --max-new-tokens 2 --device cpu --model {} --reward {}"
+_JUDGE = "evaluate {} --num-prompts 2 --max-new-tokens 2 --device cpu --model model --reward reward --judge {}"
+FILES = [
+    *(_TRAIN.format("model", name) for name in BAD_PAIRS),
+    *(_TRAIN.format("model", "pairs.jsonl") + f" --eval-every 1 --eval-pairs {name}" for name in BAD_PAIRS[:2]),
+    *(_TRAIN.format(name, "pairs.jsonl") for name in BAD_MODELS),
+    *(_PAIRS.format("model", name) for name in (*BAD_MODELS[:9], "model", "nothing", "missing", "pairs.jsonl")),
+    *(_JUDGE.format("model", name) for name in ("model", "nothing", "missing", "pairs.jsonl")),
+    *(_JUDGE.format(name, "reward") for name in BAD_MODELS if not name.startswith("tokenizer")),
+    *(
+        _TRAIN.format("model", "pairs.jsonl") + f" --loss-type tgdpo --guide {name}"
+        for name in ("guide", "missing", "model")
+    ),
+    _TRAIN.format("model", "pairs.jsonl") + " --lora-rank 999",
+    _TRAIN.format("model", "pairs.jsonl") + " --batch-size 9",
+    _TRAIN.format("model", "pairs.jsonl") + " --max-tokens 4",
+    *(f"sweep --output {name}" for name in ("empty.jsonl", "list.json", "latin.jsonl", "guide/training.json")),
+    *(f"pocket --output-dir out --work-dir out --imdb {name}" for name in ("missing", "pairs.jsonl", "nothing")),
+    _PAIRS.format("model", "reward") + " --prompts imdb --imdb nothing",
+    "derive nobody",
+    "notebooks 00 99",
+    "bench --only nobody",
+    "bench --contestants nobody",
+    "run --name ../elsewhere",
+]
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_spoilt_and_missing_files_end_in_one_sentence(shelf, monkeypatch, capsys, tmp_path, line):
+    """Every one is foreseen: no traceback is kept, and nothing is left behind."""
+    monkeypatch.chdir(shelf)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in shelf.rglob("*") if path.is_file() and "out" not in path.parts}
+    with pytest.raises(SystemExit) as left:
+        cli.main(line.split())
+    said = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2
+    assert re.match(r"[A-Za-z]+(Error|Loss): .{10}", said[-1]), said
+    assert "traceback: " not in said[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def _flags(command: str) -> list[argparse.Action]:

@@ -52,13 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _judge(options)
         _one_bar_only()
         options.function(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        traceback.clear_frames(stop.__traceback__)
         print("interrupted; the same command continues where it was (train: add --resume)", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if options.traceback:
             raise
-        print(_sentence(error), file=sys.stderr)
+        said = _sentence(error)
+        traceback.clear_frames(error.__traceback__)  # a bar that is still open there would be drawn around the sentence
+        print(said, file=sys.stderr)
         sys.exit(2)
 
 
@@ -66,6 +69,9 @@ def _judge(options) -> None:
     """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
     from tpo_lib.models import choose_device, choose_precision
 
+    for name, value in vars(options).items():
+        if isinstance(value, str) and (not value.strip() or "\0" in value):
+            raise ValueError(f"--{name.replace('_', '-')} {value!r} names nothing; leave it out or name something")
     if options.command == "train":
         config = flags.read_config(options)
         if config.output_dir is None:
@@ -85,7 +91,9 @@ def _judge(options) -> None:
 
 def _sentence(error: Exception) -> str:
     """An error as one line. What this package did not raise itself keeps its traceback, in a file: it may be a fault of ours."""
-    frames = traceback.extract_tb(error.__traceback__)
+    here = Path(__file__).parent
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [frame for frame in frames if here in frame[0].parents or frame[0].parent == here.with_name("benchmarks")]
     text = " ".join(str(error).split()) or "no more is known"
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
@@ -93,12 +101,12 @@ def _sentence(error: Exception) -> str:
             f"out of memory: {text}; lower --batch-size, --max-tokens, --max-length, --num-prompts or --max-new-tokens"
         )
     known = isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError)
-    if known and (isinstance(error, OSError) or Path(frames[-1].filename).is_relative_to(Path(__file__).parent)):
+    if known and (isinstance(error, OSError) or frames[-1] == ours[-1]):
         return f"{type(error).__name__}: {text}"
     with tempfile.NamedTemporaryFile("w", prefix="tpo_lib-", suffix=".txt", delete=False, encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)][-1]
-    return f"{type(error).__name__} in {Path(ours.filename).name}, line {ours.lineno}: {text} (traceback: {file.name})"
+    path, line = ours[-1]
+    return f"{type(error).__name__} in {path.name}, line {line}: {text} (traceback: {file.name})"
 
 
 def _one_bar_only() -> None:
@@ -430,9 +438,11 @@ def _notebooks(options) -> None:
     from tpo_lib import notebooks
 
     course = notebooks.course()
+    unknown = [name for name in options.names if not any(path.name.startswith(name) for path in course)]
+    if unknown:
+        there = ", ".join(path.name for path in course)
+        raise ValueError(f"no notebook is called {' or '.join(unknown)}; there are {there}")
     chosen = [path for path in course if path.name.startswith(tuple(options.names or [""]))]
-    if not chosen:
-        raise ValueError(f"no notebook is called {options.names}; there are {', '.join(path.name for path in course)}")
     for path in chosen:
         seconds = notebooks.refresh(path, execute=options.execute)
         print(f"{path.name}: {'tidied' if seconds is None else f'{seconds:.0f} s'}", flush=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
 
-from tpo_lib.losses import OBJECTIVES, Hyperparameter
+from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ ABOVE = {
     "log_every": 0,
 }
 ABOVE |= {"save_every": 0, "keep": 0, "max_tokens": 3}  # the shortest pair is two rows of two tokens
-LARGEST = {"seed": 2**32 - 1}  # numpy's bound
+LARGEST = {"seed": 2**32 - 1}  # numpy's bound; of other whole numbers 2**31 - 1, of floats what float32 holds
 
 
 def known_hyperparameters(loss_type: str) -> dict[str, Hyperparameter]:
@@ -197,10 +197,11 @@ def _check_number(name: str, value, kind: type) -> None:
         raise ValueError(f"{name}={value!r} must be greater than {ABOVE[name]}")
     if not value >= 0:
         raise ValueError(f"{name}={value!r} must be at least 0")
-    if math.isinf(value):
+    if value == math.inf:
         raise ValueError(f"{name}={value!r} must be finite")
-    if value > LARGEST.get(name, math.inf):
-        raise ValueError(f"{name}={value!r} must be at most {LARGEST[name]}")
+    most = LARGEST.get(name, FLOAT32_MAX if kind is float else 2**31 - 1)
+    if value > most:
+        raise ValueError(f"{name}={value!r} must be at most {most}")
 
 
 @dataclass(frozen=True)

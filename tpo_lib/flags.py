@@ -41,7 +41,7 @@ def number(kind: type, *, above: float = -math.inf, least: float = -math.inf, mo
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number") from None
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         bounds = (
             (value > above, "greater than", above),
@@ -59,7 +59,7 @@ def number(kind: type, *, above: float = -math.inf, least: float = -math.inf, mo
 COUNT = number(int, least=1, most=MANY)
 SEVERAL = number(int, least=2, most=MANY)
 GAP = number(float, least=0)
-TEMPERATURE = number(float, above=0)
+TEMPERATURE = number(float, least=0.01)  # below, logits overflow
 SEED = number(int, least=0, most=LARGEST["seed"])
 
 

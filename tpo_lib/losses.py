@@ -26,6 +26,7 @@ from tpo_lib.types import LossOutput, TokenStats
 
 # Smallest weight TGDPO gives a token: its derivation needs f > 0 and the published code does not ensure it.
 F_FLOOR = 0.01
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _HOW_TO_GET = {
     "ref_logps": "pass ref_logits to token_stats",
@@ -206,8 +207,8 @@ class Hyperparameter:
             raise ValueError(f"{name}={value!r} must be greater than {self.above:g}")
         elif not value >= self.least:
             raise ValueError(f"{name}={value!r} must be at least {self.least:g}")
-        elif math.isinf(value):
-            raise ValueError(f"{name}={value!r} must be finite")
+        elif abs(value) > FLOAT32_MAX:
+            raise ValueError(f"{name}={value!r} must be finite in float32")
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
         CheckpointError: it is damaged.
     """
     with checkpoint.alone(path):
+        known = _known(path)  # first: a stage is minutes of work
         lab = Laboratory(pocket_stage(**STAGE))
-        content = _begin(path, _short(lab.record(samples=SAMPLES)))
+        content = _begin(path, known, _short(lab.record(samples=SAMPLES)))
         done = {(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]}
         todo = [settings for settings in grid() if settings not in done]
         for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
@@ -64,16 +65,22 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
     return content
 
 
-def _begin(path: Path, record: dict) -> dict:
+def _known(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    known = checkpoint.read_json(path, "restore it, or remove it to make all runs anew")
+    if not known.keys() >= {"lr", "updates", "start", "stage", "versions", "runs"}:
+        raise ValueError(f"{path} is not the file of a sweep, and is left as it is; choose another --output")
+    return known
+
+
+def _begin(path: Path, known: dict | None, record: dict) -> dict:
     """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
     stage = {**record["stage"], "model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
     content = {"lr": LR, "updates": UPDATES, "start": record["start"], "stage": stage, "versions": record["versions"]}
     content = json.loads(json.dumps(content | {"runs": []}))
-    if not path.exists():
+    if known is None:
         return content
-    known = checkpoint.read_json(path, "restore it, or remove it to make all runs anew")
-    if not known.keys() >= content.keys():
-        raise ValueError(f"{path} is not the file of a sweep, and is left as it is; choose another --output")
     for name in ("start", "stage", "lr", "updates"):
         was, now = (found[name]["metrics"] if name == "start" else found[name] for found in (known, content))
         if was != now:
