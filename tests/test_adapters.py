@@ -126,6 +126,10 @@ def test_weights_are_saved_whole_and_the_policy_stays_as_it_is(files):
     before = models.fingerprint(policy)
     plain = adapters.whole(policy)
     assert models.fingerprint(policy) == before
+    policy.peft_config["default"].base_model_name_or_path = "elsewhere"
+    assert models.fingerprint(policy) == before
+    policy.peft_config["default"].lora_alpha = 1
+    assert models.fingerprint(policy) != before
     assert not hasattr(plain, "peft_config")
     assert adapters.whole(plain) is plain
 
@@ -160,6 +164,9 @@ def test_a_base_is_found_beside_its_adapter_or_named_when_it_is_missing(files, m
     for load in (models.load_model, models.load_tokenizer):
         with pytest.raises(OSError, match=r"sft' could not be loaded: (model|tokenizer) 'nobody/nothing' could not be"):
             load(files / "sft")
+    edit(files / "sft" / "adapter_config.json", revision="v2")
+    with pytest.raises(OSError, match="its base is revision v2 of nobody/nothing; download that"):
+        models.load_model(files / "sft")
     edit(files / "sft" / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(OSError, match=r"adapter_config.json names no base model"):
         models.load_model(files / "sft")

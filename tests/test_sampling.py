@@ -690,3 +690,13 @@ def test_no_pair_left_says_why(build, tmp_path):
     with pytest.raises(ValueError, match=r"no pair is left; lower min_gap(.|\n)*gap below min_gap"):
         build(min_gap=1.5)
     assert not entries(tmp_path)
+
+
+def test_a_tokenizer_without_ends_is_refused(llama, tokenizer):
+    model, tokenizer = llama, copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS token, so a text has no beginning"):
+        sampling.sample_prompts(model, tokenizer, 2, seed=0)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="neither tokenizer nor model has an EOS token, so no text would end"):
+        sampling.stop_ids(model, tokenizer)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tpo_lib.folders import Source
 
-WITHOUT_MEANING = ("runtime_config", "peft_version", "inference_mode")  # of an adapter's configuration
+WITHOUT_MEANING = ("base_model_name_or_path", "revision", "runtime_config", "peft_version", "inference_mode")
 
 
 def _peft(who: str):
@@ -60,6 +60,12 @@ def check_rank(rank: int, config) -> None:
         )
 
 
+def meaning(settings: dict) -> dict:
+    """What of an adapter's configuration decides what it computes: not where its base is, nor what a newer peft leaves empty."""
+    empty = (None, {}, [])
+    return {k: v for k, v in settings.items() if k not in WITHOUT_MEANING and v not in empty and v is not False}
+
+
 def settings(source: Source, shapes: dict[str, tuple[int, ...]]):
     """The PEFT configuration of an adapter's folder.
 
@@ -71,9 +77,8 @@ def settings(source: Source, shapes: dict[str, tuple[int, ...]]):
         ImportError: peft is not installed.
     """
     peft = _peft(f"the adapter {source.name}")
-    said = {name: value for name, value in source.adapter.items() if value not in (None, {}, []) and value is not False}
     with _warnings("error", "Unexpected keyword"):  # fields that a newer peft wrote and that mean something
-        config = peft.PeftConfig.from_peft_type(**{k: v for k, v in said.items() if k not in WITHOUT_MEANING})
+        config = peft.PeftConfig.from_peft_type(**meaning(source.adapter))
     if config.is_prompt_learning:
         raise ValueError(f"it is a {config.peft_type.value} adapter, which cannot be merged into weights; LoRA can")
     ranks = [getattr(config, "r", None) or 0, *(getattr(config, "rank_pattern", None) or {}).values()]

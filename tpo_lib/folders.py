@@ -149,6 +149,11 @@ def base_of(source: Source) -> str:
         raise ValueError(
             f"its base model {base!r} is not there; put it back, or name where it is now in {place} (base_model_name_or_path)"
         )
+    if source.adapter.get("revision") not in (None, "main"):
+        named = f"revision {source.adapter['revision']} of {base}"
+        raise ValueError(
+            f"its base is {named}; download that, and name its folder in {place} (base_model_name_or_path)"
+        )
     return base
 
 

@@ -226,7 +226,7 @@ def fingerprint(model: nn.Module | dict[str, Tensor]) -> str:
         said = {
             name: value for name, value in said.items() if name not in NO_MATHEMATICS and not name.endswith("_token_id")
         }
-        said |= {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        said |= {name: adapters.meaning(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()}
         digest.update(
             json.dumps(said, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)).encode()
         )

@@ -111,6 +111,8 @@ def sample_prompts(
     """
     _check_lengths(count, min_tokens, max_tokens)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token")
     check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
     draw = random.Random(seed)
     missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
@@ -277,9 +279,17 @@ def _sample_ids(
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a text: the tokenizer's EOS first, then those the model names besides."""
+    """Every token that ends a text: the tokenizer's EOS first, then those the model names besides.
+
+    Raises:
+        ValueError: there is none.
+    """
     own = getattr(model.generation_config, "eos_token_id", None)
     named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    if named == [None, None]:
+        raise ValueError(
+            "neither tokenizer nor model has an EOS token, so no text would end; set the tokenizer's eos_token"
+        )
     return list(dict.fromkeys(token for token in named if token is not None))
 
 
