@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tpo_lib.coefficients import coefficients, loss_at, margin_terms, spread
-from tpo_lib.losses import OBJECTIVES
+from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 from tpo_lib.stats import split, token_stats
-from tpo_lib.types import TokenStats
+from tpo_lib.types import LossOutput, TokenStats
 
 HYPER = {
     "sft": {},
@@ -272,3 +272,17 @@ def test_a_missing_statistic_is_named():
         coefficients("tdpo1", row([0.0]), row([0.0]), beta=0.1)
     with pytest.raises(ValueError, match=r"TokenStats\.guide_logps"):
         coefficients("tgdpo", row([0.0]), row([0.0]), beta=0.1, alpha=0.5, guide_beta=0.1)
+
+
+def test_an_objective_of_ones_own_draws_its_own_curve(monkeypatch):
+    """IPO has no beta: (m - 1 / (2 tau))^2 at tau = 0.1 is (m - 5)^2, its slope 2 (m - 5)."""
+
+    def ipo(chosen, rejected, *, tau):
+        rewards = [(side.logps - side.ref_logps).sum(-1) for side in (chosen, rejected)]
+        return LossOutput((rewards[0] - rewards[1] - 1 / (2 * tau)) ** 2, *(reward.detach() for reward in rewards))
+
+    record = Objective(ipo, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
+    monkeypatch.setitem(OBJECTIVES, "ipo", record)
+    loss, slope = loss_at("ipo", torch.tensor([0.0, 7.0]))
+    assert loss.tolist() == pytest.approx([25.0, 4.0])
+    assert slope.tolist() == pytest.approx([-10.0, 4.0])

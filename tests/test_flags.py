@@ -287,3 +287,9 @@ def test_a_guide_is_a_run_that_read_a_reference(tmp_path):
         record.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=words):
             cli._guides_beta(record)
+
+
+def test_a_folder_without_permission_is_named_before_anything_loads(nothing_loads, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for arguments in (["train", "--output-dir", tmp_path / "a/b"], ["evaluate", "x", "--output", tmp_path / "a.json"]):
+        assert f"cannot be written: no permission in {tmp_path}" in refused(capsys, *arguments)

@@ -131,7 +131,7 @@ def loss_at(objective: str, margins: Tensor, **hyper) -> tuple[Tensor, Tensor]:
     """
     if objective == "sft":
         raise ValueError("'sft' has no margin: its loss reads the chosen response alone")
-    hyper = {**hyper, "beta": 1.0}
+    hyper = _entry(objective).settings({**hyper, "beta": 1.0})  # one of your own may have no beta
     zero = torch.zeros_like(margins)[:, None]  # (B, 1)
 
     def one_token(logps: Tensor) -> TokenStats:
