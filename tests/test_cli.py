@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from functools import partial
 
 import pytest
 import tiny
 
 from tpo_lib.cli import main
 from tpo_lib.data import load_pairs
+from tpo_lib.pocket import train_tokenizer
 
 PAIRS = [
     {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(12)
@@ -152,16 +155,112 @@ def test_pairs_are_sampled_scored_and_written(files, tmp_path, capsys):
     assert 0 < len(table) <= 36
     assert all(row["chosen_score"] > row["rejected_score"] for row in table)
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert "dropped" in capsys.readouterr().err
+    assert "dropped" in capsys.readouterr().out
 
 
-def test_evaluate_prints_intervals(files, tmp_path, capsys):
-    where = ["--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "evaluation.json")]
-    small = ["--num-prompts", "5", "--max-new-tokens", "6", "--device", "cpu"]
-    main(["evaluate", files["model"], *where, *small])
-    assert "reward" in capsys.readouterr().out
-    metrics = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
-    assert metrics["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+def evaluate(files, policy, *more, scored: bool = True) -> None:
+    where = ["--cache-dir", files["out"] + "-cache", *(("--reward", files["reward"]) if scored else ())]
+    main(["evaluate", str(policy), *where, "--num-prompts", "5", "--max-new-tokens", "6", "--device", "cpu", *more])
+
+
+def test_evaluate_prints_intervals_and_what_they_were_measured_with(files, tmp_path, capsys):
+    files |= {"judge": files["reward"], "json": str(tmp_path / "evaluation.json")}
+    evaluate(files, files["model"], "--model", files["model"], "--judge", files["judge"], "--output", files["json"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:6]] == ["model", "reference", "reward", "judge", "prompts", "reward"]
+    assert printed[3].endswith("; it is the reward once more")
+    assert printed[1].endswith(f"{files['model']} (--model)")
+    assert f"({files['reward']}), reads prompt and response" in printed[2]
+    assert "5 sampled from the model, not compared with training prompts" in printed[4]
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert content["sources"]["reference"] == f"{files['model']} (--model)"
+
+
+def test_evaluate_measures_against_what_the_run_was_started_from(files, tmp_path, capsys):
+    train(files)
+    capsys.readouterr()
+    evaluate(files, files["out"], "--output", str(tmp_path / "evaluation.json"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].endswith(f"{files['model']} (what the run was started from)")
+    assert "0 of them seen in training" in printed[4]
+    kl = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]["kl"]["mean"]
+    evaluate(files, files["out"], "--model", files["model"], "--output", str(tmp_path / "named.json"))
+    assert json.loads((tmp_path / "named.json").read_text())["metrics"]["kl"]["mean"] == pytest.approx(kl)
+    tiny.checkpoint_folder(tmp_path / "llama", partial(tiny.llama, 5))  # the reference changes where it lies
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(files, files["out"])
+    assert "its weights have changed since; name the reference with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_a_run_of_adapters_is_measured_against_its_base(files, capsys, objective):
+    train(files, "--lora-rank", "2", "--loss-type", objective, "--lr", "0.03")
+    capsys.readouterr()
+    evaluate(files, files["out"], "--pairs", files["pairs"])
+    printed = capsys.readouterr().out
+    assert f"{files['model']} (what the run was started from)" in printed
+    assert float(re.search(r"^kl +(\S+)", printed, re.MULTILINE)[1]) > 0
+
+
+def test_a_run_is_evaluated_on_prompts_that_it_was_not_trained_on(files, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("the film 3 is\nthe film 3 is good\nnobody\n")
+    train(files)
+    capsys.readouterr()
+    evaluate(files, files["out"], "--prompts", str(tmp_path / "p.txt"), "--num-prompts", "3")
+    assert "3 from " + str(tmp_path / "p.txt") + ", 2 of them seen in training" in capsys.readouterr().out
+    where = ["--model", files["model"], "--reward", files["reward"], "--device", "cpu", "--batch-size", "4"]
+    where += ["--num-prompts", "40", "--max-new-tokens", "8", "--cache-dir", str(tmp_path / "c"), "--max-steps", "1"]
+    main(["train", *where, "--output-dir", str(tmp_path / "sampled")])
+    evaluate(files, tmp_path / "sampled", "--num-prompts", "40", "--output", str(tmp_path / "e.json"))
+    held_out = {sample["prompt"] for sample in json.loads((tmp_path / "e.json").read_text())["samples"]}
+    (pairs,) = (tmp_path / "c").glob("sampled-*.jsonl")
+    trained = {row["prompt"] for row in map(json.loads, pairs.read_text().splitlines())}
+    assert len(held_out) == 40
+    assert not [a for a in held_out for b in trained if a.startswith(b) or b.startswith(a)]
+
+
+@pytest.mark.parametrize("objective", ["tdpo2", "tgdpo", "simpo"])
+def test_held_out_pairs_are_ranked_as_the_run_was_trained(files, tmp_path, capsys, objective):
+    train(files, "--loss-type", objective)
+    capsys.readouterr()
+    evaluate(files, files["out"], "--pairs", files["pairs"], "--output", str(tmp_path / "e.json"))
+    assert f"12 of them seen in training; ranked by {objective}'s implicit reward" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    assert {"accuracy", "reward_margin", "seqkl_chosen", "seqkl_rejected", "seqkl_margin"} <= metrics.keys()
+    assert metrics["accuracy"]["n"] == 12
+    evaluate(files, files["model"], "--model", files["model"], "--pairs", files["pairs"])
+    printed = capsys.readouterr().out
+    assert "ranked by the plain log-ratio (no record of an objective)" in printed
+    assert re.search(r"accuracy +0\.500", printed)  # the reference itself: all ties
+
+
+def test_a_policy_of_another_vocabulary_is_refused(files, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    tokenizer = train_tokenizer(["another text altogether"] * 3, 290, tmp_path / "other")
+    tiny.llama(vocab=len(tokenizer)).save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(files, tmp_path / "other", "--model", files["model"])
+    assert "has another vocabulary than the reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pairs", "evaluate", "train"])
+def test_another_model_than_the_bundled_one_needs_a_reward_of_its_own(files, tmp_path, capsys, command):
+    where = {"pairs": ["--output", str(tmp_path / "p.jsonl")], "train": ["--output-dir", files["out"]]}
+    with pytest.raises(SystemExit, match="2"):
+        main([command, *where.get(command, [files["model"]]), "--model", files["model"], "--device", "cpu"])
+    assert "--reward is missing" in capsys.readouterr().err
+
+
+def test_pairs_of_ones_own_prompts_say_where_they_come_from(files, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the film"}\n{"prompt": "the plot"}\n')
+    where = ["--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "made.jsonl")]
+    small = ["--max-new-tokens", "8", "--device", "cpu", "--cache-dir", str(tmp_path / "c")]
+    main(["pairs", *where, *small, "--prompts", str(tmp_path / "p.jsonl")])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:4]] == ["model", "reward", "judge", "prompts"]
+    assert printed[3].endswith(f"2 from {tmp_path / 'p.jsonl'}")
+    assert set(load_pairs(tmp_path / "made.jsonl")[0]["prompt"]) == {"the film", "the plot"}
 
 
 @pytest.mark.parametrize(

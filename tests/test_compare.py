@@ -76,6 +76,7 @@ def test_everything_promised_is_written(finished):
         assert (folder / name).stat().st_size > 5000, name
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert {"config", "seed", "versions", "wall_time_s"} <= summary.keys()
+    assert 0 <= summary["config"]["held_out_prompts_seen"] <= summary["config"]["held_out_prompts"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["objective"] for row in rows} == OBJECTIVES
     assert {row["kind"] for row in rows} == {"train", "evaluation"}

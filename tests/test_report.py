@@ -125,6 +125,14 @@ def test_names_versions_and_settings_are_escaped_too(tmp_path, unillustrated):
 # ---- the Markdown
 
 
+def test_held_out_prompts_that_training_has_seen_are_counted(tmp_path, unillustrated):
+    facts = summary()
+    facts["config"] |= {"held_out_prompts": 160, "held_out_prompts_seen": 67}
+    report.write_report(tmp_path, facts, curves(), {})
+    text = (tmp_path / "report.md").read_text()
+    assert "No held-out prompt is a training prompt; 67 of 160 begin or continue one" in text
+
+
 def test_markdown_links_are_relative_and_lead_to_pictures(written):
     text = (written / "report.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tpo_lib.rewards import AdditiveReward, ClassifierReward, hash_bigrams, load_reward, scores_of
+from tpo_lib.sentiment import quality
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def test_hash_spreads_and_orders():
 
 
 def test_missing_additive_reward_is_explained(tmp_path):
-    with pytest.raises(OSError, match=r"reward\.safetensors not found.*python -m tpo_lib pocket"):
+    tiny.tokenizer(tmp_path)
+    with pytest.raises(OSError, match=r"reward\.safetensors is no file.*python -m tpo_lib pocket"):
         AdditiveReward.load(tmp_path)
 
 
@@ -123,7 +125,7 @@ def test_every_kind_of_classifier_scores_a_text_as_if_it_were_alone(kind, side, 
     alone = [logits_of(reward, text).softmax(-1)[1].item() for text in texts]
     assert reward(texts).tolist() == pytest.approx(alone, abs=1e-5)
     assert len({round(score, 3) for score in alone}) == 3
-    assert reward.max_length == (512 if kind == "XLNet" else 64)
+    assert (reward.max_length, reward.batch_size) == ((512, 1) if kind == "XLNet" else (64, 64))
 
 
 def test_a_pad_id_that_disagrees_with_the_tokenizer_is_put_right(tmp_path):
@@ -135,6 +137,13 @@ def test_a_pad_id_that_disagrees_with_the_tokenizer_is_put_right(tmp_path):
 def test_a_language_model_is_no_classifier(tmp_path):
     with pytest.raises(OSError, match=r"lack 1 weights that LlamaForSequenceClassification needs.*: score\.weight"):
         load_reward(tiny.checkpoint_folder(tmp_path))
+
+
+def test_an_additive_reward_needs_a_weight_for_every_token(additive, tmp_path):
+    tables = load_file(tmp_path / "reward.safetensors")
+    save_file(tables | {"unigram": tables["unigram"][:200].clone()}, tmp_path / "reward.safetensors")
+    with pytest.raises(ValueError, match="has weights for 200 tokens, the tokenizer beside it 300"):
+        load_reward(tmp_path)
 
 
 def test_a_classifier_that_cannot_score_says_so_when_it_is_loaded(tmp_path):
@@ -188,6 +197,11 @@ def test_classifier_batches_do_not_change_scores(tmp_path):
     torch.testing.assert_close(one(tiny.TEXT[:5]), many(tiny.TEXT[:5]))
     assert one.fingerprint == many.fingerprint
     assert one(["word " * 500]).shape == (1,)  # cut to what the model reads
+
+
+def test_calibration_insists_on_probabilities():
+    with pytest.raises(ValueError, match=r"scores from -1\.0 to 0\.5 are no probabilities"):
+        quality(torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0]))
 
 
 def test_missing_classifier_names_the_way_out():

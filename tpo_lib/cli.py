@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _judge(options) -> None:
     """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
     from tpo_lib.models import choose_device, choose_precision
+    from tpo_lib.prompts import read_prompts
 
     for name, value in vars(options).items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
@@ -81,6 +82,8 @@ def _judge(options) -> None:
         choose_precision(choose_device(config.device), config.precision)
     elif getattr(options, "device", None):
         choose_device(options.device)
+    if getattr(options, "prompts", "model") not in ("model", "imdb"):
+        read_prompts(options.prompts)
     suffixes = {"pairs": (".jsonl", ".parquet")}.get(options.command, ())
     if getattr(options, "output", None):
         flags.check_room("--output", options.output, folder=options.command == "bench", suffixes=suffixes)
@@ -307,27 +310,23 @@ def _pairs(options) -> None:
 
 def _sampled_pairs(options, output: Path | None = None) -> Path:
     """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
-    from tpo_lib import checkpoint, pairing, sampling
+    from tpo_lib import checkpoint, pairing
     from tpo_lib.models import choose_device, load_model, load_tokenizer
-    from tpo_lib.pocket import load_imdb
+    from tpo_lib.prompts import training_prompts
     from tpo_lib.rewards import load_reward
 
     _check_names(options)
-    preset, name, folder = PRESETS[options.preset], _model_name(options), Path(options.cache_dir or "runs/pairs")
-    device = choose_device(options.device)
+    name, folder, device = _model_name(options), Path(options.cache_dir or "runs/pairs"), choose_device(options.device)
+    scorer, seed = _reward_name(options, name), options.seed or 0
+    reward = load_reward(scorer, device=device)  # first: what cannot score shall not cost a model
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
-    reward = load_reward(options.reward or preset.reward or str(_pocket()), device=device)
-    seed = options.seed or 0
-    if options.prompts == "model":
-        prompts = sampling.sample_prompts(model, tokenizer, options.num_prompts, seed=seed)
-    else:
-        texts = load_imdb(options.imdb)["train"]["text"]
-        prompts = sampling.imdb_prompts(texts, tokenizer, options.num_prompts, min_tokens=2, max_tokens=8, seed=seed)
+    prompts = training_prompts(options.prompts, options.num_prompts, model, tokenizer, seed=seed, imdb=options.imdb)
+    _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
     table, report = pairing.build_pairs(
         model,
         tokenizer,
         reward,
-        prompts=prompts,
+        prompts=prompts.texts,
         samples_per_prompt=options.samples_per_prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -336,7 +335,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
         seed=seed,
         cache_dir=folder,
     )
-    print(report, file=sys.stderr)
+    print(report)
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{hashlib.sha256(json.dumps(table.to_dict()).encode()).hexdigest()[:16]}.jsonl"
     pairing.save_pairs(table, output)
@@ -348,10 +347,17 @@ def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help="reward, judge, KL and diversity of a trained model, with intervals")
     _add_models(command)
     command.add_argument("policy", help="folder or name of the trained model")
-    command.add_argument("--num-prompts", type=flags.COUNT, default=192, help="prompts sampled from the reference")
+    _add_prompts(command, 192)
+    command.add_argument("--pairs", help="held-out preference pairs: accuracy, reward margin and sequential KL on them")
+    command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
+    command.add_argument("--config", help="configuration of --pairs, if these have several")
+    command.add_argument(
+        "--on-bad-rows", choices=("error", "skip"), default="error", help="stop at them, or list and skip"
+    )
     command.add_argument("--max-new-tokens", type=flags.COUNT, default=40, help="longest completion")
     command.add_argument("--seed", type=flags.SEED, default=0, help="of prompts and samples")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    command.add_argument("--cache-dir", metavar="DIR", default="runs/pairs", help="folder that keeps the samples")
     command.add_argument("--output", help="JSON file for metrics and samples")
     command.set_defaults(function=_evaluate)
 
@@ -362,29 +368,130 @@ def _evaluate(options) -> None:
     from tpo_lib import checkpoint
     from tpo_lib.evaluate import evaluate
     from tpo_lib.models import choose_device, load_model, load_tokenizer
+    from tpo_lib.prompts import held_out_prompts, recorded_prompts
     from tpo_lib.rewards import load_reward
-    from tpo_lib.sampling import sample_prompts
+    from tpo_lib.run import read_run
 
     _check_names(options)
-    preset, name, device = PRESETS[options.preset], _model_name(options), choose_device(options.device)
+    device, record = choose_device(options.device), read_run(options.policy)
+    name, source = _reference(options, record)
+    scorers = {"reward": _reward_name(options, name), "judge": _judge_name(options, name)}
+    # the scorers first: what cannot score shall not cost a model
+    reward, judge = (scorer and load_reward(scorer, device=device) for scorer in scorers.values())
     tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
-    judge = options.judge or preset.judge or (str(_pocket() / "judge") if name == str(_pocket()) else None)
+    _check_reference(options, record, reference, tokenizer)
+    seen = recorded_prompts(record, tokenizer)
+    prompts = held_out_prompts(
+        options.prompts, options.num_prompts, reference, tokenizer, seed=options.seed, imdb=options.imdb, seen=seen
+    )
+    ranking, words = _held_out_pairs(options, record, tokenizer, seen, device)
+    sources = {"model": options.policy, "reference": f"{name} ({source})"}
+    sources["reward"] = _scorer_words(reward, scorers["reward"])
+    same = judge and judge.fingerprint == reward.fingerprint
+    sources["judge"] = _scorer_words(judge, scorers["judge"]) + ("; it is the reward once more" if same else "")
+    sources |= {"prompts": prompts.words, **words}
+    _say(sources)
     result = evaluate(
         load_model(options.policy, device=device),
         reference,
         tokenizer,
-        sample_prompts(reference, tokenizer, options.num_prompts, seed=options.seed),
-        load_reward(options.reward or preset.reward or str(_pocket()), device=device),
-        judge=load_reward(judge, device=device) if judge else None,
+        prompts.texts,
+        reward,
+        judge=judge,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        cache_dir=Path(options.cache_dir),
+        **ranking,
     )
     for metric, value in result.metrics.items():
         print(f"{metric:16s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
     if options.output:
         metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
-        samples = [asdict(sample) for sample in result.samples]
-        checkpoint.write_file(options.output, json.dumps({"metrics": metrics, "samples": samples}, indent=1) + "\n")
+        content = {"sources": sources, "metrics": metrics, "samples": [asdict(sample) for sample in result.samples]}
+        checkpoint.write_file(options.output, json.dumps(content, indent=1) + "\n")
+
+
+def _reference(options, record) -> tuple[str, str]:
+    """The reference of an evaluation and, in words, who said so: --model, the run's record, or else the preset."""
+    known = record and record.reference
+    if options.model:
+        differs = f"; the run was started from {known['name'] or 'a model in memory'}" if known else ""
+        return options.model, f"--model{differs}"
+    if known and not known["name"]:
+        raise ValueError(
+            f"the run in {record.folder} was started from a model in memory: name its reference with --model FOLDER"
+        )
+    if known:
+        return known["name"], "what the run was started from"
+    return _model_name(options), "the preset's: there is no record of what the model was started from"
+
+
+def _check_reference(options, record, reference, tokenizer) -> None:
+    """Refuse a reference that has changed since the run, and a policy of another vocabulary."""
+    from tpo_lib.data import vocabulary_name
+    from tpo_lib.models import load_tokenizer
+    from tpo_lib.run import origin
+
+    # of the base of adapters that no reference was read beside, the record has a digest of another kind
+    known = record and (record.start.get("reference") or record.start.get("start model"))
+    if known and not options.model and origin(reference)["sha256"] != known["sha256"]:
+        raise ValueError(
+            f"{known['name']} is not what the run in {record.folder} was started from: its weights have changed since; name "
+            "the reference with --model"
+        )
+    with suppress(OSError):  # a policy without a tokenizer of its own has the reference's
+        if vocabulary_name(load_tokenizer(options.policy)) != vocabulary_name(tokenizer):
+            raise ValueError(
+                f"{options.policy} has another vocabulary than the reference {tokenizer.name_or_path}: there is no KL between "
+                "them; name the model that it was trained from with --model"
+            )
+
+
+def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dict[str, str]]:
+    """Arguments of `evaluate` for --pairs, and the line that says how they rank; by what the run was trained with."""
+    from tpo_lib.prompts import overlap
+    from tpo_lib.run import shared_prompts
+
+    if not options.pairs:
+        return {}, {}
+    config = record.config if record else PRESETS[options.preset].train
+    pairs = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
+    own = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
+    shared = overlap(None if seen is None else len(shared_prompts(seen, own)))
+    words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by", {"pairs": pairs}
+    if not record:
+        return ranking, {"pairs": f"{words} the plain log-ratio (no record of an objective)"}
+    if "guide_logps" in OBJECTIVES[config.loss_type].needs:
+        ranking["guide"] = _recorded_guide(record, device)
+        if ranking["guide"] is None:
+            return ranking, {"pairs": f"{words} the plain log-ratio ({config.loss_type}'s guide is not where it was)"}
+    ranking |= {"objective": config.loss_type, "hyperparameters": config.hyperparameters()}
+    return ranking, {"pairs": f"{words} {config.loss_type}'s implicit reward, as trained"}
+
+
+def _recorded_guide(record, device):
+    """The guide of a run, or None where its record does not lead to the same model any more."""
+    from tpo_lib.models import load_model
+    from tpo_lib.run import origin
+
+    known = record.start.get("guide") or {"name": None}
+    with suppress(OSError):
+        guide = known["name"] and load_model(known["name"], device=device)
+        return guide if guide and origin(guide)["sha256"] == known["sha256"] else None
+
+
+NO_JUDGE = "none"
+
+
+def _scorer_words(scorer, name: str | None) -> str:
+    reads = {"full": "prompt and response", "response": "the response"}
+    return f"{scorer.name} ({name}), reads {reads[scorer.scope]}" if scorer else NO_JUDGE
+
+
+def _say(sources: dict[str, str]) -> None:
+    """The head of an output: what it was made with."""
+    for what, words in sources.items():
+        print(f"{what:10s} {words}")
 
 
 def _add_pocket(commands) -> None:
@@ -498,16 +605,25 @@ def _add_models(command) -> None:
     command.add_argument("--judge", help="second classifier, for reporting only")
 
 
-def _add_sampling(command) -> None:
+def _add_prompts(command, count: int) -> None:
     command.add_argument(
-        "--prompts", choices=("model", "imdb"), default="model", help="prefixes: sampled, or real reviews'"
+        "--prompts",
+        default="model",
+        metavar="model|imdb|FILE",
+        help="sampled from the start model, real reviews' beginnings, or a file: text with one a line, or .jsonl with `prompt`",
     )
     command.add_argument(
         "--imdb", help="with --prompts imdb: folder of parquet files (default: the hub's stanfordnlp/imdb)"
     )
     command.add_argument(
-        "--num-prompts", type=flags.COUNT, default=512, help="prompts of 2-8 tokens (the DPO paper: 25,000)"
+        "--num-prompts",
+        type=flags.COUNT,
+        help=f"how many (default: {count} of 2-8 tokens; of a FILE all; the DPO paper: 25,000)",
     )
+
+
+def _add_sampling(command) -> None:
+    _add_prompts(command, 512)
     command.add_argument(
         "--samples-per-prompt",
         type=flags.SEVERAL,
@@ -532,6 +648,37 @@ def _add_sampling(command) -> None:
 
 def _model_name(options) -> str:
     return options.model or PRESETS[options.preset].model or str(_pocket())
+
+
+def _reward_name(options, model: str) -> str:
+    """The reward to score with: the preset's own scores what comes of the preset's model, and nothing else unasked."""
+    preset = PRESETS[options.preset]
+    own, made_for = preset.reward or str(_pocket()), preset.model or str(_pocket())
+    if not options.reward and not _same(_origin(model), made_for):
+        raise ValueError(
+            f"--reward is missing: {own} was made for {made_for} and may say nothing about {model}; name a reward (any text "
+            "classifier), or that one if it is meant"
+        )
+    return options.reward or own
+
+
+def _judge_name(options, model: str) -> str | None:
+    preset = PRESETS[options.preset]
+    if options.judge or not _same(_origin(model), preset.model or str(_pocket())):
+        return options.judge
+    return preset.judge if preset.model else str(_pocket() / "judge")
+
+
+def _origin(model: str) -> str:
+    """What a run's model was trained from; any other model itself."""
+    from tpo_lib.run import read_run
+
+    record = read_run(model)
+    return (record and record.model and record.model["name"]) or model
+
+
+def _same(a: str, b: str) -> bool:
+    return a == b or Path(a).resolve() == Path(b).resolve()
 
 
 def _pocket() -> Path:

@@ -212,7 +212,8 @@ def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
         "objectives": final,
         "start": {name: value for name, value in start.items() if _is_metric(value)},
         "config": _flat(comparison.config)
-        | {"pairs": len(comparison.stage.pairs), "held_out_pairs": len(comparison.stage.held_out_pairs)},
+        | {"pairs": len(comparison.stage.pairs), "held_out_pairs": len(comparison.stage.held_out_pairs)}
+        | {"held_out_prompts_seen": comparison.stage.seen_prompts},
         "seed": comparison.config.stage.seed,
         "versions": versions(),
         "wall_time_s": checkpoint.read_json(comparison.folder / "wall_time.json", FIX)["seconds"],

@@ -250,6 +250,7 @@ def _compose(summary: Mapping, curves: Mapping, samples: Mapping, pictures: Sequ
             f"Mean [95% interval] over {' or '.join(map(str, sorted(units)))} held-out prompts or pairs. The intervals cover the "
             "evaluation alone: one training run each, so a second seed may differ by more than they say."
         ),
+        *_overlap(summary["config"]),
     ]
     for block in pictures:
         blocks.append(block)
@@ -273,6 +274,17 @@ def _compose(summary: Mapping, curves: Mapping, samples: Mapping, pictures: Sequ
         blocks += [Heading("Samples before and after training"), Paragraph(which)]
         blocks += [Samples(_label(name), rows[:SHOWN]) for name, rows in samples.items()]
     return [*blocks, Heading("What was run"), *_settings(summary)]
+
+
+def _overlap(config: Mapping) -> list[Paragraph]:
+    if "held_out_prompts_seen" not in config:
+        return []
+    return [
+        Paragraph(
+            f"No held-out prompt is a training prompt; {config['held_out_prompts_seen']} of {config['held_out_prompts']} begin "
+            "or continue one, since both are short and sampled from one model."
+        )
+    ]
 
 
 def _with_differences(summary: Mapping, curves: Mapping) -> dict:

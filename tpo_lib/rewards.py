@@ -112,6 +112,7 @@ class AdditiveReward:
 
         Raises:
             OSError: the folder has no reward.
+            ValueError: the reward is another tokenizer's.
         """
         path = Path(folder) / "reward.safetensors"
         tokenizer = load_tokenizer(folder)  # first: it sees whether the folder is as it was written
@@ -120,6 +121,11 @@ class AdditiveReward:
                 f"{path} is no file; build it with `python -m tpo_lib pocket`, or name a classifier with --reward"
             )
         tables = load_file(str(path))
+        if len(tokenizer) > len(tables["unigram"]):
+            raise ValueError(
+                f"{path} has weights for {len(tables['unigram'])} tokens, the tokenizer beside it {len(tokenizer)}: they do "
+                "not belong together"
+            )
         return cls(tokenizer, tables["unigram"], tables["bigram"], tables["bias"].item())
 
     def save(self, folder: str | Path) -> None:

@@ -112,7 +112,10 @@ def sample_prompts(
     _check_lengths(count, min_tokens, max_tokens)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token")
+        raise ValueError(
+            "the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token, or bring "
+            "prompts (--prompts FILE)"
+        )
     check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
     draw = random.Random(seed)
     missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))

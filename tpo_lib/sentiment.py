@@ -145,7 +145,13 @@ def train_judge(folder: Path, tokenizer, labelled: dict[str, list], config: Sent
 
 
 def quality(scores: Tensor, labels: Tensor, bins: int = 10) -> dict[str, float]:
-    """Accuracy, Brier score, expected calibration error (equal-width bins) and spread of scores in [0, 1]."""
+    """Accuracy, Brier score, expected calibration error (equal-width bins) and spread of scores in [0, 1].
+
+    Raises:
+        ValueError: a score is no probability.
+    """
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise ValueError(f"scores from {scores.min()} to {scores.max()} are no probabilities: nothing to calibrate")
     place = (scores * bins).long().clamp(max=bins - 1)
     gap = sum(
         (scores[place == b].mean() - labels[place == b].mean()).abs().item() * (place == b).float().mean().item()

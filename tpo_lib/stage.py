@@ -22,6 +22,7 @@ from tpo_lib.evaluate import Evaluation, evaluate
 from tpo_lib.models import POCKET, choose_device, frozen_copy, load_model, load_tokenizer
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.rewards import load_reward
+from tpo_lib.run import shared_prompts
 from tpo_lib.sampling import sample_prompts
 
 
@@ -67,6 +68,7 @@ class Stage:
         table: the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`).
         pairs, held_out_pairs: tokenized.
         report: how the training pairs came about.
+        seen_prompts: held-out prompts that begin or continue a training prompt (none is equal to one).
         reference_cache: log-probabilities of the reference on the held-out pairs, filled by the first evaluation.
     """
 
@@ -80,6 +82,7 @@ class Stage:
     held_out_pairs: list[EncodedPair]
     held_out_prompts: list[str]
     report: PairReport
+    seen_prompts: int
     reference_cache: dict = field(default_factory=dict, repr=False)
 
     def policy(self) -> torch.nn.Module:
@@ -142,7 +145,8 @@ def build_stage(config: StageConfig, *, cache_dir: Path | None) -> Stage:
     train, held_out = prompts[: config.train_prompts], prompts[config.train_prompts :]
     table, pairs, report = make(train, config.samples_per_prompt, config.seed + 2, config.max_pairs)
     _, held_out_pairs, _ = make(held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs)
-    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report)
+    seen = len(shared_prompts(train, held_out))
+    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, seen)
 
 
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
