@@ -62,6 +62,19 @@ def test_splits_and_configurations_of_both_tables_are_reached(files, tmp_path, c
     assert "has no split 'test_prefs'; it has train: name one with --split" in capsys.readouterr().err
 
 
+def test_sft_trains_on_completions_and_others_say_what_they_lack(files, tmp_path, capsys):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "id": 1} for row in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(files, "--loss-type", "sft", "--eval-pairs", files["pairs"], "--eval-every", "3")
+    assert "pairs.jsonl: not used: id" in capsys.readouterr().err
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "eval_kl/chosen" in row
+    assert not [name for name in row if "rejected" in name or "margin" in name or "accuracies" in name]
+    with pytest.raises(SystemExit, match="2"):
+        train(files)
+    assert "columns chosen and rejected are needed, found: prompt, completion, id" in capsys.readouterr().err
+
+
 def test_training_continues_only_with_resume(files, capsys):
     train(files)
     with pytest.raises(SystemExit, match="2"):

@@ -281,7 +281,8 @@ def _guides_beta(record: Path) -> float:
 def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
     from tpo_lib.data import encode_pairs, load_pairs
 
-    table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows)
+    paired = OBJECTIVES[config.loss_type].paired
+    table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows, paired=paired)
     for row in skipped:
         print(f"skipped {row}", file=sys.stderr)
     encoded, encoding = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows=options.on_bad_rows)

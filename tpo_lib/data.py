@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,24 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 
-from tpo_lib.formats import Bad, BadRow, BadRowsError, Record, read_records
+from tpo_lib import chat
+from tpo_lib.formats import Bad, BadRow, BadRowsError, read_records
+from tpo_lib.layouts import SAMPLED, WANTED, pairs_table, read_rows
 from tpo_lib.types import IGNORE, PairBatch
 
 OnBadRows = Literal["error", "skip"]
-PROMPT_COLUMNS = ("prompt", "instruction", "text")  # the first one that a table has is its prompt
-SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  # our name: the hub's other spelling
-COMPLETE = ("chosen_complete", "rejected_complete")
 SPARE = 32  # tokens behind a cut that are not used: what stands behind the cut would have changed the last of them
-SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
-WANTED = {*PROMPT_COLUMNS, "input", "chosen", "rejected", *SCORES, *SCORES.values(), *COMPLETE, *SAMPLED}
-ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
-LAYOUTS = (
-    "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
-    "rejected; or chosen, rejected alone, as message lists with the same first messages or as transcripts "
-    f"{ASSISTANT!r} splits"
-)
 
 
 def load_pairs(
@@ -48,13 +37,20 @@ def load_pairs(
     split: str | None = None,
     config: str | None = None,
     on_bad_rows: OnBadRows = "error",
+    paired: bool = True,
 ) -> tuple[Dataset, list[BadRow]]:
     """Load preference pairs from a file, a folder or the hub, whatever their layout.
 
-    Layouts: prompt/chosen/rejected as text or as {role, content} messages; instruction/chosen/rejected; text/chosen/rejected;
+    Layouts: prompt/chosen/rejected as text or as {role, content} messages; instruction/chosen/rejected, with the columns
+    input, system and history of Alpaca; text/chosen/rejected; conversations/chosen/rejected as in ShareGPT;
     chosen/rejected alone, where the prompt is what both begin with: the common first messages, or in transcripts
-    everything up to the last shared "\\n\\nAssistant:". Where responses repeat their prompt, the repetition is removed and a
-    note on stderr says so.
+    everything up to the last shared "\\n\\nAssistant:". Where responses repeat their prompt, the repetition is removed. For SFT
+    also a prompt with completion, response, output or answer; messages or conversations, whose last turn is the response; or
+    text alone.
+
+    Where a row has a system message or a history, the texts of all rows become messages. Messages may have tool_calls and
+    reasoning_content, rows of messages tools and documents, for the chat template. What is done to a table that is not
+    plain, and every column that is not used, is said on stderr.
 
     Args:
         name_or_path: .jsonl, .json, .csv or .parquet; a folder of such files or one of `Dataset.save_to_disk`; a hub name.
@@ -62,9 +58,11 @@ def load_pairs(
             their own or their folder's name (train_prefs-00000-of-00002.parquet, test/a.jsonl), or its README declares them.
         config: which configuration of a hub data set, or of a folder: those of its README, else its subfolders.
         on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
+        paired: a rejected side is needed; False for SFT (`losses.Objective.paired`), which is content with less.
 
     Returns:
-        The table: prompt, chosen, rejected (all text, or all messages), and where given chosen_score, rejected_score
+        The table: prompt, chosen, rejected (all text, or all messages; no rejected where it has none), and where given
+        tools, documents (JSON), chosen_score, rejected_score
         (float), chosen_complete, rejected_complete (bool: the response ends by itself, was not cut), and of sampled
         pairs chosen_ids, rejected_ids (the token ids that were sampled) and tokenizer (what names their vocabulary).
         And the rows left out.
@@ -76,204 +74,15 @@ def load_pairs(
     """
     _check_on_bad_rows(on_bad_rows)
     records = list(read_records(name_or_path, split=split, config=config, wanted=WANTED))
-    good, bad = _validate(records, str(name_or_path))
+    good, bad = read_rows(records, str(name_or_path), paired=paired)
     if bad and (on_bad_rows == "error" or not good):
         raise BadRowsError(bad, str(name_or_path))
     return pairs_table(good), bad
 
 
-def _validate(records: list[Record], name: str) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """Bring every record into the one layout, and list those that cannot be."""
-    columns = {column: None for record in records for column in record.values}  # a dict keeps their order
-    readable = bool(columns) or not records  # else no row could be read, and the rows say why
-    prompt_column = _find_layout(list(columns), name) if readable else None
-    rows: dict[int, dict[str, Any]] = {}
-    bad: list[BadRow] = []
-    for number, record in enumerate(records):
-        try:
-            rows[number] = _row(record, prompt_column, columns)
-        except Bad as problem:
-            bad.append(problem.at(number, record.place))
-    odd = _strip_repeated_prompts(rows, name)
-    good = []
-    for number, row in rows.items():
-        try:
-            if number in odd:
-                raise Bad(
-                    "chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row"
-                )
-            _check_responses(row, first=rows[next(iter(rows))])
-            good.append(row)
-        except Bad as problem:
-            bad.append(problem.at(number, records[number].place))
-    return good, sorted(bad, key=lambda bad_row: bad_row.row)
-
-
 def _check_on_bad_rows(on_bad_rows: str) -> None:
     if on_bad_rows not in ("error", "skip"):
         raise ValueError(f'on_bad_rows must be "error" or "skip", got {on_bad_rows!r}')
-
-
-def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
-    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
-    message = [{"role": Value("string"), "content": Value("string")}]
-    as_messages = bool(rows) and isinstance(rows[0]["prompt"], list)
-    kinds = dict.fromkeys(("prompt", "chosen", "rejected"), message if as_messages else Value("string"))
-    kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
-    columns = list(rows[0]) if rows else list(kinds)
-    kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
-    features = Features({column: kinds[column] for column in columns})
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
-
-
-def _find_layout(columns: list[str], name: str | Path) -> str | None:
-    """Return the prompt's column, None where the prompt is implicit."""
-    if not {"chosen", "rejected"} <= set(columns):
-        found = ", ".join(columns) or "none at all"
-        raise ValueError(
-            f"{name}: columns chosen and rejected are needed, found: {found}. Accepted layouts: {LAYOUTS}."
-        )
-    return next((column for column in PROMPT_COLUMNS if column in columns), None)
-
-
-def _row(record: Record, prompt_column: str | None, columns: dict[str, None]) -> dict[str, Any]:
-    if record.problem:
-        raise Bad("*", record.problem, "write one complete record a row, or remove it")
-    values = record.values
-    chosen, rejected = _text_or_messages(values, "chosen"), _text_or_messages(values, "rejected")
-    prompt = None if prompt_column is None else _text_or_messages(values, prompt_column)
-    if prompt_column == "instruction" and values.get("input"):
-        prompt = f"{prompt}\n{_text_or_messages(values, 'input')}"  # as LLaMA-Factory joins the two
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise Bad("rejected", "one response is text, the other a list of messages", "store both in the same form")
-    split = _split_text if isinstance(chosen, str) else _split_messages
-    row = dict(zip(("prompt", "chosen", "rejected"), split(prompt, chosen, rejected), strict=True))
-    for column, other in SCORES.items():
-        if column in columns or other in columns:
-            row[column] = _score(values.get(column, values.get(other)), column if column in columns else other)
-    for column in COMPLETE:
-        if column in columns:
-            row[column] = _flag(values.get(column), column)
-    if set(SAMPLED) <= set(columns):
-        *ids, name = (values.get(column) for column in SAMPLED)
-        row |= zip(SAMPLED, (*map(_token_ids, ids, SAMPLED), name if isinstance(name, str) else None), strict=False)
-    return row
-
-
-def _text_or_messages(values: dict[str, Any], column: str) -> str | list[dict[str, str]]:
-    value = values.get(column)
-    if value is None:
-        raise Bad(column, "is missing", "fill it in or remove the row")
-    if not isinstance(value, list):
-        return _text(value, column)
-    for message in value:
-        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
-            raise Bad(
-                column, f"holds {_short(message)} where a message is expected", 'write {"role": ..., "content": ...}'
-            )
-    return [{key: _text(message[key], column) for key in ("role", "content")} for message in value]
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise Bad(column, f"is not text but {type(value).__name__} {_short(value)}", "store it as a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Bad(column, f"invalid UTF-8 at character {error.start}", "save the text as UTF-8 or repair it") from error
-    return value
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def _split_text(prompt, chosen: str, rejected: str) -> Iterator:
-    if prompt is None:
-        end = chosen.rfind(ASSISTANT)
-        while end >= 0 and not rejected.startswith(chosen[: end + len(ASSISTANT)]):
-            end = chosen.rfind(ASSISTANT, 0, end)
-        if end < 0:
-            problem = f"there is no prompt column, and the two responses share no {ASSISTANT!r} that would end a prompt"
-            raise Bad("chosen", problem, "add a prompt column or remove the row")
-        end += len(ASSISTANT)
-        return iter((chosen[:end], chosen[end:], rejected[end:]))
-    if isinstance(prompt, list):
-        return iter((prompt, *([{"role": "assistant", "content": text}] for text in (chosen, rejected))))
-    return iter((prompt, chosen, rejected))
-
-
-def _split_messages(prompt, chosen: list, rejected: list) -> Iterator:
-    if isinstance(prompt, list):
-        repeated = chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
-        start = len(prompt) if repeated else 0
-        return iter((prompt, chosen[start:], rejected[start:]))
-    common = 0
-    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
-        common += 1
-    if prompt is not None and not any(prompt == message["content"] for message in chosen[:common]):
-        return iter(([{"role": "user", "content": prompt}], chosen, rejected))
-    if common == 0:
-        problem = "there is no prompt column, and chosen and rejected share no first message"
-        raise Bad("chosen", problem, "add a prompt column or remove the row")
-    return iter((chosen[:common], chosen[common:], rejected[common:]))
-
-
-def _score(value: Any, column: str) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Bad(column, f"is not a finite number but {_short(value)}", "store the score as a number or leave it out")
-    return number
-
-
-def _flag(value: Any, column: str) -> bool:
-    flags = {"true": True, "1": True, "": True, "none": True, "false": False, "0": False}
-    if str(value).lower() not in flags:
-        raise Bad(column, f"is neither true nor false but {_short(value)}", "write true or false")
-    return flags[str(value).lower()]
-
-
-def _token_ids(value: Any, column: str) -> list[int] | None:
-    if isinstance(value, str) and re.fullmatch(r"\[[\d,\s]*\]", value):  # so a CSV file holds a list
-        value = [int(token) for token in re.findall(r"\d+", value)]
-    if value and not (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
-        raise Bad(column, f"is not a list of token ids but {_short(value)}", "leave it empty: the text is encoded then")
-    return value or None
-
-
-def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
-    """Where responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not repeat it.
-
-    A table counts as repeating if 90% of its rows do. Tables written by `save_pairs` never do: theirs are continuations.
-    """
-    texts = {number: row for number, row in rows.items() if isinstance(row["prompt"], str) and row["prompt"]}
-    filled = {number: row for number, row in texts.items() if row["chosen"] and row["rejected"]}
-    repeat = {n for n, row in filled.items() if all(row[c].startswith(row["prompt"]) for c in ("chosen", "rejected"))}
-    if len(repeat) < max(1, 0.9 * len(filled)) or any(column in rows[n] for n in repeat for column in COMPLETE):
-        return set()
-    for number in repeat:
-        row = rows[number]
-        row |= {column: row[column].removeprefix(row["prompt"]) for column in ("chosen", "rejected")}
-    print(f"{name}: responses repeat their prompt; it was removed from those of {len(repeat)} rows", file=sys.stderr)
-    return set(filled) - repeat
-
-
-def _check_responses(row: dict[str, Any], first: dict[str, Any]) -> None:
-    if isinstance(row["prompt"], list) != isinstance(first["prompt"], list):
-        raise Bad("prompt", "text and messages are mixed in one table", "store all rows in the form of the first one")
-    for column in ("chosen", "rejected"):
-        value = row[column]
-        text = value if isinstance(value, str) else "".join(message["content"] for message in value)
-        if not text.strip():
-            raise Bad(column, "is empty", "write a response or remove the row")
-    if row["chosen"] == row["rejected"]:
-        raise Bad("rejected", "is identical to chosen", "remove the row: it states no preference")
 
 
 # ---- encoding: a table in, token ids out
@@ -377,11 +186,13 @@ def encode_pairs(
     if max_length < 2:
         raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
     messages = not isinstance(pairs.features["prompt"], Value)
-    texts, unrendered = _render_messages(pairs, tokenizer) if messages else (pairs, {})
+    texts, unrendered = chat.render(pairs, tokenizer) if messages else (pairs, {})
     encode = partial(_token_ids_of, tokenizer, lead=[] if messages else _leading_ids(tokenizer), most=max_length)
     encoded, counts = _encode_rows(pairs, texts, tokenizer, encode)
     kept, skipped, truncated = [], [], 0
     for row, (prompt, *responses) in enumerate(encoded):
+        if not prompt and len(responses) == 1:  # raw text without BOS: its first token is predicted by nothing
+            prompt, responses = responses[0][:1], [responses[0][1:]]
         room = max_length - len(prompt)
         try:
             if row in unrendered:
@@ -524,43 +335,6 @@ def _without_eos(text: str, eos: str) -> tuple[str, int]:
     """Remove the EOS that end a text already (and the newline that templates put after it); also how many there were."""
     ends = re.match(rf"(?:\s*{re.escape(eos[::-1])})*", text[::-1])[0]  # read from behind
     return text[: len(text) - len(ends)], ends.count(eos[::-1])
-
-
-def _render_messages(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, Bad]]:
-    """Write messages out as text with the tokenizer's chat template; a response is what it adds to its prompt."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the pairs are messages, but the tokenizer has no chat template; use an instruction-tuned model's tokenizer, "
-            "set tokenizer.chat_template, or give the pairs as text"
-        )
-    texts: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
-    bad: dict[int, Bad] = {}
-    for row, pair in enumerate(pairs):
-        rendered = {"prompt": "", "chosen": "", "rejected": ""}  # stays so where the template refuses the messages
-        try:
-            rendered = _render(pair, tokenizer)
-        except Bad as problem:
-            bad[row] = problem
-        for column, text in rendered.items():
-            texts[column].append(text)
-    return texts, bad
-
-
-def _render(pair: dict[str, list], tokenizer) -> dict[str, str]:
-    from jinja2 import TemplateError
-
-    column, texts = "prompt", {}
-    try:
-        texts["prompt"] = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
-        for column in ("chosen", "rejected"):
-            full = tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False)
-            if not full.startswith(texts["prompt"]):
-                problem = "the chat template writes the prompt differently once this response follows it"
-                raise Bad(column, problem, "use a template that only appends, or give the pairs as text")
-            texts[column] = full[len(texts["prompt"]) :]
-    except TemplateError as error:
-        raise Bad(column, f"the chat template refuses it: {error}", "repair the roles or remove the row") from error
-    return texts
 
 
 def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eos: int) -> None:
