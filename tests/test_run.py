@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import checkpoint, train
+from tpo_lib import checkpoint, run, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.models import frozen_copy, load_model, load_tokenizer
 from tpo_lib.run import FORMAT, origin, read_run, shared_prompts
@@ -159,14 +161,16 @@ def test_what_a_run_was_started_from_can_be_read(place, tmp_path, monkeypatch):
     fit(tmp_path / "run", policy=load_model("llama"), reference=partial(load_model, "other"), pairs=pairs,
         guide=partial(load_model, "other"), tokenizer=load_tokenizer("llama"))  # fmt: skip
     monkeypatch.chdir("/")  # what was named from another folder is found all the same
-    run = read_run(tmp_path / "run" / place)
-    assert (run.config.loss_type, run.config.guide_beta) == ("tgdpo", 0.1)
-    assert run.model == {"name": str(start), "sha256": origin(load_model(start))["sha256"]}
-    assert run.reference == run.start["guide"] == {"name": str(other), "sha256": origin(load_model(other))["sha256"]}
-    assert run.reference["sha256"] != run.model["sha256"]
-    assert run.start["tokenizer"]["name"] == str(start)
-    assert run.start["training pairs"]["count"] == 8
-    assert run.prompts() == sorted(pair.prompt_ids for pair in pairs[:7])
+    found = read_run(tmp_path / "run" / place)
+    assert (found.config.loss_type, found.config.guide_beta) == ("tgdpo", 0.1)
+    assert found.model == {"name": str(start), "sha256": origin(load_model(start))["sha256"]}
+    assert (
+        found.reference == found.start["guide"] == {"name": str(other), "sha256": origin(load_model(other))["sha256"]}
+    )
+    assert found.reference["sha256"] != found.model["sha256"]
+    assert found.start["tokenizer"]["name"] == str(start)
+    assert found.start["training pairs"]["count"] == 8
+    assert found.prompts() == sorted(pair.prompt_ids for pair in pairs[:7])
 
 
 def test_a_folder_that_is_no_run_is_none(tmp_path):
@@ -177,9 +181,9 @@ def test_a_folder_that_is_no_run_is_none(tmp_path):
 def test_without_a_reference_of_its_own_a_run_is_compared_with_its_start(tmp_path):
     config = replace(CONFIG, loss_type="simpo", output_dir=str(tmp_path / "run"))
     train.fit(config, tiny.llama(), None, tiny.pairs(8), progress=False)
-    run = read_run(tmp_path / "run")
-    assert "reference" not in run.start
-    assert run.reference == origin(tiny.llama())
+    found = read_run(tmp_path / "run")
+    assert "reference" not in found.start
+    assert found.reference == origin(tiny.llama())
 
 
 def test_altered_prompts_are_refused_and_those_of_another_run_are_not_believed(tmp_path):
@@ -239,3 +243,201 @@ def test_shared_prompts_are_equal_ones_beginnings_and_continuations():
     held_out = [[0, 5, 6], [0, 5], [0, 7, 8, 9], [0, 6], [5, 6], [0], [3], [3, 4], [], [0, 5, 7]]
     assert shared_prompts(training, held_out) == [0, 1, 2, 6]
     assert shared_prompts([], held_out) == []
+
+
+# Ends before the end ------------------------------------------------------------------------------------------------
+
+
+def plain(folder: Path | None, callbacks=(), *, resume: bool = False, **changes) -> train.TrainResult:
+    """Eight updates that log every third and evaluate every fourth; checkpoints at the end alone."""
+    settings = {"loss_type": "tdpo2", "epochs": 4, "log_every": 3, "eval_every": 4, "save_every": 100} | changes
+    config = replace(CONFIG, output_dir=folder and str(folder), **settings)
+    models = {"policy": tiny.llama(), "reference": frozen_copy(tiny.llama()), "pairs": tiny.pairs(8)}
+    more = {"eval_pairs": tiny.pairs(4, seed=9), "callbacks": list(callbacks)}
+    return train.fit(config, **models, **more, resume=resume, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> train.TrainResult:
+    return plain(tmp_path_factory.mktemp("whole") / "run")
+
+
+def assert_same(one: train.TrainResult, other: train.TrainResult) -> None:
+    assert one.metrics == other.metrics
+    assert all(torch.equal(a, b) for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True))
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return [int(path.name[-8:]) for path in sorted((folder / "checkpoints").iterdir())]
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 5])
+def test_rows_are_the_same_wherever_a_run_was_saved(save_every, whole, tmp_path):
+    """Saved between two rows, what the next one averages over is saved too."""
+    plain(tmp_path / "run", save_every=save_every)
+    cut(tmp_path / "run", -1)
+    resumed = plain(tmp_path / "run", save_every=save_every, resume=True)
+    assert_same(resumed, whole)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (whole.output_dir / "metrics.jsonl").read_text()
+
+
+def fail_at(step: int, error: BaseException, monkeypatch) -> None:
+    """Let the forward pass of update `step` (from 1) raise."""
+    score = train.score
+
+    def failing(*args, **kwargs):
+        if kwargs.get("step") == step:
+            raise error
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(train, "score", failing)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("step", [1, 2, 4, 5])
+def test_what_was_trained_when_something_fails_is_saved(step, error, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fail_at(step, error, patch)
+        with pytest.raises(type(error)):
+            plain(tmp_path / "run")
+    if step > 1:
+        assert checkpoints(tmp_path / "run") == [step - 1]
+        assert f"run: saved after update {step - 1}; continue with --resume" in capsys.readouterr().err
+    assert_same(plain(tmp_path / "run", resume=True), whole)
+
+
+def test_a_callback_that_fails_is_called_again(whole, tmp_path):
+    calls = []
+
+    def callback(step: int, policy) -> None:
+        calls.append(step)
+        if calls == [0, 4]:
+            raise ValueError("no room for an evaluation")
+
+    with pytest.raises(ValueError, match="no room"):
+        plain(tmp_path / "run", [callback])
+    assert checkpoints(tmp_path / "run") == [4]
+    assert_same(plain(tmp_path / "run", [callback], resume=True), whole)
+    assert calls == [0, 4, 4, 8]
+
+
+def test_half_an_update_is_not_saved(tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def half(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data.add_(1)
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(KeyboardInterrupt):
+        plain(tmp_path / "run", save_every=1)
+    assert checkpoints(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["between", "within an update"])
+def test_sigterm_saves_and_goes_on_to_whom_it_was_sent(moving, whole, tmp_path, monkeypatch):
+    """Within the optimizer's step the signal waits until weights and step belong together."""
+    taken = []
+    before = signal.signal(signal.SIGTERM, lambda *_: taken.append(checkpoints(tmp_path / "run")))
+    try:
+        if moving:
+            step = torch.optim.AdamW.step
+            calls = []
+
+            def terminated(self, *args, **kwargs):
+                calls.append(1)
+                if len(calls) == 4:
+                    signal.raise_signal(signal.SIGTERM)
+                return step(self, *args, **kwargs)
+
+            monkeypatch.setattr(torch.optim.AdamW, "step", terminated)
+        with pytest.raises(run.Terminated):
+            plain(
+                tmp_path / "run", [] if moving else [lambda step, _: step == 4 and signal.raise_signal(signal.SIGTERM)]
+            )
+        assert taken == [[4]]
+        ours = signal.getsignal(signal.SIGTERM)
+        assert ours.__name__ == "<lambda>"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert_same(plain(tmp_path / "run", resume=True), whole)
+
+
+def test_outside_the_main_thread_a_run_leaves_signals_alone(whole):
+    with ThreadPoolExecutor(1) as pool:
+        assert_same(pool.submit(plain, None).result(), whole)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    def poison(step: int, policy) -> None:
+        if step == 4:
+            policy.model.norm.weight.data[3] = torch.inf
+
+    with pytest.raises(
+        run.NonFiniteLoss, match=r"step 4: the weights of .*model\.norm\.weight are not finite.*learning rate"
+    ):
+        plain(tmp_path / "run", [poison], save_every=2)
+    assert checkpoints(tmp_path / "run") == [2]
+    with pytest.raises(run.NonFiniteLoss, match="held-out pairs: no finite loss"):
+        plain(None, max_steps=1, lr=3e38, optimizer="rmsprop", warmup_steps=0, schedule="constant", precision="no")
+    assert plain(tmp_path / "run", save_every=2, resume=True).steps == 8
+
+
+def test_held_out_pairs_are_scored_at_the_end_without_being_asked_for_on_the_way(whole):
+    seen = []
+    result = plain(None, [lambda step, _: seen.append(step)], eval_every=0)
+    assert [row["step"] for row in result.metrics if "eval_loss" in row] == seen[1:] == [8]
+    assert result.metrics[-1] == whole.metrics[-1]
+
+
+@pytest.mark.parametrize("changes", [{"format": 3}, {"format": 2, "zeta": 1}, {"format": ...}])
+def test_a_state_of_another_version_is_refused(changes, tmp_path):
+    checkpoint.save_state(tmp_path / "state", {"step": 1})
+    path = tmp_path / "state.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"state\.json has format \d, this version reads 2"):
+        checkpoint.load_state(tmp_path / "state")
+
+
+# accelerate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_one_process_may_have_another_precision(whole):
+    """Also after a run that failed; and accelerate's state is left as it was found."""
+    from accelerate import Accelerator
+
+    mine = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3)
+    bf16 = plain(None, precision="bf16")
+    assert bf16.metrics != whole.metrics
+    with pytest.raises(ZeroDivisionError):
+        plain(None, [lambda step, _: step / 0 if step == 4 else None], precision="bf16")
+    assert_same(plain(None, precision="no"), whole)
+    assert plain(None, precision="bf16").metrics == bf16.metrics
+    assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4", True),
+        ("MIXED_PRECISION", "bf16", True),
+        ("DYNAMO_BACKEND", "INDUCTOR", True),
+        ("DOWNCAST_BF16", "1", False),
+        ("MIXED_PRECISION", "no", False),
+        ("DYNAMO_BACKEND", "NO", False),
+    ],
+)
+def test_the_environment_does_not_change_the_mathematics(name, value, told, whole, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert_same(plain(None), whole)
+    assert (f"ACCELERATE_{name}={value} is not used" in capsys.readouterr().err) == told
+
+
+def test_another_device_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(ValueError, match=r"the run is on device cpu, accelerate on meta: unset"):
+        plain(None)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DIGEST = "sha256"
+STATE = 2  # format of state.json; 1 had no number
 MARK = ".tpo_lib.lock"  # a folder of ours has it
 RUN = ("checkpoints", "final", "metrics.jsonl", "start")  # what a training run writes into its folder
 DOCUMENTS = (".md", ".png")
@@ -331,11 +332,21 @@ def save_state(path: Path, state: dict) -> None:
 
     tree = strip(state)
     save_file(tensors, str(path.with_suffix(".safetensors")))
-    path.with_suffix(".json").write_text(json.dumps(tree))
+    path.with_suffix(".json").write_text(json.dumps({"format": STATE, "tree": tree}))
 
 
 def load_state(path: Path) -> dict:
-    """Read what `save_state` wrote."""
+    """Read what `save_state` wrote.
+
+    Raises:
+        CheckpointError: another version wrote it.
+    """
+    content = json.loads(path.with_suffix(".json").read_text())
+    if content.get("format", 1) != STATE or content.keys() != {"format", "tree"}:
+        raise CheckpointError(
+            f"{path}.json has format {content.get('format', 1)}, this version reads {STATE}: go on with the version that wrote "
+            "it, or start anew in another folder"
+        )
     tensors = load_file(str(path.with_suffix(".safetensors")))
 
     def fill(value):
@@ -347,7 +358,7 @@ def load_state(path: Path) -> dict:
             return [fill(item) for item in value]
         return value
 
-    return fill(json.loads(path.with_suffix(".json").read_text()))
+    return fill(content["tree"])
 
 
 def save_progress(

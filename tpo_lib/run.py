@@ -14,12 +14,16 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from tpo_lib import adapters, checkpoint
@@ -116,12 +120,41 @@ def origin(model) -> dict:
     return {"name": _place(model.config._name_or_path), "sha256": fingerprint(model)}
 
 
+class NonFiniteLoss(FloatingPointError):
+    """A loss, gradient or weight became NaN or infinite; what is saved is the state before."""
+
+
+class Sums:
+    """Sums and counts of metrics on the device; read back at log steps and in checkpoints alone."""
+
+    def __init__(self, before: Sums | None = None) -> None:
+        self.totals: dict[str, tuple] = dict(before.totals) if before else {}
+
+    def add(self, metrics: dict[str, tuple]) -> None:
+        for name, (total, count) in metrics.items():
+            before = self.totals.get(name, (0.0, 0))
+            self.totals[name] = before[0] + total, before[1] + count
+
+    def means(self, accelerator) -> dict[str, float]:
+        means = {}
+        for name, (total, count) in self.totals.items():
+            pair = torch.stack(
+                [torch.as_tensor(total).float(), torch.as_tensor(count).float().to(torch.as_tensor(total).device)]
+            )
+            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
+            means[name] = total / count
+        return means
+
+
 class Run:
-    """The folder of a run under way, or nothing where `config.output_dir` is None: identity, checkpoints, metrics.
+    """A run under way: where it stands, and its folder (none where `config.output_dir` is None).
 
     Attributes:
         step: updates made.
         rows: metrics rows so far.
+        sums: of the metrics since the last row.
+        norm: gradient norm of the last update.
+        pending: its row, evaluation or callbacks are still to come.
     """
 
     def __init__(self, config: TrainConfig, tokenizer, accelerator) -> None:
@@ -129,7 +162,10 @@ class Run:
         self.folder = Path(config.output_dir) if config.output_dir else None
         self.writes = self.folder is not None and accelerator.is_main_process
         self.start: dict = {}
-        self.step, self.rows = 0, []
+        self.step, self.rows, self.sums, self.norm, self.pending = 0, [], Sums(), 0.0, False
+        self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
+        self._whole = True  # weights, optimizer and step belong together
+        self._terminated = False
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -199,12 +235,20 @@ class Run:
         state = checkpoint.load_state(found / "state")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        self.start, self.step, self.rows = before | self.start, state["step"], state["rows"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.start, self._saved = before | self.start, state["step"]
+        self.step, self.rows, self.norm, self.pending = (state[name] for name in ("step", "rows", "norm", "pending"))
+        self._rows_before = len(self.rows)
+        mine = self.accelerator.process_index  # a run that was interrupted knows the sums of its main process alone
+        device = self.accelerator.device
+        for name, entry in state["sums"][mine].items() if mine < len(state["sums"]) else ():
+            self.sums.totals[name] = tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in entry)
         self.accelerator.wait_for_everyone()
         if self.writes:
             checkpoint.set_aside(self.folder / "checkpoints", found)
-            rows = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-            checkpoint.write_file(self.folder / "metrics.jsonl", rows)
+            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+            checkpoint.write_file(self.folder / "metrics.jsonl", lines)
 
     def noting(self, name: str, model):
         """A frozen model as a function that loads it and writes down what it was; None stays None."""
@@ -239,23 +283,104 @@ class Run:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """While weights and step change: neither is saved without the other, and SIGTERM waits."""
+        self._whole = False
+        yield
+        self._whole = True
+        if self._terminated:
+            raise Terminated
+
+    def advance(self, norm: float, sums: Sums) -> None:
+        """An update was made: its gradient norm, and the metrics with its own."""
+        self.step, self.norm, self.sums, self.pending = self.step + 1, norm, sums, True
+        self._rows_before = len(self.rows)
+
+    def settle(self, logged: bool) -> None:
+        """All that an update entails is done."""
+        self.pending, self._rows_before = False, len(self.rows)
+        if logged:
+            self.sums = Sums()
+
     def save(self, policy, optimizer) -> None:
-        """Write the checkpoint of this step and let go of those before the last `config.keep`."""
-        if not self.writes:
+        """Write the checkpoint of this step and let go of those before the last `config.keep`.
+
+        Raises:
+            NonFiniteLoss: weights are not finite; nothing is written.
+        """
+        if self.folder is None:
             return
+        self._check_finite(policy)
+        sums = gather_object([_on_cpu(self.sums)])
+        if self.writes:
+            self._checkpoint(policy, optimizer, sums)
+
+    def finish(self, policy) -> None:
+        """Write the trained model.
+
+        Raises:
+            NonFiniteLoss: as `save`, also where there is no folder.
+        """
+        self._check_finite(policy)
+        if self.writes:
+            self._write(self.folder / "final", adapters.whole(policy))
+
+    @contextmanager
+    def guarded(self, policy, optimizer) -> Iterator[None]:
+        """Whatever ends the block early, an error, Ctrl-C or SIGTERM: what the last whole update left is saved first."""
+
+        def terminate(number, frame) -> None:
+            self._terminated = True
+            if self._whole:
+                raise Terminated
+
+        try:
+            with on_sigterm(terminate):
+                try:
+                    yield
+                except BaseException:
+                    self._rescue(policy, optimizer)
+                    raise
+        except BaseException:
+            if self._terminated:
+                signal.raise_signal(signal.SIGTERM)  # now to whom it was sent
+            raise
+
+    def _rescue(self, policy, optimizer) -> None:
+        if not (self.writes and self._whole and self.step > self._saved and _not_finite(policy) is None):
+            return
+        self._whole = False  # another SIGTERM waits
+        del self.rows[self._rows_before :]  # they come again with what was broken off
+        try:
+            self._checkpoint(policy, optimizer, [_on_cpu(self.sums)])
+            print(f"{self.folder}: saved after update {self.step}; continue with --resume", file=sys.stderr)
+        except Exception as error:  # the one that ended the run is told
+            print(f"{self.folder}: update {self.step} could not be saved ({error})", file=sys.stderr)
+
+    def _check_finite(self, policy) -> None:
+        name = _not_finite(policy)
+        if name is not None:
+            raise NonFiniteLoss(
+                f"step {self.step}: the weights of {name} are not finite; they were not saved, checkpoints keep the last good "
+                "state. Lower the learning rate"
+            )
+
+    def _checkpoint(self, policy, optimizer, sums: list[dict]) -> None:
+        scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "rows": self.rows,
+            "sums": sums,
+            "norm": self.norm,
+            "pending": self.pending,
             "optimizer": optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
             "rng": torch.get_rng_state(),
         }
         self._write(checkpoint.step_folder(self.folder / "checkpoints", self.step), policy, state)
+        self._saved = self.step
         checkpoint.keep_last(self.folder / "checkpoints", self.config.keep)
-
-    def finish(self, policy) -> None:
-        """Write the trained model."""
-        if self.writes:
-            self._write(self.folder / "final", adapters.whole(policy))
 
     def _write(self, folder: Path, policy, state: dict | None = None) -> None:
         """A `from_pretrained` folder, atomically; with a state also what it takes to continue."""
@@ -273,6 +398,34 @@ class Run:
     def _write_training(self, target: Path) -> None:
         content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
         (target / "training.json").write_text(json.dumps(content, indent=1))
+
+
+class Terminated(BaseException):
+    """SIGTERM asked the process to end."""
+
+
+@contextmanager
+def on_sigterm(handler: Callable) -> Iterator[None]:
+    """Let `handler` take SIGTERM; not outside the main thread, where Python allows none, nor where it is ignored."""
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_cpu(sums: Sums) -> dict[str, list]:
+    return {name: [v.cpu() if isinstance(v, torch.Tensor) else v for v in entry] for name, entry in sums.totals.items()}
+
+
+def _not_finite(policy) -> str | None:
+    """The first trained tensor with a NaN or infinity, None where there is none."""
+    trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+    return next((name for name, p in trained if not p.isfinite().all()), None)
 
 
 def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair] | None) -> dict:

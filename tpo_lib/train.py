@@ -24,7 +24,7 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fused import Reading
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
-from tpo_lib.run import Run
+from tpo_lib.run import NonFiniteLoss, Run, Sums
 from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
@@ -40,10 +40,6 @@ class TrainResult:
     steps: int
     metrics: list[dict]
     output_dir: Path | None
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A loss or gradient became NaN or infinite; the update was not made."""
 
 
 def fit(
@@ -73,13 +69,14 @@ def fit(
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
         on_log: called with every metrics row of training as it is made; returns True to end the run after that update.
-        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit.
+        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit. A run leaves one also where an
+            error, Ctrl-C or SIGTERM ends it.
         progress: show a progress bar.
 
     Raises:
         ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update
             takes; accelerate is set to what checkpoints do not gather (`accelerated`).
-        NonFiniteLoss: names step and rows; checkpoints keep the last good state.
+        NonFiniteLoss: names step and rows, or the weights; checkpoints keep the last good state.
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
 
     A training row averages over the updates since the last one, but for what is computed at that update alone, since the
@@ -107,7 +104,7 @@ def fit(
                 {"ref": run.noting("reference", reference), "guide": run.noting("guide", guide)},
                 policy,
                 pairs,
-                eval_pairs if config.eval_every else None,
+                eval_pairs,
                 accelerator=accelerator,
                 progress=progress,
             )
@@ -121,48 +118,60 @@ def fit(
             )
             for callback in callbacks if run.step == 0 else ():
                 callback(0, policy)
-            sums = _Sums()
-            for window in updates(config, pairs, per_update, run.step, steps):
-                set_learning_rate(optimizer, learning_rate(config, run.step, steps))
-                log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
-                chunks = micro_batches(window, pairs, config, accelerator)
-                for number, chunk in enumerate(chunks):
-                    batch = collate(chunk, caches.PAD).to(accelerator.device)
-                    with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
-                        output, tokens = score(scorer, frozen, batch, accelerator, with_kl=log_now, step=run.step + 1)
-                        accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
-                    sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
-                    _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
-                norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
-                if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
-                    _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.step += 1
-                bar.update()
-                stop = False
-                if log_now:
+
+            def follow_up() -> bool:
+                """What an update entails: its row, an evaluation, the callbacks, a checkpoint. True ends the run."""
+                stop, logged = False, run.step % config.log_every == 0 or run.step == steps
+                if logged:
                     row = {"step": run.step, "pairs_seen": run.step * per_update}
                     row |= {
                         "lr": learning_rate(config, run.step - 1, steps),
-                        "grad_norm": norm.item() if norm.isfinite() else None,
+                        "grad_norm": run.norm if math.isfinite(run.norm) else None,
                     }
-                    _log(run, row | sums.means(accelerator), bar)
+                    _log(run, row | run.sums.means(accelerator), bar)
                     stop = bool(on_log and on_log(run.rows[-1]))
-                if config.eval_every and (run.step % config.eval_every == 0 or run.step == steps):
+                last = stop or run.step == steps
+                if last or (config.eval_every and run.step % config.eval_every == 0):
                     if eval_pairs:
-                        found = evaluate_pairs(config, scorer, frozen_eval, eval_pairs, policy, accelerator)
+                        found = evaluate_pairs(config, scorer, frozen_eval, eval_pairs, accelerator)
                         _log(run, {"step": run.step} | found, bar)
                     for callback in callbacks:
                         callback(run.step, policy)
-                if run.step % config.save_every == 0 or run.step == steps:
+                run.settle(logged)
+                if last or run.step % config.save_every == 0:
                     run.save(policy, optimizer)
-                if stop:
-                    break
+                return last
+
+            with run.guarded(policy, optimizer):
+                over = follow_up() if run.pending else run.step == steps  # it may have been stopped in the midst of one
+                for window in updates(config, pairs, per_update, run.step, steps) if not over else ():
+                    set_learning_rate(optimizer, learning_rate(config, run.step, steps))
+                    log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
+                    chunks = micro_batches(window, pairs, config, accelerator)
+                    sums = Sums(run.sums)
+                    for number, chunk in enumerate(chunks):
+                        batch = collate(chunk, caches.PAD).to(accelerator.device)
+                        with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
+                            output, tokens = score(
+                                scorer, frozen, batch, accelerator, with_kl=log_now, step=run.step + 1
+                            )
+                            accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
+                        sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
+                        _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
+                    norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
+                    if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
+                        _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
+                    with run.moving():
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        run.advance(norm.item(), sums)
+                    bar.update()
+                    if follow_up():
+                        break
             bar.close()
             run.finish(policy)
         # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
-        del scorer
+        scorer = None
         accelerator.free_memory()
         accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
     return TrainResult(policy, run.step, run.rows, run.folder)
@@ -316,9 +325,9 @@ def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | 
 
 
 @torch.no_grad()
-def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedPair], policy, accelerator) -> dict:
+def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedPair], accelerator) -> dict:
     """The metrics of training on held-out pairs, under the names eval_*."""
-    sums = _Sums()
+    sums = Sums()
     for start in range(0, len(pairs), config.batch_size):
         batch = collate(pairs[start : start + config.batch_size], caches.PAD).to(accelerator.device)
         sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, with_kl=True)))
@@ -378,29 +387,6 @@ def micro_batches(window: list[int], pairs, config: TrainConfig, accelerator) ->
     if config.max_tokens is None:
         return [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]
     return token_budget(mine, config.max_tokens)
-
-
-class _Sums:
-    """Sums and counts on the device; read back at log steps alone."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, list] = {}
-
-    def add(self, metrics: dict[str, tuple]) -> None:
-        for name, (total, count) in metrics.items():
-            entry = self.totals.setdefault(name, [0.0, 0])
-            entry[0], entry[1] = entry[0] + total, entry[1] + count
-
-    def means(self, accelerator) -> dict[str, float]:
-        means = {}
-        for name, (total, count) in self.totals.items():
-            pair = torch.stack(
-                [torch.as_tensor(total).float(), torch.as_tensor(count).float().to(torch.as_tensor(total).device)]
-            )
-            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
-            means[name] = total / count
-        self.totals.clear()
-        return means
 
 
 def _check_models(config: TrainConfig, reference, guide) -> None:
