@@ -328,7 +328,7 @@ def _special_texts(tokenizer) -> re.Pattern:
 
 
 def _said(response: str | list[dict[str, Any]]) -> str:
-    return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
+    return response if isinstance(response, str) else "\n".join(message["content"] or "" for message in response)
 
 
 def _without_eos(text: str, eos: str) -> tuple[str, int]:
