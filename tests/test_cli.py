@@ -48,6 +48,20 @@ def test_train_writes_a_model_and_its_metrics(files, tmp_path, capsys, model):
     assert "trained 3 updates" in capsys.readouterr().out
 
 
+def test_simpo_takes_its_own_defaults_a_long_warm_up_is_said_and_its_run_is_no_guide(files, tmp_path, capsys):
+    train(files, "--loss-type", "simpo", "--warmup-steps", "9")
+    record = json.loads((tmp_path / "out" / "final" / "training.json").read_text())
+    assert (record["beta"], record["gamma"], record["alpha"]) == (2.0, 0.5, None)
+    assert capsys.readouterr().err.count("the warm-up of 9 updates is longer than the run of 3: ") == 1
+    guide, files["out"] = files["out"], files["out"] + "2"
+    with pytest.raises(SystemExit, match="2"):
+        train(files, "--loss-type", "tgdpo", "--guide", guide)
+    assert "final is a run of simpo, which reads no reference" in capsys.readouterr().err
+    train(files, "--loss-type", "tgdpo", "--guide", guide, "--guide-beta", "0.1")  # named as such
+    record = json.loads((tmp_path / "out2" / "final" / "training.json").read_text())
+    assert (record["beta"], record["guide_beta"], record["shaping"]) == (0.1, 0.1, "linear")
+
+
 def test_splits_and_configurations_of_both_tables_are_reached(files, tmp_path, capsys):
     rows = (tmp_path / "pairs.jsonl").read_text()
     for name in ("small/train_prefs", "small/test_prefs", "large/train"):

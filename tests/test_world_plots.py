@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from torch.distributions import Categorical, kl_divergence
 
 from tpo_lib import world_plots
-from tpo_lib.plots import STYLE
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.plots import STYLE, style_of
 from tpo_lib.tabular import fit_tabular
 from tpo_lib.world import TokenWorld
 
@@ -358,3 +359,10 @@ def test_the_front_goes_on_where_a_beta_is_met_twice_but_for_rounding():
         if k > world_plots.kl_and_return(world, world.soft_optimum(0.4)[1])[0] + 1e-3
     ]
     assert len({round(v, 6) for _, v in there}) > 3  # it rises, it is not one flat line
+
+
+def test_an_objective_of_ones_own_has_its_style_here_too(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["dpo"])
+    mine, other = world_plots._styles(["mine β=0.3", "somebody"])
+    assert (mine.colour, mine.marker, mine.label) == (*style_of("mine")[1:3], "mine β=0.3")
+    assert other.colour == world_plots.GREY

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from tpo_lib import checkpoint, report
 from tpo_lib.config import TrainConfig
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy, load_model
 from tpo_lib.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps
@@ -167,7 +168,7 @@ def _train_one(train: TrainConfig, comparison: _Comparison) -> None:
     """Train and evaluate one objective, continuing where an interrupted run left it."""
     stage, folder = comparison.stage, comparison.folder / train.loss_type
     guide = None
-    if train.loss_type == "tgdpo":
+    if "guide_logps" in OBJECTIVES[train.loss_type].needs:
         guide = frozen_copy(load_model(comparison.folder / "dpo" / "final", device=stage.start.device))
     settings = replace(train, output_dir=str(folder), eval_every=comparison.every, save_every=comparison.every)
     comparison.bar.set_description(train.loss_type)

@@ -18,7 +18,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from tpo_lib.plots import AXIS, FONT, STYLE, Style, dark, panels
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.plots import AXIS, FONT, STYLE, Style, dark, panels, style_of
 from tpo_lib.world import TokenWorld
 
 MAX_LEAVES = 40  # more rows do not fit a page at a legible size
@@ -316,8 +317,9 @@ def _styles(names: Sequence[str]) -> list[Style]:
     styles, others = [], 0
     for name in names:
         first, _, rest = name.partition(" ")
-        if first in STYLE:
-            styles.append(STYLE[first]._replace(label=f"{STYLE[first].label} {rest}".strip()))
+        if first in STYLE or first in OBJECTIVES:
+            style = style_of(first)
+            styles.append(style._replace(label=f"{style.label} {rest}".strip()))
         else:
             styles.append(Style(name, GREY, OTHER_MARKERS[others % len(OTHER_MARKERS)], "-"))
             others += 1

@@ -106,7 +106,7 @@ class TokenMicroscope:
         for name, policy in self.policies.items():
             key = (self.pair.value, name)
             if key not in self._stats:
-                guide = self.guide if name == "tgdpo" else None
+                guide = self.guide if "guide_logps" in OBJECTIVES[name].needs else None
                 pad = self.stage.tokenizer.pad_token_id
                 self._stats[key] = pair_stats(policy, self.stage.start, [pair], pad, guide=guide)
             chosen, rejected = split(self._stats[key])
