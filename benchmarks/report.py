@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks import measure
 from benchmarks.sections import FLOOR
+from tpo_lib import checkpoint
 from tpo_lib.plots import FONT, GRID, style_of
 
 NAMES = {
@@ -29,14 +29,11 @@ AXIS = {"vocab": "vocabulary V (entries)", "length": "sequence length T (tokens)
 
 def write(results: Mapping, folder: Path) -> None:
     """Write results.json, README.md and (where the curves were measured) scaling.png into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "results.json.new"
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(folder / "results.json")
+    checkpoint.write_json(folder / "results.json", dict(results), indent=1)
     curves = [s for s in results["sections"].values() if s["kind"] == "scaling"]
     if curves:
-        scaling_figure(curves).savefig(folder / "scaling.png")
-    (folder / "README.md").write_text(readme(results))
+        checkpoint.write_file(folder / "scaling.png", scaling_figure(curves).savefig)
+    checkpoint.write_file(folder / "README.md", readme(results))
 
 
 def section_text(section: Mapping) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import contestants, goals, report, sections
+from tpo_lib.checkpoint import read_json
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "numpy")
@@ -42,6 +42,7 @@ def run(
 
     Raises:
         ValueError: no section or contestant is called so.
+        FileExistsError: the folder's README.md is another's.
         measure.Disagreement: a contestant computes something else.
     """
     folder = folder or (Path("runs/bench") if quick else HERE)
@@ -58,7 +59,11 @@ def run(
             raise ValueError(f"no {what} is called {' or '.join(unknown)}; there are {', '.join(known)}")
     chosen = [name for name in todo if not only or name.startswith(tuple(only))]
     path, keep = folder / "results.json", not labels
-    results = json.loads(path.read_text()) if only and keep and path.is_file() else {"sections": {}}
+    if keep and (folder / "README.md").exists() and not path.is_file():
+        raise FileExistsError(
+            f"{folder / 'README.md'} is not of these benchmarks, and would be replaced; choose another folder"
+        )
+    results = read_json(path, "remove it") if only and keep and path.is_file() else {"sections": {}}
     results["about"] = about()
     if not torch.cuda.is_available():
         print("no GPU here: the Llama-1B-shaped sections are left out", flush=True)

@@ -111,6 +111,13 @@ def test_a_run_that_fails_keeps_what_it_had(small, tmp_path):
     assert text == report.readme(results)  # from results.json alone
 
 
+def test_a_readme_of_the_users_is_not_replaced(small, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"README\.md is not of these benchmarks"):
+        run.run(tmp_path, repetitions=2)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_only_repeats_one_section(small, tmp_path):
     run.run(tmp_path, only=["tdpo2"], repetitions=2)
     before = json.loads((tmp_path / "results.json").read_text())

@@ -428,10 +428,10 @@ def test_a_run_takes_no_folder_where_its_names_are_the_users(tmp_path, name, kin
         kind
     ](tmp_path / name)
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=rf"{name} was there before.*not marked as ours"):
+    with pytest.raises(FileExistsError, match=rf"{name} was there before.*of a run of ours: move it away"):
         exclusive(tmp_path).__enter__()
     assert tree(tmp_path) == before
-    (tmp_path / checkpoint.MARK).touch()  # what the sentence says a run of an earlier version needs
+    (tmp_path / checkpoint.mark("run")).touch()  # what the sentence says a run of an earlier version needs
     if name == "final":
         with pytest.raises(FileExistsError, match="final would be replaced"):
             exclusive(tmp_path).__enter__()
@@ -441,20 +441,25 @@ def test_a_run_takes_no_folder_where_its_names_are_the_users(tmp_path, name, kin
 
 
 def test_a_folder_that_is_wanted_whole_is_empty_or_ours(tmp_path):
-    with exclusive(tmp_path / "new", None):
+    with exclusive(tmp_path / "new", "comparison"):
         (tmp_path / "new" / "anything").touch()
-    with exclusive(tmp_path / "new", None):
+    with exclusive(tmp_path / "new", "comparison"):
         pass
+    with pytest.raises(FileExistsError, match=r"new/\S+ was there before.*of a build of ours"):
+        exclusive(tmp_path / "new", "build").__enter__()
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    with pytest.raises(FileExistsError, match=r"new/metrics\.jsonl was there before.*of a run of ours"):
+        exclusive(tmp_path / "new", "run").__enter__()  # it is the comparison's
     users_folder(tmp_path / "mine")
     with pytest.raises(FileExistsError, match=r"mine/thesis\.tex was there before"):
-        exclusive(tmp_path / "mine", None).__enter__()
+        exclusive(tmp_path / "mine", "comparison").__enter__()
     assert names(tmp_path / "mine") == ["thesis.tex"]
 
 
 def test_clearing_removes_ours_and_stops_at_anything_else(tmp_path):
     known = re.compile(r"summary\.json")
     for _ in range(2):
-        with exclusive(tmp_path, None):
+        with exclusive(tmp_path, "run"):
             write_json(tmp_path / "dpo" / "summary.json", {})
             save(tmp_path / "dpo" / "checkpoints", 1)
             truncate(save(tmp_path / "dpo" / "checkpoints", 2))
@@ -472,7 +477,7 @@ def test_clearing_removes_ours_and_stops_at_anything_else(tmp_path):
                 path.unlink()
             shutil.rmtree(tmp_path / ".git")
             checkpoint.clear(tmp_path, known)
-        assert names(tmp_path) == [checkpoint.MARK]
+        assert names(tmp_path) == [checkpoint.mark("run")]
 
 
 def test_checkpoints_with_something_beside_ours_are_neither_removed_nor_counted(tmp_path):
@@ -644,7 +649,7 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     with pytest.raises(ZeroDivisionError), exclusive(folder):
         raise ZeroDivisionError
     with exclusive(folder):
-        assert (folder / checkpoint.MARK).read_text() == str(os.getpid())
+        assert (folder / checkpoint.mark("run")).read_text() == str(os.getpid())
 
 
 def test_the_lock_of_a_killed_process_is_gone(tmp_path):
@@ -665,13 +670,13 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
             child.kill()
     assert child.returncode == -signal.SIGKILL
     with exclusive(tmp_path):
-        assert (tmp_path / checkpoint.MARK).read_text() == str(os.getpid())
+        assert (tmp_path / checkpoint.mark("run")).read_text() == str(os.getpid())
 
 
 def test_a_lock_without_an_owner_is_still_a_lock(tmp_path):
     """The other run may not have written its process id yet."""
     with exclusive(tmp_path):
-        (tmp_path / checkpoint.MARK).write_text("")
+        (tmp_path / checkpoint.mark("run")).write_text("")
         with pytest.raises(RuntimeError, match=r"\(process unknown\)"):
             exclusive(tmp_path).__enter__()
 

@@ -290,6 +290,16 @@ def test_pairs_of_ones_own_prompts_say_where_they_come_from(files, tmp_path, cap
     assert set(load_pairs(tmp_path / "made.jsonl")[0]["prompt"]) == {"the film", "the plot"}
 
 
+def test_the_histogram_takes_no_picture_of_the_users(files, tmp_path, capsys):
+    (tmp_path / "made.png").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            ["pairs", "--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "made.jsonl")]
+        )
+    assert "made.png is there, where the histogram" in capsys.readouterr().err
+    assert (tmp_path / "made.png").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -107,7 +107,7 @@ def test_fresh_knows_every_file_of_a_comparison_and_stops_at_any_other(finished,
     assert len(list(copy.rglob("*"))) == len(list(folder.rglob("*"))) + 1
     (copy / "tgdpo" / "final" / "notes.md").unlink()
     checkpoint.clear(copy, compare.WRITTEN)
-    assert [path.name for path in copy.iterdir()] == [checkpoint.MARK]
+    assert [path.name for path in copy.iterdir()] == [checkpoint.mark("comparison")]
 
 
 @pytest.mark.parametrize("damage", ["digit", "gone"])

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,8 +28,11 @@ MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DIGEST = "sha256"
 STATE = 2  # format of state.json; 1 had no number
-MARK = ".tpo_lib.lock"  # a folder of ours has it
-RUN = ("checkpoints", "final", "metrics.jsonl", "start")  # what a training run writes into its folder
+WRITTEN = {  # kind of work -> the names it writes into its folder; None: it has the folder to itself
+    "run": ("checkpoints", "final", "metrics.jsonl", "start"),
+    "comparison": None,
+    "build": None,
+}
 DOCUMENTS = (".md", ".png")
 LEFT_OVER = re.compile(r"\..+\.(lock|unfinished|replaced|\d+(\.\w+)?)")  # what a kill leaves, and locks
 
@@ -254,6 +257,11 @@ def _foreign(folder: Path) -> str | None:
     return next((f"{name} is missing" if name in listed else f"{name} is not in it" for name in listed ^ found), None)
 
 
+def mark(kind: str) -> str:
+    """Name of the file that says that a folder is ours, and from which kind of work; it is the work's lock too."""
+    return f".tpo_lib.{kind}.lock"
+
+
 def clear(folder: Path, known: re.Pattern) -> None:
     """Empty a folder of ours, but for its mark.
 
@@ -263,7 +271,7 @@ def clear(folder: Path, known: re.Pattern) -> None:
     Raises:
         FileExistsError: there is something else; it is named, and nothing was removed.
     """
-    listed = {folder / MARK}
+    listed = set()
     for manifest in folder.rglob(MANIFEST):
         with contextlib.suppress(CheckpointError):
             listed |= {manifest, *(manifest.parent / name for name in _manifest(manifest.parent))}
@@ -272,7 +280,7 @@ def clear(folder: Path, known: re.Pattern) -> None:
         if path.is_symlink() or not (path in listed or left_over or known.fullmatch(path.name)):
             raise FileExistsError(f"{path} is not ours, and nothing was removed; move it out of {folder} first")
     for path in sorted(folder.iterdir(), key=lambda path: path.is_file()):  # single files last: they say what it was
-        if path.name != MARK:
+        if path.suffix != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -399,28 +407,29 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, names: Sequence[str] | None = RUN) -> Iterator[None]:
+def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
     """Hold `folder` for this process alone; a second run into it is refused. The lock dies with the process.
 
     The lock's file stays: it is the mark of a folder of ours.
 
     Args:
-        names: what will be written there and may be replaced; None is everything.
+        kind: what is done there, a name in WRITTEN.
 
     Raises:
-        FileExistsError: something of these names is there and not ours; nothing was changed.
+        FileExistsError: something that would be replaced is there, and not from such work; nothing was changed.
         RuntimeError: another process holds the folder.
     """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in () if (folder / MARK).is_file() else os.listdir(folder) if names is None else names:
+    ours, names = folder / mark(kind), WRITTEN[kind]
+    for name in () if ours.is_file() else os.listdir(folder) if names is None else names:
         if os.path.lexists(folder / name):
             raise FileExistsError(
-                f"{folder / name} was there before, and {folder} is not marked as ours by a file {MARK}: move it away or choose "
-                "another folder (a run of an earlier version continues once there is such a file)"
+                f"{folder / name} was there before, and {ours} is not, which would say that it is of a {kind} of ours: move it "
+                "away or choose another folder (to go on with one of an earlier version, make that file)"
             )
-    with open(folder / MARK, "a+") as lock:
+    with open(ours, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

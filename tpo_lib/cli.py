@@ -305,8 +305,11 @@ def _add_pairs(commands) -> None:
 
 
 def _pairs(options) -> None:
-    path = _sampled_pairs(options, Path(options.output))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+    output = Path(options.output)
+    picture = output.with_suffix(".png")
+    if picture.exists() and not output.exists():
+        raise FileExistsError(f"{picture} is there, where the histogram beside --output goes; choose another name")
+    print(f"wrote {_sampled_pairs(options, output)} and {picture}")
 
 
 def _sampled_pairs(options, output: Path | None = None) -> Path:

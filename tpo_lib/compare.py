@@ -106,7 +106,7 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
         FileExistsError: there is something in the folder that no comparison wrote; nothing was removed.
         RuntimeError: it holds another comparison, or another process is at work in it.
     """
-    with checkpoint.exclusive(folder, None):
+    with checkpoint.exclusive(folder, "comparison"):
         if fresh:
             checkpoint.clear(folder, WRITTEN)
         comparison = _Comparison(config, folder, progress)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from tpo_lib import checkpoint
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 REPO_SLUG = "tpo-lib/tpo-lib"  # owner/name on GitHub; `python -m tpo_lib notebooks --no-execute` writes it everywhere
 TAG = "setup"
@@ -61,7 +63,7 @@ def refresh(path: Path, *, execute: bool = True) -> float | None:
         seconds = round(time.time() - began, 1)
         notebook.metadata["tpo"] = {"seconds": seconds}
     _clean(notebook)
-    nbformat.write(notebook, path)
+    checkpoint.write_file(path, lambda to: nbformat.write(notebook, to))
     return seconds
 
 

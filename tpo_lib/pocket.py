@@ -268,7 +268,7 @@ def build(
         FileExistsError: `output` or `work` holds something that no build wrote.
         RuntimeError: `work` holds a build with other settings or data.
     """
-    with checkpoint.exclusive(work, None):
+    with checkpoint.exclusive(work, "build"):
         checkpoint.prove(output)  # now, not hours later
         imdb = load_imdb(imdb_source)
         texts = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
