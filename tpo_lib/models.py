@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -350,19 +351,29 @@ class ResponseReader(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> bool:
+        """Whether the head gives the model's own logits.
+
+        Raises:
+            ValueError: these depend on tokens that follow, or there are more of them than tokens.
+        """
         body, layer = self._parts
-        if body is self.model or type(layer) is not nn.Linear:
-            return False
-        ids = torch.arange(4, device=self.model.device)[None]
+        ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=self.model.device)
         expected = self.model(input_ids=ids, use_cache=False)["logits"].float()
-        found = self.head.logits(body(input_ids=ids, use_cache=False)[0]).float()
-        if found.shape != expected.shape:
-            name, positions = type(self.model).__name__, expected.shape[1]
+        tolerance = 16 * torch.finfo(self.model.dtype).eps
+        close = partial(torch.allclose, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+        name, positions = type(self.model).__name__, expected.shape[1]
+        if positions != 4:
             raise ValueError(
                 f"{name} gives logits at {positions} positions for 4 tokens; a prompt of its own cannot be read"
             )
-        tolerance = 16 * torch.finfo(layer.weight.dtype).eps
-        return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+        if not close(*expected[:, :3]):
+            raise ValueError(
+                f"{name} looks ahead: its logits depend on the tokens that follow, so it gives no "
+                "probability of a text; take a causal language model"
+            )
+        if body is self.model or type(layer) is not nn.Linear:
+            return False
+        return close(self.head.logits(body(input_ids=ids, use_cache=False)[0]).float(), expected)
 
     @torch.no_grad()
     def _check_sharing(self) -> bool:

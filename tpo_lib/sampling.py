@@ -270,6 +270,8 @@ def _sample_ids(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths together: less padding
     result: list[tuple[list[int], int | None]] = [([], None)] * len(rows)
     with _prepared(model) as lent:
+        if len(set(map(len, rows))) > 1:
+            _check_padding(lent)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops)
@@ -279,6 +281,25 @@ def _sample_ids(
             if progress is not None:
                 progress(start + len(batch), len(order))
     return result
+
+
+def _check_padding(model) -> None:
+    """Refuse a model that reads the padding left of a prompt (RWKV does): it would write what it is not scored on."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=1, pad_token_id=PAD, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    said = []
+    for left in (0, 3):
+        ids = torch.tensor([[PAD] * left + [1, 2]], device=model.device)  # (1, left + 2)
+        mask = torch.tensor([[0] * left + [1, 1]], device=model.device)  # (1, left + 2)
+        said.append(model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits[0].float())
+    if not torch.allclose(*said, rtol=0, atol=64 * torch.finfo(model.dtype).eps * said[0].abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} reads the padding before a prompt, so prompts of several lengths cannot be sampled "
+            "together; give prompts of one length, or another model"
+        )
 
 
 def stop_ids(model, tokenizer) -> list[int]:
