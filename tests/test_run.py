@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -13,8 +16,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
-from tpo_lib import checkpoint, run, train
+from tpo_lib import checkpoint, cli, run, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.models import frozen_copy, load_model, load_tokenizer
 from tpo_lib.run import FORMAT, origin, read_run, shared_prompts
@@ -441,3 +445,59 @@ def test_another_device_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     with pytest.raises(ValueError, match=r"the run is on device cpu, accelerate on meta: unset"):
         plain(None)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "status", "line"),
+    [
+        (signal.SIGINT, "torch", 130, "interrupted before anything was done"),
+        (signal.SIGINT, "tpo_lib.derivations", 130, "interrupted; the same command continues where it was"),
+        (signal.SIGTERM, "tpo_lib.derivations", 143, "terminated; the same command continues where it was"),
+    ],
+)
+def test_a_command_that_is_stopped_says_one_line(number, where, status, line):
+    """The signal comes while a module is imported: torch before the command line is there, another within a command."""
+    code = f"""
+        import builtins, os, runpy, sys
+        real = builtins.__import__
+        def importing(name, *args, **kwargs):
+            if name == {where!r}:
+                os.kill(os.getpid(), {int(number)})
+            return real(name, *args, **kwargs)
+        builtins.__import__ = importing
+        sys.argv[1:] = ["derive", "dpo"]
+        runpy.run_module("tpo_lib", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
+    assert done.stderr.startswith(line)
+
+
+def test_train_saves_before_it_leaves_on_sigterm(tmp_path):
+    """The whole way: a command that gets SIGTERM from outside, status 143, and a resume that ends like any other run."""
+    rows = [{"prompt": f"the film {i} is", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(tiny.checkpoint_folder(tmp_path / "llama"))
+    where = ["--model", model, "--pairs", str(tmp_path / "pairs.jsonl"), "--device", "cpu", "--batch-size", "4"]
+    code = f"""
+        import os, signal
+        from tpo_lib import cli, train
+        score = train.score
+        def terminated(*args, **kwargs):
+            if kwargs["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return score(*args, **kwargs)
+        train.score = terminated
+        cli.main(["train", *{where!r}, "--output-dir", {str(tmp_path / "run")!r}])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert "run: saved after update 2; continue with --resume" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("terminated; the same command continues")
+    cli.main(["train", *where, "--output-dir", str(tmp_path / "run"), "--resume"])
+    cli.main(["train", *where, "--output-dir", str(tmp_path / "whole")])
+    one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -19,6 +19,7 @@ import torch
 
 from tpo_lib import flags
 from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.interrupts import Terminated, on_sigterm, raise_terminated
 from tpo_lib.losses import OBJECTIVES
 
 LONGEST = 1000  # characters of an error
@@ -49,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; user errors end with one line on stderr and exit status 2 (`--traceback`: with Python's traceback)."""
     options = build_parser().parse_args(arguments)
     try:
-        _judge(options)
-        _one_bar_only()
-        options.function(options)
-    except KeyboardInterrupt as stop:
+        with on_sigterm(raise_terminated):
+            _judge(options)
+            _one_bar_only()
+            options.function(options)
+    except (KeyboardInterrupt, Terminated) as stop:
         traceback.clear_frames(stop.__traceback__)
-        print("interrupted; the same command continues where it was (train: add --resume)", file=sys.stderr)
-        sys.exit(130)
+        word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"{word}; the same command continues where it was (train: add --resume)", file=sys.stderr)
+        sys.exit(status)
     except Exception as error:
         if options.traceback:
             raise

@@ -16,7 +16,6 @@ import hashlib
 import json
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tpo_lib import adapters, checkpoint
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair
+from tpo_lib.interrupts import Terminated, on_sigterm
 from tpo_lib.models import fingerprint, tokenizer_content
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
@@ -398,24 +398,6 @@ class Run:
     def _write_training(self, target: Path) -> None:
         content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
         (target / "training.json").write_text(json.dumps(content, indent=1))
-
-
-class Terminated(BaseException):
-    """SIGTERM asked the process to end."""
-
-
-@contextmanager
-def on_sigterm(handler: Callable) -> Iterator[None]:
-    """Let `handler` take SIGTERM; not outside the main thread, where Python allows none, nor where it is ignored."""
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
-        yield
-        return
-    signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _on_cpu(sums: Sums) -> dict[str, list]:
