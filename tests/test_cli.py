@@ -220,7 +220,7 @@ def test_evaluate_measures_against_what_the_run_was_started_from(files, tmp_path
     assert "its weights have changed since; name the reference with --model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "sft"])
 def test_a_run_of_adapters_is_measured_against_its_base(files, capsys, objective):
     train(files, "--lora-rank", "2", "--loss-type", objective, "--lr", "0.03")
     capsys.readouterr()
