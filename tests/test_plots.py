@@ -191,14 +191,15 @@ def test_the_start_alone_can_be_drawn():
 
 
 def test_objectives_of_ones_own_have_styles_that_nobody_else_has(monkeypatch):
-    for name in ("mine", "yours"):
+    own = ("mine", "yours", "his", "hers", "theirs")
+    for name in own:
         monkeypatch.setitem(OBJECTIVES, name, OBJECTIVES["dpo"])
-    styles = [*plots.STYLE.values(), plots.style_of("mine"), plots.style_of("yours")]
-    assert [style.label for style in styles[-2:]] == ["mine", "yours"]
-    for style in styles[-2:]:
+    styles = [*plots.STYLE.values(), *map(plots.style_of, own)]
+    assert tuple(style.label for style in styles[-5:]) == own
+    for style in styles[-5:]:
         for field in plots.Style._fields:
             assert [getattr(other, field) for other in styles].count(getattr(style, field)) == 1, field
-    assert {to_rgb(colour) for colour in plots.OWN_COLOURS}.isdisjoint(to_rgb(style.colour) for style in styles[:-2])
+    assert {to_rgb(colour) for colour in plots.OWN_COLOURS}.isdisjoint(to_rgb(style.colour) for style in styles[:-5])
     for figure in (plots.frontier(curves(("dpo", "mine"))), plots.training({"mine": training_rows()["dpo"]})):
         figure.draw_without_rendering()
     assert plots.style_of("read from a file") == plots.style_of("read from a file")

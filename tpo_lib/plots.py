@@ -76,7 +76,7 @@ def style_of(objective: str) -> Style:
     own = [name for name in OBJECTIVES if name not in STYLE]
     number = own.index(objective) if objective in own else crc32(objective.encode())
     colour, marker = OWN_COLOURS[number % len(OWN_COLOURS)], OWN_MARKERS[number % len(OWN_MARKERS)]
-    return Style(objective, colour, marker, (0, (2 + number % 5, 1, 1, 1, 1, 1)))
+    return Style(objective, colour, marker, (0, (2 + number % 5, 2, 1, 2)))
 
 
 def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
