@@ -255,6 +255,10 @@ def test_damaged_or_foreign_adapters_are_refused(files):
         with pytest.raises(OSError, match=message):
             models.load_model(files / "sft")
         place.write_text(good)
+    shutil.copy(files / "base" / "model.safetensors", files / "sft")
+    with pytest.raises(OSError, match="holds a whole model and an adapter, which may or may not be merged"):
+        models.load_model(files / "sft")
+    (files / "sft" / "model.safetensors").unlink()
     weights.write_bytes(whole[:-8])
     with pytest.raises(OSError, match=r"adapter_model.safetensors was truncated or altered"):
         models.load_model(files / "sft")

@@ -122,6 +122,10 @@ def find(kind: str, name: str | Path) -> Source:
         _refuse_code(folder)
         adapter = folder / "adapter_config.json"
         settings = read_json(adapter) if adapter.is_file() else None
+        if settings is not None and list(folder.glob("model*.safetensors")):
+            raise ValueError(
+                "it holds a whole model and an adapter, which may or may not be merged already; keep one of them"
+            )
     except ValueError as error:
         raise unusable(kind, name, error) from error
     return Source(str(folder) if local else str(name), folder, settings)
@@ -204,38 +208,38 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
         ValueError: it holds a GGUF file, pickles or quantised weights; a file is missing or damaged; config.json describes
             a model many times larger than its files.
     """
-    folder, stem = source.folder, "model" if source.adapter is None else "adapter_model"
-    if source.adapter is None:
-        if not (folder / "config.json").is_file():
-            raise ValueError(_what_is_there_instead(folder))
-        config = read_json(folder / "config.json")
-        if "quantization_config" in config:
-            how = config["quantization_config"]
-            how = how.get("quant_method") if isinstance(how, dict) else how
-            raise ValueError(
-                f"its weights are quantised ({how}), which cannot be trained; take the whole model instead"
-            )
-        if source.name != str(folder):
-            _fetch("model", source.name, WEIGHTS, revision=folder.name)
-    index = folder / f"{stem}.safetensors.index.json"
-    names = {f"{stem}.safetensors"}
+    folder, whole = source.folder, source.adapter is None
+    config = _check_config(source) if whole else {}
+    stem = "model" if whole else "adapter_model"
+    names, index = {f"{stem}.safetensors"}, folder / f"{stem}.safetensors.index.json"
     if not (folder / f"{stem}.safetensors").is_file() and index.is_file():
         names = set(map(str, read_json(index).get("weight_map", {}).values()))
+    missing = [name for name in sorted(names) if not (folder / name).is_file()]
+    if missing and (source.name == str(folder) or not whole):
+        raise ValueError(_what_is_there_instead(folder, missing[0]))
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            if source.name != str(folder) and source.adapter is None:
-                _check_counts(config, {})
-                return {}
-            raise ValueError(_what_is_there_instead(folder, name))
+    for name in [] if missing else sorted(names):
         try:
             with safe_open(str(folder / name), framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} was truncated or altered ({one_line(error)}); copy it again") from error
-    if source.adapter is None:
-        _check_counts(config, shapes)
+    _check_counts(config, shapes)
     return shapes
+
+
+def _check_config(source: Source) -> dict:
+    """The configuration of a whole model, whose weights are here afterwards; raises ValueError if it cannot be trained."""
+    if not (source.folder / "config.json").is_file():
+        raise ValueError(_what_is_there_instead(source.folder))
+    config = read_json(source.folder / "config.json")
+    how = config.get("quantization_config")
+    if how is not None:
+        how = how.get("quant_method") if isinstance(how, dict) else how
+        raise ValueError(f"its weights are quantised ({how}), which cannot be trained; take the whole model instead")
+    if source.name != str(source.folder):
+        _fetch("model", source.name, WEIGHTS, revision=source.folder.name)
+    return config
 
 
 def _what_is_there_instead(folder: Path, name: str = "config.json") -> str:
@@ -257,7 +261,7 @@ def _check_counts(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError where a configuration counts more layers, experts or labels than its files can hold."""
     bounds = {
         r"(layers?|experts|blocks|groups)$": max(MOST_LAYERS, len(shapes)),
-        r"num_labels$": max((n for shape in shapes.values() for n in shape), default=LARGEST_JSON),
+        r"num_labels$": max((n for shape in shapes.values() for n in shape), default=10**6),
     }
     for key, value in config.items():
         if isinstance(value, dict):
