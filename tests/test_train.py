@@ -238,16 +238,16 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
     config = replace(CONFIG, output_dir=str(tmp_path / "run"), epochs=4)
 
     def poison(step, model):
-        if step == 2:
+        if step == 3:
             with torch.no_grad():
                 model.model.embed_tokens.weight[5] = float("nan")
 
     with pytest.raises(
         train.NonFiniteLoss,
-        match=r"step 3: no finite loss in row \d+ \((chosen|rejected)\), column \d+: the policy.s log-probability",
+        match=r"step 4: no finite loss in row \d+ \((chosen|rejected)\), column \d+: the policy.s log-probability",
     ):
         train.fit(
-            replace(config, eval_every=1),
+            replace(config, eval_every=1, save_every=2),
             policy,
             frozen_copy(policy),
             tiny.pairs(8),
@@ -255,9 +255,8 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
             progress=False,
         )
     kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
-    assert (
-        kept.name == "step-00000001" or torch.isfinite(load_file(kept / "model.safetensors")["model.norm.weight"]).all()
-    )
+    assert kept.name == "step-00000002"
+    assert torch.isfinite(load_file(kept / "model.safetensors")["model.norm.weight"]).all()
 
 
 def forbidding(*tokens: int):

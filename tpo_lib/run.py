@@ -405,9 +405,10 @@ def _on_cpu(sums: Sums) -> dict[str, list]:
 
 
 def _not_finite(policy) -> str | None:
-    """The first trained tensor with a NaN or infinity, None where there is none."""
+    """The first trained tensor with a NaN or infinity, None where there is none; -inf in the head's bias forbids a token."""
+    bias = getattr(policy.get_output_embeddings(), "bias", None)
     trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
-    return next((name for name, p in trained if not p.isfinite().all()), None)
+    return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
 
 
 def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair] | None) -> dict:
