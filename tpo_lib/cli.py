@@ -76,6 +76,7 @@ def _judge(options) -> None:
     for name, value in vars(options).items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"--{name.replace('_', '-')} {value!r} names nothing; leave it out or name something")
+    _refuse_idle(options)
     if options.command == "train":
         config = flags.read_config(options)
         if config.output_dir is None:
@@ -93,6 +94,25 @@ def _judge(options) -> None:
     for name in ("output_dir", "work_dir", "cache_dir", "runs"):
         if getattr(options, name, None):
             flags.check_room("--" + name.replace("_", "-"), getattr(options, name), folder=True)
+
+
+SAMPLING = ("reward", "prompts", "imdb", "num_prompts", "samples_per_prompt", "max_new_tokens", "temperature", "rule")
+SAMPLING += ("min_gap",)
+
+
+def _refuse_idle(options) -> None:
+    """Refuse flags that nothing would read beside the others."""
+    given, train = vars(options), options.command == "train"
+    pairs = given.get("pairs") or (train and PRESETS[options.preset].pairs)
+    idle = dict.fromkeys(SAMPLING if train and pairs else (), f"with pairs that are there ({pairs}): none are sampled")
+    idle |= dict.fromkeys(() if pairs else ("split", "config"), "without --pairs")
+    idle |= dict.fromkeys(() if given.get("eval_pairs") else ("eval_split", "eval_config"), "without --eval-pairs")
+    if given.get("prompts", "imdb") != "imdb":
+        idle["imdb"] = "without --prompts imdb"
+    defaults = build_parser().commands[options.command]
+    for name, why in idle.items():
+        if name in given and given[name] != defaults.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
 
 
 def _sentence(error: Exception) -> str:
@@ -354,6 +374,7 @@ def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help="reward, judge, KL and diversity of a trained model, with intervals")
     _add_models(command)
     command.add_argument("policy", help="folder or name of the trained model")
+    command.add_argument("--judge", help="second classifier, for reporting only")
     _add_prompts(command, 192)
     command.add_argument("--pairs", help="held-out preference pairs: accuracy, reward margin and sequential KL on them")
     command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
@@ -609,7 +630,6 @@ def _add_models(command) -> None:
     )
     command.add_argument("--model", help="start model: folder or hub name (default: the preset's)")
     command.add_argument("--reward", help="reward: folder or hub name of a text classifier (default: the preset's)")
-    command.add_argument("--judge", help="second classifier, for reporting only")
 
 
 def _add_prompts(command, count: int) -> None:
