@@ -468,6 +468,38 @@ def test_configurations_are_those_of_the_readme_or_subfolders(tmp_path):
         load_pairs(tmp_path, config="one")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_dict.json", b'{"split'),
+        ("dataset_dict.json", b"[]"),
+        ("train/state.json", None),
+        ("train/state.json", b"{}"),
+        ("train/state.json", b"\xff"),
+        ("train/data-00000-of-00001.arrow", b"123"),
+        ("train/data-00000-of-00001.arrow", None),
+    ],
+)
+def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path, name, content):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([GOOD])}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / name).unlink() if content is None else (tmp_path / "saved" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/saved.*: not as save_to_disk writes it .*; save it again"):
+        load_pairs(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ("gone.jsonl", r"its README.md declares files for 'train' that are not there"),
+        ("/absolute.jsonl", r"README.md: its configurations cannot be read: .*; pass a file instead"),
+    ],
+)
+def test_a_readme_that_declares_what_is_not_there_is_refused(tmp_path, files, sentence):
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {files}\n---\n")
+    with pytest.raises((OSError, ValueError), match=sentence):
+        load_pairs(tmp_path)
+
+
 def test_hub_names_go_to_load_dataset_with_split_and_configuration(monkeypatch):
     asked = []
 

@@ -268,21 +268,27 @@ def _read_file(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     return _read_parquet(path, wanted) if path.suffix == ".parquet" else _READERS[path.suffix](path)
 
 
+_DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError)
+
+
 def _read_saved(path: Path, split: str | None, config: str | None) -> Iterator[Record]:
     """A folder of `save_to_disk`: Arrow streams, read as such, since `datasets` must know the type of every column."""
-    if config:
-        raise ValueError(f"{path} was written by save_to_disk and has no configurations; leave --config out")
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        path /= _pick(split or "train", splits, path, "split")
-    elif split:
-        raise ValueError(f"{path} is a single table, which has no splits; leave --split out")
-    state = json.loads((path / "state.json").read_text())
-    if state.get("_indices_data_files"):
-        raise ValueError(f"{path} holds a selection of rows beside its table; save flatten_indices() of it")
-    for entry in state["_data_files"]:
-        with pyarrow.memory_map(str(path / entry["filename"])) as file, pyarrow.ipc.open_stream(file) as stream:
-            yield from _read_batches(stream, stream.schema.names, path.name)
+    try:
+        if config:
+            raise ValueError(f"{path} was written by save_to_disk and has no configurations; leave --config out")
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            path /= _pick(split or "train", splits, path, "split")
+        elif split:
+            raise ValueError(f"{path} is a single table, which has no splits; leave --split out")
+        state = json.loads((path / "state.json").read_text())
+        if state.get("_indices_data_files"):
+            raise ValueError(f"{path} holds a selection of rows beside its table; save flatten_indices() of it")
+        for entry in state["_data_files"]:
+            with pyarrow.memory_map(str(path / entry["filename"])) as file, pyarrow.ipc.open_stream(file) as stream:
+                yield from _read_batches(stream, stream.schema.names, path.name)
+    except (*_DAMAGE, pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not as save_to_disk writes it ({error!r}); save it again") from error
 
 
 def _pick(name: str, names: Iterable[str], where: str | Path, what: str) -> str:
@@ -313,7 +319,10 @@ def _files_of_split(folder: Path, split: str | None, config: str | None) -> list
         if unnamed and splits.setdefault("train", unnamed) is not unnamed:
             names = ", ".join(str(path.relative_to(folder)) for path in unnamed)
             print(f"{folder}: not read, since it is of no split: {names}", file=sys.stderr)
-    return splits[_pick(split or "train", splits, folder, "split")]
+    files = splits[_pick(split or "train", splits, folder, "split")]
+    if not files:
+        raise FileNotFoundError(f"{folder}: its README.md declares files for {split or 'train'!r} that are not there")
+    return files
 
 
 def _split_of(path: Path) -> str | None:
@@ -345,7 +354,7 @@ def _declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] 
             entry["split"]: [entry["path"]] if isinstance(entry["path"], str) else entry["path"] for entry in files
         }
         return {split: sorted({p for one in many for p in folder.glob(one)}) for split, many in patterns.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"{card}: its configurations cannot be read: {error!r}; pass a file instead") from error
 
 
