@@ -243,6 +243,17 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path, config, message):
         models.load_model(tmp_path / "other")
 
 
+def test_a_merge_is_judged_by_the_logits_of_tokens_that_are_not_forbidden():
+    def forbid(_, __, output):
+        output.logits[..., 7] = -math.inf
+
+    model = tiny.llama()  # tied: what is merged into its head changes its embeddings
+    model.register_forward_hook(forbid)
+    policy = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="merging its adapter into the weights changes its logits"):
+        adapters.merged(policy)
+
+
 def test_damaged_or_foreign_adapters_are_refused(files):
     place, weights = files / "sft" / "adapter_config.json", files / "sft" / "adapter_model.safetensors"
     good, whole = place.read_text(), weights.read_bytes()

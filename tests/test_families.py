@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -182,5 +183,12 @@ def test_a_model_that_reads_padding_is_refused_where_prompts_differ_in_length():
     rwkv = tiny.family("rwkv", hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
     nothing = SimpleNamespace(eos_token_id=0)
     assert len(sampling._sample_ids(rwkv, nothing, [[1, 2], [3, 4]], Sampler(3), 8)) == 2
+    with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding before a prompt"):
+        sampling._sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)
+
+    def forbid(_, __, output):
+        output.logits[..., 7] = -math.inf
+
+    rwkv.register_forward_hook(forbid)
     with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding before a prompt"):
         sampling._sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)

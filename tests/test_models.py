@@ -47,6 +47,16 @@ def test_a_head_that_is_not_understood_is_left_to_the_model():
     torch.testing.assert_close(read.logits(), 2 * plain(*inputs).logits())
 
 
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_a_head_is_understood_by_its_finite_logits(bad):
+    model = tiny.gptj()
+    with torch.no_grad():
+        model.lm_head.bias[7] = bad
+    assert models.ResponseReader(model).understood
+    model.register_forward_hook(lambda _, __, output: {"logits": 2 * output.logits})
+    assert not models.ResponseReader(model).understood
+
+
 def test_a_reader_registers_every_weight_once():
     model = tiny.llama()
     reader = models.ResponseReader(model)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tpo_lib import stats
 from tpo_lib.folders import Source
 
 WITHOUT_MEANING = ("base_model_name_or_path", "revision", "runtime_config", "peft_version", "inference_mode")
@@ -125,7 +126,7 @@ def merged(model):
     if head is not None and head.weight is not plain.get_input_embeddings().weight:
         plain.config.tie_word_embeddings = False  # each was trained on its own; they must not be tied when loaded again
     tolerance = torch.finfo(plain.dtype).eps ** 0.5
-    if not torch.allclose(_logits(plain), before, rtol=tolerance, atol=tolerance * before.abs().max().item()):
+    if not stats.close(_logits(plain), before, tolerance, rtol=tolerance):
         raise ValueError("merging its adapter into the weights changes its logits; it can be used as an adapter alone")
     return plain
 

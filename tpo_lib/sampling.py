@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpo_lib import stats
 from tpo_lib.data import prompt_token_ids, response_texts
 from tpo_lib.models import check_sequences
 
@@ -295,7 +296,7 @@ def _check_padding(model) -> None:
         ids = torch.tensor([[PAD] * left + [1, 2]], device=model.device)  # (1, left + 2)
         mask = torch.tensor([[0] * left + [1, 1]], device=model.device)  # (1, left + 2)
         said.append(model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits[0].float())
-    if not torch.allclose(*said, rtol=0, atol=64 * torch.finfo(model.dtype).eps * said[0].abs().max().item()):
+    if not stats.close(*reversed(said), 64 * torch.finfo(model.dtype).eps):
         raise ValueError(
             f"{type(model).__name__} reads the padding before a prompt, so prompts of several lengths cannot be sampled "
             "together; give prompts of one length, or another model"

@@ -157,6 +157,12 @@ def check_finite(tokens: TokenStats) -> None:
             raise NotFinite(f"column {column + 1}: {problem}", row)
 
 
+def close(found: Tensor, expected: Tensor, tolerance: float, rtol: float = 0.0) -> bool:
+    """Whether two tensors agree to a share of the largest finite entry; inf and NaN are in the same places or they do not."""
+    scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item()  # a forbidden token's -inf would let all else pass
+    return torch.allclose(found, expected, rtol=rtol, atol=tolerance * scale, equal_nan=True)
+
+
 def check_vocabulary(labels: Tensor, vocab: int) -> None:
     """Raise ValueError where a label lies outside the vocabulary; the message names its place."""
     outside = ((labels != IGNORE) & ((labels < 0) | (labels >= vocab))).nonzero()  # (bad, 2)
