@@ -254,6 +254,20 @@ BAD_ROWS = {
         "store it as a string",
     ),
     "no messages": (MESSAGES, MESSAGES | {"chosen": []}, "chosen", "is empty", "write a response"),
+    "ends with another user": (
+        MESSAGES,
+        MESSAGES | {"chosen": [*MESSAGES["chosen"], said("User", "and?")]},
+        "chosen",
+        "ends with a turn of 'User', not of the assistant",
+        "add the assistant's turn",
+    ),
+    "begins with a tool": (
+        MESSAGES,
+        MESSAGES | {"chosen": [said("ipython", "4"), *MESSAGES["chosen"]]},
+        "chosen",
+        "begins with a turn of 'ipython', not of the assistant",
+        "and then the assistant answer",
+    ),
     "mixed responses": (
         GOOD,
         GOOD | {"rejected": [said("assistant", "B")]},

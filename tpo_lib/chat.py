@@ -23,7 +23,7 @@ from tpo_lib.formats import Bad
 MORE = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # what templates may render of a message besides
 COLUMNS = ("tools", "documents")  # ... and of a row
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # ShareGPT's names
-NOT_ASSISTANT = ("user", "system", "developer", "tool")
+ASSISTANT = ("assistant", "model")  # the second is Gemma's; every other role is somebody else's
 MAX_LITERAL = 2**20  # characters; Python's parser takes a hundred times as much memory
 WRITE = "write a list of {role, content}"
 
@@ -156,7 +156,7 @@ def _calls(value: Any, column: str) -> str:
 def check_ends(sides: dict[str, list[Message]]) -> None:
     """Raise Bad where a side does not end with the assistant's turn."""
     for column, side in sides.items():
-        if side and side[-1]["role"] in NOT_ASSISTANT:
+        if side and side[-1]["role"] not in ASSISTANT:
             problem = f"ends with a turn of {side[-1]['role']!r}, not of the assistant"
             raise Bad(column, problem, "add the assistant's turn or remove the row")
 
@@ -164,12 +164,12 @@ def check_ends(sides: dict[str, list[Message]]) -> None:
 def check_turns(sides: dict[str, list[Message]], notes: Notes) -> None:
     """Raise Bad where a response does not begin with the assistant's turn, or what others say in the two responses differs."""
     for column, side in sides.items():
-        if side[0]["role"] in NOT_ASSISTANT:
+        if side[0]["role"] not in ASSISTANT:
             problem = f"begins with a turn of {side[0]['role']!r}, not of the assistant"
             raise Bad(
                 column, problem, "let all sides begin with the same prompt, or none, and then the assistant answer"
             )
-    others = [[message for message in side if message["role"] in NOT_ASSISTANT] for side in sides.values()]
+    others = [[message for message in side if message["role"] not in ASSISTANT] for side in sides.values()]
     if others[0] != others[-1]:
         raise Bad(
             "rejected", "others say in it what they do not say in chosen", "let both responses answer the same turns"

@@ -209,7 +209,7 @@ def _split_messages(prompt: str | list[chat.Message] | None, sides: _Sides) -> d
     if isinstance(prompt, list):
         start = len(prompt) if all(side[: len(prompt)] == prompt for side in chats) else 0
     elif prompt is not None and _said("user", prompt) not in chats[0][:shared]:
-        if any(side[0]["role"] in chat.NOT_ASSISTANT for side in chats if side):
+        if any(side[0]["role"] not in chat.ASSISTANT for side in chats if side):
             problem = "is none of the user's turns that both responses begin with"
             raise Bad("prompt", problem, "write it as it stands there, or leave it out of the responses")
         prompt, start = [_said("user", prompt)], 0
