@@ -476,6 +476,27 @@ def test_a_prompt_that_begins_with_bos_is_sampled_and_scored_as_the_one_without(
     assert stats.kl[0].item() == pytest.approx(stats.kl[1].item(), rel=1e-6)
 
 
+def test_an_unknown_scope_is_refused_before_anything_is_sampled(tokenizer, llama, monkeypatch):
+    monkeypatch.setattr(pairing, "generate", None)
+    with pytest.raises(ValueError, match=r"has scope 'prompt'; it must be"):
+        pairing.build_pairs(llama, tokenizer, CountReward("prompt"), prompts=PROMPTS, seed=0, cache_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda rows: [math.nan] * len(rows), "the score nan: .*every score must be finite"),
+        (lambda rows: [1.0], r"returned shape \(1,\) for 6 texts"),
+    ],
+)
+def test_scores_of_sampled_tokens_are_checked_like_those_of_texts(tokenizer, llama, scores, message):
+    reward = CountReward()
+    reward.tokenizer, reward.score_ids = tokenizer, scores
+    drawn = sampling.generate(llama, tokenizer, PROMPTS[:2], samples_per_prompt=3, max_new_tokens=4, seed=1)
+    with pytest.raises(ValueError, match=message):
+        pairing.score_samples(reward, tokenizer, PROMPTS[:2], drawn)
+
+
 def test_a_reward_that_reads_tokens_scores_the_sampled_ones(tokenizer, llama):
     draw = torch.Generator().manual_seed(0)
     tables = torch.randn(len(WORDS), generator=draw), torch.randn(64, generator=draw)

@@ -71,17 +71,14 @@ def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[st
         (P, K) float32, or float64 where the reward computes in it.
 
     Raises:
-        ValueError: the scope is unknown, the lists do not match, or as in `rewards.scores_of`.
+        ValueError: the lists do not match, or as in `rewards.scores_of`.
     """
-    scope = getattr(reward, "scope", "response")
-    if scope not in ("response", "full"):
-        raise ValueError(f'reward {name_of(reward)!r} has scope {scope!r}; it must be "response" or "full"')
     widths = {len(texts) for texts in completion_texts}
     if len(prompts) != len(completion_texts) or len(widths) > 1:
         raise ValueError(
             f"{len(prompts)} prompts, {len(completion_texts)} lists of completions of lengths {sorted(widths)}"
         )
-    full = scope == "full"
+    full = getattr(reward, "scope", "response") == "full"
     pairs = zip(prompts, completion_texts, strict=True)
     scores = scores_of(reward, [prompt + text if full else text for prompt, several in pairs for text in several])
     return scores.view(len(prompts), -1) if len(prompts) else scores.view(0, 0)  # (P K,) -> (P, K)
@@ -103,7 +100,7 @@ def score_samples(reward, tokenizer, prompts: Sequence[str], completions: Sequen
     if not reads_tokens or vocabulary_name(reward.tokenizer) != vocabulary_name(tokenizer):
         return score(reward, prompts, [[completion.text for completion in several] for several in completions])
     rows = [completion.token_ids for several in completions for completion in several]
-    return reward.score_ids(rows).view(len(prompts), len(rows) // max(1, len(prompts)))  # (P K,) -> (P, K)
+    return scores_of(reward.score_ids, rows).view(len(prompts), len(rows) // max(1, len(prompts)))  # (P K,) -> (P, K)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,11 @@ def scores_of(reward, texts: Sequence[str]) -> Tensor:
     """Score texts: (n,) on the CPU, float64 where the reward computes in it, else float32.
 
     Raises:
-        ValueError: what the reward returned is not one finite number a text.
+        ValueError: its scope is unknown, or what it returned is not one finite number a text.
     """
+    scope = getattr(reward, "scope", "response")
+    if scope not in ("response", "full"):
+        raise ValueError(f'reward {name_of(reward)!r} has scope {scope!r}; it must be "response" or "full"')
     found = reward(texts)
     try:
         scores = found if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found, dtype=np.float64))
