@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from tpo_lib import adapters, cli, models
+from tpo_lib.run import origin, read_run
 
 peft = pytest.importorskip("peft", reason="extra peft is not installed")
 
@@ -75,6 +76,9 @@ def test_training_starts_from_the_adapter_that_was_named(files, more):
     assert first["kl/chosen"] == first["kl/rejected"] == 0
     assert first["grad_norm"] > 0
     start = models.load_model(files / "sft")
+    record = read_run(files / "out")
+    assert record.model["name"] == str(files / "sft")  # not the adapter's base
+    assert record.reference == origin(start)  # which `evaluate` measures against
     shutil.rmtree(files / "sft")  # what was saved needs neither adapter nor base
     (files / "base").rename(files / "elsewhere")
     trained = dict(models.load_model(files / "out").named_parameters())

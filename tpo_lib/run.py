@@ -117,7 +117,7 @@ def shared_prompts(training: Sequence[list[int]], held_out: Sequence[list[int]])
 
 def origin(model) -> dict:
     """Where a model comes from: {"name": folder or hub name or None, "sha256": `models.fingerprint`}."""
-    return {"name": _place(model.config._name_or_path), "sha256": fingerprint(model)}
+    return {"name": _place(model.name_or_path), "sha256": fingerprint(model)}
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -415,7 +415,7 @@ def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Seque
     """All that a run is started from and that is known before the frozen models are loaded."""
     if hasattr(policy, "peft_config"):
         weights = dict(policy.named_parameters())
-        name = _place(policy.get_base_model().config._name_or_path)
+        name = _place(policy.get_base_model().name_or_path)
         base = {name: p for name, p in weights.items() if not p.requires_grad}
         adapter = {name: p for name, p in weights.items() if p.requires_grad}
         found = {"adapter base": {"name": name, "sha256": fingerprint(base)}}
