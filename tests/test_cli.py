@@ -71,6 +71,7 @@ def test_splits_and_configurations_of_both_tables_are_reached(files, tmp_path, c
     both = ["--eval-pairs", files["pairs"], "--config", "small", "--split", "train_prefs", "--eval-every", "3"]
     train(files, *both, "--eval-config", "small", "--eval-split", "test_prefs")
     assert "eval_loss" in json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    files["out"] += "2"
     with pytest.raises(SystemExit, match="2"):
         train(files, *both, "--eval-config", "large", "--eval-split", "test_prefs")
     assert "has no split 'test_prefs'; it has train: name one with --split" in capsys.readouterr().err
@@ -84,6 +85,7 @@ def test_sft_trains_on_completions_and_others_say_what_they_lack(files, tmp_path
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert "eval_kl/chosen" in row
     assert not [name for name in row if "rejected" in name or "margin" in name or "accuracies" in name]
+    files["out"] += "2"
     with pytest.raises(SystemExit, match="2"):
         train(files)
     assert "columns chosen and rejected are needed, found: prompt, completion, id" in capsys.readouterr().err

@@ -73,6 +73,8 @@ JUDGED = [
     (train("--optimizer", "rmsprop", "--weight-decay", "1"), "weight_decay=1.0 has no effect with rmsprop"),
     (["train", "--output-dir", "file/run"], "--output-dir file/run cannot be made: "),
     (["train", "--output-dir", "file"], "--output-dir file cannot be made: "),
+    (["train", "--output-dir", "used"], "used holds a run already; continue it with --resume"),
+    (["train", "--output-dir", "foreign"], "foreign/final was there before, and foreign/.tpo_lib.run.lock is not"),
     (train("--cache-dir", "file"), "--cache-dir file cannot be made: "),
     (["pairs"], "required: --output"),
     (["pairs", "--output", "pairs.csv"], "--output pairs.csv must end in .jsonl or .parquet"),
@@ -128,8 +130,11 @@ def test_arguments_are_judged_before_anything_loads(nothing_loads, capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.jsonl").mkdir()
+    for made in ("used/checkpoints/step-00000001", "foreign/final"):
+        (tmp_path / made).mkdir(parents=True)
+    (tmp_path / "used/.tpo_lib.run.lock").touch()
     assert sentence in refused(capsys, *arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.jsonl", "foreign", "used"]
 
 
 @pytest.fixture(scope="module")

@@ -262,6 +262,17 @@ def mark(kind: str) -> str:
     return f".tpo_lib.{kind}.lock"
 
 
+def check_mark(folder: Path, kind: str) -> None:
+    """Raise FileExistsError where something that `kind` of work would replace is in a folder without its mark."""
+    ours, names = folder / mark(kind), WRITTEN[kind]
+    for name in () if ours.is_file() else os.listdir(folder) if names is None else names:
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"{folder / name} was there before, and {ours} is not, which would say that it is of a {kind} of ours: move it "
+                "away or choose another folder (to go on with one of an earlier version, make that file)"
+            )
+
+
 def clear(folder: Path, known: re.Pattern) -> None:
     """Empty a folder of ours, but for its mark.
 
@@ -422,14 +433,8 @@ def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    ours, names = folder / mark(kind), WRITTEN[kind]
-    for name in () if ours.is_file() else os.listdir(folder) if names is None else names:
-        if os.path.lexists(folder / name):
-            raise FileExistsError(
-                f"{folder / name} was there before, and {ours} is not, which would say that it is of a {kind} of ours: move it "
-                "away or choose another folder (to go on with one of an earlier version, make that file)"
-            )
-    with open(ours, "a+") as lock:
+    check_mark(folder, kind)
+    with open(folder / mark(kind), "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -70,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _judge(options) -> None:
     """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
+    from tpo_lib.checkpoint import check_mark
     from tpo_lib.models import choose_device, choose_precision
     from tpo_lib.prompts import read_prompts
+    from tpo_lib.run import checkpoints_in
 
     for name, value in vars(options).items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
@@ -94,6 +96,9 @@ def _judge(options) -> None:
     for name in ("output_dir", "work_dir", "cache_dir", "runs"):
         if getattr(options, name, None):
             flags.check_room("--" + name.replace("_", "-"), getattr(options, name), folder=True)
+    if options.command == "train":
+        check_mark(Path(config.output_dir), "run")
+        checkpoints_in(Path(config.output_dir), resume=options.resume)
 
 
 SAMPLING = ("reward", "prompts", "imdb", "num_prompts", "samples_per_prompt", "max_new_tokens", "temperature", "rule")

@@ -120,6 +120,23 @@ def origin(model) -> dict:
     return {"name": _place(model.name_or_path), "sha256": fingerprint(model)}
 
 
+def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
+    """The checkpoints of a run's folder, by their names.
+
+    Raises:
+        RuntimeError: it holds a run that is not to be resumed, or the model of one that cannot be.
+    """
+    checkpoints = sorted(folder.glob("checkpoints/step-*"))
+    if checkpoints and not resume:
+        raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
+    if not checkpoints and (folder / "final").exists():
+        raise RuntimeError(
+            f"{folder / 'final'} is the model of a run whose checkpoints are gone, and would be replaced; move it "
+            "away or choose another --output-dir"
+        )
+    return checkpoints
+
+
 class NonFiniteLoss(FloatingPointError):
     """A loss, gradient or weight became NaN or infinite; what is saved is the state before."""
 
@@ -190,16 +207,7 @@ class Run:
                 name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)
             }
             self.accelerator.init_trackers("tensorboard", config=plain)
-        checkpoints = sorted(self.folder.glob("checkpoints/step-*"))
-        if checkpoints and not resume:
-            raise RuntimeError(
-                f"{self.folder} holds a run already; continue it with --resume or choose another --output-dir"
-            )
-        if not checkpoints and (self.folder / "final").exists():
-            raise RuntimeError(
-                f"{self.folder / 'final'} is the model of a run whose checkpoints are gone, and would be replaced; move it "
-                "away or choose another --output-dir"
-            )
+        checkpoints = checkpoints_in(self.folder, resume=resume)
         self.start = _identity(policy, self.tokenizer, pairs, eval_pairs)
         self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
         if checkpoints:
