@@ -243,8 +243,8 @@ def test_a_record_that_cannot_be_read_is_named(content, tmp_path):
 
 
 def test_shared_prompts_are_equal_ones_beginnings_and_continuations():
-    training = [[0, 5, 6], [0, 7], [3]]
-    held_out = [[0, 5, 6], [0, 5], [0, 7, 8, 9], [0, 6], [5, 6], [0], [3], [3, 4], [], [0, 5, 7]]
+    training = ["056", "07", "3"]
+    held_out = ["056", "05", "0789", "06", "56", "0", "3", "34", "", "057"]
     assert shared_prompts(training, held_out) == [0, 1, 2, 6]
     assert shared_prompts([], held_out) == []
 

@@ -28,7 +28,7 @@ from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import NotFinite, check_finite, response_mask, split
-from tpo_lib.types import IGNORE, PairBatch, TokenStats
+from tpo_lib.types import PairBatch, TokenStats
 
 RESAMPLES = 2000
 BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
@@ -232,7 +232,7 @@ def sequence_kl(
     kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = _sequences([(encoded[i], responses[i]) for i in rows], 0).to(_device(policy))  # any id may pad
+        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(_device(policy))  # any id may pad
         read = [model(batch.input_ids, batch.attention_mask, batch.labels) for model in models]
         logits, ref_logits = (reading.logits() for reading in read)  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)
@@ -502,19 +502,6 @@ def _read_frozen(model, name: str, batch: PairBatch, cache: dict | None) -> Read
     if cache is not None:
         cache[key] = read
     return read
-
-
-def _sequences(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> PairBatch:
-    """Right-padded (prompt, response) sequences with the labels on the response; `rows` counts them."""
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
-    input_ids = torch.full((len(pairs), width), pad_token_id)  # (N, T)
-    labels, attention_mask = torch.full_like(input_ids, IGNORE), torch.zeros_like(input_ids)
-    for row, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        labels[row, len(prompt) : end] = torch.tensor(response)
-        attention_mask[row, :end] = 1
-    return PairBatch(input_ids, attention_mask, labels, torch.arange(len(pairs)))
 
 
 def _by_prompt(values, prompts: int) -> Tensor:

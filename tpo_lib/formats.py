@@ -1,6 +1,6 @@
 """Files, folders and hub data sets, read row by row into records; a row that cannot be read stays in, with its problem.
 
-Invalid UTF-8 becomes lone surrogates, which the validation in `data.py` then finds by column. Only the columns that are
+Invalid UTF-8 becomes lone surrogates, which `chat.check_text` then finds by column. Only the columns that are
 wanted are read; the others keep their names, with None for every value. Memory is bounded by MAX_TABLE.
 """
 

@@ -95,24 +95,24 @@ def read_run(folder: str | Path) -> RunRecord | None:
     return None
 
 
-def shared_prompts(training: Sequence[list[int]], held_out: Sequence[list[int]]) -> list[int]:
+def shared_prompts(training: Sequence[str], held_out: Sequence[str]) -> list[int]:
     """Which held-out prompts the training has seen: equal to one of its prompts, a beginning of one, or a continuation.
 
-    A beginning of one token (BOS, say) is no prompt seen.
+    A beginning of one character is no prompt seen.
 
     Example:
-        >>> shared_prompts([[0, 5, 6], [0, 7]], [[0, 5], [0, 7, 8], [0, 7], [0, 9], [0]])
+        >>> shared_prompts(["The film", "A"], ["The", "The film is", "The film", "Then", "T", "A plot"])
         [0, 1, 2]
     """
-    known = sorted(map(tuple, training))
-    every = set(known)
+    known = sorted(training)
+    every, lengths = set(known), {len(text) for text in known if len(text) > 1}
 
-    def seen(ids: tuple[int, ...]) -> bool:
-        at = bisect.bisect_left(known, ids)
-        begins = len(ids) > 1 and at < len(known) and known[at][: len(ids)] == ids
-        return begins or ids in every or any(ids[:end] in every for end in range(2, len(ids)))
+    def seen(text: str) -> bool:
+        at = bisect.bisect_left(known, text)
+        begins = len(text) > 1 and at < len(known) and known[at].startswith(text)
+        return begins or text in every or any(text[:length] in every for length in lengths if length < len(text))
 
-    return [i for i, ids in enumerate(held_out) if seen(tuple(ids))]
+    return [i for i, text in enumerate(held_out) if seen(text)]
 
 
 def origin(model) -> dict:

@@ -243,7 +243,7 @@ def _check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
 
 
 class PairScorer(torch.nn.Module):
-    """The policy and its objective as one module with one forward, so that DDP and FSDP see everything that runs."""
+    """The policy and its objective as one module with one forward, so that DDP sees everything that runs."""
 
     def __init__(self, config: TrainConfig, policy) -> None:
         super().__init__()
