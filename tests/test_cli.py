@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import tiny
 
+from tpo_lib import cli
 from tpo_lib.cli import main
 from tpo_lib.data import load_pairs
 from tpo_lib.pocket import train_tokenizer
@@ -48,14 +49,18 @@ def test_train_writes_a_model_and_its_metrics(files, tmp_path, capsys, model):
     assert "trained 3 updates" in capsys.readouterr().out
 
 
-def test_simpo_takes_its_own_defaults_a_long_warm_up_is_said_and_its_run_is_no_guide(files, tmp_path, capsys):
+def test_simpo_takes_its_own_defaults_a_long_warm_up_is_said_and_its_run_is_no_guide(
+    files, tmp_path, capsys, monkeypatch
+):
     train(files, "--loss-type", "simpo", "--warmup-steps", "9")
     record = json.loads((tmp_path / "out" / "final" / "training.json").read_text())
     assert (record["beta"], record["gamma"], record["alpha"]) == (2.0, 0.5, None)
     assert capsys.readouterr().err.count("the warm-up of 9 updates is longer than the run of 3: ") == 1
     guide, files["out"] = files["out"], files["out"] + "2"
-    with pytest.raises(SystemExit, match="2"):
-        train(files, "--loss-type", "tgdpo", "--guide", guide)
+    with monkeypatch.context() as early:
+        early.setattr(cli, "_encoded", lambda *_: pytest.fail("the pairs were read first"))
+        with pytest.raises(SystemExit, match="2"):
+            train(files, "--loss-type", "tgdpo", "--guide", guide)
     assert "final is a run of simpo, which reads no reference" in capsys.readouterr().err
     train(files, "--loss-type", "tgdpo", "--guide", guide, "--guide-beta", "0.1")  # named as such
     record = json.loads((tmp_path / "out2" / "final" / "training.json").read_text())

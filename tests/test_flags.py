@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -294,17 +295,20 @@ def test_long_words_of_libraries_are_cut_and_a_full_memory_names_what_to_lower(m
 
 def test_a_guide_is_a_run_that_read_a_reference(tmp_path):
     record = tmp_path / "training.json"
-    record.write_text(json.dumps({"loss_type": "dpo", "beta": 0.3}))
-    assert cli._guides_beta(record) == 0.3
+    options, config = argparse.Namespace(guide=str(tmp_path)), TrainConfig(loss_type="tgdpo")
+    for content, beta in (({"loss_type": "dpo", "beta": 0.3}, 0.3), ({"loss_type": "tdpo2"}, 0.1)):
+        record.write_text(json.dumps(content))
+        assert cli._guided(options, config).guide_beta == beta
     for content, words in (
-        ({"loss_type": "sft", "beta": 0.1}, "is a run of sft, which reads no reference"),
+        ({"loss_type": "sft"}, "is a run of sft, which reads no reference"),
         ({"loss_type": "simpo", "beta": 2.0}, "is a run of simpo, which reads no reference"),
-        ({"loss_type": "unknown", "beta": 2.0}, "does not tell the guide's objective and beta"),
-        ([], "does not tell the guide's objective and beta"),
+        ({"loss_type": "unknown", "beta": 2.0}, "training.json .*loss_type='unknown' is unknown.*: pass --guide-beta"),
+        ([], "training.json cannot be read .*: pass --guide-beta"),
     ):
         record.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=words):
-            cli._guides_beta(record)
+            cli._guided(options, config)
+        assert cli._guided(options, replace(config, guide_beta=0.2)).guide_beta == 0.2  # it was said
 
 
 def test_a_folder_without_permission_is_named_before_anything_loads(nothing_loads, monkeypatch, capsys, tmp_path):

@@ -201,6 +201,7 @@ def _train(options) -> None:
     name, device = _model_name(options), choose_device(config.device)
     _check_names(options)
     _check_rank(config, name)
+    config = _guided(options, config)
     tokenizer = load_tokenizer(name)
     with _main_process_first(device):  # of several processes one samples, the others read its cache
         source = options.pairs or preset.pairs or str(_sampled_pairs(options))
@@ -208,10 +209,10 @@ def _train(options) -> None:
     eval_pairs = None
     if options.eval_pairs:
         eval_pairs = _encoded(options.eval_pairs, options.eval_split, options.eval_config, tokenizer, config, options)
-    guide = None
-    if "guide_logps" in OBJECTIVES[config.loss_type].needs:
-        config, guide_folder = _guide(options, config, name, tokenizer, pairs)
-        guide = partial(_frozen, guide_folder, device)
+    guide = options.guide
+    if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
+        config, guide = _own_guide(config, name, tokenizer, pairs)
+    guide = guide and partial(_frozen, guide, device)
     policy, reference = _policy(config, name), partial(_frozen, name, device)
     result = fit(
         config, policy, reference, pairs, eval_pairs=eval_pairs, guide=guide, tokenizer=tokenizer, resume=options.resume
@@ -266,20 +267,37 @@ def _main_process_first(device):
     return PartialState(cpu=device.type == "cpu").main_process_first()
 
 
-def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path | str]:
-    """The guide of a TGDPO run and the beta it was trained with; without --guide it is trained first, with DPO."""
-    from tpo_lib.models import choose_device
-    from tpo_lib.train import fit
+def _guided(options, config: TrainConfig) -> TrainConfig:
+    """The settings with the beta that --guide was trained with.
 
-    if options.guide:
-        if config.guide_beta is not None:
-            return config, options.guide
-        for record in (Path(options.guide) / "training.json", Path(options.guide) / "final" / "training.json"):
-            if record.is_file():
-                return replace(config, guide_beta=_guides_beta(record)), options.guide
+    It has to be a run against a reference: there log pi_guide - log pi_ref is a reward.
+    """
+    from tpo_lib.run import read_run
+
+    if not options.guide or config.guide_beta is not None:
+        return config
+    try:
+        record = read_run(options.guide)
+    except ValueError as error:
+        raise ValueError(f"{error}: pass --guide-beta") from error
+    if record and "ref_logps" not in OBJECTIVES[record.config.loss_type].needs:
+        raise ValueError(
+            f"--guide {record.folder} is a run of {record.config.loss_type}, which reads no reference, so that it holds no "
+            "token rewards: guide with a run of dpo, or say with --guide-beta how its log-ratio is to be read"
+        )
+    beta = record and record.config.hyperparameters().get("beta")
+    if beta is None:
         raise ValueError(
             f"--guide {options.guide} does not say which beta it was trained with; pass it as --guide-beta"
         )
+    return replace(config, guide_beta=beta)
+
+
+def _own_guide(config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path]:
+    """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
+    from tpo_lib.models import choose_device
+    from tpo_lib.train import fit
+
     folder = Path(config.output_dir) / "guide"
     beta = config.guide_beta or config.hyperparameters()["beta"]
     print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
@@ -287,23 +305,6 @@ def _guide(options, config: TrainConfig, name: str, tokenizer, pairs) -> tuple[T
     reference = partial(_frozen, name, choose_device(config.device))
     fit(stage, _policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
     return replace(config, guide_beta=beta), folder
-
-
-def _guides_beta(record: Path) -> float:
-    """The beta of a run that can guide: log pi_guide - log pi_ref is a reward in what was trained against a reference."""
-    try:
-        run = json.loads(record.read_text())
-        needs, beta = OBJECTIVES[run["loss_type"]].needs, run["beta"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{record} does not tell the guide's objective and beta ({error!r}): pass --guide-beta"
-        ) from error
-    if "ref_logps" not in needs:
-        raise ValueError(
-            f"--guide {record.parent} is a run of {run['loss_type']}, which reads no reference, so that it holds no token "
-            "rewards: guide with a run of dpo, or say with --guide-beta how its log-ratio is to be read"
-        )
-    return beta
 
 
 def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):

@@ -232,7 +232,9 @@ def sequence_kl(
     kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(_device(policy))  # any id may pad
+        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(
+            _device(policy)
+        )  # any id may pad
         read = [model(batch.input_ids, batch.attention_mask, batch.labels) for model in models]
         logits, ref_logits = (reading.logits() for reading in read)  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)

@@ -91,7 +91,10 @@ def read_run(folder: str | Path) -> RunRecord | None:
     for place in (Path(folder), Path(folder) / "final", Path(folder) / "start"):
         if (place / "training.json").is_file():
             settings, start = _read_training(place)
-            return RunRecord(place.resolve(), TrainConfig(**settings), start or {})
+            try:
+                return RunRecord(place.resolve(), TrainConfig(**settings), start or {})
+            except ValueError as error:
+                raise ValueError(f"{place / 'training.json'} holds settings that are none here: {error}") from error
     return None
 
 
