@@ -207,7 +207,7 @@ def test_damage_is_found_told_and_mended(name, damage, tmp_path, capsys):
     capsys.readouterr()
     assert torch.equal(cached(tmp_path).values, whole)
     told = capsys.readouterr().err
-    assert told.count("cache not usable, building it anew") == 1
+    assert told.count("cannot be used and is built anew") == 1
     assert name in told or name == MANIFEST  # whose digests name the file that no longer fits
     assert folders(tmp_path) == [folder]
     cached(tmp_path, unread())

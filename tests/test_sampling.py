@@ -652,7 +652,7 @@ def test_a_damaged_entry_is_built_anew_saying_so(build, tmp_path, capsys, damage
         (entry / "MANIFEST.json").write_text(json.dumps({}))
         (entry / "report.json").write_text("{}")
     again, same = build()
-    assert "cached pairs cannot be read and are built anew" in capsys.readouterr().err
+    assert "cannot be used and is built anew" in capsys.readouterr().err
     assert again.to_list() == table.to_list()
     assert same == report
     build()

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tpo_lib import fused, losses, stats
-from tpo_lib.checkpoint import CheckpointError, alone, verify, write_atomically
+from tpo_lib.checkpoint import CheckpointError, found_or_made, write_atomically
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fused import Head, Reading
@@ -228,22 +228,18 @@ def build_or_open(
     key = cache_key(identity, pairs, kind)
     path = folder / f"{name}-{kind}-{key[:16]}"
     head = reader.head if kind == "states" else None
-    with contextlib.suppress(CheckpointError):
-        return _open(path, key, head)
-    with alone(path):
-        try:
-            return _open(path, key, head)  # another process may have built it by now
-        except CheckpointError as error:
-            if path.exists():
-                print(f"cache not usable, building it anew: {error}", file=sys.stderr)
-        read = partial(_values, reader, kind, autocast)
-        write_atomically(path, partial(_build, read, pairs, key, path, max_tokens, progress))
-    return _open(path, key, head)
+    opened = partial(_open, key=key, head=head)
+    build = partial(_build, partial(_values, reader, kind, autocast), pairs, key, path, max_tokens, progress)
+
+    def made() -> FrozenCache:
+        write_atomically(path, build)
+        return opened(path)
+
+    return found_or_made(path, opened, made)
 
 
 def _open(path: Path, key: str, head: Head | None) -> FrozenCache:
-    """Map the cache in a folder; CheckpointError where there is none, or one that cannot be trusted."""
-    verify(path)
+    """Map the cache in a folder that verifies; CheckpointError where it is none."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         dtype, count = getattr(torch, meta["dtype"]), torch.Size(meta["shape"]).numel()

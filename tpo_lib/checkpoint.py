@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -415,6 +416,28 @@ def alone(path: Path) -> Iterator[None]:
             print(f"another process is at work on {path}; waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def found_or_made(folder: Path, read: Callable[[Path], Any], make: Callable[[], Any]) -> Any:
+    """What `read` finds in a folder that verifies, else what `make` makes, which writes the folder; others wait meanwhile.
+
+    `read` raises CheckpointError, OSError, ValueError or TypeError where it finds something else; that is told.
+    """
+
+    def found() -> Any:
+        verify(folder)
+        return read(folder)
+
+    unusable = (CheckpointError, OSError, ValueError, TypeError)
+    with contextlib.suppress(*unusable):
+        return found()
+    with alone(folder):
+        try:
+            return found()  # another process may have made it by now
+        except unusable as error:
+            if folder.exists():
+                print(f"{folder} cannot be used and is built anew: {error}", file=sys.stderr)
+        return make()
 
 
 @contextlib.contextmanager

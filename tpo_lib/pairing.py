@@ -8,7 +8,6 @@ score each with a reward, and let the higher score be the chosen one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -346,31 +345,19 @@ def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
 
 
 def _cached(folder: Path | None, read: Callable[[Path], Any], make: Callable[[], Any], write: Callable) -> Any:
-    """What `read` finds in a cache entry, else what `make` makes, written there; others who want it wait meanwhile."""
+    """What `read` finds in a cache entry, else what `make` makes, written there."""
     if folder is None:
         return make()
-    with contextlib.suppress(*UNREADABLE):
-        return _open(folder, read)
-    with checkpoint.alone(folder):
+
+    def made() -> Any:
+        found = make()
         try:
-            return _open(folder, read)  # another process may have made it by now
-        except UNREADABLE as error:
-            if folder.exists():
-                print(f"cached pairs cannot be read and are built anew: {error}", file=sys.stderr)
-        made = make()
-        try:
-            checkpoint.write_atomically(folder, partial(write, made))
+            checkpoint.write_atomically(folder, partial(write, found))
         except OSError as error:  # a full disk shall not cost what was made
             print(f"not cached: {error}", file=sys.stderr)
-        return made
+        return found
 
-
-UNREADABLE = (checkpoint.CheckpointError, OSError, ValueError, TypeError)
-
-
-def _open(folder: Path, read: Callable[[Path], Any]) -> Any:
-    checkpoint.verify(folder)
-    return read(folder)
+    return checkpoint.found_or_made(folder, read, made)
 
 
 def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:
