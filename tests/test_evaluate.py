@@ -432,6 +432,7 @@ def test_a_plain_function_of_texts_is_a_reward_and_its_scale_is_its_own(llamas, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"pairs": [EncodedPair(7, [1], [2, 3])]}, "row 7 has no rejected side, so there is nothing to compare"),
         ({"judge": lambda texts: [0.5]}, r"returned shape \(1,\) for 2 texts"),
         ({"objective": "tdpo2", "hyperparameters": {"beta": 0.1}}, "tdpo2 cannot rank pairs without its alpha"),
         ({"objective": "tgdpo", "hyperparameters": HYPERPARAMETERS["tgdpo"]}, "without guide_logps of its guide"),

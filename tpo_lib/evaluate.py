@@ -291,12 +291,11 @@ def pair_stats(
         cache: a dict kept between calls with the same reference and guide; their hidden states are stored in it (4 d bytes
             a response token each) and not computed again for pairs seen before.
     """
+    _check_paired(pairs)
     frozen = {name: None if model is None else _scorer(model) for name, model in (("ref", reference), ("guide", guide))}
     model, parts = _scorer(policy), []
     for start in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(_device(policy))
-        if not batch.paired:
-            raise ValueError(f"row {int(batch.rows[0])} has no rejected side, so there is nothing to compare")
         ref, hint = (_read_frozen(frozen[name], name, batch, cache) for name in ("ref", "guide"))
         read = model(batch.input_ids, batch.attention_mask, batch.labels)
         tokens = token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)
@@ -411,6 +410,7 @@ def evaluate(
     for name, model in (("policy", policy), ("reference", reference), ("guide", guide)):
         if model is not None:
             check_pairs(_bare(model), pairs or [], name=name, policy=_bare(policy))
+    _check_paired(pairs or [])
     if pairs and objective is not None:
         _check_objective(objective, hyperparameters, guide)
     probe(reward, judge)
@@ -450,6 +450,12 @@ def evaluate(
     ]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
     return Evaluation(metrics, samples, by_prompt)
+
+
+def _check_paired(pairs: Sequence[EncodedPair]) -> None:
+    for pair in pairs:
+        if not pair.rejected_ids:
+            raise ValueError(f"row {pair.row} has no rejected side, so there is nothing to compare")
 
 
 def _check_objective(objective: str, hyperparameters: Mapping | None, guide) -> None:
