@@ -702,6 +702,21 @@ def test_a_tokenizer_that_ends_texts_does_not_end_the_prompt(bos):
     assert pair.chosen_ids.count(0) == 1
 
 
+@pytest.mark.parametrize("plain", [(), (0,)])
+def test_of_a_book_a_page_is_tokenized_also_where_it_holds_special_text(plain):
+    tokenizer, read = tiny.tokenizer_of("llama2"), []
+
+    def spy(text, **settings):
+        read.append(len(text if isinstance(text, str) else text[0]))
+        return tokenizer(text, **settings)
+
+    text = "</s> " + "good film " * 1000
+    (ids,) = data._token_ids_of(spy, [text], lead=[], most=8, plain=plain)
+    whole = tokenizer(text, add_special_tokens=False, split_special_tokens=bool(plain))["input_ids"]
+    assert ids[:8] == whole[:8]
+    assert max(read) < 1000 < len(text)
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_long_responses_are_cut_at_the_end_and_counted(tokenizer, swap):
     long, short = ("rejected", "chosen") if swap else ("chosen", "rejected")

@@ -231,9 +231,12 @@ def _token_ids_of(
     short = [text if most is None else text[: 16 * (most + SPARE)] for text in texts]
     rows = tokenizer(short, add_special_tokens=False)["input_ids"] if short else []
     for i, text in enumerate(texts):
-        if i in plain or (len(short[i]) < len(text) and len(rows[i]) < most + SPARE):  # its tokens are longer than 16
-            split = True if i in plain else None  # None: as the tokenizer is set
-            rows[i] = tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        split = True if i in plain else None  # None: as the tokenizer is set
+        again = partial(tokenizer, add_special_tokens=False, split_special_tokens=split)
+        if split:
+            rows[i] = again(short[i])["input_ids"]
+        if len(short[i]) < len(text) and len(rows[i]) < most + SPARE:  # its tokens are longer than 16
+            rows[i] = again(text)["input_ids"]
     return [row if row[: len(lead)] == lead else lead + row for row in rows]
 
 
