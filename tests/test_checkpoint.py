@@ -331,7 +331,7 @@ def test_damage_is_detected_and_the_one_before_is_used_saying_so(tmp_path, damag
 def test_it_says_so_on_the_terminal_unless_told_otherwise(tmp_path, capsys):
     truncate(save(tmp_path, 1))
     assert newest(tmp_path) is None
-    assert "step-00000001: weights.bin was truncated or altered" in capsys.readouterr().out
+    assert "step-00000001: weights.bin was truncated or altered" in capsys.readouterr().err  # results go to stdout
 
 
 def test_no_checkpoint_yet(tmp_path):

@@ -296,7 +296,7 @@ def clear(folder: Path, known: re.Pattern) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def newest(folder: Path, *, warn: Callable[[str], None] = print) -> Path | None:
+def newest(folder: Path, *, warn: Callable[[str], None] = lambda words: print(words, file=sys.stderr)) -> Path | None:
     """Return the newest checkpoint below `folder` that verifies, telling of every one that had to be passed over."""
     for candidate in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         try:

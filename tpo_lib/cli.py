@@ -176,8 +176,7 @@ def _add_train(commands) -> None:
     command = commands.add_parser("train", help="train one objective")
     _add_models(command)
     command.add_argument("--pairs", help="preference pairs: file, folder or hub name (default: sampled from the model)")
-    command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
-    command.add_argument("--config", help="configuration of --pairs, if these have several")
+    _add_table(command)
     command.add_argument("--eval-split", help="split of --eval-pairs (default: train)")
     command.add_argument("--eval-config", help="configuration of --eval-pairs")
     command.add_argument("--eval-pairs", help="held-out pairs, scored every --eval-every updates")
@@ -185,9 +184,6 @@ def _add_train(commands) -> None:
         "--guide", help="tgdpo: folder or name of the DPO model that guides (default: train one first)"
     )
     command.add_argument("--resume", action="store_true", help="continue from the newest sound checkpoint")
-    command.add_argument(
-        "--on-bad-rows", choices=("error", "skip"), default="error", help="stop at them, or list and skip"
-    )
     _add_sampling(command)
     flags.add_config(command)
     command.set_defaults(function=_train)
@@ -383,11 +379,7 @@ def _add_evaluate(commands) -> None:
     command.add_argument("--judge", help="second classifier, for reporting only")
     _add_prompts(command, 192)
     command.add_argument("--pairs", help="held-out preference pairs: accuracy, reward margin and sequential KL on them")
-    command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
-    command.add_argument("--config", help="configuration of --pairs, if these have several")
-    command.add_argument(
-        "--on-bad-rows", choices=("error", "skip"), default="error", help="stop at them, or list and skip"
-    )
+    _add_table(command)
     command.add_argument("--max-new-tokens", type=flags.COUNT, default=40, help="longest completion")
     command.add_argument("--seed", type=flags.SEED, default=0, help="of prompts and samples")
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -627,6 +619,14 @@ def _bench(options) -> None:
         labels=options.contestants,
         memory=options.memory,
         repetitions=options.repetitions,
+    )
+
+
+def _add_table(command) -> None:
+    command.add_argument("--split", help="split of --pairs, if these are a folder or of the hub (default: train)")
+    command.add_argument("--config", help="configuration of --pairs, if these have several")
+    command.add_argument(
+        "--on-bad-rows", choices=("error", "skip"), default="error", help="stop at them, or list and skip"
     )
 
 
