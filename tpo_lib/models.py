@@ -345,7 +345,7 @@ class ResponseReader(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head as it is now (a sharded model gathers its weight for the forward pass)."""
+        """The head as it is now."""
         layer = self._parts[1]
         return Head(layer.weight, layer.bias, self._scale, self._softcap)
 
