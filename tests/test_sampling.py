@@ -139,10 +139,11 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform
     assert Sampler(1).draw(torch.tensor([[impossible, 0.0, 0.0, impossible]])).tolist() == [token]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(broken):
+def test_logits_that_are_not_finite_are_refused(broken, temperature):
     with pytest.raises(ValueError, match="logits are not finite"):
-        Sampler(1).draw(torch.tensor([[0.0, broken]]))
+        Sampler(1, temperature)(None, torch.tensor([[0.0, broken]]))
 
 
 def test_the_models_own_generation_settings_do_not_act_and_come_back(llama, tokenizer):

@@ -19,6 +19,7 @@ from tpo_lib.data import prompt_token_ids, response_texts
 from tpo_lib.models import check_sequences
 
 PAD = 0  # any id: it is masked, and what follows the end of a text is cut off
+NOT_FINITE = "the model's logits are not finite, so nothing can be sampled; check its weights"
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 
 
@@ -85,13 +86,15 @@ class Sampler:
         cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (n, V)
         total = cumulative[:, -1:]  # (n, 1), 1 up to rounding
         if not total.isfinite().all():
-            raise ValueError("the model's logits are not finite, so nothing can be sampled; check its weights")
+            raise ValueError(NOT_FINITE)
         uniform = torch.rand(len(total), 1, dtype=torch.float64, device=total.device) * total
         return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Serve `model.generate` as its logits processor: only the token drawn stays possible."""
         if self.temperature == 0:
+            if not logits.amax(-1).isfinite().all():  # a NaN would count as the most likely token
+                raise ValueError(NOT_FINITE)
             return logits
         chosen = self.draw(logits).to(logits.device)[:, None]
         return torch.full_like(logits, -math.inf).scatter_(1, chosen, 0.0)
