@@ -297,6 +297,33 @@ def test_pairs_of_ones_own_prompts_say_where_they_come_from(files, tmp_path, cap
     assert set(load_pairs(tmp_path / "made.jsonl")[0]["prompt"]) == {"the film", "the plot"}
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"), [("evaluate", "--pairs"), ("evaluate", "--prompts"), ("pairs", "--prompts")]
+)
+def test_a_file_that_is_read_is_never_the_one_that_is_written(files, tmp_path, capsys, command, flag):
+    (tmp_path / "named").symlink_to(tmp_path)
+    before = (tmp_path / "pairs.jsonl").read_text()
+    run = {"evaluate": [files["model"]]}.get(command, [])
+    output = str(tmp_path / "named" / "pairs.jsonl")
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            [
+                command,
+                *run,
+                "--model",
+                files["model"],
+                flag,
+                files["pairs"],
+                "--output",
+                output,
+                "--reward",
+                files["reward"],
+            ]
+        )
+    assert f"--output {output} is what {flag} reads" in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_text() == before
+
+
 def test_the_histogram_takes_no_picture_of_the_users(files, tmp_path, capsys):
     (tmp_path / "made.png").write_text("mine")
     with pytest.raises(SystemExit, match="2"):

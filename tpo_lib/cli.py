@@ -93,6 +93,10 @@ def _judge(options) -> None:
     suffixes = {"pairs": (".jsonl", ".parquet")}.get(options.command, ())
     if getattr(options, "output", None):
         flags.check_room("--output", options.output, folder=options.command == "bench", suffixes=suffixes)
+        for name in ("pairs", "prompts"):
+            source = Path(getattr(options, name, None) or "")
+            if source.is_file() and Path(options.output).exists() and source.samefile(options.output):
+                raise FileExistsError(f"--output {options.output} is what --{name} reads; choose another name")
     for name in ("output_dir", "work_dir", "cache_dir", "runs"):
         if getattr(options, name, None):
             flags.check_room("--" + name.replace("_", "-"), getattr(options, name), folder=True)
