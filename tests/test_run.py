@@ -454,8 +454,18 @@ def test_another_device_in_the_environment_is_refused(monkeypatch):
     ("number", "where", "status", "line"),
     [
         (signal.SIGINT, "torch", 130, "interrupted before anything was done"),
-        (signal.SIGINT, "tpo_lib.derivations", 130, "interrupted; the same command continues where it was"),
-        (signal.SIGTERM, "tpo_lib.derivations", 143, "terminated; the same command continues where it was"),
+        (
+            signal.SIGINT,
+            "tpo_lib.derivations",
+            130,
+            "interrupted; the same command continues where it was (train: add --resume; run: leave out --fresh)",
+        ),
+        (
+            signal.SIGTERM,
+            "tpo_lib.derivations",
+            143,
+            "terminated; the same command continues where it was (train: add --resume; run: leave out --fresh)",
+        ),
     ],
 )
 def test_a_command_that_is_stopped_says_one_line(number, where, status, line):

@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, Terminated) as stop:
         traceback.clear_frames(stop.__traceback__)
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"{word}; the same command continues where it was (train: add --resume)", file=sys.stderr)
+        print(
+            f"{word}; the same command continues where it was (train: add --resume; run: leave out --fresh)",
+            file=sys.stderr,
+        )
         sys.exit(status)
     except Exception as error:
         if options.traceback:
