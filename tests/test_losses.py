@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR, OBJECTIVES, dpo, floor_share, sft, simpo, tdpo1, tdpo2, tgdpo
 from tpo_lib.stats import split, token_stats
 from tpo_lib.types import IGNORE, LossOutput, TokenStats
@@ -510,3 +511,14 @@ def test_the_objectives_are_these():
 def test_unknown_shaping_is_named():
     with pytest.raises(ValueError, match=r"shaping='cubic' is unknown; choose 'linear' .* or 'exp'"):
         tgdpo(CHOSEN, REJECTED, beta=1.0, alpha=0.5, guide_beta=1.0, shaping="cubic")
+
+
+def test_the_objective_of_the_page_on_your_own_data_is_what_it_says(monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "your_model_your_data.md").read_text()
+    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    chosen, rejected = (TokenStats(torch.full((1, 2), v), torch.zeros(1, 2), mask) for v in (-1.0, -2.0))
+    output = losses.OBJECTIVES["ipo"].fn(chosen, rejected, tau=0.25)
+    assert output.loss.tolist() == [0.0]  # the margin is (-2) - (-4) = 2 = 1 / (2 * 0.25), where IPO is at rest
+    assert (output.chosen_reward - output.rejected_reward).tolist() == [0.5]
