@@ -225,6 +225,10 @@ def test_evaluate_measures_against_what_the_run_was_started_from(files, tmp_path
     with pytest.raises(SystemExit, match="2"):
         evaluate(files, files["out"])
     assert "its weights have changed since; name the reference with --model" in capsys.readouterr().err
+    (tmp_path / "llama").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(files, files["out"])
+    assert "was started from, is not there any more: put it back, or name the reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "sft"])

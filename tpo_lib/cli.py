@@ -446,6 +446,8 @@ def _evaluate(options) -> None:
 
 def _reference(options, record) -> tuple[str, str]:
     """The reference of an evaluation and, in words, who said so: --model, the run's record, or else the preset."""
+    from tpo_lib.folders import is_path
+
     known = record and record.reference
     if options.model:
         differs = f"; the run was started from {known['name'] or 'a model in memory'}" if known else ""
@@ -453,6 +455,11 @@ def _reference(options, record) -> tuple[str, str]:
     if known and not known["name"]:
         raise ValueError(
             f"the run in {record.folder} was started from a model in memory: name its reference with --model FOLDER"
+        )
+    if known and is_path(known["name"]) and not Path(known["name"]).exists():
+        raise FileNotFoundError(
+            f"{known['name']}, which the run in {record.folder} was started from, is not there any more: put it back, or name "
+            "the reference with --model"
         )
     if known:
         return known["name"], "what the run was started from"
