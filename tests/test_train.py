@@ -408,7 +408,7 @@ def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
         file.truncate(200)
     again = run_child(folder, None, resume=True)
     assert again.returncode == 0, again.stderr
-    assert "model.safetensors was truncated or altered" in again.stdout
+    assert "model.safetensors was truncated or altered" in again.stderr
     a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, uninterrupted))
     assert same(a, b)
 
