@@ -219,7 +219,8 @@ def test_messages_stored_as_strings_are_recognised_and_said(tmp_path, capsys, wr
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
         writer.writeheader()
-        writer.writerow({"prompt": "Hi", "chosen": write(ASK + A), "rejected": write(ASK + B)})
+        weighed = [{"weight": 1, "note": "x, y"} | message for message in ASK + B]  # the role need not come first
+        writer.writerow({"prompt": "Hi", "chosen": write(ASK + A), "rejected": write(weighed)})
     assert load_pairs(path)[0].to_list() == [MESSAGES]
     kind = "JSON" if write is json.dumps else "Python"
     assert f"column 'chosen': strings that hold messages in {kind} were read as these (1 times)" in (
@@ -228,8 +229,9 @@ def test_messages_stored_as_strings_are_recognised_and_said(tmp_path, capsys, wr
 
 
 def test_json_that_is_no_message_is_text(tmp_path):
-    row = {"prompt": "As JSON", "chosen": '{"content": "A"}', "rejected": '{"content": '}
-    assert load(tmp_path, row) == [row]
+    for rejected in ('{"content": ', '[{"id": 1, "value": ', '{"id": 1, "role": "king"}'):
+        row = {"prompt": "As JSON", "chosen": '{"content": "A"}', "rejected": rejected}
+        assert load(tmp_path, row) == [row]
 
 
 # ---- data for sft

@@ -26,6 +26,10 @@ ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "obs
 ASSISTANT = ("assistant", "model")  # the second is Gemma's; every other role is somebody else's
 MAX_LITERAL = 2**20  # characters; Python's parser takes a hundred times as much memory
 WRITE = "write a list of {role, content}"
+# A string that begins with an object whose first key is a message's, or that tells a role behind other plain keys.
+LIKE_MESSAGES = re.compile(
+    r"\s*\[?\s*\{\s*(['\"](role|content|from|value)['\"]|['\"][^{}\[\]]{1,1000}?['\"](role|from)['\"])\s*:"
+)
 
 Message = dict[str, str]
 
@@ -100,7 +104,7 @@ def _is_message(value: Any) -> bool:
 
 def _stored(text: str, column: str, notes: Notes) -> Any:
     """What a string holds: messages as JSON, or as Python writes them; else the string itself."""
-    if not re.match(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:", text):
+    if not LIKE_MESSAGES.match(text):
         return text
     for kind, parse in (("JSON", json.loads), ("Python", ast.literal_eval)):
         try:
