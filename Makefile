@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 BENCH := .venv-bench
-ALONE := tests/browser tests/test_widgets_loss_lab.py# these time how soon a widget answers
+ALONE := tests/browser tests/course/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
 .PHONY: setup run quick test floor lint lab notebooks pocket bench clean
@@ -31,10 +31,10 @@ test: setup  ## every test, no network
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest pytest-xdist
-	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
+	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), os.getcwd() + "/notebooks", sep="\n")' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks
-	$(FLOOR)/bin/python -m pytest tests/test_widgets_*.py tests/test_lab.py
+	$(FLOOR)/bin/python -m pytest tests/course/test_widgets_*.py tests/runs/test_lab.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

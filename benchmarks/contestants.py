@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from tpo_lib import fused, losses, stats
+from tpo_lib import losses, stats
+from tpo_lib.fast import fused
 from tpo_lib.types import LossOutput, TokenStats
 
 HYPERPARAMETERS = {"beta": 0.1, "alpha": 0.5, "guide_beta": 0.1, "shaping": "linear", "floor": losses.F_FLOOR}

@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks import measure
 from tpo_lib.config import PRESETS
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.stage import Stage, pocket_stage
+from tpo_lib.runs.stage import Stage, pocket_stage
 from tpo_lib.train import fit
 
 # AdamW divides by the size of a gradient, so where one is nearly 0 its rounding decides the step

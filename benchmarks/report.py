@@ -10,8 +10,8 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks import measure
 from benchmarks.sections import FLOOR
-from tpo_lib import checkpoint
-from tpo_lib.plots import FONT, GRID, style_of
+from tpo_lib.files import store
+from tpo_lib.runs.plots import FONT, GRID, style_of
 
 NAMES = {
     "textbook": "textbook (all logits)",
@@ -29,11 +29,11 @@ AXIS = {"vocab": "vocabulary V (entries)", "length": "sequence length T (tokens)
 
 def write(results: Mapping, folder: Path) -> None:
     """Write results.json, README.md and (where the curves were measured) scaling.png into a folder."""
-    checkpoint.write_json(folder / "results.json", dict(results), indent=1)
+    store.write_json(folder / "results.json", dict(results), indent=1)
     curves = [s for s in results["sections"].values() if s["kind"] == "scaling"]
     if curves:
-        checkpoint.write_file(folder / "scaling.png", scaling_figure(curves).savefig)
-    checkpoint.write_file(folder / "README.md", readme(results))
+        store.write_file(folder / "scaling.png", scaling_figure(curves).savefig)
+    store.write_file(folder / "README.md", readme(results))
 
 
 def section_text(section: Mapping) -> str:

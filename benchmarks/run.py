@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import contestants, goals, report, sections
-from tpo_lib.checkpoint import read_json
+from tpo_lib.files.store import read_json
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "numpy")

@@ -23,7 +23,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def small_stage(tmp_path_factory):
     """A stage on the bundled model with a few short pairs, small gaps among them; no test changes it."""
-    from tpo_lib.stage import build_stage, pocket_stage_config
+    from tpo_lib.runs.stage import build_stage, pocket_stage_config
 
     config = replace(
         pocket_stage_config(quick=True),

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tpo_lib import data, formats
+from tpo_lib import data
 from tpo_lib.data import BadRow, BadRowsError, EncodedPair, load_pairs
+from tpo_lib.files import formats
 from tpo_lib.stats import token_stats
 
 EOS = "<|end|>"
@@ -617,7 +618,7 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path,
     pyarrow.parquet.write_table(table, path, store_schema=False)  # else it would say that it is a dictionary
     code = """if True:
         import resource, sys
-        from tpo_lib import formats
+        from tpo_lib.files import formats
         formats.MAX_TABLE = 2**28
         try:
             [None for record in formats.read_records(sys.argv[1], wanted={"prompt", "chosen", "rejected"})]

@@ -13,10 +13,11 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import adapters, losses, models, sampling, stats, train
+from tpo_lib import losses, models, sampling, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
 from tpo_lib.evaluate import kl_and_entropy, sequence_kl
+from tpo_lib.files import adapters
 from tpo_lib.sampling import Completion, Sampler
 
 SHARING = list(tiny.FAMILIES)

@@ -9,11 +9,12 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import checkpoint, models, rewards, stats
-from tpo_lib.checkpoint import CheckpointError
+from tpo_lib import models, rewards, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.evaluate import evaluate, pair_stats, sequence_kl
+from tpo_lib.files import store
+from tpo_lib.files.store import CheckpointError
 from tpo_lib.sampling import Completion
 from tpo_lib.train import fit
 
@@ -278,13 +279,13 @@ def test_a_flipped_bit_in_what_is_bundled_is_noticed(tmp_path, kind):
 
 def test_what_is_bundled_is_what_its_manifests_list():
     for folder in (models.POCKET, models.POCKET / "judge"):
-        checkpoint.prove(folder)
+        store.prove(folder)
 
 
 def test_a_file_is_hashed_once_for_each_content(tmp_path, monkeypatch):
     folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
-    real, hashed = checkpoint.sha256_file, []
-    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: (hashed.append(path.name), real(path))[1])
+    real, hashed = store.sha256_file, []
+    monkeypatch.setattr(store, "sha256_file", lambda path: (hashed.append(path.name), real(path))[1])
     for _ in range(2):
         models.load_model(folder)
         models.load_tokenizer(folder)
@@ -296,7 +297,7 @@ def test_a_manifest_of_another_kind_and_files_of_the_users_are_nothing_to_us(tmp
     folder = tiny.checkpoint_folder(tmp_path / "other")
     (folder / "MANIFEST.json").write_text('{"files": ["model.safetensors"], "version": 2}')
     models.load_model(folder)
-    checkpoint.write_atomically(tmp_path / "final", lambda to: tiny.llama(vocab=300).save_pretrained(to))
+    store.write_atomically(tmp_path / "final", lambda to: tiny.llama(vocab=300).save_pretrained(to))
     tiny.tokenizer(tmp_path / "final")  # saved beside the weights by hand
     models.load_model(tmp_path / "final")
     models.load_tokenizer(tmp_path / "final")

@@ -12,7 +12,9 @@ import tiny
 import torch
 from datasets import Dataset
 
-from tpo_lib import checkpoint, models, pocket, sentiment
+from tpo_data import pocket, sentiment
+from tpo_lib import models
+from tpo_lib.files import store
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
 
 CONFIG = pocket.PocketConfig(
@@ -120,8 +122,8 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
     assert log[-1]["valid_loss"] > 0
 
     pocket.build(*arguments, compile=False)
-    checkpoint.prove(tmp_path / "out")
-    checkpoint.verify(tmp_path / "out" / "judge")
+    store.prove(tmp_path / "out")
+    store.verify(tmp_path / "out" / "judge")
     for changed in ((replace(CONFIG, lr=1e-3), SENTIMENT), (CONFIG, replace(SENTIMENT, judge_lr=1e-2))):
         what = "config" if changed[0] != CONFIG else "sentiment"
         with pytest.raises(RuntimeError, match=rf"work was begun with another {what}; .*--work-dir"):
@@ -157,7 +159,7 @@ def test_a_build_goes_on_with_its_own_data_alone(imdb, tmp_path, monkeypatch):
     monkeypatch.setattr(pocket, "load_imdb", real)
     corpus = tmp_path / "work" / "corpus" / "train.npy"
     corpus.write_bytes(corpus.read_bytes()[:-2] + b"xx")
-    with pytest.raises(checkpoint.CheckpointError, match=r"corpus: train\.npy was truncated or altered"):
+    with pytest.raises(store.CheckpointError, match=r"corpus: train\.npy was truncated or altered"):
         pocket.build(str(imdb), *arguments, compile=False)
 
 
@@ -166,7 +168,7 @@ def test_a_build_replaces_no_folder_of_the_users(imdb, tmp_path):
     with pytest.raises(FileExistsError, match=rf"{tmp_path.name} would be replaced"):
         pocket.build(str(imdb), tmp_path, tmp_path / "work", CONFIG, SENTIMENT, compile=False)
     (tmp_path / "empty").mkdir()
-    checkpoint.prove(tmp_path / "empty")
+    store.prove(tmp_path / "empty")
     with pytest.raises(FileExistsError, match=r"README\.md was there before"):
         pocket.build(str(imdb), tmp_path / "empty", tmp_path, CONFIG, SENTIMENT, compile=False)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from tpo_data.sentiment import quality
 from tpo_lib.rewards import AdditiveReward, ClassifierReward, hash_bigrams, load_reward, scores_of
-from tpo_lib.sentiment import quality
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from tpo_lib import checkpoint, pairing, sampling
+from tpo_lib import pairing, sampling
 from tpo_lib.data import encode_pairs, load_pairs
 from tpo_lib.evaluate import evaluate, sequence_kl
+from tpo_lib.files import store
 from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.sampling import Completion, Sampler
 
@@ -588,7 +589,7 @@ def test_of_two_at_once_one_samples_and_the_other_waits_and_reads(build, monkeyp
 def test_a_full_disk_does_not_cost_what_was_sampled(build, monkeypatch, tmp_path, capsys):
     table, _ = build(cache_dir=None)
     fail = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoint.os, "rename", lambda *args: (_ for _ in ()).throw(fail))
+    monkeypatch.setattr(store.os, "rename", lambda *args: (_ for _ in ()).throw(fail))
     assert build()[0].to_dict() == table.to_dict()
     assert capsys.readouterr().err.count("not cached: [Errno 28] No space left") == 2
     assert entries(tmp_path) == entries(tmp_path, "samples") == []

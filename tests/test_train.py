@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tpo_lib import checkpoint, losses, stats, train
+from tpo_lib import losses, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.files import store
 from tpo_lib.models import frozen_copy
 
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device="cpu", save_every=1)
@@ -254,7 +255,7 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
             callbacks=[poison],
             progress=False,
         )
-    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    kept = store.newest(tmp_path / "run" / "checkpoints")
     assert kept.name == "step-00000002"
     assert torch.isfinite(load_file(kept / "model.safetensors")["model.norm.weight"]).all()
 
@@ -302,7 +303,7 @@ def test_checkpoints_are_model_folders(tmp_path):
     from transformers import AutoModelForCausalLM
 
     result = trained(replace(CONFIG, output_dir=str(tmp_path / "run")))
-    for folder in (result.output_dir / "final", checkpoint.newest(result.output_dir / "checkpoints")):
+    for folder in (result.output_dir / "final", store.newest(result.output_dir / "checkpoints")):
         loaded = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)
         assert same(weights(loaded), weights(result.policy))
         assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt"))
@@ -328,11 +329,11 @@ def test_folder_with_a_run_is_refused_without_resume(tmp_path):
 
 
 def test_folder_in_use_is_refused(tmp_path):
-    with checkpoint.exclusive(tmp_path / "run"):
+    with store.exclusive(tmp_path / "run"):
         code = f"""
-            from tpo_lib import checkpoint
+            from tpo_lib.files import store
             from pathlib import Path
-            with checkpoint.exclusive(Path({str(tmp_path / "run")!r})): pass
+            with store.exclusive(Path({str(tmp_path / "run")!r})): pass
         """
         other = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert other.returncode != 0
@@ -344,7 +345,8 @@ CHILD = """
     sys.path.insert(0, {tests!r})
     import tiny, torch
     torch.set_num_threads(1)
-    from tpo_lib import checkpoint, train
+    from tpo_lib import train
+    from tpo_lib.files import store
     from tpo_lib.models import frozen_copy
     from test_train import CONFIG, replace
 
@@ -352,12 +354,12 @@ CHILD = """
 
     point = {point!r}
     if point == "writing":  # after the weights of the second checkpoint, before its state
-        real, calls = checkpoint.save_state, []
+        real, calls = store.save_state, []
         def save_state(*args):
             calls.append(1)
             if len(calls) == 2: die()
             real(*args)
-        checkpoint.save_state = save_state
+        store.save_state = save_state
     if point == "renaming":  # a complete folder that has not got its name yet
         real_rename, calls = os.rename, []
         def rename(*args):
@@ -441,7 +443,7 @@ def test_nothing_sound_to_resume_from_is_refused(uninterrupted, tmp_path):
 
 def test_full_disk_leaves_the_previous_checkpoint_usable(tmp_path, monkeypatch):
     config = replace(CONFIG, output_dir=str(tmp_path / "run"), epochs=2)
-    real, calls = checkpoint.save_state, []
+    real, calls = store.save_state, []
 
     def full(path, state):
         calls.append(path)
@@ -449,12 +451,12 @@ def test_full_disk_leaves_the_previous_checkpoint_usable(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(path, state)
 
-    monkeypatch.setattr(checkpoint, "save_state", full)
+    monkeypatch.setattr(store, "save_state", full)
     with pytest.raises(OSError, match="No space left"):
         trained(config)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000002"
+    assert store.newest(tmp_path / "run" / "checkpoints").name == "step-00000002"
     assert not list(tmp_path.glob("**/*.unfinished"))
-    monkeypatch.setattr(checkpoint, "save_state", real)
+    monkeypatch.setattr(store, "save_state", real)
     resumed, whole = trained(config, resume=True), trained(replace(config, output_dir=None))
     assert same(weights(resumed.policy), weights(whole.policy))
 
@@ -577,7 +579,7 @@ def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch)
 
 def test_lora_trains_adapters_alone_and_resumes(tmp_path):
     pytest.importorskip("peft", reason="extra peft is not installed")
-    from tpo_lib.adapters import add_lora
+    from tpo_lib.files.adapters import add_lora
 
     def run(config, **kwargs):
         policy = add_lora(tiny.llama(), 2, seed=1)

@@ -176,7 +176,7 @@ TEXT = [
 
 def tokenizer(folder: Path):
     """A byte-level BPE tokenizer of 300 tokens, saved in `folder`."""
-    from tpo_lib.pocket import train_tokenizer
+    from tpo_data.pocket import train_tokenizer
 
     return train_tokenizer(TEXT, 300, folder)
 

@@ -19,10 +19,16 @@ import torch
 
 from tpo_lib import flags
 from tpo_lib.config import PRESETS, TrainConfig, override
-from tpo_lib.interrupts import Terminated, on_sigterm, raise_terminated
 from tpo_lib.losses import OBJECTIVES
+from tpo_lib.runs.interrupts import Terminated, on_sigterm, raise_terminated
 
 LONGEST = 1000  # characters of an error
+PACKAGES = (
+    "tpo_lib",
+    "tpo_course",
+    "tpo_data",
+    "benchmarks",
+)  # ours: what they raise on purpose is a sentence, not a fault
 
 
 def build_parser() -> flags.Parser:
@@ -73,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _judge(options) -> None:
     """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
-    from tpo_lib.checkpoint import check_mark
+    from tpo_lib.files.store import check_mark
     from tpo_lib.models import choose_device, choose_precision
-    from tpo_lib.prompts import read_prompts
-    from tpo_lib.run import checkpoints_in
+    from tpo_lib.runs.prompts import read_prompts
+    from tpo_lib.runs.run import checkpoints_in
 
     for name, value in vars(options).items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
@@ -129,9 +135,8 @@ def _refuse_idle(options) -> None:
 
 def _sentence(error: Exception) -> str:
     """An error as one line. What this package did not raise itself keeps its traceback, in a file: it may be a fault of ours."""
-    here = Path(__file__).parent
-    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    ours = [frame for frame in frames if here in frame[0].parents or frame[0].parent == here.with_name("benchmarks")]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    ours = [each for each in frames if each[0].f_globals["__name__"].partition(".")[0] in PACKAGES]
     text = " ".join(str(error).split()) or "no more is known"
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
@@ -143,8 +148,10 @@ def _sentence(error: Exception) -> str:
         return f"{type(error).__name__}: {text}"
     with tempfile.NamedTemporaryFile("w", prefix="tpo_lib-", suffix=".txt", delete=False, encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
-    path, line = ours[-1]
-    return f"{type(error).__name__} in {path.name}, line {line}: {text} (traceback: {file.name})"
+    frame, line = ours[-1]
+    return (
+        f"{type(error).__name__} in {Path(frame.f_code.co_filename).name}, line {line}: {text} (traceback: {file.name})"
+    )
 
 
 def _one_bar_only() -> None:
@@ -167,7 +174,7 @@ def _add_run(commands) -> None:
 
 
 def _run(options) -> None:
-    from tpo_lib import compare, report
+    from tpo_lib.runs import compare, report
 
     config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
     name = ("quick" if options.quick else "pocket") if options.name is None else options.name
@@ -228,7 +235,7 @@ def _train(options) -> None:
 
 def _check_names(options) -> None:
     """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
-    from tpo_lib import folders
+    from tpo_lib.files import folders
 
     for kind in ("model", "policy", "guide", "reward", "judge"):
         if name := getattr(options, kind, None):
@@ -240,7 +247,8 @@ def _check_names(options) -> None:
 
 
 def _check_rank(config: TrainConfig, name: str) -> None:
-    from tpo_lib import adapters, models
+    from tpo_lib import models
+    from tpo_lib.files import adapters
 
     if config.lora_rank:
         adapters.check_rank(config.lora_rank, models.load_config(name))
@@ -248,7 +256,8 @@ def _check_rank(config: TrainConfig, name: str) -> None:
 
 def _policy(config: TrainConfig, name: str):
     """What is trained: the start model, or fresh adapters on it."""
-    from tpo_lib import adapters, models
+    from tpo_lib import models
+    from tpo_lib.files import adapters
 
     model = models.load_model(name, device=models.choose_device(config.device))
     return adapters.add_lora(model, config.lora_rank, seed=config.seed) if config.lora_rank else model
@@ -275,7 +284,7 @@ def _guided(options, config: TrainConfig) -> TrainConfig:
 
     It has to be a run against a reference: there log pi_guide - log pi_ref is a reward.
     """
-    from tpo_lib.run import read_run
+    from tpo_lib.runs.run import read_run
 
     if not options.guide or config.guide_beta is not None:
         return config
@@ -346,10 +355,11 @@ def _pairs(options) -> None:
 
 def _sampled_pairs(options, output: Path | None = None) -> Path:
     """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
-    from tpo_lib import checkpoint, pairing
+    from tpo_lib import pairing
+    from tpo_lib.files import store
     from tpo_lib.models import choose_device, load_model, load_tokenizer
-    from tpo_lib.prompts import training_prompts
     from tpo_lib.rewards import load_reward
+    from tpo_lib.runs.prompts import training_prompts
 
     _check_names(options)
     name, folder, device = _model_name(options), Path(options.cache_dir or "runs/pairs"), choose_device(options.device)
@@ -375,7 +385,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{hashlib.sha256(json.dumps(table.to_dict()).encode()).hexdigest()[:16]}.jsonl"
     pairing.save_pairs(table, output)
-    checkpoint.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
+    store.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
     return output
 
 
@@ -398,12 +408,12 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from dataclasses import asdict
 
-    from tpo_lib import checkpoint
     from tpo_lib.evaluate import evaluate
+    from tpo_lib.files import store
     from tpo_lib.models import choose_device, load_model, load_tokenizer
-    from tpo_lib.prompts import held_out_prompts, recorded_prompts
     from tpo_lib.rewards import load_reward
-    from tpo_lib.run import read_run
+    from tpo_lib.runs.prompts import held_out_prompts, recorded_prompts
+    from tpo_lib.runs.run import read_run
 
     _check_names(options)
     device, record = choose_device(options.device), read_run(options.policy)
@@ -441,12 +451,12 @@ def _evaluate(options) -> None:
     if options.output:
         metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
         content = {"sources": sources, "metrics": metrics, "samples": [asdict(sample) for sample in result.samples]}
-        checkpoint.write_file(options.output, json.dumps(content, indent=1) + "\n")
+        store.write_file(options.output, json.dumps(content, indent=1) + "\n")
 
 
 def _reference(options, record) -> tuple[str, str]:
     """The reference of an evaluation and, in words, who said so: --model, the run's record, or else the preset."""
-    from tpo_lib.folders import is_path
+    from tpo_lib.files.folders import is_path
 
     known = record and record.reference
     if options.model:
@@ -470,7 +480,7 @@ def _check_reference(options, record, reference, tokenizer) -> None:
     """Refuse a reference that has changed since the run, and a policy of another vocabulary."""
     from tpo_lib.data import vocabulary_name
     from tpo_lib.models import load_tokenizer
-    from tpo_lib.run import origin
+    from tpo_lib.runs.run import origin
 
     # of the base of adapters that no reference was read beside, the record has a digest of another kind
     known = record and (record.start.get("reference") or record.start.get("start model"))
@@ -489,8 +499,8 @@ def _check_reference(options, record, reference, tokenizer) -> None:
 
 def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dict[str, str]]:
     """Arguments of `evaluate` for --pairs, and the line that says how they rank; by what the run was trained with."""
-    from tpo_lib.prompts import overlap
-    from tpo_lib.run import shared_prompts
+    from tpo_lib.runs.prompts import overlap
+    from tpo_lib.runs.run import shared_prompts
 
     if not options.pairs:
         return {}, {}
@@ -512,7 +522,7 @@ def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dic
 def _recorded_guide(record, device):
     """The guide of a run, or None where its record does not lead to the same model any more."""
     from tpo_lib.models import load_model
-    from tpo_lib.run import origin
+    from tpo_lib.runs.run import origin
 
     known = record.start.get("guide") or {"name": None}
     with suppress(OSError):
@@ -553,8 +563,8 @@ def _add_pocket(commands) -> None:
 
 
 def _build_pocket(options) -> None:
-    from tpo_lib import pocket
-    from tpo_lib.sentiment import SentimentConfig
+    from tpo_data import pocket
+    from tpo_data.sentiment import SentimentConfig
 
     config = pocket.PocketConfig(**({"cycles": tuple(options.steps)} if options.steps else {}))
     work = Path(options.work_dir)
@@ -569,7 +579,7 @@ def _add_derive(commands) -> None:
 
 
 def _derive(options) -> None:
-    from tpo_lib.derivations import derive_table, equation_map
+    from tpo_course.derivations import derive_table, equation_map
 
     print(equation_map() if options.map else derive_table(options.name), end="" if options.map else "\n")
 
@@ -582,7 +592,7 @@ def _add_notebooks(commands) -> None:
 
 
 def _notebooks(options) -> None:
-    from tpo_lib import notebooks
+    from tpo_course import notebooks
 
     course = notebooks.course()
     unknown = [name for name in options.names if not any(path.name.startswith(name) for path in course)]
@@ -602,7 +612,7 @@ def _add_sweep(commands) -> None:
 
 
 def _sweep(options) -> None:
-    from tpo_lib.sweep import RUNS, sweep
+    from tpo_lib.runs.sweep import RUNS, sweep
 
     path = Path(options.output or RUNS)
     print(f"{len(sweep(path)['runs'])} runs in {path}")
@@ -718,7 +728,7 @@ def _judge_name(options, model: str) -> str | None:
 
 def _origin(model: str) -> str:
     """What a run's model was trained from; any other model itself."""
-    from tpo_lib.run import read_run
+    from tpo_lib.runs.run import read_run
 
     record = read_run(model)
     return (record and record.model and record.model["name"]) or model

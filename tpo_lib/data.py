@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 
-from tpo_lib import chat
-from tpo_lib.formats import Bad, BadRow, BadRowsError, read_records
-from tpo_lib.layouts import SAMPLED, WANTED, pairs_table, read_rows
+from tpo_lib.files import chat
+from tpo_lib.files.formats import Bad, BadRow, BadRowsError, read_records
+from tpo_lib.files.layouts import SAMPLED, WANTED, pairs_table, read_rows
 from tpo_lib.types import IGNORE, PairBatch
 
 OnBadRows = Literal["error", "skip"]

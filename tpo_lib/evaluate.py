@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tpo_lib.data import EncodedPair, collate, prompt_token_ids
-from tpo_lib.fused import Reading, token_stats
+from tpo_lib.fast.fused import Reading, token_stats
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpo_lib import adapters, folders, prefix, stats
-from tpo_lib.fused import Head, Reading
+from tpo_lib import stats
+from tpo_lib.fast import prefix
+from tpo_lib.fast.fused import Head, Reading
+from tpo_lib.files import adapters, folders
 from tpo_lib.types import IGNORE
 
 MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls

@@ -23,8 +23,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tpo_lib import checkpoint
 from tpo_lib.data import load_pairs, pairs_table, vocabulary_name
+from tpo_lib.files import store
 from tpo_lib.models import fingerprint, tokenizer_content
 from tpo_lib.rewards import name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
@@ -352,12 +352,12 @@ def _cached(folder: Path | None, read: Callable[[Path], Any], make: Callable[[],
     def made() -> Any:
         found = make()
         try:
-            checkpoint.write_atomically(folder, partial(write, found))
+            store.write_atomically(folder, partial(write, found))
         except OSError as error:  # a full disk shall not cost what was made
             print(f"not cached: {error}", file=sys.stderr)
         return found
 
-    return checkpoint.found_or_made(folder, read, made)
+    return store.found_or_made(folder, read, made)
 
 
 def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:
@@ -391,6 +391,6 @@ def save_pairs(dataset: Dataset, path: str | Path) -> None:
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: pairs are written as .jsonl or .parquet, not {path.suffix or 'without a suffix'!r}")
     if path.suffix == ".parquet":
-        checkpoint.write_file(path, dataset.to_parquet)
+        store.write_file(path, dataset.to_parquet)
     else:
-        checkpoint.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset))
+        store.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset))

@@ -10,8 +10,8 @@ import pytest
 
 from browser.chapters import cells, folded, imports
 from browser.harness import PICTURES, at_once, open_notebook
-from tpo_lib.checks import break_it
-from tpo_lib.derivations import DERIVATIONS
+from tpo_course.derivations import DERIVATIONS
+from tpo_course.exercises import break_it
 
 # Chapter 2 after those that use its names (world, dpo) for other things: its slider reads them whenever it moves.
 CHAPTERS = ("01_preferences", "03_token_mdp", "04_tdpo", "05_tgdpo", "02_dpo", "06_compare", "07_break_it")
@@ -147,7 +147,7 @@ def test_dials_of_chapter_7(course, tmp_path):
 @pytest.mark.parametrize("chapter", sorted(CHAPTERS))
 def test_cards_and_quiz_unfold(course, tmp_path, chapter):
     sources = folded(chapter)
-    check = importlib.import_module(f"tpo_lib.checks.{chapter[3:]}")
+    check = importlib.import_module(f"tpo_course.exercises.{chapter[3:]}")
     assert sources[-1] == "check.quiz"
     for place, source in enumerate(sources):
         page = course(f"{chapter} {place}")

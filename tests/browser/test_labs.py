@@ -12,9 +12,9 @@ from browser.harness import PICTURES, at_once, open_notebook
 
 STAGE = """
 from dataclasses import replace
-from tpo_lib import widgets
-from tpo_lib.lab import Laboratory
-from tpo_lib.stage import build_stage, pocket_stage_config
+from tpo_course import widgets
+from tpo_lib.runs.lab import Laboratory
+from tpo_lib.runs.stage import build_stage, pocket_stage_config
 small = {"train_prompts": 24, "held_out_prompts": 6, "max_pairs": 128, "max_new_tokens": 16, "max_held_out_pairs": 8}
 stage = build_stage(replace(pocket_stage_config(quick=True), min_gap=0.0, **small), cache_dir=None)
 """

@@ -6,9 +6,9 @@ import json
 
 from browser.chapters import cells
 from browser.harness import PICTURES, at_once
-from tpo_lib.plots import style_of
-from tpo_lib.sweep import RUNS
-from tpo_lib.widgets.parts import interval
+from tpo_course.widgets.parts import interval
+from tpo_lib.runs.plots import style_of
+from tpo_lib.runs.sweep import RUNS
 
 
 def facts(run: dict) -> str:

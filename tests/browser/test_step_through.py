@@ -9,8 +9,8 @@ import pytest
 from browser.harness import at_once, open_notebook
 
 CELL = """
-from tpo_lib import widgets
-from tpo_lib.derivations import DERIVATIONS
+from tpo_course import widgets
+from tpo_course.derivations import DERIVATIONS
 widgets.step_through(DERIVATIONS["dpo"])
 """
 WORLD = "World 0: V = 3, T = 3, 2 prompts"

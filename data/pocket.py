@@ -1,0 +1,353 @@
+"""Build the bundled pocket model: tokenizer and language model, from IMDb reviews, on a laptop.
+
+    python -m tpo_lib pocket --imdb DIR --output-dir data/pocket
+
+Every stage keeps what it made below `--work-dir`, so a run that is killed at any moment continues where it was. The
+reward and the judge that go with the model are trained in `sentiment.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from tpo_data import report
+from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
+from tpo_lib.files import store
+from tpo_lib.models import load_model, load_tokenizer
+from tpo_lib.pairing import score
+from tpo_lib.rewards import AdditiveReward, ClassifierReward
+from tpo_lib.sampling import generate, sample_prompts
+
+EOS = "<|endoftext|>"
+SPLITS = ("train", "test", "unsupervised")
+
+
+@dataclass(frozen=True)
+class PocketConfig:
+    """Everything that decides what the pocket model becomes (all of it is written into its README)."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 224
+    num_layers: int = 4
+    num_heads: int = 7
+    intermediate_size: int = 608
+    context: int = 256  # tokens per training window
+    batch_size: int = 32  # windows per step
+    cycles: tuple[int, ...] = (2030, 1800)  # steps of every cycle of the learning rate, see learning_rate_factor
+    warmup_steps: int = 100
+    cooldown: float = 0.45  # final share of a cycle in which the learning rate falls linearly to 0
+    lr: float = 3e-3  # AdamW: embeddings and norms
+    muon_lr: float = 6e-3  # Muon: the matrices of attention and MLP, updates scaled to AdamW's root mean square
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles together."""
+        return sum(self.cycles)
+
+
+def clean_review(text: str) -> str:
+    """Return a review with its HTML line breaks as newlines and no white space around it."""
+    return re.sub(r"\s*(?:<br\s*/?>\s*)+", "\n", text).strip()
+
+
+def load_imdb(source: str | None) -> dict[str, dict[str, list]]:
+    """Load IMDb as {split: {"text": [...], "label": [...]}}, from a folder of parquet files or from the hub.
+
+    Args:
+        source: folder with train.parquet, test.parquet and unsupervised.parquet (columns text, label), or None for
+            the hub data set `stanfordnlp/imdb`.
+    """
+    from datasets import load_dataset
+
+    if source is None:
+        data = load_dataset("stanfordnlp/imdb")
+    else:
+        files = {split: str(Path(source) / f"{split}.parquet") for split in SPLITS}
+        missing = [path for path in files.values() if not Path(path).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"--imdb {source}: {', '.join(missing)} not found; expected one parquet file per split"
+            )
+        data = load_dataset("parquet", data_files=files)
+    return {
+        split: {"text": [clean_review(text) for text in data[split]["text"]], "label": list(data[split]["label"])}
+        for split in SPLITS
+    }
+
+
+def language_model_reviews(imdb: dict[str, dict[str, list]]) -> list[str]:
+    """Reviews of train and unsupervised, each once, none that also stands in test."""
+    held_out = set(imdb["test"]["text"])
+    reviews = dict.fromkeys(imdb["train"]["text"] + imdb["unsupervised"]["text"])
+    return [text for text in reviews if text not in held_out]
+
+
+def train_tokenizer(reviews: Iterable[str], vocab_size: int, folder: Path):
+    """Train a byte-level BPE tokenizer, token 0 = <|endoftext|> = BOS = EOS = pad, and save it in the hub's format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(reviews, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+    fast.save_pretrained(str(folder))
+    return fast
+
+
+def encode_stream(tokenizer, reviews: list[str]) -> np.ndarray:
+    """Encode reviews into one stream of uint16 tokens, every review led by <|endoftext|>."""
+    pieces = []
+    for start in tqdm(range(0, len(reviews), 1000), desc="tokenize", unit="k reviews", mininterval=5):
+        pieces.extend(tokenizer(reviews[start : start + 1000])["input_ids"])
+    return np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])
+
+
+def windows(stream: np.ndarray, config: PocketConfig, first_step: int) -> Iterator[torch.Tensor]:
+    """Yield the batches of steps `first_step`, ...: (batch_size, context + 1) int64, a pure function of seed and step."""
+    per_epoch = (len(stream) - 1 - config.context) // config.context
+    for step in range(first_step, config.steps):
+        rows = []
+        for number in range(step * config.batch_size, (step + 1) * config.batch_size):
+            epoch, place = divmod(number, per_epoch)
+            generator = np.random.default_rng([config.seed, epoch])
+            if not rows or place == 0:
+                offset, order = generator.integers(config.context), generator.permutation(per_epoch)
+            start = offset + order[place] * config.context
+            rows.append(stream[start : start + config.context + 1])
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def learning_rate_factor(step: int, config: PocketConfig) -> float:
+    """A trapezoid for every cycle: linear warm-up, a plateau, a linear fall to 0 over the last `cooldown` of its steps.
+
+    A model that has come to rest can be trained further by another cycle (WSD-S, arXiv 2410.05192).
+    """
+    for length in config.cycles:
+        if step < length:
+            break
+        step -= length
+    return min(1.0, (step + 1) / config.warmup_steps, max(0.0, (length - step) / (length * config.cooldown)))
+
+
+def begin_cycle(model, config: PocketConfig) -> list[torch.optim.Optimizer]:
+    """Start a cycle where released weights would: weights rounded to bfloat16, optimizers without memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return build_optimizers(model, config)
+
+
+def build_model(config: PocketConfig):
+    """A freshly initialised Llama of the configured size (tied embeddings)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(config.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def build_optimizers(model, config: PocketConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings and norms (no decay on either)."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def nats_per_token(model, stream: np.ndarray, *, context: int, count: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats over a stream, and the number of tokens scored.
+
+    `count` windows of `context` predictions are spread evenly over the stream; the second half of each is scored, so
+    that every scored token has at least context / 2 tokens before it (perplexity with a stride, as is usual).
+    """
+    total, half = 0.0, context // 2
+    starts = np.linspace(0, len(stream) - context - 1, count, dtype=np.int64)
+    with torch.inference_mode():
+        for some in np.array_split(starts, max(1, count // 32)):
+            batch = torch.from_numpy(np.stack([stream[i : i + context + 1] for i in some]).astype(np.int64))
+            hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, half:]
+            logits = model.lm_head(hidden).flatten(0, 1).float()
+            total += F.cross_entropy(logits, batch[:, half + 1 :].flatten(), reduction="sum").item()
+    return total / (count * (context - half)), count * (context - half)
+
+
+def pretrain(
+    stream: np.ndarray, valid: np.ndarray, config: PocketConfig, work: Path, *, compile: bool, every: int = 100
+):
+    """Train the language model; checkpoints and `loss.jsonl` below `work` let a killed run continue."""
+    model = build_model(config)
+    optimizers = build_optimizers(model, config)
+    state = store.load_progress(work, model, optimizers)
+    step, log = state.get("step", 0), state.get("log", [])
+
+    def loss_of(inputs, targets):
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+
+    run = torch.compile(loss_of) if compile else loss_of
+    total = 0.0
+    starts = {sum(config.cycles[:i]) for i in range(1, len(config.cycles))}
+    bar = tqdm(windows(stream, config, step), total=config.steps, initial=step, desc="pocket model", mininterval=10)
+    for batch in bar:
+        if step in starts:
+            optimizers = begin_cycle(model, config)
+        factor = learning_rate_factor(step, config)
+        for optimizer, rate in zip(optimizers, (config.muon_lr, config.lr), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+        loss = run(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        total += loss.item()
+        if step % 20 == 0 or step == config.steps:
+            log.append({"step": step, "loss": total / ((step - 1) % 20 + 1)})
+            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
+            total = 0.0
+        if step % every == 0 or step == config.steps:
+            if step % (5 * every) == 0 or step == config.steps:
+                log[-1]["valid_loss"] = nats_per_token(model, valid, context=config.context, count=256)[0]
+                bar.write(f"step {step}: {log[-1]}")
+            store.save_progress(work, model, optimizers, step=step, log=log)
+    return model, log
+
+
+def build(
+    imdb_source: str | None,
+    output: Path,
+    work: Path,
+    config: PocketConfig,
+    sentiment: SentimentConfig,
+    *,
+    compile: bool,
+):
+    """Build everything in data/pocket: tokenizer, language model, reward, judge, and the README that says how.
+
+    Args:
+        imdb_source: folder of parquet files, or None for the hub (see load_imdb).
+        output: where the finished files go.
+        work: where every stage keeps what it needs to continue after a kill.
+        config, sentiment: all settings.
+        compile: torch.compile the training step (about 1.3 times as fast on CPU; needs a C++ compiler).
+
+    Raises:
+        FileExistsError: `output` or `work` holds something that no build wrote.
+        RuntimeError: `work` holds a build with other settings or data.
+    """
+    with store.exclusive(work, "build"):
+        store.prove(output)  # now, not hours later
+        imdb = load_imdb(imdb_source)
+        texts = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
+        labels = {
+            split: hashlib.sha256(bytes(label & 255 for label in imdb[split]["label"])).hexdigest() for split in SPLITS
+        }
+        settings = {"config": asdict(config), "sentiment": asdict(sentiment), "texts": texts, "labels": labels}
+        store.settle(work / "identity.json", settings, "remove the folder, or choose another --work-dir")
+        reviews = language_model_reviews(imdb)
+        if not (work / "corpus").exists():
+            store.write_atomically(work / "corpus", lambda folder: _encode_corpus(folder, reviews, imdb, config))
+        store.verify(work / "corpus")
+        train, test = np.load(work / "corpus" / "train.npy"), np.load(work / "corpus" / "test.npy")
+        model, log = pretrain(train, test, config, work / "checkpoints", compile=compile)
+        facts = {"tokens": {"train": len(train), "test": len(test)}, "reviews": len(reviews), "data": texts}
+
+        def write(folder: Path) -> None:
+            _write_models(folder, model, imdb, sentiment, work)
+            report.write(folder, measure(folder, imdb, test, log, config, sentiment) | facts)
+
+        store.write_atomically(output, write)
+
+
+def _write_models(folder: Path, model, imdb: dict, sentiment: SentimentConfig, work: Path) -> None:
+    """Save the language model, then train and save the two that judge it."""
+    tokenizer = load_tokenizer(work / "corpus")
+    model.to(torch.bfloat16).save_pretrained(str(folder))  # half the size; all figures are those of these weights
+    tokenizer.save_pretrained(str(folder))
+    reward_half, judge_half = halves(imdb["train"], sentiment.seed)
+    train_additive(tokenizer, reward_half, sentiment).save(folder)
+    judge = train_judge(folder, tokenizer, judge_half, sentiment, work / "judge")
+    judge.to(torch.bfloat16).save_pretrained(str(folder / "judge"))
+    tokenizer.save_pretrained(str(folder / "judge"))
+    store.write_manifest(folder / "judge")  # it is loaded by itself
+
+
+def _encode_corpus(folder: Path, reviews: list[str], imdb: dict, config: PocketConfig) -> None:
+    tokenizer = train_tokenizer(reviews, config.vocab_size, folder)
+    np.save(folder / "train.npy", encode_stream(tokenizer, reviews))
+    np.save(folder / "test.npy", encode_stream(tokenizer, imdb["test"]["text"]))
+
+
+def measure(
+    output: Path, imdb: dict, test: np.ndarray, log: list[dict], config: PocketConfig, sentiment: SentimentConfig
+) -> dict:
+    """Every figure of the pocket README, measured on IMDb's test reviews with the files that were written."""
+    model = load_model(output)
+    nats, scored = nats_per_token(model, test, context=config.context, count=4096)
+    scorers = {
+        "reward": AdditiveReward.load(output),
+        "judge": ClassifierReward(output / "judge", max_length=config.context),
+    }
+    texts, labels = held_out_windows(scorers["reward"].tokenizer, imdb["test"], sentiment.window, per_review=1, seed=1)
+    reviews = slice(None, None, 10)  # every tenth: the judge reads a whole review slowly
+    whole = torch.tensor(imdb["test"]["label"][reviews], dtype=torch.float32)
+    facts = {
+        "config": asdict(config),
+        "sentiment": asdict(sentiment),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "nats_per_token": nats,
+        "perplexity": math.exp(nats),
+        "scored_tokens": scored,
+        "log": log,
+    }
+    for name, scorer in scorers.items():
+        facts[f"{name}_windows"] = quality(scorer(texts), labels)
+        facts[f"{name}_whole"] = quality(scorer(imdb["test"]["text"][reviews]), whole)
+    prompts = sample_prompts(model, scorers["reward"].tokenizer, 512, seed=1)
+    completions = generate(model, scorers["reward"].tokenizer, prompts, max_new_tokens=sentiment.window, seed=1)
+    own = [[completion.text for completion in several] for several in completions]
+    facts["start"] = {
+        name: {"mean": s.mean().item(), "std": s.std().item()}
+        for name, scorer in scorers.items()
+        if len(s := score(scorer, prompts, own))
+    }
+    shown = ["The acting", "I watched this", "This movie was"]
+    samples = generate(
+        model, scorers["reward"].tokenizer, shown, samples_per_prompt=3, max_new_tokens=sentiment.window, seed=2
+    )
+    facts["samples"] = {prompt: [c.text for c in row] for prompt, row in zip(shown, samples, strict=True)}
+    return facts

@@ -1,0 +1,177 @@
+"""What a derivation is made of: steps that show an equation and can be run, and the table that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tpo_course.world import TokenWorld
+
+TOLERANCE = 1e-9  # float64, a few hundred operations deep
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The knobs a step may read; every one has a value so that any step runs in any world.
+
+    Attributes:
+        beta: strength of the pull towards pi_ref, > 0.
+        alpha: TDPO2's weight of the KL terms or TGDPO's strength of guidance, >= 0.
+        guide_beta: the beta of the DPO model that guides TGDPO, > 0.
+        margin: SimPO's target margin (its paper calls it gamma), >= 0.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    beta: float = 0.5
+    alpha: float = 0.5
+    guide_beta: float = 1.0
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or self.guide_beta <= 0 or self.alpha < 0 or self.margin < 0:
+            raise ValueError(f"{self}: beta and guide_beta must be above 0, alpha and margin at least 0")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One displayed equation, and the two sides of it as numbers.
+
+    Attributes:
+        title: a few words.
+        latex: the equation, for MathJax or KaTeX, without dollars.
+        words: what it says and why it follows, to the reader.
+        sides: (world, Hyper) -> the left and the right side as tensors of one shape, each computed its own way.
+        relation: "=" or "<=".
+        assumption: the assumption that enters here, "" if none does.
+        source: where it is published.
+        implements: the function of tpo_lib that computes it, as a dotted name; None if there is none.
+        gamma_one: whether it holds only without discount.
+        changed: the part of `latex` that is new in this step, for highlighting.
+        symbolic: () -> sympy expression that must be exactly 0; None if there is no symbolic check.
+        numbers: (world, Hyper) -> named numbers that say how large a gap is; None if there are none.
+    """
+
+    title: str
+    latex: str
+    words: str
+    sides: Callable[[TokenWorld, Hyper], tuple[Tensor, Tensor]]
+    relation: str = "="
+    assumption: str = ""
+    source: str = ""
+    implements: str | None = None
+    gamma_one: bool = False
+    changed: str = ""
+    symbolic: Callable[[], object] | None = None
+    numbers: Callable[[TokenWorld, Hyper], dict[str, float]] | None = None
+
+    @property
+    def key(self) -> str:
+        """A short name, unique within the derivation."""
+        return self.sides.__name__
+
+    def residual(self, world: TokenWorld, **hyper: float) -> float:
+        """Largest absolute gap between the two sides; for an inequality the largest violation.
+
+        Raises:
+            ValueError: the step needs gamma = 1 and the world discounts, or a hyperparameter is out of range.
+        """
+        self._check(world)
+        left, right = self.sides(world, Hyper(**hyper))
+        if left.shape != right.shape:
+            raise ValueError(f"step {self.key}: sides of shape {tuple(left.shape)} and {tuple(right.shape)}")
+        gap = left - right
+        return float((gap.abs() if self.relation == "=" else gap.clamp_min(0)).max())
+
+    def measure(self, world: TokenWorld, **hyper: float) -> dict[str, float]:
+        """Named numbers beside the residual (the size of a gap, the value at several betas); empty if there are none."""
+        self._check(world)
+        return {} if self.numbers is None else self.numbers(world, Hyper(**hyper))
+
+    def _check(self, world: TokenWorld) -> None:
+        if self.gamma_one and world.gamma != 1:
+            raise ValueError(
+                f"step {self.key} holds at gamma = 1 only, this world has {world.gamma}; use world.with_gamma(1.0)"
+            )
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A chain of steps that answers one question."""
+
+    name: str
+    title: str
+    question: str
+    assumptions: tuple[str, ...]
+    source: str
+    steps: tuple[Step, ...]
+
+    def step(self, key: str) -> Step:
+        """The step of that key.
+
+        Raises:
+            KeyError: there is none; the message lists those there are.
+        """
+        found = {step.key: step for step in self.steps}
+        if key not in found:
+            raise KeyError(f"{self.name} has no step {key!r}; it has {', '.join(found)}")
+        return found[key]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A step's result.
+
+    Attributes:
+        residual: the worst one over the worlds.
+        worlds: how many worlds it ran in (steps that need gamma = 1 pass over the others).
+        symbolic: True if the symbolic check gave exactly 0, None if the step has none.
+        measured: the step's numbers in the first of those worlds.
+    """
+
+    step: Step
+    residual: float
+    worlds: int
+    symbolic: bool | None
+    measured: dict[str, float]
+
+    @property
+    def holds(self) -> bool:
+        return self.worlds > 0 and self.residual <= TOLERANCE and self.symbolic is not False
+
+
+def verify(
+    derivation: Derivation, worlds: Iterable[TokenWorld], *, numbers: bool = True, **hyper: float
+) -> list[Check]:
+    """Run every step in every world that meets its assumptions; one Check per step.
+
+    Args:
+        numbers: also take the steps' measurements, in the first world (some train policies: about a second each).
+        hyper: fields of Hyper.
+    """
+    worlds = list(worlds)
+    checks = []
+    for step in derivation.steps:
+        usable = [world for world in worlds if world.gamma == 1 or not step.gamma_one]
+        residuals = [step.residual(world, **hyper) for world in usable]
+        symbolic = None if step.symbolic is None else step.symbolic() == 0
+        measured = step.measure(usable[0], **hyper) if numbers and usable else {}
+        checks.append(Check(step, max(residuals, default=float("nan")), len(usable), symbolic, measured))
+    return checks
+
+
+def table(derivation: Derivation, checks: list[Check]) -> str:
+    """The checks as plain text, one line a step, its measured numbers below it."""
+    lines = [f"{derivation.title}  [{derivation.name}]", derivation.question, ""]
+    for number, check in enumerate(checks, 1):
+        verdict = "ok  " if check.holds else "FAIL"
+        exact = " symbolic" if check.symbolic else ""
+        kind = "residual" if check.step.relation == "=" else "violation"
+        lines.append(
+            f"{verdict} {number:2d}. {check.step.title}: {kind} {check.residual:.1e} in {check.worlds} worlds{exact}"
+        )
+        lines += [f"         {name} = {value:.4g}" for name, value in check.measured.items()]
+    return "\n".join(lines)

@@ -1,0 +1,266 @@
+"""Derivation 4: TDPO, from policy improvement to the sequential KL in the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpo_course.derivations import tools
+from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.tdpo_text import TEXTS
+from tpo_course.tabular import minimise
+from tpo_course.world import TokenWorld
+from tpo_lib import losses
+
+
+def policy_improvement(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(1)
+    old = w.values(pi)
+    better = (pi + old.a / h.beta).log_softmax(-1)
+    premise = (better.exp() * old.a).sum(-1)  # >= 0 in every state
+    return torch.cat([torch.zeros_like(premise), old.v]), torch.cat([premise, w.values(better).v])
+
+
+def state_objective(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi, values = w.random_policy(2), w.values(w.ref_logps)
+    star, log_z = w.gibbs(values.q / h.beta)
+    left = (pi.exp() * values.a).sum(-1) - h.beta * w.kl(pi, w.ref_logps)
+    return left, h.beta * log_z - values.v - h.beta * w.kl(pi, star)
+
+
+def closed_form(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    advantage = w.values(w.ref_logps).a
+
+    def total(logits: Tensor) -> Tensor:
+        pi = logits.log_softmax(-1)
+        return ((pi.exp() * advantage).sum(-1) - h.beta * w.kl(pi, w.ref_logps)).sum()
+
+    star = w.one_step_optimum(h.beta)
+    tilted = w.ref_logps.exp() * (advantage / h.beta).exp()
+    left = torch.cat([star.exp(), tools.gradient(total, star)])
+    return left, torch.cat([tilted / tilted.sum(-1, keepdim=True), torch.zeros_like(star)])
+
+
+def regret_preference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    margins = [tools.gap(w, w.along(w.values(pi).a, gamma=w.gamma)) for pi in (w.ref_logps, w.random_policy(3))]
+    return w.pairs.prob.expand(2, -1), torch.sigmoid(torch.stack(margins))
+
+
+def value_and_partition(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    values = w.values(w.ref_logps)
+    star, log_z = w.gibbs(values.q / h.beta)
+    return values.v, h.beta * log_z - h.beta * w.kl(w.ref_logps, star)
+
+
+def advantage_from_policy(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star = w.one_step_optimum(h.beta)
+    return w.values(w.ref_logps).a, h.beta * (star - w.ref_logps) + h.beta * w.kl(w.ref_logps, star)[:, None]
+
+
+def reward_from_policy(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star = w.one_step_optimum(h.beta)
+    seq_kl = w.along(w.kl(w.ref_logps, star), gamma=w.gamma)
+    start = w.values(w.ref_logps).v[w.responses.prompt]
+    return w.returns, start + h.beta * w.along(star - w.ref_logps, gamma=w.gamma) + h.beta * seq_kl
+
+
+def margin(w: TokenWorld, logps: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """(B,) u - alpha delta of every pair, from whole responses."""
+    u = beta * tools.gap(w, tools.logratio(w, logps))
+    delta = -beta * tools.gap(w, w.seq_kl(w.ref_logps, logps))  # rejected minus chosen
+    return u - alpha * delta
+
+
+def preference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star = w.one_step_optimum(h.beta)
+    seq_kl = w.seq_kl(w.ref_logps, star)
+    u = h.beta * tools.gap(w, tools.logratio(w, star))
+    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    return w.pairs.prob, torch.sigmoid(u - delta)
+
+
+def _discount_error(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found = {}
+    for gamma in (1.0, 0.9, 0.5):
+        other = w.with_gamma(gamma)
+        claimed = torch.sigmoid(margin(other, other.one_step_optimum(h.beta), h.beta))
+        found[f"largest error of the probability at gamma={gamma:g}"] = float((claimed - other.pairs.prob).abs().max())
+    return found
+
+
+def tdpo1_loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(4)
+    seq_kl = w.seq_kl(w.ref_logps, pi)
+    u = h.beta * tools.gap(w, tools.logratio(w, pi))
+    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    return w.expected_loss("tdpo1", pi, beta=h.beta), tools.mean_over_pairs(w, -F.logsigmoid(u - delta))
+
+
+def tdpo1_minimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star = w.one_step_optimum(h.beta)
+    slope = tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), star)
+    left = torch.stack([w.expected_loss("tdpo1", star, beta=h.beta), slope.abs().max()])
+    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+
+
+def _tdpo2_moves_on(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    star, found = w.one_step_optimum(h.beta), {}
+    found["steepest slope of tdpo1 at pi*"] = float(
+        tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), star).abs().max()
+    )
+    for alpha in (0.5, 1.0):
+        slope = tools.gradient(lambda z, a=alpha: w.expected_loss("tdpo2", z, beta=h.beta, alpha=a), star)
+        found[f"steepest slope of tdpo2 at pi*, alpha={alpha:g}"] = float(slope.abs().max())
+    return found
+
+
+def margin_is_linear(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    logits = 2 * w.random_policy(5) + w.depth[:, None]  # not normalised on purpose
+    stats = w.stats(logits)
+    p = w.ref_logps.exp()
+    entropy = -(p * w.ref_logps).sum(-1, keepdim=True)
+    return stats.logps + stats.kl, w.tokenwise(logits - (p * logits).sum(-1, keepdim=True) - entropy)
+
+
+def tdpo1_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(6)
+    pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta))
+    # e_y - pi_ref at every token: the score of pi_ref, whatever pi is.
+    by_hand = tools.score(w, w.ref_logps, tools.onto_responses(w, pull, -pull))
+    return tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), pi), by_hand
+
+
+def _kl_slope(w: TokenWorld, objective: str, logps: Tensor, **hyper: float) -> Tensor:
+    """(2B,) derivative of every pair's own loss by SeqKL of its chosen and of its rejected response."""
+    chosen, rejected = w.pair_stats(w.stats(logps), w.pairs)
+    leaf = torch.cat([chosen.kl, rejected.kl]).detach().requires_grad_()  # (2B, T)
+    half = len(leaf) // 2
+    value = (
+        losses.OBJECTIVES[objective]
+        .fn(dataclasses.replace(chosen, kl=leaf[:half]), dataclasses.replace(rejected, kl=leaf[half:]), **hyper)
+        .loss
+    )
+    return torch.autograd.grad(value.sum(), leaf)[0][:, 0]  # the first token's: every response has one
+
+
+def rewards_kl_of_chosen(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(7)
+    wrong = torch.sigmoid(-margin(w, pi, h.beta))
+    return _kl_slope(w, "tdpo1", pi, beta=h.beta), torch.cat([-h.beta * wrong, h.beta * wrong])
+
+
+def _kl_of_chosen_in_training(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found = {}
+    for name, hyper in (("dpo", {}), ("tdpo1", {}), ("tdpo2", {"alpha": 1.0})):
+        fit = minimise(
+            lambda z, n=name, k=hyper: w.expected_loss(n, z, beta=h.beta, **k), w.ref_logps, steps=100, optimizer="adam"
+        )
+        seq_kl = w.seq_kl(w.ref_logps, fit.policy.logps())
+        found[f"SeqKL of the chosen after 100 steps of {name}"] = float(
+            tools.mean_over_pairs(w, seq_kl[w.pairs.chosen])
+        )
+    return found
+
+
+def stop_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(8)
+    both = tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), pi)
+    stopped = tools.gradient(lambda z: w.expected_loss("tdpo2", z, beta=h.beta, alpha=1.0), pi)
+    pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta))
+    chosen_kl = tools.kl_score(w, pi, tools.onto_responses(w, pull, torch.zeros_like(pull)))
+    values = [w.expected_loss("tdpo1", pi, beta=h.beta), w.expected_loss("tdpo2", pi, beta=h.beta, alpha=1.0)]
+    left = torch.cat([(both - stopped).flatten(), values[0][None]])
+    return left, torch.cat([chosen_kl.flatten(), values[1][None]])
+
+
+def tdpo2_loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(9)
+    seq_kl = w.seq_kl(w.ref_logps, pi)
+    u = h.beta * tools.gap(w, tools.logratio(w, pi))
+    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    by_hand = tools.mean_over_pairs(w, -F.logsigmoid(u - h.alpha * delta))
+    return w.expected_loss("tdpo2", pi, beta=h.beta, alpha=h.alpha), by_hand
+
+
+def tdpo2_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(10)
+    pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta, h.alpha))
+    likelihood = tools.score(w, pi, tools.onto_responses(w, pull, -pull))
+    rejected_kl = tools.kl_score(w, pi, tools.onto_responses(w, torch.zeros_like(pull), -h.alpha * pull))
+    found = tools.gradient(lambda z: w.expected_loss("tdpo2", z, beta=h.beta, alpha=h.alpha), pi)
+    return found, likelihood + rejected_kl
+
+
+def one_step_is_not_optimal(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    one = w.one_step_optimum(h.beta)
+    soft, star = w.soft_optimum(h.beta)
+    lost = h.beta * (w.visits(one) * w.discount * w.kl(one, star)).sum()
+    return w.expected(soft.v) - tools.objective(w, one, h.beta), lost
+
+
+def _three_policies(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found = {"J(pi_ref)": float(tools.objective(w, w.ref_logps, h.beta))}
+    for beta in (0.1, 0.5, 1.0, 5.0):
+        found[f"J(one-step pi*) at beta={beta:g}"] = float(tools.objective(w, w.one_step_optimum(beta), beta))
+        found[f"J(optimum) at beta={beta:g}"] = float(w.expected(w.soft_optimum(beta)[0].v))
+    return found
+
+
+def _symbolic_log_sum_exp_cancels() -> object:
+    import sympy as sp
+
+    z = sp.symbols("z1:4", real=True)
+    p1, p2 = sp.symbols("p1 p2", positive=True)
+    p = (p1, p2, 1 - p1 - p2)
+    norm = sp.symbols("L", real=True)  # log-sum-exp of the logits
+    logps = [x - norm for x in z]
+    kl = sum(a * (sp.log(a) - b) for a, b in zip(p, logps, strict=True))
+    entropy = -sum(a * sp.log(a) for a in p)
+    mean = sum(a * x for a, x in zip(p, z, strict=True))
+    return sp.simplify(sp.expand(logps[0] + kl - (z[0] - mean - entropy)))
+
+
+def _symbolic_kl_slope() -> object:
+    import sympy as sp
+
+    u, kw, kl = sp.symbols("u k_w k_l", real=True)
+    beta = sp.symbols("beta", positive=True)
+    m = u - beta * (kl - kw)
+    return sp.simplify(sp.diff(-sp.log(1 / (1 + sp.exp(-m))), kw) + beta / (1 + sp.exp(m)))
+
+
+_CHECKS = {
+    policy_improvement: {"relation": "<="},
+    state_objective: {},
+    closed_form: {},
+    regret_preference: {},
+    value_and_partition: {},
+    advantage_from_policy: {},
+    reward_from_policy: {},
+    preference: {"gamma_one": True, "numbers": _discount_error},
+    tdpo1_loss: {},
+    tdpo1_minimum: {"gamma_one": True, "numbers": _tdpo2_moves_on},
+    margin_is_linear: {"symbolic": _symbolic_log_sum_exp_cancels},
+    tdpo1_gradient: {},
+    rewards_kl_of_chosen: {"symbolic": _symbolic_kl_slope, "numbers": _kl_of_chosen_in_training},
+    stop_gradient: {},
+    tdpo2_loss: {},
+    tdpo2_gradient: {},
+    one_step_is_not_optimal: {"numbers": _three_policies},
+}
+
+TDPO = Derivation(
+    name="tdpo",
+    title="TDPO: token-level direct preference optimization",
+    question="What changes if the KL to the reference is controlled at every token?",
+    assumptions=(
+        "token MDP with deterministic transitions, value 0 after the end",
+        "Bradley-Terry preferences",
+        "gamma = 1 in the final loss",
+    ),
+    source="TDPO, arXiv 2404.11999",
+    steps=tuple(Step(sides=sides, **TEXTS[sides.__name__], **checks) for sides, checks in _CHECKS.items()),
+)

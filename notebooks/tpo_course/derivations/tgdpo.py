@@ -1,0 +1,335 @@
+"""Derivation 5: TGDPO, from the bound on PPO to token weights, and what its elimination of Z costs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpo_course.derivations import tools
+from tpo_course.derivations.dpo import token_coefficients
+from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.tgdpo_text import TEXTS
+from tpo_course.tabular import minimise
+from tpo_course.world import TokenWorld
+from tpo_lib import losses
+
+BETAS = (0.1, 0.5, 1.0, 5.0)
+
+
+def guide(w: TokenWorld, h: Hyper) -> Tensor:
+    """(S, V) log pi_hat: a DPO model trained to the end with guide_beta on all pairs."""
+    return w.soft_optimum(h.guide_beta)[1]
+
+
+def token_reward(w: TokenWorld, h: Hyper) -> Tensor:
+    """(S, V) r_hat = guide_beta log(pi_hat/pi_ref)."""
+    return h.guide_beta * (guide(w, h) - w.ref_logps)
+
+
+def shaping(w: TokenWorld, h: Hyper) -> Tensor:
+    """(S, V) f = 1 + alpha r_hat with alpha made small enough for f >= 0.1 everywhere, as the theorems need f > 0."""
+    r_hat = token_reward(w, h)
+    return 1 + min(h.alpha, 0.9 / float(r_hat.abs().max())) * r_hat
+
+
+def guided_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    """log pi* (S, V) and log Z (S,) of pi* = pi_ref exp(r/(beta f))/Z."""
+    return w.gibbs(w.reward / (h.beta * shaping(w, h)))
+
+
+def _gain(w: TokenWorld, logps: Tensor, beta: float) -> Tensor:
+    """(S,) E_{a~pi}[R(s,a) - beta log(pi/pi_ref)]: what a policy earns while it stands in s."""
+    return (logps.exp() * w.reward).sum(-1) - beta * w.kl(logps, w.ref_logps)
+
+
+def by_timestep(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(1)
+    paid = w.by_prompt(w.returns - h.beta * tools.logratio(w, pi))
+    whole = w.expected((w.by_prompt(w.sequence_logps(pi)).exp() * paid).sum(-1))
+    gains = w.visits(pi) * _gain(w, pi, h.beta)
+    return whole, torch.stack([gains[level].sum() for level in w.levels]).sum()
+
+
+def token_maxima(w: TokenWorld, beta: float) -> Tensor:
+    """(T,) max over pi of E_{s~D_t}E_{a~pi}[R - beta log(pi/pi_ref)], for each t alone.
+
+    Nothing is paid before t, so the best policy walks straight to the best state of that depth, or ends early (worth 0).
+    """
+    _, log_z = w.gibbs(w.reward / beta)
+    best = []
+    for t, level in enumerate(w.levels):
+        at_best = beta * log_z[level].view(w.num_prompts, -1).amax(-1)  # (P,)
+        best.append(w.expected(at_best.clamp_min(0) if w.eos and t else at_best))
+    return torch.stack(best)
+
+
+def upper_bound(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    return w.expected(w.soft_optimum(h.beta)[0].v), token_maxima(w, h.beta).sum()
+
+
+def _slack(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found = {}
+    for beta in BETAS:
+        best = w.expected(w.soft_optimum(beta)[0].v)
+        found[f"best sequence-level value at beta={beta:g}"] = float(best)
+        found[f"slack of the bound at beta={beta:g}"] = float(token_maxima(w, beta).sum() - best)
+    return found
+
+
+def relaxed_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi, data = w.random_policy(2), w.visits(w.ref_logps)
+    star, log_z = w.gibbs(w.reward / h.beta)
+    return (data * _gain(w, pi, h.beta)).sum(), (data * (h.beta * log_z - h.beta * w.kl(pi, star))).sum()
+
+
+def relaxation_error(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star, _ = w.gibbs(w.reward / h.beta)
+    gain, data = _gain(w, star, h.beta), w.visits(w.ref_logps)
+    return tools.objective(w, star, h.beta) - (data * gain).sum(), ((w.visits(star) - data) * gain).sum()
+
+
+def _relaxation_over_beta(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found, data = {}, w.visits(w.ref_logps)
+    for beta in BETAS:
+        star, _ = w.gibbs(w.reward / beta)
+        best, true = w.expected(w.soft_optimum(beta)[0].v), tools.objective(w, star, beta)
+        promised = (data * _gain(w, star, beta)).sum()
+        moved = torch.stack([(w.visits(star) - data)[level].abs().sum() / 2 for level in w.levels])
+        found[f"relaxed value minus true optimum, beta={beta:g}"] = float(promised - best)
+        found[f"lost by using the relaxed optimum, beta={beta:g}"] = float(best - true)
+        found[f"largest distance of D_t from D, beta={beta:g}"] = float(moved.max())
+    return found
+
+
+def guided_objective(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(3)
+    star, log_z = guided_optimum(w, h)
+    per_state = (pi.exp() * (w.reward / (h.beta * shaping(w, h)) - (pi - w.ref_logps))).sum(-1)
+    return per_state, log_z - w.kl(pi, star)
+
+
+def guided_reward(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star, log_z = guided_optimum(w, h)
+    f = shaping(w, h)
+    return w.reward, h.beta * f * (star - w.ref_logps) + h.beta * f * log_z[:, None]
+
+
+def f_must_be_positive(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    f = shaping(w, h)
+    f = torch.cat([-f[:, :1], f[:, 1:]], dim=-1)  # token 0 gets a negative weight on purpose
+
+    def log_star(reward: Tensor) -> Tensor:
+        return w.gibbs(reward / (h.beta * f))[0]
+
+    columns = [tools.gradient(lambda r, a=a: log_star(r)[:, a].sum(), w.reward)[:, a] for a in range(w.vocab_size)]
+    return h.beta * torch.stack(columns, dim=-1), (1 - log_star(w.reward).exp()) / f
+
+
+def phi_and_delta(w: TokenWorld, logps: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
+    """(R,) sum_t beta f log(pi/pi_ref) and sum_t beta f log Z(s_t); phi and delta are their gaps over pairs."""
+    f, (_, log_z) = shaping(w, h), guided_optimum(w, h)
+    return w.along(h.beta * f * (logps - w.ref_logps)), w.along(h.beta * f * log_z[:, None])
+
+
+def guided_preference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    weighted, partition = phi_and_delta(w, guided_optimum(w, h)[0], h)
+    phi, delta = tools.gap(w, weighted), tools.gap(w, partition)
+    return w.pairs.prob, torch.sigmoid(phi + delta)
+
+
+def one_pair(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi, f = w.random_policy(4), shaping(w, h)
+    left, right = [], []
+    for pair in (0, len(w.pairs.chosen) // 2):
+        y_w, y_l = w.pairs.chosen[pair], w.pairs.rejected[pair]
+
+        def log_prob(logits: Tensor, y_w=y_w, y_l=y_l) -> Tensor:
+            weighted, partition = phi_and_delta(w, logits.log_softmax(-1), h)
+            return F.logsigmoid(weighted[y_w] - weighted[y_l] + partition[y_w] - partition[y_l])
+
+        left.append(tools.gradient(log_prob, pi) / (1 - log_prob(pi).exp()))
+        signs = torch.zeros(len(w.returns), dtype=torch.float64)
+        signs[y_w], signs[y_l] = 1.0, -1.0
+        right.append(tools.score(w, pi, signs[:, None] * h.beta * w.tokenwise(f)))
+    return torch.stack(left), torch.stack(right)
+
+
+def two_pairs(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    def argmax(delta: tuple[float, float]) -> Tensor:
+        low, high = torch.tensor(-20.0, dtype=torch.float64), torch.tensor(20.0, dtype=torch.float64)
+        for _ in range(80):  # bisection on the slope, which falls
+            phi = (low + high) / 2
+            slope = torch.sigmoid(-(phi + delta[0])) - 0.5 * torch.sigmoid(phi - delta[1])
+            low, high = (phi, high) if slope > 0 else (low, phi)
+        return low
+
+    e = torch.tensor(1.0, dtype=torch.float64).exp()
+    with_delta = ((0.5 * e + (0.25 * e**2 + 2 * e**3).sqrt()) / e**3).log()  # a quadratic equation in exp(phi)
+    without = torch.tensor(2.0, dtype=torch.float64).log()
+    return torch.stack([argmax((0.0, 0.0)), argmax((2.0, -1.0))]), torch.stack([without, with_delta])
+
+
+def _two_argmaxes(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    without, with_delta = two_pairs(w, h)[1].tolist()
+    return {"argmax without delta": without, "argmax with delta = (2, -1)": with_delta}
+
+
+def _guided_loss(w: TokenWorld, logits: Tensor, h: Hyper, *, keep_delta: bool) -> Tensor:
+    weighted, partition = phi_and_delta(w, logits.log_softmax(-1), h)
+    margin = tools.gap(w, weighted) + (tools.gap(w, partition) if keep_delta else 0.0)
+    return -tools.mean_over_pairs(w, F.logsigmoid(margin))
+
+
+def delta_keeps_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    star, _ = guided_optimum(w, h)
+    slope = tools.gradient(lambda z: _guided_loss(w, z, h, keep_delta=True), star)
+    left = torch.stack([_guided_loss(w, star, h, keep_delta=True), slope.abs().max()])
+    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+
+
+def _two_optima(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    star, _ = guided_optimum(w, h)
+    fit = minimise(lambda z: _guided_loss(w, z, h, keep_delta=False), w.ref_logps, steps=15)
+    dropped = fit.policy.logps()
+    myopic, (soft, best) = w.gibbs(w.reward / h.beta)[0], w.soft_optimum(h.beta)
+    return {
+        "KL(pi with delta || pi without), nats per response": float(tools.mean_seq_kl(w, star, dropped)),
+        "J(pi_ref)": float(tools.objective(w, w.ref_logps, h.beta)),
+        "J(optimum with delta)": float(tools.objective(w, star, h.beta)),
+        "J(optimum without delta)": float(tools.objective(w, dropped, h.beta)),
+        "J(best policy)": float(w.expected(soft.v)),
+        "f = 1: J(optimum with delta)": float(tools.objective(w, myopic, h.beta)),
+        "f = 1: J(optimum without delta), which is DPO's": float(tools.objective(w, best, h.beta)),
+        "slope left by the fit": fit.grad_norm,
+    }
+
+
+def _weights(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    """(R, T) f_w and f_l with the floor of the library."""
+    signal = h.alpha * w.tokenwise(token_reward(w, h))
+    return (1 + signal).clamp_min(losses.F_FLOOR), (1 - signal).clamp_min(losses.F_FLOOR)
+
+
+def _margin(w: TokenWorld, logps: Tensor, h: Hyper) -> Tensor:
+    """(B,) TGDPO's margin from token tables."""
+    ratio = w.tokenwise(logps - w.ref_logps)
+    as_chosen, as_rejected = (h.beta * (f * ratio).sum(-1) for f in _weights(w, h))
+    return as_chosen[w.pairs.chosen] - as_rejected[w.pairs.rejected]
+
+
+def loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi, r_hat = w.random_policy(5), token_reward(w, h)
+    f_w = (1 + h.alpha * r_hat).clamp_min(losses.F_FLOOR)
+    f_l = (1 - h.alpha * r_hat).clamp_min(losses.F_FLOOR)
+    as_chosen, as_rejected = w.along(f_w * (pi - w.ref_logps)), w.along(f_l * (pi - w.ref_logps))
+    by_hand = -F.logsigmoid(h.beta * as_chosen[w.pairs.chosen] - h.beta * as_rejected[w.pairs.rejected])
+    return _expected(w, pi, h), tools.mean_over_pairs(w, by_hand)
+
+
+def _expected(w: TokenWorld, logits: Tensor, h: Hyper) -> Tensor:
+    options = {"beta": h.beta, "alpha": h.alpha, "guide_beta": h.guide_beta}
+    return w.expected_loss("tgdpo", logits, guide=guide(w, h), **options)
+
+
+def _one_policy_two_f(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    f_w = shaping(w, h)
+    f_l = 2 - f_w  # 1 - alpha r_hat
+    star, log_zw = w.gibbs(w.reward / (h.beta * f_w))
+    _, log_zl = w.gibbs(w.reward / (h.beta * f_l))
+    as_chosen = w.along(h.beta * f_w * (star - w.ref_logps + log_zw[:, None]))
+    as_rejected = w.along(h.beta * f_l * (star - w.ref_logps + log_zl[:, None]))
+    claimed = torch.sigmoid(as_chosen[w.pairs.chosen] - as_rejected[w.pairs.rejected])
+    return {
+        "largest error of sigma(phi + delta) with one pi* for f_w and f_l": float((claimed - w.pairs.prob).abs().max())
+    }
+
+
+def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi = w.random_policy(6)
+    f_w, f_l = _weights(w, h)
+    pull = -h.beta * w.pairs.weight * torch.sigmoid(-_margin(w, pi, h))
+    push_w = tools.onto_responses(w, pull, torch.zeros_like(pull))[:, None] * f_w  # (R, T)
+    push_l = tools.onto_responses(w, torch.zeros_like(pull), -pull)[:, None] * f_l
+    return tools.gradient(lambda z: _expected(w, z, h), pi), tools.score(w, pi, push_w + push_l)
+
+
+def four_behaviours(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    pi, mask, c, r = w.random_policy(7), w.responses.mask, w.pairs.chosen, w.pairs.rejected
+    options = {"beta": h.beta, "alpha": h.alpha, "guide_beta": h.guide_beta, "floor": 1e-6, "shaping": "exp"}
+    found = token_coefficients(w, "tgdpo", pi, guide=guide(w, h), **options)  # (2B, T)
+    signal = h.alpha * w.tokenwise(token_reward(w, h))
+    ratio = w.tokenwise(pi - w.ref_logps)
+    margin = h.beta * ((signal.exp() * ratio).sum(-1)[c] - ((-signal).exp() * ratio).sum(-1)[r])
+    plain = h.beta * torch.sigmoid(-margin)[:, None]  # what every token would get without guidance
+    up, down = -plain * torch.exp(signal[c]), plain * torch.exp(-signal[r])
+    return found, torch.where(torch.cat([mask[c], mask[r]]), torch.cat([up, down]), 0.0)
+
+
+def _shares(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    r_hat, mask = w.tokenwise(token_reward(w, h)), w.responses.mask
+    weight = w.pairs.weight[:, None]
+    found = {}
+    for side, rows, up, down in (
+        ("chosen", w.pairs.chosen, "pushed up more", "pushed up less"),
+        ("rejected", w.pairs.rejected, "pushed down less", "pushed down more"),
+    ):
+        tokens = (weight * mask[rows]).sum()
+        good = (weight * (mask[rows] & (r_hat[rows] > 0))).sum() / tokens
+        found[f"{side}, r_hat > 0: {up}, share"] = float(good)
+        found[f"{side}, r_hat < 0: {down}, share"] = float(1 - good)
+    return found
+
+
+def floor(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    strong = 3 * h.alpha  # strong enough for the floor to bite
+    chosen, rejected = w.pair_stats(w.stats(w.random_policy(8), guide=guide(w, h)), w.pairs)
+    found = losses.tgdpo(chosen, rejected, beta=h.beta, alpha=strong, guide_beta=h.guide_beta).token_weights
+    signal = strong * w.tokenwise(token_reward(w, h))
+    signal = torch.cat([signal[w.pairs.chosen], -signal[w.pairs.rejected]])  # (2B, T)
+    mask = torch.cat([chosen.mask, rejected.mask])
+    return found, torch.where(mask, torch.maximum(1 + signal, torch.full_like(signal, 0.01)), 0.0)
+
+
+def _floored(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    r_hat, mask = w.tokenwise(token_reward(w, h)), w.responses.mask
+    weight, c, r = w.pairs.weight[:, None], w.pairs.chosen, w.pairs.rejected
+    found = {}
+    for alpha in (0.1, 0.5, 1.0, 2.0):
+        reversed_w = (weight * (mask & (1 + alpha * r_hat <= losses.F_FLOOR))[c]).sum()
+        reversed_l = (weight * (mask & (1 - alpha * r_hat <= losses.F_FLOOR))[r]).sum()
+        tokens = (weight * mask[c]).sum() + (weight * mask[r]).sum()
+        found[f"share of tokens on the floor at alpha={alpha:g}"] = float((reversed_w + reversed_l) / tokens)
+    return found
+
+
+_CHECKS = {
+    by_timestep: {"gamma_one": True},
+    upper_bound: {"gamma_one": True, "relation": "<=", "numbers": _slack},
+    relaxed_optimum: {},
+    relaxation_error: {"gamma_one": True, "numbers": _relaxation_over_beta},
+    guided_objective: {},
+    guided_reward: {},
+    f_must_be_positive: {},
+    guided_preference: {"gamma_one": True},
+    one_pair: {},
+    two_pairs: {"numbers": _two_argmaxes},
+    delta_keeps_the_optimum: {"gamma_one": True, "numbers": _two_optima},
+    loss: {"numbers": _one_policy_two_f},
+    gradient: {},
+    four_behaviours: {"numbers": _shares},
+    floor: {"numbers": _floored},
+}
+
+TGDPO = Derivation(
+    name="tgdpo",
+    title="TGDPO: token-level reward guidance",
+    question="Can a DPO model tell you which tokens deserve the push?",
+    assumptions=(
+        "token rewards r(s, a) whose sum is the reward of the response, gamma = 1",
+        "f(r_hat) > 0 on every token",
+        "the states come from a distribution D that does not depend on the policy",
+    ),
+    source="TGDPO, arXiv 2506.14574",
+    steps=tuple(Step(sides=sides, **TEXTS[sides.__name__], **checks) for sides, checks in _CHECKS.items()),
+)

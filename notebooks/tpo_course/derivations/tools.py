@@ -1,0 +1,80 @@
+"""Small exact quantities that several derivations need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpo_course.world import TokenWorld
+
+
+def logratio(world: TokenWorld, logps: Tensor) -> Tensor:
+    """(R,) sum_t log pi(y^t|s_t) - log pi_ref(y^t|s_t) of every response."""
+    return world.sequence_logps(logps) - world.sequence_logps(world.ref_logps)
+
+
+def gap(world: TokenWorld, per_response: Tensor) -> Tensor:
+    """(R,) numbers -> (B,) chosen minus rejected."""
+    return per_response[world.pairs.chosen] - per_response[world.pairs.rejected]
+
+
+def mean_over_pairs(world: TokenWorld, per_pair: Tensor) -> Tensor:
+    """Expectation of (B,) numbers over the preference data."""
+    return (world.pairs.weight * per_pair).sum()
+
+
+def onto_responses(world: TokenWorld, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(B, ...) coefficients of chosen and rejected responses, summed per response: (R, ...)."""
+    total = torch.zeros(len(world.responses.prompt), *chosen.shape[1:], dtype=chosen.dtype)
+    return total.index_add(0, world.pairs.chosen, chosen).index_add(0, world.pairs.rejected, rejected)
+
+
+def score(world: TokenWorld, logps: Tensor, coefficients: Tensor) -> Tensor:
+    """(S, V) gradient of sum_y sum_t c(y, t) log pi(y^t|s_t) with respect to the logits, by hand.
+
+    The gradient of log softmax(z)_y is e_y - pi. Coefficients are (R,) or (R, T).
+    """
+    rows = world.responses
+    per_token = coefficients[:, None].expand_as(rows.mask) if coefficients.ndim == 1 else coefficients  # (R, T)
+    per_token = torch.where(rows.mask, per_token, 0.0)
+    counts = torch.zeros_like(logps).index_put((rows.states, rows.tokens.clamp_min(0)), per_token, accumulate=True)
+    return counts - counts.sum(-1, keepdim=True) * logps.exp()
+
+
+def kl_score(world: TokenWorld, logps: Tensor, coefficients: Tensor) -> Tensor:
+    """(S, V) gradient of sum_y c(y) SeqKL(y; pi_ref || pi) with respect to the logits, by hand: pi - pi_ref at each state."""
+    rows = world.responses
+    per_token = torch.where(rows.mask, coefficients[:, None], 0.0)  # (R, T)
+    times = torch.zeros(world.num_states, dtype=logps.dtype).index_put((rows.states,), per_token, accumulate=True)
+    return times[:, None] * (logps.exp() - world.ref_logps.exp())
+
+
+def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Autograd's gradient of a scalar function, in the shape of `at`."""
+    at = at.detach().clone().requires_grad_()
+    return torch.autograd.grad(function(at), at)[0]
+
+
+def preference_entropy(world: TokenWorld) -> Tensor:
+    """Mean entropy of the annotator's answers: no model of the preferences has a smaller expected loss."""
+    p, q = world.pairs.prob, torch.sigmoid(-gap(world, world.returns))  # q = 1 - p without cancellation
+    drawn = world.pairs.weight / p  # both orders of a pair carry this weight, so halve it
+    return -(drawn / 2 * (p * p.log() + q * q.log())).sum()
+
+
+def nll(world: TokenWorld, rewards: Tensor) -> Tensor:
+    """Mean of -log sigma(r(w) - r(l)) over the preference data, for (R,) rewards."""
+    return -mean_over_pairs(world, F.logsigmoid(gap(world, rewards)))
+
+
+def objective(world: TokenWorld, logps: Tensor, beta: float) -> Tensor:
+    """J(pi) = E[sum_t gamma^t (R - beta log(pi/pi_ref))], a scalar, by Bellman recursion."""
+    return world.expected(world.regularised_values(logps, beta).v)
+
+
+def mean_seq_kl(world: TokenWorld, p: Tensor, q: Tensor) -> Tensor:
+    """E_{y~p} SeqKL(y; p || q) = KL between the two distributions of whole responses, in nats."""
+    return (world.visits(p) * world.kl(p, q)).sum()

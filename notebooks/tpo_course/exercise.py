@@ -1,0 +1,310 @@
+"""What an exercise is made of: a card, hints, a checker that knows the common mistakes, and a quiz.
+
+A checker calls the learner's function and the right one on the same cases and compares values and gradients. Where they
+differ it looks whether the answer is one of the known mistakes, and names it.
+
+>>> import torch
+>>> case = Case({"logps": torch.tensor([[-1.0, -3.0]])})
+>>> exercise = Exercise(
+...     name="response_logp",
+...     title="From tokens to a response",
+...     what="Return the log-probability of every response.",
+...     why="Every objective starts here.",
+...     difficulty=1,
+...     minutes=3,
+...     hints=("Log-probabilities of independent factors add.",),
+...     right=lambda logps: logps.sum(-1),
+...     cases=lambda: (case,),
+...     mistakes=(Mistake("You averaged over the tokens; it is their sum.", lambda logps: logps.mean(-1)),),
+... )
+>>> exercise(lambda logps: None).status, exercise(lambda logps: logps.sum(-1)).status
+('not attempted', 'correct')
+>>> print(exercise(lambda logps: logps.mean(-1)).message)
+You averaged over the tokens; it is their sum.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+SOLUTIONS = Path(__file__).parents[1] / "solutions"
+RTOL, ATOL = 1e-5, 1e-8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments; tensors among them (also inside dataclasses) that require a gradient have it compared.
+
+    Attributes:
+        arguments: by name, as the learner's function takes them.
+        words: what is special about this case, for the message ("a response of one token"); "" if nothing is.
+    """
+
+    arguments: Mapping[str, Any]
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer that learners give: what to tell them, and a function that makes the same mistake."""
+
+    message: str
+    wrong: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a checker says; shown in a notebook when it is the last expression of a cell."""
+
+    status: Literal["correct", "wrong", "not attempted"]
+    message: str
+
+    def __repr__(self) -> str:
+        return f"{self.status}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        sign, colour = {"correct": ("✓", "#007a55"), "wrong": ("✗", "#b03a00"), "not attempted": ("○", "#555555")}[
+            self.status
+        ]
+        return (
+            f'<div style="border-left:4px solid {colour};padding:.4em .8em"><b style="color:{colour}">'
+            f"{sign} {self.status}</b><br>{self.message}</div>"
+        )
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A task with everything around it. Texts may hold inline HTML and LaTeX between dollars.
+
+    Attributes:
+        name: of the function to write, the same in the notebook and in `notebooks/solutions/`.
+        title: a few words.
+        what: what to do.
+        why: why it is worth doing.
+        difficulty: 1 to 5.
+        minutes: how long it takes someone who has read the chapter.
+        hints: at least one, from a nudge to almost the answer.
+        right: the right answer: a function, or a value where no function is asked for.
+        cases: () -> fresh arguments, for every call new; ignored where the answer is a value.
+        mistakes: the common ones.
+        solution: module below `notebooks/solutions/`, without ".py"; "" if the exercise has none there.
+
+    Raises:
+        ValueError: there is no hint or the difficulty is out of range.
+    """
+
+    name: str
+    title: str
+    what: str
+    why: str
+    difficulty: int
+    minutes: int
+    hints: tuple[str, ...]
+    right: Any
+    cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),)
+    mistakes: tuple[Mistake, ...] = ()
+    solution: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.hints or not 1 <= self.difficulty <= 5:
+            raise ValueError(f"exercise {self.name}: needs a hint and a difficulty of 1 to 5, got {self.difficulty}")
+
+    def __call__(self, answer: Any) -> Verdict:
+        """Check an answer (a function, or a value) and say what is wrong with it."""
+        expected = [_observe(self.right, case) for case in self.cases()]
+        given = []
+        for case, want in zip(self.cases(), expected, strict=True):
+            try:
+                given.append(_observe(answer, case))
+            except Exception as error:  # the learner's code may raise anything; the verdict repeats it
+                return Verdict(
+                    "wrong", f"Your code raised {type(error).__name__}: {html.escape(str(error))}{_at(case)}"
+                )
+            if given[-1].values is None:
+                return Verdict("not attempted", f"Hint: {self.hints[0]}")
+            if (problem := _unlike(given[-1], want)) is not None:
+                return Verdict("wrong", f"{problem}{_at(case)}")
+        if all(_agree(got, want) for got, want in zip(given, expected, strict=True)):
+            return Verdict("correct", f"{self.title}: values{_and_gradients(expected)} agree in {_count(len(given))}.")
+        for mistake in self.mistakes:
+            same = [_observe(mistake.wrong, case) for case in self.cases()]
+            if all(_agree(got, want) for got, want in zip(given, same, strict=True)):
+                return Verdict("wrong", mistake.message)
+        for got, want, case in zip(given, expected, self.cases(), strict=True):
+            if not _agree(got, want):
+                return Verdict("wrong", f"{_difference(got, want)}{_at(case)}")
+        raise AssertionError("some case disagrees")
+
+    def __repr__(self) -> str:
+        return f"Exercise({self.name!r})"
+
+    def _repr_html_(self) -> str:
+        dots = "●" * self.difficulty + "○" * (5 - self.difficulty)
+        folded = f"<p>{self.hints[-1]}</p>" + self._solution()
+        for number in range(len(self.hints), 0, -1):
+            text = f"<p>{self.hints[number - 1]}</p>" if number < len(self.hints) else ""
+            folded = _fold(f"Hint {number} of {len(self.hints)}", text + folded)
+        return (
+            '<div style="border:1px solid #8a8a8a;border-radius:6px;padding:.6em 1em;max-width:60em">'
+            f"<b>Exercise: {self.title}</b> &nbsp; <span title='difficulty {self.difficulty} of 5'>{dots}</span> "
+            f"difficulty {self.difficulty} of 5, about {self.minutes} minutes"
+            f"<p><b>What.</b> {self.what}</p><p><b>Why.</b> {self.why}</p>{folded}</div>"
+        )
+
+    def _solution(self) -> str:
+        if not self.solution:
+            return ""
+        file = SOLUTIONS / f"{self.solution}.py"
+        if not file.is_file():  # installed without the notebooks
+            return f"<p>Solution: <code>notebooks/solutions/{self.solution}.py</code> in the repository.</p>"
+        return _fold("Solution", f"<pre>{html.escape(solution_source(file, self.name))}</pre>")
+
+
+def solution_source(file: Path, name: str) -> str:
+    """The source of the function (or value) `name` in a solution file.
+
+    Raises:
+        KeyError: the file defines no such name.
+    """
+    text = file.read_text()
+    for node in ast.parse(text).body:
+        targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+        if getattr(node, "name", None) == name or name in targets:
+            return ast.get_source_segment(text, node)
+    raise KeyError(f"{file} defines no {name}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A possible answer, whether it is right, and why (shown when it is chosen)."""
+
+    text: str
+    right: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its options; exactly one is right.
+
+    Raises:
+        ValueError: none or several are right.
+    """
+
+    text: str
+    options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        if sum(option.right for option in self.options) != 1:
+            raise ValueError(f"question {self.text!r}: exactly one option must be right")
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Questions whose options unfold their explanation; works without a kernel and by keyboard."""
+
+    questions: tuple[Question, ...]
+
+    def __repr__(self) -> str:
+        return f"Quiz of {len(self.questions)} questions"
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for number, question in enumerate(self.questions, 1):
+            folds = [
+                _fold(option.text, f"<p><b>{'Right' if option.right else 'Not quite'}.</b> {option.why}</p>")
+                for option in question.options
+            ]
+            parts.append(f"<p><b>{number}. {question.text}</b></p>{''.join(folds)}")
+        return f'<div style="max-width:60em">{"".join(parts)}</div>'
+
+
+def _fold(summary: str, body: str) -> str:
+    return f'<details style="margin:.2em 0 .2em 1em"><summary>{summary}</summary>{body}</details>'
+
+
+@dataclass(frozen=True)
+class _Observation:
+    values: list[Tensor] | None
+    gradients: list[Tensor]
+
+
+def _observe(answer: Any, case: Case) -> _Observation:
+    """Values that the answer gives, and the gradients of their sum at the case's tensors that require one."""
+    leaves = [t for t in _tensors(case.arguments) if t.requires_grad]
+    for leaf in leaves:
+        leaf.grad = None
+    result = answer(**case.arguments) if callable(answer) else answer
+    if result is None or result is Ellipsis:
+        return _Observation(None, [])
+    values = [torch.as_tensor(v) for v in _tensors(result)]
+    total = sum((v.sum() for v in values if v.is_floating_point() and v.requires_grad), torch.zeros(()))
+    if leaves and total.requires_grad:
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+    else:
+        gradients = [torch.zeros_like(t) for t in leaves]
+    return _Observation([v.detach() for v in values], gradients)
+
+
+def _tensors(value: Any) -> list:
+    """Tensors and numbers in a value: a number, a tensor, or a nest of dataclasses, mappings and sequences of them."""
+    if isinstance(value, Tensor | bool | int | float):
+        return [value if isinstance(value, Tensor) else torch.tensor(value)]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def _unlike(got: _Observation, want: _Observation) -> str | None:
+    """A sentence if the answer's results cannot be compared with the right ones."""
+    if len(got.values) != len(want.values):
+        return f"Your answer holds {len(got.values)} numbers or tensors; {len(want.values)} are asked for"
+    for g, w in zip(got.values, want.values, strict=True):
+        if g.shape != w.shape:
+            return f"Your answer has shape {tuple(g.shape)}; {tuple(w.shape)} is asked for"
+    return None
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=RTOL, atol=ATOL, equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _agree(got: _Observation, want: _Observation) -> bool:
+    return _same(got.values, want.values) and _same(got.gradients, want.gradients)
+
+
+def _difference(got: _Observation, want: _Observation) -> str:
+    if _same(got.values, want.values):
+        return "Your values are right, but not their gradient: look at what is detached and what is not"
+    g, w = next((g, w) for g, w in zip(got.values, want.values, strict=True) if not _same([g], [w]))
+    place = int((g.double() - w.double()).abs().nan_to_num(torch.inf).argmax())
+    return (
+        f"Expected {float(w.flatten()[place]):.6g}, got {float(g.flatten()[place]):.6g} (entry {place} of {g.numel()})"
+    )
+
+
+def _at(case: Case) -> str:
+    return f", in the case of {case.words}." if case.words else "."
+
+
+def _and_gradients(expected: list[_Observation]) -> str:
+    return " and gradients" if any(o.gradients for o in expected) else ""
+
+
+def _count(cases: int) -> str:
+    return "the only case" if cases == 1 else f"all {cases} cases"

@@ -1,0 +1,1061 @@
+"""The bugs of 07_break_it.ipynb, the loop they are trained in, the checks that name them, and the chapter's exercises.
+
+A bug replaces one seam of a training run (`Recipe`): the token statistics, the loss, or the reference. `train_broken` runs a
+recipe on one batch; a check takes one seam alone, so it can be pointed at any other code too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from tpo_course.exercise import Case, Exercise, Mistake, Option, Question, Quiz
+from tpo_lib import losses, stats
+from tpo_lib.data import EncodedPair, collate
+from tpo_lib.models import fingerprint, frozen_copy
+from tpo_lib.runs.plots import FONT, GRID, style_of
+from tpo_lib.types import IGNORE, LossOutput, PairBatch, TokenStats
+
+NOTEBOOK = "07_break_it.ipynb"
+
+BUGS = {
+    1: "mean for sum",
+    2: "mask off by one",
+    3: "padding counted",
+    4: "prompt counted",
+    5: "reference not frozen",
+    6: "dropout on in the reference",
+    7: "missing stop-gradient (TDPO2)",
+    8: "beta on the wrong side",
+    9: "softmax().log()",
+    10: "chosen and rejected swapped",
+    11: "wrong guide beta (TGDPO)",
+}
+BETA, ALPHA, GUIDE_BETA = 0.1, 0.5, 1.0  # of every run here; the guide alone is trained with GUIDE_BETA
+LOG2 = math.log(2.0)
+
+Statistics = Callable[..., TokenStats]  # (logits, batch, ref_logits, guide_logits=None) -> TokenStats
+Loss = Callable[[TokenStats, TokenStats], LossOutput]
+
+
+# ---- 1. the wrong pieces
+
+
+def library_stats(
+    logits: Tensor, batch: PairBatch, ref_logits: Tensor, guide_logits: Tensor | None = None
+) -> TokenStats:
+    """The right statistics: `stats.token_stats` with the KL."""
+    return stats.token_stats(logits, batch.labels, ref_logits, guide_logits=guide_logits, with_kl=True)
+
+
+def response_mask(batch: PairBatch) -> Tensor:
+    """(N, T-1) the right mask: column t belongs to token t+1."""
+    return batch.labels[:, 1:] != IGNORE
+
+
+def unshifted_mask(batch: PairBatch) -> Tensor:
+    """(N, T-1) bug 2: the labels' own mask, so every response loses its first token and gains one after its last."""
+    return batch.labels[:, :-1] != IGNORE
+
+
+def padded_mask(batch: PairBatch) -> Tensor:
+    """(N, T-1) bug 3: everything from the first response token on, padding included."""
+    return response_mask(batch).cumsum(dim=1) > 0
+
+
+def prompt_mask(batch: PairBatch) -> Tensor:
+    """(N, T-1) bug 4: every token that is not padding, the prompt's included."""
+    return batch.attention_mask[:, 1:].bool()
+
+
+def masked_stats(
+    logits: Tensor,
+    batch: PairBatch,
+    ref_logits: Tensor,
+    guide_logits: Tensor | None = None,
+    *,
+    mask: Callable[[PairBatch], Tensor],
+    log_probs: Callable[[Tensor], Tensor] = lambda logits: logits.log_softmax(-1),
+) -> TokenStats:
+    """Statistics as people write them: score every column, then keep what `mask` keeps."""
+    keep = mask(batch)
+    ids = batch.input_ids[:, 1:, None]  # (N, T-1, 1)
+    scored = (log_probs(z[:, :-1]).gather(-1, ids)[..., 0] for z in (logits, ref_logits))  # (N, T-1) each
+    return TokenStats(*(torch.where(keep, s, 0.0) for s in scored), mask=keep)
+
+
+def mean_dpo(chosen: TokenStats, rejected: TokenStats) -> LossOutput:
+    """Bug 1: DPO on the mean log-ratio of a token."""
+    return _pairwise(*(BETA * _logratio(s).sum(-1) / s.mask.sum(-1) for s in (chosen, rejected)))
+
+
+def leaky_tdpo2(chosen: TokenStats, rejected: TokenStats) -> LossOutput:
+    """Bug 7: TDPO2 whose gradient flows through the KL of the chosen response too."""
+    return _pairwise(*(BETA * (_logratio(s) + ALPHA * s.kl).sum(-1) for s in (chosen, rejected)))
+
+
+def live_reference(policy, start):
+    """Bug 5: a second name for the policy is not a copy of it."""
+    return policy
+
+
+def dropping_reference(policy, start, rate: float = 0.1):
+    """Bug 6: a copy in training mode, with dropout at GPT-2's default rate (the bundled model's own is 0)."""
+    reference = frozen_copy(start).train()
+    for module in reference.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = rate
+    return reference
+
+
+class _ForgetfulReference:
+    """The unknown run of an exercise: a reference that is overwritten with the policy every `every` updates."""
+
+    def __init__(self, policy, start, every: int = 4):
+        self.policy, self.model, self.every, self.calls = policy, frozen_copy(start), every, 0
+
+    def __call__(self, **inputs):
+        if self.calls and self.calls % self.every == 0:
+            self.model.load_state_dict(self.policy.state_dict())
+        self.calls += 1
+        return self.model(**inputs)
+
+
+_DPO = partial(losses.dpo, beta=BETA)
+_TGDPO = partial(losses.tgdpo, beta=BETA, alpha=ALPHA)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The seams of a training run that bugs get into; a default is right.
+
+    Attributes:
+        bug: its number in BUGS, 0 for a healthy run.
+        objective: the healthy run to compare with.
+        statistics: (logits, batch, ref_logits, guide_logits) -> TokenStats.
+        loss: (chosen, rejected) -> LossOutput.
+        reference: (policy, start) -> the model that is used as the reference.
+    """
+
+    bug: int = 0
+    objective: str = "dpo"
+    statistics: Statistics = library_stats
+    loss: Loss = _DPO
+    reference: Callable = lambda policy, start: start
+
+
+RECIPES = {
+    "dpo": Recipe(),
+    "tdpo2": Recipe(objective="tdpo2", loss=partial(losses.tdpo2, beta=BETA, alpha=ALPHA)),
+    "tgdpo": Recipe(objective="tgdpo", loss=partial(_TGDPO, guide_beta=GUIDE_BETA)),
+    "guide": Recipe(loss=partial(losses.dpo, beta=GUIDE_BETA)),
+    "A": Recipe(5, reference=live_reference),
+    "B": Recipe(8, loss=partial(losses.dpo, beta=1 / BETA)),
+    "C": Recipe(1, loss=mean_dpo),
+    "D": Recipe(6, reference=dropping_reference),
+    "E": Recipe(3, statistics=partial(masked_stats, mask=padded_mask)),
+    "F": Recipe(7, "tdpo2", loss=leaky_tdpo2),
+    "G": Recipe(11, "tgdpo", loss=partial(_TGDPO, guide_beta=BETA)),  # the current run's beta, not the guide's
+    "H": Recipe(10, loss=lambda chosen, rejected: losses.dpo(rejected, chosen, beta=BETA)),
+    "I": Recipe(4, statistics=partial(masked_stats, mask=prompt_mask)),
+    "J": Recipe(2, statistics=partial(masked_stats, mask=unshifted_mask)),
+    "K": Recipe(9, statistics=partial(masked_stats, mask=response_mask, log_probs=lambda z: z.softmax(-1).log())),
+    "unknown": Recipe(5, reference=_ForgetfulReference),
+}
+CASES = "ABCDEFGHIJK"
+
+
+# ---- 2. one batch, and the loop
+
+
+def one_batch(stage, *, pairs: int = 16, shortest: int = 6, longest: int = 24, seed: int = 0) -> PairBatch:
+    """A batch of the stage's training pairs, their responses cut so that lengths differ as they do in real data.
+
+    Whichever of the two cut responses has the larger summed token credit is the chosen one.
+
+    Args:
+        stage: as from `stage.pocket_stage`.
+        shortest, longest: tokens left of a response, drawn uniformly; both inclusive.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def cut(ids: list[int]) -> list[int]:
+        return ids[: int(torch.randint(shortest, longest + 1, (1,), generator=draw))]
+
+    def credit(ids: list[int]) -> float:
+        return float(stage.reward.token_credit(torch.tensor(ids)).sum())
+
+    rows = []
+    for pair in stage.pairs[:pairs]:
+        rejected, chosen = sorted((cut(pair.chosen_ids), cut(pair.rejected_ids)), key=credit)
+        rows.append(EncodedPair(pair.row, pair.prompt_ids, chosen, rejected))
+    return collate(rows, stage.tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train_broken` leaves: the case's name, the trained policy, the reference it used, one row an update.
+
+    The row of update k is measured before its step: row 0 belongs to policy = start. `loss`, `rewards/*`, `grad_norm` are
+    what the run's own code reports; `logratio/*` and `kl/*` are what the library says about the policy, in nats a response.
+    """
+
+    case: str
+    policy: torch.nn.Module
+    reference: Callable
+    rows: list[dict[str, float]]
+
+    def __getitem__(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows]
+
+
+def train_broken(start, batch: PairBatch, case: str, *, updates: int = 10, lr: float = 3e-4, guide=None) -> Run:
+    """Train a copy of `start` by the recipe of `case` (a key of RECIPES), on the same batch at every update.
+
+    Args:
+        start: the frozen start model.
+        guide: frozen DPO model; needed where the recipe's objective is tgdpo.
+    """
+    recipe = RECIPES[case]
+    torch.manual_seed(0)  # dropout draws
+    policy = frozen_copy(start).requires_grad_(True)
+    reference = recipe.reference(policy, start)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+    with torch.no_grad():
+        start_logits = forward(start, batch)  # (N, T, V)
+        guide_logits = forward(guide, batch) if recipe.objective == "tgdpo" else None
+    rows = []
+    for _ in range(updates):
+        logits = forward(policy, batch)
+        with torch.no_grad():
+            ref_logits = forward(reference, batch)
+        tokens = recipe.statistics(logits, batch, ref_logits, guide_logits)
+        output = recipe.loss(*stats.split(tokens))
+        optimizer.zero_grad()
+        output.loss.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+        rows.append(_reported(output, norm) | _truth(logits.detach(), batch, start_logits))
+        optimizer.step()
+    return Run(case, policy.requires_grad_(False), reference, rows)
+
+
+def forward(model, batch: PairBatch) -> Tensor:
+    """(N, T, V) logits."""
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+def _reported(output: LossOutput, norm: Tensor) -> dict[str, float]:
+    margin = output.chosen_reward - output.rejected_reward
+    values = {"loss": output.loss, "rewards/chosen": output.chosen_reward, "rewards/rejected": output.rejected_reward}
+    values |= {"rewards/margins": margin, "rewards/accuracies": (margin > 0).float(), "grad_norm": norm}
+    return {name: value.mean().item() for name, value in values.items()}
+
+
+def _truth(logits: Tensor, batch: PairBatch, start_logits: Tensor) -> dict[str, float]:
+    chosen, rejected = stats.split(library_stats(logits, batch, start_logits))
+    row = {}
+    for side, s in (("chosen", chosen), ("rejected", rejected)):
+        row |= {f"logratio/{side}": _logratio(s).sum(-1).mean().item(), f"kl/{side}": s.kl.sum(-1).mean().item()}
+    return row
+
+
+def _logratio(s: TokenStats) -> Tensor:
+    return s.logps - s.ref_logps
+
+
+def _pairwise(chosen_reward: Tensor, rejected_reward: Tensor) -> LossOutput:
+    loss = -F.logsigmoid(chosen_reward - rejected_reward)
+    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
+
+
+DIALS = {
+    "loss": "loss, nats",
+    "rewards/chosen": "reward of the chosen, nats",
+    "rewards/rejected": "reward of the rejected, nats",
+    "grad_norm": "gradient norm",
+    "kl/chosen": "SeqKL(ref ‖ policy), chosen, nats",
+    "kl/rejected": "SeqKL(ref ‖ policy), rejected, nats",
+}
+
+
+def dials(
+    runs: Sequence[Run], names: Sequence[str] = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
+) -> Figure:
+    """What a dashboard shows: reported values over the updates. Healthy runs look as everywhere, a case is black, dashed.
+
+    Args:
+        runs: the case last, so that it lies on top.
+        names: keys of DIALS, one panel each.
+    """
+    figure = Figure(figsize=(max(4.2, 2.7 * len(names)), 2.8), dpi=85, layout="constrained", facecolor="white")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for run in runs:
+            if run.case in losses.OBJECTIVES:
+                style = style_of(run.case)
+                look = {"color": style.colour, "marker": style.marker, "linestyle": style.linestyle, "linewidth": 3.5}
+                look |= {"label": f"{style.label}, healthy", "markersize": 7}
+            else:
+                look = {
+                    "color": "black",
+                    "marker": "x",
+                    "linestyle": "--",
+                    "linewidth": 1.5,
+                    "label": f"run {run.case}",
+                }
+            axes.plot(run[name], **look)
+        axes.set(xlabel="update")
+        axes.set_title(DIALS[name], fontsize=FONT - 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(**GRID)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "grad_norm":
+            axes.set_yscale("log")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=FONT, handlelength=3.5
+    )
+    return figure
+
+
+# ---- 3. the checks
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found. `bug` is a number of BUGS; None where all is well, or where the fault has no number."""
+
+    ok: bool
+    message: str
+    bug: int | None = None
+
+    def __repr__(self) -> str:
+        name = f"bug {self.bug}, {BUGS[self.bug]}: " if self.bug else ""
+        return f"{'✓' if self.ok else '✗'} {name}{self.message}"
+
+
+def log_two(run: Run) -> Finding:
+    """A reference-based loss is log 2 where policy = reference: at the first update, and (in training) never again."""
+    first, last = run.rows[0], run.rows[-1]
+    if max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"])) > 1e-4:
+        return Finding(
+            False,
+            f"before the first update the rewards are {first['rewards/chosen']:.3f} and {first['rewards/rejected']:.3f}, not 0: "
+            "policy and reference differ. Look for dropout, another checkpoint, another precision.",
+            6,
+        )
+    if abs(first["loss"] - LOG2) > 1e-4:
+        share = first["loss"] / LOG2
+        return Finding(False, f"the first loss is {share:.3g} times log 2: a factor stands outside log sigma.", 8)
+    if abs(last["loss"] - LOG2) < 1e-6 and last["rewards/chosen"] == last["rewards/rejected"] == 0:
+        return Finding(False, "the loss never leaves log 2: the reference moves with the policy.", 5)
+    return Finding(True, f"the first loss is {first['loss']:.4f} = log 2, both rewards are 0")
+
+
+def touched(statistics: Statistics, batch: PairBatch, *, seed: int = 0) -> Tensor:
+    """(N, T) bool: the positions whose logits the summed log-probabilities depend on, from a gradient."""
+    shape = (*batch.input_ids.shape, int(batch.input_ids.max()) + 2)  # (N, T, V)
+    draw = torch.Generator().manual_seed(seed)
+    logits, ref_logits = (torch.randn(shape, generator=draw) for _ in range(2))
+    logits.requires_grad_()
+    statistics(logits, batch, ref_logits, None).logps.sum().backward()
+    return logits.grad.abs().sum(-1) > 0
+
+
+def footprint(statistics: Statistics, batch: PairBatch) -> Finding:
+    """Position t may be touched if and only if token t+1 belongs to the response; names bugs 2, 3 and 4.
+
+    Raises:
+        ValueError: every sequence fills the batch's width, so that padding could not be noticed.
+    """
+    if bool(batch.attention_mask.all()):
+        raise ValueError(
+            "the batch has no padding, so counted padding would go unnoticed; take responses of other lengths"
+        )
+    got, want = touched(statistics, batch), F.pad(response_mask(batch), (0, 1))  # (N, T); nothing follows the last
+    if torch.equal(got, want):
+        return Finding(True, f"exactly the {int(want.sum())} positions before a response token are touched")
+    if torch.equal(got, F.pad(unshifted_mask(batch), (0, 1))):
+        return Finding(False, "each response loses its first token and gains one after its last.", 2)
+    if torch.equal(got, want.roll(1, dims=1)):
+        return Finding(False, "the shift is missing: a token is scored where the model has already read it.")
+    extra, lost = got & ~want, int((want & ~got).sum())
+    after = extra & (want.cumsum(1) == want.sum(1, keepdim=True))  # the response lies behind
+    padding, prompt = int(after.sum()), int((extra & ~after).sum())
+    if lost:
+        return Finding(False, f"{lost} response tokens are not scored.")
+    if padding and prompt:
+        return Finding(
+            False, f"{padding} positions after the responses and {prompt} before them are scored: bugs 3 and 4.", 3
+        )
+    where = "after the responses' ends" if padding else "before the responses"
+    return Finding(False, f"{padding or prompt} positions {where} are scored.", 3 if padding else 4)
+
+
+def hand_worked(chosen: int = 4, rejected: int = 2) -> tuple[TokenStats, TokenStats]:
+    """One pair at policy = reference = guide, all log-probabilities -1, KL 0, padded to one width, in float64.
+
+    `logps` and `kl` take a gradient.
+    """
+    width = max(chosen, rejected)
+
+    def half(length: int) -> TokenStats:
+        mask = torch.arange(width)[None] < length  # (1, width)
+        logps, kl = -mask.double(), torch.zeros(1, width, dtype=torch.float64)
+        return TokenStats(logps.clone().requires_grad_(), logps, mask, kl=kl.requires_grad_(), guide_logps=logps)
+
+    return half(chosen), half(rejected)
+
+
+def start_slopes(loss: Loss, chosen: int = 4, rejected: int = 2) -> tuple[Tensor, Tensor]:
+    """d loss / d log pi(y^t|s_t) of every token of the hand-worked pair: (chosen,), (rejected,).
+
+    Example:
+        >>> [slopes.tolist() for slopes in start_slopes(partial(losses.dpo, beta=0.5), 2, 1)]  # -/+ beta / 2
+        [[-0.25, -0.25], [0.25]]
+    """
+    sides = hand_worked(chosen, rejected)
+    loss(*sides).loss.sum().backward()
+    return tuple(s.logps.grad[s.mask] for s in sides)
+
+
+def slopes(loss: Loss, beta: float) -> Finding:
+    """At policy = reference the loss is log 2 and its slope -beta/2 in every chosen token, +beta/2 in every rejected one.
+
+    Names bugs 1, 8 and 10.
+    """
+    output = loss(*hand_worked())
+    if max(output.chosen_reward.abs().item(), output.rejected_reward.abs().item()) > 1e-9:
+        return Finding(False, "the rewards are not 0 where policy = reference: is the reference in them?")
+    if not math.isclose(output.loss.item(), LOG2, rel_tol=1e-6):
+        return Finding(False, f"where the margin is 0 the loss is {output.loss.item() / LOG2:.3g} times log 2.", 8)
+    chosen, rejected = start_slopes(loss)
+    unit = torch.cat([-chosen, rejected]) / (beta / 2)  # ones, if all is well
+    one, lengths = torch.ones_like(unit), torch.tensor([4.0] * 4 + [2.0] * 2, dtype=unit.dtype)
+    if torch.allclose(unit, one):
+        return Finding(True, f"log 2, and -/+ beta/2 = {beta / 2:g} on every token")
+    if torch.allclose(unit, -one):
+        return Finding(False, "the right sizes with the wrong sign.", 10)
+    if torch.allclose(unit * lengths, one):
+        return Finding(False, "beta/2 divided by the length of the response.", 1)
+    if torch.allclose(unit, unit[:1]):
+        return Finding(False, f"every slope is {unit[0]:.4g} times beta/2.", 8)
+    return Finding(False, f"slopes {chosen.tolist()} and {rejected.tolist()}, expected -/+ {beta / 2:g}.")
+
+
+def reference_rests(reference, policy, start, batch: PairBatch) -> Finding:
+    """The reference is another object than the policy, still has the start's weights, and repeats itself: bugs 5 and 6."""
+    if reference is policy:
+        return Finding(False, "the reference is the policy: one object, two names.", 5)
+    if fingerprint(reference) != fingerprint(start):
+        return Finding(False, "its weights are no longer those of the start.", 5)
+    with torch.no_grad():
+        change = (forward(reference, batch) - forward(reference, batch)).abs().max().item()
+    if change > 0:
+        return Finding(False, f"two passes over one batch differ by up to {change:.2f} in a logit.", 6)
+    return Finding(True, "same weights as the start, two passes agree to the last bit")
+
+
+def stop_gradient(loss: Loss) -> Finding:
+    """TDPO2: no gradient through the KL of the chosen response, one through that of the rejected response; names bug 7."""
+    sides = hand_worked()
+    loss(*sides).loss.sum().backward()
+    leak, kept = (0.0 if s.kl.grad is None else s.kl.grad.abs().max().item() for s in sides)
+    if leak:
+        return Finding(False, f"the loss has the slope {leak:.3g} in the KL of every chosen token; it must be 0.", 7)
+    if not kept:
+        return Finding(False, "the KL of the rejected response gets no gradient either.")
+    return Finding(True, f"slope 0 in the chosen KL, {kept:.3g} in the rejected KL")
+
+
+def steep_logits(statistics: Statistics, gap: float = 150.0) -> Finding:
+    """Values and gradients stay finite in float32 when a token's logit lies `gap` below the largest; names bug 9."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    batch = PairBatch(ids, torch.ones_like(ids), torch.where(ids > 1, ids, IGNORE), torch.tensor([0]))
+    logits = torch.zeros(2, 3, 5)
+    logits[..., [2, 4]] = -gap  # a token that is scored, and one that only the KL sees
+    policy, ref = logits.clone().requires_grad_(), logits.clone()
+    tokens = statistics(policy, batch, ref, None)
+    value = tokens.logps.sum() + tokens.ref_logps.sum() + (0.0 if tokens.kl is None else tokens.kl.sum())
+    value.backward()
+    if torch.isfinite(value) and bool(torch.isfinite(policy.grad).all()):
+        return Finding(True, f"a gap of {gap:g} between two logits gives finite values and gradients")
+    broken = "value" if not torch.isfinite(value) else "gradient"
+    return Finding(False, f"a gap of {gap:g} between two logits: the {broken} is not finite.", 9)
+
+
+def guide_weights(loss: Loss, logratios: Sequence[float]) -> list[float]:
+    """TGDPO's f of chosen tokens whose log(pi_hat/pi_ref) is given: their slopes over that of a token with log-ratio 0."""
+    chosen, rejected = hand_worked(len(logratios) + 1)
+    shift = torch.tensor([[0.0, *logratios]], dtype=torch.float64)
+    loss(dataclasses.replace(chosen, guide_logps=chosen.ref_logps + shift), rejected).loss.sum().backward()
+    return (chosen.logps.grad[0, 1:] / chosen.logps.grad[0, 0]).tolist()
+
+
+def guide_scale(loss: Loss, *, beta: float, alpha: float, guide_beta: float) -> Finding:
+    """TGDPO: f of a chosen token is 1 + alpha * guide_beta * logratio, with the guide's own beta, and positive; names bug 11."""
+    up, far_down = guide_weights(loss, [0.5, -100.0])
+    if far_down <= 0:
+        return Finding(False, f"a token far below the reference has the weight {far_down:.3g}; f must stay positive.")
+    if math.isclose(up, 1 + alpha * guide_beta * 0.5, rel_tol=1e-6):
+        return Finding(True, f"f = {up:.4g} where the guide's log-ratio is 0.5, and positive far below")
+    own = " It is the current run's." if math.isclose(up, 1 + alpha * beta * 0.5, rel_tol=1e-6) else ""
+    used = (up - 1) / (0.5 * alpha)
+    return Finding(
+        False, f"r_hat uses {used:.3g} as the guide's beta; the guide was trained with {guide_beta:g}.{own}", 11
+    )
+
+
+def examine(run: Run, start, batch: PairBatch) -> dict[str, Finding]:
+    """Every check that applies to a run's recipe, by name."""
+    recipe = RECIPES[run.case]
+    found = {
+        "log_two": log_two(run),
+        "footprint": footprint(recipe.statistics, batch),
+        "slopes": slopes(recipe.loss, BETA),
+        "reference_rests": reference_rests(run.reference, run.policy, start, batch),
+        "steep_logits": steep_logits(recipe.statistics),
+    }
+    if recipe.objective == "tdpo2":
+        found["stop_gradient"] = stop_gradient(recipe.loss)
+    if recipe.objective == "tgdpo":
+        found["guide_scale"] = guide_scale(recipe.loss, beta=BETA, alpha=ALPHA, guide_beta=GUIDE_BETA)
+    return found
+
+
+# ---- 4. exercise: write the check
+
+
+def _named_cases() -> tuple[Case, ...]:
+    def case(loss: Loss, beta: float, words: str, factor: float = 1.0) -> Case:
+        chosen, rejected = hand_worked(5, 3)
+        arguments = {"chosen": chosen, "rejected": rejected, "beta": beta}
+        return Case({"loss": lambda *pair: factor * loss(*pair).loss, **arguments}, words)
+
+    def dpo(beta: float) -> Loss:
+        return partial(losses.dpo, beta=beta)
+
+    return (
+        case(dpo(0.1), 0.1, "the library's DPO"),
+        case(dpo(0.7), 0.7, "the library's DPO with another beta"),
+        case(mean_dpo, BETA, "a loss with bug 1"),
+        case(dpo(1 / 0.3), 0.3, "a loss that divides by beta"),
+        case(dpo(1.0), 0.3, "a loss with beta outside the sigmoid", factor=0.3),
+        case(dpo(1.0), 0.3, "a loss that forgot beta"),
+        case(lambda chosen, rejected: losses.dpo(rejected, chosen, beta=0.3), 0.3, "a loss with bug 10"),
+    )
+
+
+def _named(
+    loss: Callable,
+    chosen: TokenStats,
+    rejected: TokenStats,
+    beta: float,
+    *,
+    value: bool = True,
+    sign: bool = True,
+    size: bool = True,
+    length: bool = True,
+    unit: float = 0.5,
+) -> int:
+    """The number of the bug; a flag that is off is something that the check does not look at."""
+    out = loss(chosen, rejected)
+    slope = torch.autograd.grad(out.sum(), chosen.logps)[0][chosen.mask] / (-beta * unit)  # ones, if all is well
+    one = torch.ones_like(slope)
+    if value and not math.isclose(out.item(), LOG2, rel_tol=1e-6):
+        return 8
+    if sign and bool((slope < 0).all()):
+        return 10
+    if not size or torch.allclose(slope, one):
+        return 0
+    return 1 if length and torch.allclose(slope * len(slope), one) else 8
+
+
+name_the_bug = Exercise(
+    name="name_the_bug",
+    title="A check that names the bug",
+    what="You get a <code>loss</code>, a function of two <code>TokenStats</code> that returns a (1,) tensor; a hand-worked pair "
+    "<code>chosen</code>, <code>rejected</code> at policy = reference (5 and 3 tokens; <code>logps</code> takes a gradient); and the "
+    "<code>beta</code> that the loss is meant to use. Return the number of its bug: 1 (mean for sum), 8 (beta divided by, put "
+    "outside the sigmoid, or left out), 10 (swapped), or 0 if it is DPO.",
+    why="One pair, one value and one gradient tell four faults apart before any GPU is paid for. Keep this function: it works on "
+    "any implementation you will ever meet.",
+    difficulty=4,
+    minutes=12,
+    hints=(
+        "Two measurements: the value of the loss (what is it where policy = reference?) and its slope in every chosen token's "
+        "<code>logps</code>.",
+        "<code>torch.autograd.grad(loss(chosen, rejected).sum(), chosen.logps)[0]</code> should be -beta/2 in all of its 5 entries. "
+        "Divide by that and look at what is left.",
+        "Value not log 2: 8. Slopes of the wrong sign: 10. All 1: 0. All 1/5: 1. Anything else: 8.",
+    ),
+    right=_named,
+    cases=_named_cases,
+    mistakes=(
+        Mistake(
+            "You look at the value alone. At policy = reference every margin is 0, so a mean, a wrong factor inside the sigmoid and "
+            "a swap all give log 2. It is the gradient that tells them apart.",
+            partial(_named, sign=False, size=False),
+        ),
+        Mistake(
+            "You look at the sign of the slopes alone. That finds the swap; the size tells the mean and the wrong beta.",
+            partial(_named, value=False, size=False),
+        ),
+        Mistake(
+            "You do not look at the value. With beta outside the sigmoid every slope at the start is right, and only the value, beta "
+            "log 2, gives it away.",
+            partial(_named, value=False),
+        ),
+        Mistake(
+            "You call a mean a wrong beta. Its slopes are -beta/2 divided by the length of the response: 5 here. A wrong beta knows "
+            "nothing of lengths.",
+            partial(_named, length=False),
+        ),
+        Mistake(
+            "You compare with beta; the slope of -log &sigma;(m) at m = 0 is -1/2, so every token's is -beta/2. Now the healthy loss is "
+            "accused.",
+            partial(_named, unit=1.0),
+        ),
+        Mistake(
+            "You compare sizes before signs (or sizes only), and call a swap a wrong beta.",
+            partial(_named, sign=False),
+        ),
+    ),
+    solution="break_it",
+)
+
+
+# ---- 5. exercise: an invariant
+
+
+def _per_label(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, T-1) log-ratio at every column; where the label is -100 it is token 0's."""
+    ids = labels[:, 1:].clamp_min(0)[..., None]
+    policy, ref = (z[:, :-1].log_softmax(-1).gather(-1, ids)[..., 0] for z in (logits, ref_logits))
+    return policy - ref
+
+
+def _padding_loss(reduce: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """DPO of (N, T) labels whose log-ratios are reduced by `reduce(log-ratios, mask)`: (N, T-1) twice -> (N,)."""
+
+    def loss_of(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
+        chosen, rejected = reduce(_per_label(logits, ref_logits, labels), labels[:, 1:] != IGNORE).chunk(2)
+        return -F.logsigmoid(0.5 * (chosen - rejected))
+
+    return loss_of
+
+
+def _padding_cases() -> tuple[Case, ...]:
+    def case(reduce: Callable, words: str, *, ends=(6, 5, 5, 4), repeat: int = 1, dtype=torch.float64) -> Case:
+        """`ends` of pair 0's and 1's chosen, then rejected responses, in a batch of 6 columns; prompts of 3."""
+        draw = torch.Generator().manual_seed(repeat)
+        ends = torch.tensor(ends).view(2, 2).repeat(1, repeat).flatten()  # (N,)
+        logits, ref_logits = (torch.randn(len(ends), 6, 7, generator=draw, dtype=dtype) for _ in range(2))
+        labels = torch.randint(1, 7, (len(ends), 6), generator=draw)
+        column = torch.arange(6)
+        labels = torch.where((column >= 3) & (column < ends[:, None]), labels, IGNORE)
+        arguments = {"loss_of": _padding_loss(reduce), "logits": logits, "ref_logits": ref_logits, "labels": labels}
+        return Case(arguments, words)
+
+    def kept(ratio: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, ratio, 0.0)
+
+    return (
+        case(lambda r, m: kept(r, m).sum(-1), "DPO as it should be, on responses of one token", ends=(4, 4, 4, 4)),
+        case(lambda r, m: kept(r, m.cumsum(1) > 0).sum(-1), "a loss that counts padding"),
+        case(lambda r, m: kept(r, m).mean(-1), "a loss that divides by the width of the batch"),
+        case(
+            lambda r, m: kept(r, m).mean(-1) * r.shape[-1],
+            "a right loss in float32, with its rounding",
+            repeat=8,
+            dtype=torch.float32,
+        ),
+        case(lambda r, m: r.sum(-1), "a loss that has no mask at all"),
+        case(lambda r, m: kept(r, F.pad(m[:, :-1], (1, 0))).sum(-1), "a loss whose mask is off by one"),
+    )
+
+
+def _invariant(
+    loss_of: Callable,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    fill: int = IGNORE,
+    left: bool = False,
+    close: Callable[[Tensor, Tensor], bool] = torch.allclose,
+) -> bool:
+    """Does appending three columns of padding leave every loss as it is? The keywords are ways to get it wrong."""
+    draw = torch.Generator().manual_seed(1)
+    shape = (len(logits), 3, logits.shape[-1])
+    policy, ref = (torch.randn(shape, generator=draw, dtype=logits.dtype) for _ in range(2))
+
+    def join(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([new, old] if left else [old, new], dim=1)
+
+    longer = join(labels, torch.full(shape[:2], fill))
+    after = loss_of(join(logits, policy), join(ref_logits, ref), longer)
+    return bool(close(loss_of(logits, ref_logits, labels), after))
+
+
+padding_invariant = Exercise(
+    name="padding_invariant",
+    title="An invariant: padding changes nothing",
+    what="Return True if appending columns of padding to a batch leaves every loss as it is, False if not. <code>loss_of(logits, "
+    "ref_logits, labels)</code> returns (B,) losses; <code>logits</code> and <code>ref_logits</code> are (N, T, V), <code>labels</code> "
+    "(N, T) with -100 wherever nothing is to be scored. Append at least two columns yourself; a model writes <i>something</i> there.",
+    why="How much padding a pair gets depends on its neighbours in the batch. A loss that notices gives another answer with another "
+    "batch size, and no curve will tell you why.",
+    difficulty=3,
+    minutes=10,
+    hints=(
+        "Compute the losses twice: as given, and with wider tensors. What must stand in the new columns of each of the three?",
+        "Labels: -100. Logits: anything, but something else for policy than for reference, so that a loss that counts padding has "
+        "something to count. Compare with room for rounding.",
+        "<code>torch.cat([logits, torch.randn(N, 3, V, dtype=logits.dtype)], dim=1)</code>, the same for the reference with another "
+        "draw, <code>F.pad(labels, (0, 3), value=-100)</code>, and <code>torch.allclose</code>.",
+    ),
+    right=_invariant,
+    cases=_padding_cases,
+    mistakes=(
+        Mistake(
+            "You call every loss guilty, the right one too. Are the new labels -100? Padded with 0 they are response tokens, and "
+            "every loss must change.",
+            partial(_invariant, fill=0),
+        ),
+        Mistake(
+            "You compare with ==. Longer sums round differently: in float32 a right loss moves in its seventh digit. Allow for it with "
+            "torch.allclose.",
+            partial(_invariant, close=torch.equal),
+        ),
+        Mistake(
+            "You padded on the left. A mask that starts at the first response token and never ends is not caught there: right padding "
+            "follows the response, so append it at the end.",
+            partial(_invariant, left=True),
+        ),
+        Mistake(
+            "One pair that did not change is not enough: True only if <i>every</i> loss stays. A pair that is shorter than the batch "
+            "had its padding before, and may not notice more of it.",
+            partial(_invariant, close=lambda before, after: bool(torch.isclose(before, after).any())),
+        ),
+        Mistake(
+            "The answer is the wrong way round: True means that nothing changed.",
+            lambda **arguments: not _invariant(**arguments),
+        ),
+        Mistake(
+            "You find every loss innocent. If you pass the same logits as policy and as reference, every log-ratio is 0 and every loss "
+            "log 2, padding or not. An invariant has to be tested where the models differ.",
+            lambda loss_of, logits, ref_logits, labels: True,
+        ),
+    ),
+    solution="break_it",
+)
+
+
+# ---- 6. exercises: name the bug from numbers, and from curves
+
+
+def lab_report() -> dict[int, float]:
+    """{columns of padding appended: loss of one pair} of a loss that has one of the bugs. Do not read on."""
+    draw = torch.Generator().manual_seed(3)
+    logits, ref_logits = (torch.randn(2, 13, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    ids = torch.randint(1, 6, (2, 8), generator=draw)
+    report = {}
+    for columns in (0, 1, 2, 5):
+        padded = F.pad(ids, (0, columns))  # (2, 8 + columns)
+        labels = F.pad(torch.where(torch.arange(8) < 3, IGNORE, ids), (0, columns), value=IGNORE)
+        batch = PairBatch(padded, F.pad(torch.ones_like(ids), (0, columns)), labels, torch.tensor([0]))
+        width = 8 + columns
+        tokens = masked_stats(logits[:, :width], batch, ref_logits[:, :width], mask=unshifted_mask)
+        report[columns] = losses.dpo(*stats.split(tokens), beta=BETA).loss.item()
+    return report
+
+
+def _number_mistakes(reasons: dict[int, str]) -> tuple[Mistake, ...]:
+    return tuple(Mistake(reason, lambda number=number: number) for number, reason in reasons.items())
+
+
+padding_report = Exercise(
+    name="padding_report",
+    title="Lab report",
+    what="The table above is all you get: one pair without any padding, then with more and more columns of it. Which bug is it? Answer "
+    "with its number in the list of suspects, or 0 if there is none.",
+    why="In life you see numbers like these, not the line that made them. Each suspect leaves a pattern; so does this one.",
+    difficulty=3,
+    minutes=5,
+    hints=(
+        "Which suspects can notice padding at all? The others are out.",
+        "The loss changes with the first column, and never again. What is there one of, however much padding follows?",
+        "A mask that is shifted by one scores the one position after the response's last token, as soon as there is such a position.",
+    ),
+    right=2,
+    mistakes=_number_mistakes(
+        {
+            0: "The loss of a pair moves when padding is appended to it. A healthy loss does not: something there is scored.",
+            1: "A mean over response tokens does not notice padding: neither its sum nor its count changes.",
+            3: "Close: padding is scored. But counted padding would go on changing the loss with every column that is added.",
+            4: "The prompt is the same however much padding follows, and in DPO it cancels between chosen and rejected anyway.",
+            5: "A reference that moves would change the loss from update to update. There was no update here.",
+            6: "Dropout would change the loss at every call; from one column to five it is the same to the last digit.",
+            7: "A missing stop-gradient changes no value, only a gradient. Here a value changes.",
+            8: "A wrong beta is wrong by the same factor in every batch; it does not notice padding.",
+            9: "softmax().log() gives the right values until it gives inf. These are finite, and they differ.",
+            10: "A swap flips the sign of the margin in every line of the table alike.",
+            11: "A wrong guide beta scales token weights; nothing of it depends on padding.",
+        }
+    ),
+    solution="break_it",
+)
+
+unknown_run = Exercise(
+    name="unknown_run",
+    title="The unknown run",
+    what="Look at the four dials above. Which of the suspects is it? It need not look as it did the first time. Answer with its number.",
+    why="A bug has more faces than one. What identifies it is which rule it breaks.",
+    difficulty=2,
+    minutes=4,
+    hints=(
+        "At which updates does the loss jump, and to which number exactly?",
+        "It jumps to log 2, both rewards to 0. Where does that hold? At policy = reference.",
+        "So the two are equal again after four updates and after eight, while the policy has been moving all the time. Who moved "
+        "after it?",
+    ),
+    right=5,
+    mistakes=_number_mistakes(
+        {
+            0: "A healthy loss leaves log 2 and does not come back while the batch stays the same.",
+            1: "A mean makes the rewards small, all the way. It does not set them back to 0.",
+            2: "A shifted mask scores other tokens, at every update the same ones. Nothing would jump.",
+            3: "Counted padding makes the loss fall faster, steadily. Nothing would jump.",
+            4: "In DPO a counted prompt cancels; the loss would be the healthy one.",
+            6: "Dropout makes every update a little noisy, and the rewards would not be exactly 0 at update 0.",
+            7: "This is DPO: there is no KL term to stop a gradient in.",
+            8: "A wrong beta changes the scale, from the first update on and for good.",
+            9: "softmax().log() ends in nan, and nothing comes back from there.",
+            10: "A swapped run has healthy-looking curves, without jumps.",
+            11: "There is no guide in this run.",
+        }
+    ),
+    solution="break_it",
+)
+
+
+# ---- 7. exercise: repair
+
+
+def _repair(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    beta: float,
+    *,
+    mask: bool = True,
+    total: bool = True,
+    logs: bool = True,
+    inside: bool = True,
+    frozen: bool = True,
+) -> Tensor:
+    """The broken loss of the notebook with the repairs that are switched on."""
+    keep = (labels[:, 1:] if mask else labels[:, :-1]) != IGNORE
+    ids = labels[:, 1:].clamp_min(0)[..., None]
+
+    def score(z: Tensor) -> Tensor:
+        log_probs = z[:, :-1].log_softmax(-1) if logs else z[:, :-1].softmax(-1).log()
+        return log_probs.gather(-1, ids)[..., 0]
+
+    ratio = torch.where(keep, score(logits) - score(ref_logits.detach() if frozen else ref_logits), 0.0).sum(-1)
+    chosen, rejected = (ratio if total else ratio / keep.sum(-1)).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected)) if inside else -beta * F.logsigmoid(chosen - rejected)
+
+
+def _repair_cases() -> tuple[Case, ...]:
+    draw = torch.Generator().manual_seed(6)
+    labels = torch.randint(1, 6, (4, 8), generator=draw)
+    for row, (start, end) in enumerate([(3, 8), (2, 4), (3, 6), (2, 8)]):
+        labels[row, :start] = labels[row, end:] = IGNORE
+    labels[0, 5] = IGNORE  # a hole: this token is not scored
+    both = {}
+    for name in ("logits", "ref_logits"):
+        both[name] = torch.randn(4, 8, 6, generator=draw, dtype=torch.float64).requires_grad_()
+    steep = {name: value.detach().float() for name, value in both.items()}
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    for value in steep.values():
+        value[rows[:1], columns[:1], labels[rows[:1], columns[:1] + 1]] -= 130.0
+    return (
+        Case({**both, "labels": labels, "beta": 0.3}),
+        Case({**steep, "labels": labels, "beta": 0.3}, "a token whose logit lies 130 below the largest"),
+    )
+
+
+repaired_loss = Exercise(
+    name="repaired_loss",
+    title="Five at once",
+    what="<code>broken_loss</code> above holds five of the eleven bugs. Write <code>repaired_loss</code>: DPO's loss of B pairs, shape "
+    "(B,), from <code>logits</code> and <code>ref_logits</code> (2B, T, V; chosen first) and <code>labels</code> (2B, T; -100 where "
+    "nothing is scored). No gradient may reach <code>ref_logits</code>.",
+    why="It is eight lines of a kind that has been published more than once. Its loss falls nicely.",
+    difficulty=3,
+    minutes=10,
+    hints=(
+        "Go through it with the list of suspects: mask, sum, logarithm, beta, reference.",
+        "Column t of the logits predicts token t+1: logits without their last column, labels <i>and mask</i> without their first.",
+        "<code>log_softmax</code>; <code>ref_logits.detach()</code>; <code>.sum(-1)</code> without a division; "
+        "<code>-F.logsigmoid(beta * (chosen - rejected))</code>.",
+    ),
+    right=_repair,
+    cases=_repair_cases,
+    mistakes=(
+        Mistake(
+            "All five are still there: this computes what the broken loss computes.",
+            partial(_repair, mask=False, total=False, logs=False, inside=False, frozen=False),
+        ),
+        Mistake(
+            "One is left: the mask is off by one. Its first column has to go, as the labels' has, not its last.",
+            partial(_repair, mask=False),
+        ),
+        Mistake(
+            "One is left: the mean. A response's log-ratio is the sum over its tokens.",
+            partial(_repair, total=False),
+        ),
+        Mistake(
+            "One is left: softmax().log(). Where a logit lies about 104 below the largest it is -inf, and -inf minus -inf is nan.",
+            partial(_repair, logs=False),
+        ),
+        Mistake(
+            "One is left: beta stands outside the logarithm of the sigmoid, where it only scales the loss.",
+            partial(_repair, inside=False),
+        ),
+        Mistake(
+            "One is left, and no value shows it: a gradient reaches the reference. Detach its logits (or compute them under "
+            "torch.no_grad()).",
+            partial(_repair, frozen=False),
+        ),
+        Mistake(
+            "Chosen and rejected are swapped now; the first half of the batch is chosen.",
+            lambda logits, ref_logits, labels, beta: _repair(
+                logits.roll(len(labels) // 2, 0),
+                ref_logits.roll(len(labels) // 2, 0),
+                labels.roll(len(labels) // 2, 0),
+                beta,
+            ),
+        ),
+    ),
+    solution="break_it",
+)
+
+
+quiz = Quiz(
+    (
+        Question(
+            "The reward of the chosen responses falls in training, that of the rejected ones falls faster. Is it broken?",
+            (
+                Option(
+                    "No. The loss sees the margin alone, and fresh samples of the reference lose on average KL(&pi;<sub>ref</sub> "
+                    "&Vert; &pi;) anyway.",
+                    True,
+                    "A policy that moved has taken probability from what the reference writes; both sides are samples of it. Look at "
+                    "the margin on held-out pairs, and at the KL it cost.",
+                ),
+                Option(
+                    "Yes: the chosen response must become more likely.",
+                    False,
+                    "Nothing in the loss asks for it. Only the difference of the two log-ratios enters.",
+                ),
+                Option(
+                    "Yes: the reference is not frozen.",
+                    False,
+                    "A reference that follows the policy keeps both rewards near 0. Here they move.",
+                ),
+            ),
+        ),
+        Question(
+            "Reported accuracy 100%, margin growing, loss near 0. Which of these bugs is ruled out?",
+            (
+                Option(
+                    "A reference that is the policy itself.",
+                    True,
+                    "It would hold every margin at exactly 0 and the loss at log 2.",
+                ),
+                Option(
+                    "Chosen and rejected swapped.",
+                    False,
+                    "The run learns the swapped preference, and reports on the swapped pairs: the curves are spotless.",
+                ),
+                Option(
+                    "A mask off by one.",
+                    False,
+                    "All but one token of every response are scored rightly; the curves hardly move.",
+                ),
+            ),
+        ),
+        Question(
+            "Counting the prompt's tokens leaves DPO's loss as it is. For which loss does it not?",
+            (
+                Option(
+                    "TDPO2: the stop-gradient treats the KL on the two copies of the prompt differently.",
+                    True,
+                    "In value the two KL sums cancel, but only the rejected copy gets a gradient, so one is left over that pushes the "
+                    "prompt's KL down. TGDPO with its different f on the two sides does not cancel either.",
+                ),
+                Option(
+                    "DPO with a smaller beta.",
+                    False,
+                    "Beta multiplies two equal numbers that are subtracted.",
+                ),
+                Option(
+                    "None: chosen and rejected share their prompt, so it always cancels.",
+                    False,
+                    "It cancels where both copies enter with the same weight and the same gradient. Not every objective does that.",
+                ),
+            ),
+        ),
+        Question(
+            "A check passes at policy = reference: loss log 2, and appending padding changes nothing. What do you know?",
+            (
+                Option(
+                    "Of the padding, nothing: there every log-ratio is 0, counted or not.",
+                    True,
+                    "An invariant has to be tested where the models differ. Use random logits, or a policy after a few updates.",
+                ),
+                Option(
+                    "Padding is not counted.",
+                    False,
+                    "A loss that counts padding adds zeros here. It passes as well.",
+                ),
+                Option(
+                    "The mask is right, but the mean may be wrong.",
+                    False,
+                    "Neither is known: where every log-ratio is 0 all masks and all averages give log 2.",
+                ),
+            ),
+        ),
+        Question(
+            "TGDPO gives you exactly DPO's curve. What do you look at first?",
+            (
+                Option(
+                    "f on a few tokens: alpha, and the beta inside r_hat against the one the guide was trained with.",
+                    True,
+                    "With f near 1 TGDPO is DPO. A guide beta that is too small by ten makes f - 1 too small by ten.",
+                ),
+                Option(
+                    "The learning rate.",
+                    False,
+                    "It would move both curves, not lay one on the other.",
+                ),
+                Option(
+                    "Whether the reference is frozen.",
+                    False,
+                    "A moving reference would not reproduce a healthy DPO run.",
+                ),
+            ),
+        ),
+    )
+)

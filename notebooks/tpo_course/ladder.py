@@ -1,0 +1,311 @@
+"""One update's loss and gradient in four ways, from all logits at once to none that stay, and what each of them takes.
+
+The functions of `STEPS` give the same LossOutput, with the same gradient, on the same `Scene`: read them from top to bottom.
+`breakdown` and `timed` measure seconds, `LiveVocabulary` counts tensors, `peak_bytes` measures memory in a process of its own
+(`python -m tpo_course.ladder` is that process).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tpo_lib import losses, stats
+from tpo_lib.config import TrainConfig
+from tpo_lib.fast import fused
+from tpo_lib.fast.fused import Reading
+from tpo_lib.models import ResponseReader, frozen_copy
+from tpo_lib.types import IGNORE, LossOutput, PairBatch, TokenStats
+
+PROMPT = 8  # tokens of every prompt of a scene
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A batch, the models that read it, and the objective.
+
+    Attributes:
+        policy: trained.
+        frozen: {"ref": model, "guide": model}, as far as the objective needs them.
+        batch: B pairs.
+        objective: (chosen, rejected) -> LossOutput, its hyperparameters filled in.
+        with_kl: the objective reads KL(ref || policy).
+    """
+
+    policy: ResponseReader
+    frozen: dict[str, ResponseReader]
+    batch: PairBatch
+    objective: Callable[[TokenStats, TokenStats], LossOutput]
+    with_kl: bool
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.batch.input_ids, "attention_mask": self.batch.attention_mask}
+
+
+def gpt2_scene(
+    objective: str, *, vocab: int, pairs: int, length: int, ragged: bool = True, layers: int = 4, hidden: int = 256
+) -> Scene:
+    """Random models in GPT-2's architecture and random pairs; ragged responses fill a quarter of the room to all of it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=length, n_embd=hidden, n_layer=layers, n_head=hidden // 32, **ends
+    )
+    entry = losses.OBJECTIVES[objective]
+    names = [name for name in ("ref", "guide") if f"{name}_logps" in entry.needs]
+    policy = GPT2LMHeadModel(config).eval()
+    frozen = {name: ResponseReader(frozen_copy(GPT2LMHeadModel(config))) for name in names}
+    room = length - PROMPT
+    counts = torch.randint(room // 4, room + 1, (2 * pairs, 1)) if ragged else torch.full((2 * pairs, 1), room)
+    counts[0] = room  # one response fills its row: T is what was asked for
+    ids = torch.randint(1, vocab, (2 * pairs, length))
+    ids[pairs:, :PROMPT] = ids[:pairs, :PROMPT]
+    place = torch.arange(length)
+    there = place < PROMPT + counts  # (N, T)
+    labels = torch.where(there & (place >= PROMPT), ids, IGNORE)
+    batch = PairBatch(torch.where(there, ids, 0), there.long(), labels, torch.arange(pairs))
+    settings = TrainConfig(loss_type=objective, guide_beta=0.1).hyperparameters()
+    return Scene(ResponseReader(policy), frozen, batch, partial(entry.fn, **settings), "kl" in entry.needs)
+
+
+# ---- the four steps
+
+
+def textbook(scene: Scene) -> LossOutput:
+    """All logits of all positions, as published code has it."""
+
+    def logits(name: str) -> Tensor:
+        reader = scene.policy if name == "policy" else scene.frozen[name]
+        return reader.model(**scene.inputs, use_cache=False).logits.float()[:, :-1].contiguous()  # (N, T-1, V)
+
+    return scene.objective(*stats.split(textbook_stats(scene, logits)))
+
+
+def textbook_stats(scene: Scene, logits: Callable[[str], Tensor]) -> TokenStats:
+    """`stats.token_stats` as published code has it: nothing is left out, and for the KL the logits of both models are kept.
+
+    Args:
+        logits: ("policy", "ref" or "guide") -> (N, T-1, V).
+    """
+    mask, targets = stats.response_mask(scene.batch.labels), scene.batch.labels[:, 1:].clamp_min(0)[..., None]
+
+    def at_targets(logps: Tensor) -> Tensor:
+        return torch.where(mask, logps.gather(-1, targets)[..., 0], 0.0)  # (N, T-1, V) -> (N, T-1)
+
+    if scene.with_kl:
+        z = logits("policy")
+        with torch.no_grad():
+            z_ref = logits("ref")
+            q, log_q = z_ref.softmax(-1), z_ref.log_softmax(-1)
+        logp = z.log_softmax(-1)
+        kl = torch.where(mask, (q * (log_q - logp)).sum(-1), 0.0)
+        return TokenStats(at_targets(logp), at_targets(log_q), mask, kl)
+    logps = at_targets(logits("policy").log_softmax(-1))
+    with torch.no_grad():
+        frozen = {name: at_targets(logits(name).log_softmax(-1)) for name in scene.frozen}
+    return TokenStats(logps, frozen.get("ref"), mask, None, frozen.get("guide"))
+
+
+def response_positions(scene: Scene) -> LossOutput:
+    """The head on response positions alone: (R, V) logits instead of (N, T, V)."""
+    policy, labels, frozen = _read(scene)
+    logits = {name: reading.logits() for name, reading in frozen.items()}
+    tokens = stats.token_stats(
+        policy.logits(), labels, logits.get("ref"), guide_logits=logits.get("guide"), with_kl=scene.with_kl
+    )
+    return scene.objective(*stats.split(tokens))
+
+
+def tiles_twice(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
+    """Tile by tile, nothing kept: backward makes every tile a second time."""
+    policy, labels, frozen = _read(scene)
+    tokens = fused.token_stats(
+        policy, labels, frozen.get("ref"), guide=frozen.get("guide"), with_kl=scene.with_kl, tile_bytes=tile_bytes
+    )
+    return scene.objective(*stats.split(tokens))
+
+
+def tiles_once(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
+    """Tile by tile, and the gradient made while a pair's tile is there: what `train.fit` does."""
+    policy, labels, frozen = _read(scene)
+    settings = {"guide": frozen.get("guide"), "with_kl": scene.with_kl, "tile_bytes": tile_bytes}
+    return fused.pair_loss(scene.objective, policy, labels, frozen.get("ref"), **settings)[0]
+
+
+STEPS = {
+    "textbook": textbook,
+    "response positions": response_positions,
+    "tiles, made twice": tiles_twice,
+    "tiles, made once": tiles_once,
+}
+
+
+def _read(scene: Scene) -> tuple[Reading, Tensor, dict[str, Reading]]:
+    labels = scene.batch.labels
+    with torch.no_grad():
+        frozen = {name: reader(**scene.inputs, labels=labels) for name, reader in scene.frozen.items()}
+    return scene.policy(**scene.inputs, labels=labels), labels, frozen
+
+
+# ---- what a step takes
+
+
+def timed(scene: Scene, steps: Mapping[str, Callable[[Scene], LossOutput]], repeats: int = 3) -> dict[str, float]:
+    """CPU seconds of each step with its backward: the best of some, taken in turns. What other programs take does not count."""
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(repeats):
+        for name, step in steps.items():
+            began = time.process_time()
+            step(scene).loss.mean().backward()
+            best[name] = min(best[name], time.process_time() - began)
+            scene.policy.zero_grad()
+    return best
+
+
+def breakdown(scene: Scene, repeats: int = 3) -> dict[str, float]:
+    """CPU seconds of the parts of the textbook step, cut at the policy's hidden states: the best of some, part by part."""
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, seconds in _parts(scene).items():
+            best[name] = min(best.get(name, float("inf")), seconds)
+        scene.policy.zero_grad()
+    return best
+
+
+def _parts(scene: Scene) -> dict[str, float]:
+    found: dict[str, float] = {}
+    last = time.process_time()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.process_time()
+        found[name], last = now - last, now
+
+    def body(reader: ResponseReader) -> Tensor:
+        return reader.model.base_model(**scene.inputs, use_cache=False)[0]  # (N, T, d)
+
+    states = body(scene.policy)
+    with torch.no_grad():
+        said = {name: body(reader) for name, reader in scene.frozen.items()}
+    lap("bodies, forward")
+    leaf = states.detach().requires_grad_()
+    z = scene.policy.head.logits(leaf)  # (N, T, V)
+    with torch.no_grad():
+        known = {name: scene.frozen[name].head.logits(h) for name, h in said.items()}
+    known["policy"] = z
+    lap("heads, forward")
+    tokens = textbook_stats(scene, lambda name: known[name][:, :-1].contiguous())
+    loss = scene.objective(*stats.split(tokens)).loss.mean()
+    lap("softmax, KL, loss")
+    (slope,) = torch.autograd.grad(loss, z)
+    lap("softmax, KL, backward")
+    z.backward(slope)
+    lap("head, backward")
+    states.backward(leaf.grad)
+    lap("body, backward")
+    return found
+
+
+class LiveVocabulary(TorchDispatchMode):
+    """Follows the bytes of all tensors with a vocabulary as last dimension that are alive.
+
+    Attributes:
+        timeline: bytes after every operation that ran inside the `with` block; a kernel's own scratch space is not seen.
+    """
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.timeline, self._live = vocab, [], {}
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        old = {x.untyped_storage()._cdata for x in given}  # a view, such as W^T, is nothing new
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self.vocab:
+                storage = x.untyped_storage()
+                if storage._cdata not in {*old, *self._live}:
+                    self._live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._live.pop, storage._cdata)
+        self.timeline.append(sum(self._live.values()))
+        return result
+
+
+def peak_bytes(cases: Sequence[Mapping]) -> list[int]:
+    """Peak resident memory of AdamW's update and a pass on top of its gradients, each case in a process of its own.
+
+    Args:
+        cases: {"step": key of STEPS, "scene": arguments of `gpt2_scene`, "tile_bytes": optional}.
+
+    Returns:
+        For each case the bytes over what the process took before the models were made.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it wrote.
+    """
+    tuned = {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # freed is given back
+    done = subprocess.run(
+        [sys.executable, "-m", "tpo_course.ladder"],
+        input=json.dumps(list(cases)), capture_output=True, text=True, env=os.environ | tuned, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"measuring {len(cases)} steps failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(case: Mapping) -> int:
+    """Run in a forked child, whose high-water mark begins at what it shares with its parent."""
+    _update({**case, "scene": {**case["scene"], "vocab": 50, "length": 16, "pairs": 1, "layers": 1, "hidden": 32}})
+    before = _high_water()  # the libraries have been loaded, and the models above were small
+    _update(case)
+    return _high_water() - before
+
+
+def _update(case: Mapping) -> None:
+    scene = gpt2_scene(**case["scene"])
+    step = STEPS[case["step"]]
+    step = partial(step, tile_bytes=case["tile_bytes"]) if "tile_bytes" in case else step
+    optimizer = torch.optim.AdamW(scene.policy.parameters(), lr=1e-5)
+    for passes in (
+        1,
+        2,
+    ):  # from the second update on the optimizer has its state, from the second pass on there are gradients
+        for _ in range(passes):
+            step(scene).loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _high_water() -> int:
+    """Peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    from transformers import GPT2LMHeadModel  # noqa: F401  once, so that the children need not
+
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(_measure, json.load(sys.stdin), chunksize=1)))

@@ -1,0 +1,112 @@
+"""What two policies write after the same prompt, side by side, scored."""
+
+from __future__ import annotations
+
+import html
+
+import ipywidgets as w
+
+from tpo_course.widgets.parts import bundle, one_line
+from tpo_lib.pairing import score_samples
+from tpo_lib.runs.lab import Laboratory
+from tpo_lib.sampling import generate
+
+START = "start"
+SAMPLES = 4
+
+
+def before_after(lab: Laboratory) -> BeforeAfter:
+    """Sample from any two of a laboratory's runs, or from the start, with the same random numbers."""
+    return BeforeAfter(lab)
+
+
+class BeforeAfter:
+    """What `before_after` returns.
+
+    Attributes:
+        left, right: names of the runs; prompt: choose one, or type; seed: another one is another sample.
+        sample_button, refresh_button: draw; read the list of runs again.
+        page: the samples and their mean scores.
+    """
+
+    def __init__(self, lab: Laboratory) -> None:
+        self.lab = lab
+        wide = {"style": {"description_width": "70px"}, "layout": w.Layout(width="400px")}
+        self.left, self.right = w.Dropdown(description="left", **wide), w.Dropdown(description="right", **wide)
+        self.prompt = w.Combobox(
+            value=lab.stage.held_out_prompts[0],
+            options=list(dict.fromkeys(lab.stage.held_out_prompts)),
+            description="prompt",
+            placeholder="type the beginning of a review, or choose one",
+            ensure_option=False,
+            **wide,
+        )
+        self.seed = w.IntSlider(0, min=0, max=99, description="seed", continuous_update=False, **wide)
+        self.sample_button = w.Button(description="Sample", icon="random", button_style="primary")
+        self.refresh_button = w.Button(description="Reread runs", icon="refresh")
+        self.page = w.HTML(layout=w.Layout(min_height="430px"))
+        self.box = w.VBox(
+            [
+                w.HBox([self.left, self.right], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([self.prompt, self.seed], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([self.sample_button, self.refresh_button]),
+                self.page,
+            ]
+        )
+        self.sample_button.on_click(lambda _: self._sample())
+        self.refresh_button.on_click(lambda _: self._reread())
+        self._reread()
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to compare samples.", page=self.page.value)
+
+    def _reread(self) -> None:
+        names = [START, *self.lab.runs]
+        for control, fallback in ((self.left, names[0]), (self.right, names[-1])):
+            before = control.value
+            control.options = names
+            control.value = before if before in names and before != START else fallback
+        self._sample()
+
+    def _sample(self) -> None:
+        prompt = self.prompt.value
+        if not prompt.strip():
+            self.page.value = "The prompt is empty: type the beginning of a review."
+            return
+        self.sample_button.disabled = True
+        try:
+            columns = [self._column(name, prompt) for name in (self.left.value, self.right.value)]
+        finally:
+            self.sample_button.disabled = False
+        said = (
+            f"Seed {self.seed.value}: {SAMPLES} samples of at most {self.lab.stage.config.max_new_tokens} tokens each."
+        )
+        self.page.value = (
+            f'<div style="max-width:912px;line-height:1.5">{said}'
+            f'<div style="display:flex;gap:24px">{"".join(columns)}</div></div>'
+        )
+
+    def _column(self, name: str, prompt: str) -> str:
+        stage = self.lab.stage
+        policy = stage.start if name not in self.lab.runs else self.lab.runs[name].policy
+        drawn = generate(
+            policy,
+            stage.tokenizer,
+            [prompt],
+            samples_per_prompt=SAMPLES,
+            max_new_tokens=stage.config.max_new_tokens,
+            seed=self.seed.value,
+        )[0]
+        scorers = {"reward": stage.reward, "judge": stage.judge}
+        scores = {
+            kind: score_samples(scorer, stage.tokenizer, [prompt], [drawn])[0]
+            for kind, scorer in scorers.items()
+            if scorer is not None
+        }
+        means = ", ".join(f"{kind} {float(values.mean()):.2f}" for kind, values in scores.items())
+        rows = "".join(
+            f"<p><small>{', '.join(f'{kind} {float(values[i]):.2f}' for kind, values in scores.items())}</small><br>"
+            f"<b>{html.escape(prompt)}</b>{' ' + one_line(text)}</p>"
+            for i, text in enumerate(completion.text for completion in drawn)
+        )
+        return f'<div style="flex:1"><b>{html.escape(name)}</b>: mean {means}{rows}</div>'

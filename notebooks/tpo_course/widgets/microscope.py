@@ -1,0 +1,207 @@
+"""One pair under several objectives, token by token: what the policy does, and how hard the objective pushes."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import ipywidgets as w
+import torch
+
+from tpo_course.coefficients import coefficients
+from tpo_course.widgets.parts import bundle
+from tpo_lib.evaluate import pair_stats
+from tpo_lib.losses import F_FLOOR, OBJECTIVES
+from tpo_lib.runs import plots
+from tpo_lib.runs.stage import Stage
+from tpo_lib.stats import split
+
+QUANTITIES = {  # name: (what it is, unit)
+    "log-ratio": ("log π_θ − log π_ref of the token", "nats"),
+    "KL": ("KL(π_ref ‖ π_θ) at the token", "nats"),
+    "weight f": ("TGDPO's weight of the token", ""),
+    "coefficient": ("d loss / d log π_θ: negative is pushed up", ""),
+    "KL coefficient": ("d loss / d KL: negative is pushed up", ""),
+}
+LINE = 110  # characters that surely fit beside a label
+POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
+
+
+def token_microscope(
+    stage: Stage, policies: Mapping[str, torch.nn.Module], *, guide=None, guide_beta: float = 0.1, gamma: float = 0.5
+) -> TokenMicroscope:
+    """Look at held-out pairs token by token.
+
+    Args:
+        stage: pairs, tokenizer, reference and the reward; the token credit of an additive one is shown as the truth.
+        policies: {objective: a policy}, one row each; several may be the same model.
+        guide, guide_beta: TGDPO's; needed if there is a row for it.
+        gamma: SimPO's margin.
+
+    Raises:
+        ValueError: an objective is unknown, or TGDPO's row has no guide.
+    """
+    unknown = [name for name in policies if name not in OBJECTIVES]
+    if unknown or not policies:
+        raise ValueError(
+            f"policies {unknown or dict(policies)}: name each by an objective, one of {', '.join(OBJECTIVES)}"
+        )
+    if "tgdpo" in policies and guide is None:
+        raise ValueError("the row tgdpo needs guide=, the frozen DPO model that its weights come from")
+    return TokenMicroscope(stage, policies, guide, {"guide_beta": guide_beta, "gamma": gamma, "shaping": "linear"})
+
+
+class TokenMicroscope:
+    """What `token_microscope` returns.
+
+    Attributes:
+        pair, quantity, beta, alpha, token: the controls.
+        page: the coloured tokens; facts: margins as text; numbers: the numbers of the token chosen, as text.
+    """
+
+    def __init__(self, stage: Stage, policies, guide, fixed: dict) -> None:
+        self.stage, self.policies, self.guide, self.fixed = stage, dict(policies), guide, fixed
+        self._stats: dict = {}
+        self._busy = False
+        wide = {"style": {"description_width": "80px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
+        self.pair = w.IntSlider(0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", **wide)
+        self.quantity = w.Dropdown(
+            options=list(QUANTITIES), description="colour by", style=wide["style"], layout=wide["layout"]
+        )
+        self.beta = w.FloatLogSlider(0.1, min=-2, max=1, step=0.1, description="beta", readout_format=".2g", **wide)
+        self.alpha = w.FloatSlider(0.5, min=0, max=2, step=0.1, description="alpha", **wide)
+        self.token = w.IntSlider(0, min=0, max=1, description="token", **wide)
+        self.page = w.HTML(layout=w.Layout(min_height=self._tallest()))
+        self.facts = w.HTML(layout=w.Layout(min_height="48px"))
+        self.numbers = w.HTML(layout=w.Layout(min_height=f"{24 * (len(self.policies) + 1)}px"))
+        self.box = w.VBox(
+            [
+                w.HBox([self.pair, self.quantity], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([self.beta, self.alpha], layout=w.Layout(flex_flow="row wrap")),
+                self.page,
+                self.facts,
+                self.token,
+                self.numbers,
+            ]
+        )
+        for control in (self.pair, self.quantity, self.beta, self.alpha):
+            control.observe(lambda _: self._draw(), "value")
+        self.token.observe(lambda _: self._show_page(), "value")
+        self._draw()
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, "Run this cell to use the microscope.", page=self.page.value)
+
+    def _tallest(self) -> str:
+        """Room for the longest pair, so that the page does not jump from one pair to the next."""
+        decode = self.stage.tokenizer.decode
+        sides = [(decode(pair.chosen_ids), decode(pair.rejected_ids)) for pair in self.stage.held_out_pairs]
+        lines = max(sum(-(-len(text) // LINE) for text in texts) for texts in sides)
+        return f"{140 + 26 * lines * (len(self.policies) + 1)}px"
+
+    def _values(self) -> dict[str, dict[str, torch.Tensor | None]]:
+        """{objective: {quantity: (T_w + T_l,) over chosen then rejected tokens}}."""
+        pair, found = self.stage.held_out_pairs[self.pair.value], {}
+        self._margins = {}
+        for name, policy in self.policies.items():
+            key = (self.pair.value, name)
+            if key not in self._stats:
+                guide = self.guide if "guide_logps" in OBJECTIVES[name].needs else None
+                pad = self.stage.tokenizer.pad_token_id
+                self._stats[key] = pair_stats(policy, self.stage.start, [pair], pad, guide=guide)
+            chosen, rejected = split(self._stats[key])
+            given = {"beta": self.beta.value, "alpha": self.alpha.value, "floor": F_FLOOR, **self.fixed}
+            hyper = OBJECTIVES[name].settings(given)
+            pushed = coefficients(name, chosen, rejected, **hyper)
+            self._margins[name] = (pushed.margin.item(), pushed.output.loss.item())
+
+            def both(left, right, chosen=chosen, rejected=rejected):
+                return None if left is None else torch.cat([left[chosen.mask], right[rejected.mask]])
+
+            found[name] = {
+                "log-ratio": both(chosen.logps - chosen.ref_logps, rejected.logps - rejected.ref_logps),
+                "KL": both(chosen.kl, rejected.kl),
+                "weight f": both(pushed.chosen.weights, pushed.rejected.weights),
+                "coefficient": both(pushed.chosen.logps, pushed.rejected.logps),
+                "KL coefficient": both(pushed.chosen.kl, pushed.rejected.kl),
+            }
+        return found
+
+    def _draw(self) -> None:
+        pair = self.stage.held_out_pairs[self.pair.value]
+        self._ids = pair.chosen_ids + pair.rejected_ids
+        self._cut = len(pair.chosen_ids)
+        self._pieces = [self.stage.tokenizer.decode([i]) for i in self._ids]
+        self._found = self._values()
+        credit = getattr(self.stage.reward, "token_credit", None)
+        sides = (pair.chosen_ids, pair.rejected_ids)
+        self._credit = credit and torch.cat([credit(torch.tensor(ids)) for ids in sides])
+        self.facts.value = (
+            '<div style="line-height:1.5;max-width:912px">'
+            f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; "
+            + "; ".join(
+                f"{plots.style_of(name).label}: margin {margin:.3f}, loss {loss:.3f} nats"
+                for name, (margin, loss) in self._margins.items()
+            )
+            + ".</div>"
+        )
+        self._busy = True  # a shorter pair moves the token, which shows the page
+        self.token.max = len(self._ids) - 1
+        self._busy = False
+        self._show_page()
+
+    def _show_page(self) -> None:
+        if self._busy:
+            return
+        pair = self.stage.held_out_pairs[self.pair.value]
+        words, unit = QUANTITIES[self.quantity.value]
+        rows = {plots.style_of(name).label: values[self.quantity.value] for name, values in self._found.items()}
+        largest = max((float(v.abs().max()) for v in rows.values() if v is not None), default=0.0)
+        prompt = self.stage.tokenizer.decode(pair.prompt_ids, skip_special_tokens=True)
+        parts = [f"<p style='margin:0'><b>prompt</b> {html.escape(prompt)} …</p>"]
+        for side, where in (("chosen", slice(0, self._cut)), ("rejected", slice(self._cut, None))):
+            parts.append(f"<p style='margin:6px 0 0'><b>{side}</b></p>")
+            if self._credit is not None:
+                parts.append(self._row("true credit", self._credit, float(self._credit.abs().max()), where))
+            parts += [self._row(label, values, largest, where) for label, values in rows.items()]
+        credit = "this reward does not tell what each token is worth"
+        if self._credit is not None:
+            credit = f"true credit of the reward: full colour = {float(self._credit.abs().max()):.3g} nats of log-odds"
+        legend = (
+            f"Colour: {words}, full colour = {largest:.3g} {unit}; {credit}. Blue with a solid line is positive, orange with a "
+            "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
+        )
+        legend = f"<p style='margin:6px 0'><small>{legend}</small></p>"
+        self.page.value = f'<div style="line-height:1.5;max-width:912px">{"".join(parts)}{legend}</div>'
+        self.numbers.value = f'<div style="line-height:1.5">{self._text(self.token.value, "<br>")}</div>'
+
+    def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice) -> str:
+        head = f'<span style="display:inline-block;width:7.5em;text-indent:0"><small>{label}</small></span>'
+        if values is None:
+            return f'<div style="line-height:2">{head}<i>this objective has none</i></div>'
+        spans = [
+            _span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"), framed=i == self.token.value)
+            for i in range(*where.indices(len(self._pieces)))
+        ]
+        return f'<div style="line-height:2;padding-left:7.5em;text-indent:-7.5em">{head}{"".join(spans)}</div>'
+
+    def _text(self, index: int, separator: str) -> str:
+        side, place = ("chosen", index) if index < self._cut else ("rejected", index - self._cut)
+        credit = "" if self._credit is None else f": true credit {float(self._credit[index]):+.3f}"
+        lines = [f"{side} token {place}, {self._pieces[index]!r}{credit}"]
+        for name, values in self._found.items():
+            numbers = [f"{key} {float(v[index]):+.3g}" for key, v in values.items() if v is not None]
+            lines.append(f"{plots.style_of(name).label}: {', '.join(numbers)}")
+        return separator.join(html.escape(line, quote=True) for line in lines)
+
+
+def _span(piece: str, value: float, largest: float, title: str, *, framed: bool) -> str:
+    share = min(1.0, abs(value) / largest) if largest else 0.0
+    red, green, blue = POSITIVE if value >= 0 else NEGATIVE
+    line = "solid" if value >= 0 else "dashed"
+    frame = "outline:2px solid black;" if framed else ""
+    return (
+        f'<span title="{title}" style="background:rgba({red},{green},{blue},{0.55 * share:.2f});'
+        f"border-bottom:2px {line} rgba({red},{green},{blue},{share:.2f});"
+        f'{frame}white-space:pre-wrap">{html.escape(piece).replace(chr(10), "⏎")}</span>'
+    )

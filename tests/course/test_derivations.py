@@ -1,0 +1,372 @@
+"""Every step of every derivation holds in 50 random worlds, and every step can fail."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tpo_course import derivations
+from tpo_course.derivations import DERIVATIONS, TOLERANCE, Hyper, Step, derive_table, equation_map, verify
+from tpo_course.world import TokenWorld
+
+STEPS = {f"{name}.{step.key}": step for name, derivation in DERIVATIONS.items() for step in derivation.steps}
+SYMBOLIC = {name: step for name, step in STEPS.items() if step.symbolic is not None}
+
+
+def random_world(number: int) -> tuple[TokenWorld, dict[str, float]]:
+    """World `number` of 50, every shape, discount and hyperparameter in turn."""
+    vocab, horizon = [(2, 1), (3, 2), (4, 2), (3, 3), (2, 4), (4, 3), (5, 2)][number % 7]
+    world = TokenWorld(
+        vocab,
+        horizon,
+        seed=100 + number,
+        gamma=[1.0, 0.9, 1.0, 0.5][number % 4],
+        eos=number % 3 != 0,
+        num_prompts=1 + number % 3,
+        temperature=[1.0, 0.5, 2.0][number % 3],
+        reward_scale=[1.0, 0.3, 2.0][number // 3 % 3],
+    )
+    hyper = {
+        "beta": [0.1, 0.5, 1.0, 3.0][number // 4 % 4],
+        "alpha": [0.5, 0.1, 1.0, 0.0][number // 2 % 4],
+        "guide_beta": [1.0, 0.3][number % 2],
+        "margin": [0.5, 0.0, 1.5][number % 3],
+    }
+    return world, hyper
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_every_step_holds(number):
+    world, hyper = random_world(number)
+    undiscounted = world.with_gamma(1.0)
+    for name, step in STEPS.items():
+        residual = step.residual(undiscounted if step.gamma_one else world, **hyper)
+        assert residual <= TOLERANCE, f"{name}: {residual:.1e} at {hyper}"
+
+
+# One wrong sign or term per step: (text in the source of step.sides, what stands there instead).
+BREAKS = {
+    "preferences.bradley_terry": ("chosen / (chosen + rejected)", "rejected / (chosen + rejected)"),
+    "preferences.log_odds": ("r[:, :, None] - r[:, None, :]", "r[:, :, None] + r[:, None, :]"),
+    "preferences.cross_entropy": ("F.logsigmoid(-d)", "F.logsigmoid(d)"),
+    "preferences.likelihood_gradient": ("-torch.zeros_like", "torch.zeros_like"),
+    "preferences.maximum_likelihood": ("truth - truth[0]", "truth + truth[0]"),
+    "preferences.shift": ("f[w.responses.prompt]", "f[w.responses.tokens[:, 0] % len(f)]"),
+    "preferences.canonical": ("r - (ref", "r + (ref"),
+    "dpo.chain_rule": ("- h.beta *", "+ h.beta *"),
+    "dpo.objective_gap": ("- h.beta * divergence", "+ h.beta * divergence"),
+    "dpo.optimum_value": ("/ h.beta).exp()", "* h.beta).exp()"),
+    "dpo.no_policy_is_better": ("w.expected(h.beta", "w.expected(-h.beta"),
+    "dpo.reparametrisation": ("+ h.beta * gibbs", "- h.beta * gibbs"),
+    "dpo.z_cancels": ("u[w.pairs.chosen] - u", "u[w.pairs.chosen] + u"),
+    "dpo.loss": ("-F.logsigmoid(margin)", "-F.logsigmoid(-margin)"),
+    "dpo.loss_minimum": ("optimum(w, h.beta)", "optimum(w, 2 * h.beta)"),
+    "dpo.gradient": ("-h.beta * tools.gap", "h.beta * tools.gap"),
+    "dpo.one_coefficient": (", h.beta * wrong", ", -h.beta * wrong"),
+    "dpo.beta_at_the_optimum": (", -variance", ", variance"),
+    "dpo.beta_in_the_first_step": ("-h.beta / 2", "-h.beta"),
+    "token_mdp.returns_by_token": ("w.values(pi)", "w.values(w.ref_logps)"),
+    "token_mdp.bellman": ("chance * reward", "reward"),
+    "token_mdp.action_values": ("chance / here * reward", "chance * reward"),
+    "token_mdp.telescope": ("w.returns - values", "w.returns + values"),
+    "token_mdp.performance_difference": ("w.visits(new)", "w.visits(old)"),
+    "token_mdp.soft_bellman": ("(reward / h.beta)", "(-reward / h.beta)"),
+    "token_mdp.soft_value_is_attained": ("- h.beta * (star", "+ h.beta * (star"),
+    "token_mdp.soft_performance_difference": ("w.kl(pi, star)", "w.kl(star, pi)"),
+    "token_mdp.same_optimum": ("soft.q - soft.v", "soft.q + soft.v"),
+    "token_mdp.token_reward_up_to_shaping": ("- soft.v[:, None]", "+ soft.v[:, None]"),
+    "token_mdp.reward_from_tokens": ("+ h.beta * w.along", "- h.beta * w.along"),
+    "token_mdp.dpo_agrees": ("w.soft_optimum(h.beta)", "w.soft_optimum(2 * h.beta)"),
+    "tdpo.policy_improvement": ("pi + old.a", "pi - old.a"),
+    "tdpo.state_objective": ("log_z - values.v", "log_z + values.v"),
+    "tdpo.closed_form": ("(advantage / h.beta)", "(-advantage / h.beta)"),
+    "tdpo.regret_preference": ("w.values(pi).a", "w.values(pi).q"),
+    "tdpo.value_and_partition": ("w.kl(w.ref_logps, star)", "w.kl(star, w.ref_logps)"),
+    "tdpo.advantage_from_policy": ("+ h.beta * w.kl", "- h.beta * w.kl"),
+    "tdpo.reward_from_policy": ("+ h.beta * seq_kl", "- h.beta * seq_kl"),
+    "tdpo.preference": ("u - delta", "u + delta"),
+    "tdpo.tdpo1_loss": ("u - delta", "u + delta"),
+    "tdpo.tdpo1_minimum": ("w.one_step_optimum(h.beta)", "w.soft_optimum(h.beta)[1]"),
+    "tdpo.margin_is_linear": ("- entropy)", "+ entropy)"),
+    "tdpo.tdpo1_gradient": ("tools.score(w, w.ref_logps", "tools.score(w, pi"),
+    "tdpo.rewards_kl_of_chosen": ("[-h.beta * wrong", "[h.beta * wrong"),
+    "tdpo.stop_gradient": ("chosen_kl = tools", "chosen_kl = -tools"),
+    "tdpo.tdpo2_loss": ("u - h.alpha", "u + h.alpha"),
+    "tdpo.tdpo2_gradient": ("-h.alpha * pull", "h.alpha * pull"),
+    "tdpo.one_step_is_not_optimal": ("w.kl(one, star)", "w.kl(star, one)"),
+    "tgdpo.by_timestep": ("w.visits(pi)", "w.visits(w.ref_logps)"),
+    "tgdpo.upper_bound": ("token_maxima(w, h.beta).sum()", "token_maxima(w, h.beta)[0]"),
+    "tgdpo.relaxed_optimum": ("log_z - h.beta", "log_z + h.beta"),
+    "tgdpo.relaxation_error": ("w.visits(star) - data", "w.visits(star) + data"),
+    "tgdpo.guided_objective": ("log_z - w.kl", "log_z + w.kl"),
+    "tgdpo.guided_reward": ("+ h.beta * f * log_z", "- h.beta * f * log_z"),
+    "tgdpo.f_must_be_positive": ("1 - log_star", "1 + log_star"),
+    "tgdpo.guided_preference": ("phi + delta)", "phi - delta)"),
+    "tgdpo.one_pair": ("= 1.0, -1.0", "= 1.0, 1.0"),
+    "tgdpo.two_pairs": ("(0.5 * e + (", "(-0.5 * e + ("),
+    "tgdpo.delta_keeps_the_optimum": ("w, z, h, keep_delta=True", "w, z, h, keep_delta=False"),
+    "tgdpo.loss": ("1 - h.alpha * r_hat", "1 + h.alpha * r_hat / 2"),
+    "tgdpo.gradient": ("-pull)[:, None] * f_l", "pull)[:, None] * f_l"),
+    "tgdpo.four_behaviours": ("exp(-signal[r])", "exp(signal[r])"),
+    "tgdpo.floor": ("-signal[w.pairs.rejected]", "signal[w.pairs.rejected]"),
+    "one_form.one_form": ("common_form(w, name, pi, h)", "common_form(w, 'dpo', pi, h)"),
+    "one_form.at_the_reference": ("2.0", "3.0"),
+    "one_form.alpha_zero": ("alpha=0.0", "alpha=0.5"),
+    "one_form.alpha_one": ("alpha=1.0", "alpha=0.5"),
+    "one_form.simpo_loss": ("margin - h.margin", "margin + h.margin"),
+    "one_form.simpo_is_dpo": ("beta=h.beta / n", "beta=h.beta * n"),
+    "one_form.simpo_gradient": ("h.margin - margin", "h.margin + margin"),
+    "one_form.policy_gradient": ("chance * discount * advantage", "-chance * discount * advantage"),
+    "one_form.ppo_surrogate": ("w.visits(old)", "w.visits(w.ref_logps)"),
+    "one_form.same_fixed_point": ("w.soft_optimum(h.beta)", "w.soft_optimum(2 * h.beta)"),
+}
+SYMBOLIC_BREAKS = {
+    "preferences.bradley_terry": ("-(a - b)", "(a - b)"),
+    "preferences.shift": ("b: b + f", "b: b - f"),
+    "dpo.z_cancels": ("beta * sp.log(z)", "beta * sp.log(z * pi)"),
+    "dpo.gradient": ("sigma(-beta * m)", "sigma(beta * m)"),
+    "token_mdp.soft_bellman": ("q1 / beta) /", "-q1 / beta) /"),
+    "tdpo.margin_is_linear": ("- entropy)", "+ entropy)"),
+    "tdpo.rewards_kl_of_chosen": ("+ beta / (1", "- beta / (1"),
+    "one_form.simpo_is_dpo": ("beta / n * ((w", "beta * ((w"),
+}
+
+
+def broken(function, old: str, new: str):
+    """The function with one piece of its source replaced."""
+    source = inspect.getsource(function)
+    assert source.count(old) == 1, f"{function.__name__}: {old!r} occurs {source.count(old)} times"
+    space = dict(vars(sys.modules[function.__module__]))
+    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "<broken>", "exec"), space)
+    return space[function.__name__]
+
+
+def test_every_step_has_one_breaking():
+    assert set(BREAKS) == set(STEPS)
+    assert set(SYMBOLIC_BREAKS) == set(SYMBOLIC)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_step_fails_when_broken(name):
+    step = STEPS[name]
+    world = TokenWorld(4, 3, seed=3, num_prompts=2, gamma=1.0 if step.gamma_one else 0.9)
+    wrong = Step(step.title, step.latex, step.words, broken(step.sides, *BREAKS[name]), relation=step.relation)
+    assert step.residual(world) <= TOLERANCE
+    assert wrong.residual(world) > 1e-3
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_checks(name):
+    assert STEPS[name].symbolic() == 0
+    assert broken(STEPS[name].symbolic, *SYMBOLIC_BREAKS[name])() != 0
+
+
+def test_steps_that_need_no_discount_say_so():
+    world = TokenWorld(3, 2, seed=0, gamma=0.9)
+    with pytest.raises(ValueError, match=r"preference holds at gamma = 1 only, this world has 0.9"):
+        STEPS["tdpo.preference"].residual(world)
+    with pytest.raises(ValueError, match="with_gamma"):
+        STEPS["tdpo.preference"].measure(world)
+
+
+def test_gamma_one_is_claimed_only_where_it_is_needed():
+    """Where a step says that it needs gamma = 1, its sides really differ in a world that discounts (or the bound is unproven)."""
+    world, hyper = TokenWorld(4, 3, seed=1, num_prompts=2, gamma=0.5), Hyper()
+    for name, step in STEPS.items():
+        if step.gamma_one and name not in {"tgdpo.upper_bound"}:
+            left, right = step.sides(world, hyper)
+            assert (left - right).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("bad", [{"beta": 0.0}, {"guide_beta": -1.0}, {"alpha": -0.1}, {"margin": -1.0}])
+def test_hyperparameters_are_checked(bad):
+    with pytest.raises(ValueError, match="must be above 0"):
+        STEPS["dpo.loss"].residual(TokenWorld(3, 2, seed=0), **bad)
+
+
+def test_residual_refuses_sides_of_two_shapes():
+    step = Step("t", "x", "w", lambda w, h: (torch.zeros(2), torch.zeros(1)))
+    with pytest.raises(ValueError, match="shape"):
+        step.residual(TokenWorld(2, 1, seed=0))
+
+
+# The numbers that tell where a claim ends.
+
+
+@pytest.fixture(scope="module")
+def world():
+    return TokenWorld(4, 3, seed=0, num_prompts=2)
+
+
+def test_beta_acts_both_ways(world):
+    at_the_end = list(STEPS["dpo.beta_at_the_optimum"].measure(world).values())
+    assert at_the_end == sorted(at_the_end, reverse=True)
+    at_the_start = list(STEPS["dpo.beta_in_the_first_step"].measure(world).values())
+    assert at_the_start == sorted(at_the_start)
+
+
+def test_discount_breaks_the_loss_forms(world):
+    for name in ("token_mdp.dpo_agrees", "tdpo.preference"):
+        one, some, much = STEPS[name].measure(world).values()
+        assert abs(one) < 1e-9
+        assert 1e-4 < some < much
+
+
+def test_one_step_policy_lies_between(world):
+    found = STEPS["tdpo.one_step_is_not_optimal"].measure(world)
+    for beta in ("0.1", "0.5", "1"):
+        one, best = found[f"J(one-step pi*) at beta={beta}"], found[f"J(optimum) at beta={beta}"]
+        assert found["J(pi_ref)"] < one < best - 1e-3
+
+
+def test_tdpo2_does_not_rest_at_the_one_step_policy(world):
+    first, half, full = STEPS["tdpo.tdpo1_minimum"].measure(world).values()
+    assert first < 1e-12
+    assert min(half, full) > 1e-3
+
+
+def test_tdpo2_holds_the_chosen_kl_below_tdpo1(world):
+    found = STEPS["tdpo.rewards_kl_of_chosen"].measure(world)
+    assert (
+        found["SeqKL of the chosen after 100 steps of tdpo2"]
+        < found["SeqKL of the chosen after 100 steps of tdpo1"] / 2
+    )
+
+
+def test_relaxation_and_slack_are_real(world):
+    slack = STEPS["tgdpo.upper_bound"].measure(world)
+    assert all(value > 0.1 for name, value in slack.items() if name.startswith("slack"))
+    cost = STEPS["tgdpo.relaxation_error"].measure(world)
+    lost = [value for name, value in cost.items() if name.startswith("lost")]
+    assert all(value > 0 for value in lost)
+    moved = [value for name, value in cost.items() if name.startswith("largest distance")]
+    assert moved == sorted(moved, reverse=True)  # in beta
+
+
+def test_two_pairs_counterexample(world):
+    without, with_delta = STEPS["tgdpo.two_pairs"].measure(world).values()
+    assert without == pytest.approx(0.693, abs=5e-4)
+    assert with_delta == pytest.approx(-0.941, abs=5e-4)
+
+
+def test_dropping_delta_moves_the_optimum(world):
+    found = STEPS["tgdpo.delta_keeps_the_optimum"].measure(world)
+    assert found["slope left by the fit"] < 1e-6
+    assert found["KL(pi with delta || pi without), nats per response"] > 0.01
+    assert found["f = 1: J(optimum without delta), which is DPO's"] == pytest.approx(found["J(best policy)"])
+    assert found["f = 1: J(optimum with delta)"] < found["J(best policy)"] - 1e-3
+
+
+def test_token_shares_and_floor(world):
+    shares = list(STEPS["tgdpo.four_behaviours"].measure(world).values())
+    assert shares[0] + shares[1] == pytest.approx(1)
+    assert shares[0] > shares[2]  # good tokens are more frequent among the chosen
+    floored = list(STEPS["tgdpo.floor"].measure(world).values())
+    assert floored[0] == 0 < floored[-1] <= 1
+    assert STEPS["tgdpo.loss"].measure(world).popitem()[1] > 1e-2
+
+
+def test_alpha_one_gradients_differ(world):
+    assert STEPS["one_form.alpha_one"].measure(world).popitem()[1] > 1e-3
+
+
+# Form.
+
+COMMANDS = """
+    alpha approx arg beta Big big Bigl bigl Bigr bigr cdot delta ell epsilon forall frac gamma ge hat le left log mathbb mathrm
+    max mid min nabla ne operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac varphi
+"""  # all known to MathJax and KaTeX
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_latex_is_plain(name):
+    latex, changed = STEPS[name].latex, STEPS[name].changed
+    for text in (latex, changed):
+        depth = 0
+        for character in re.sub(r"\\[{}]", "", text):
+            depth += (character == "{") - (character == "}")
+            assert depth >= 0
+        assert depth == 0
+    assert latex.count(r"\left") == latex.count(r"\right")
+    for size in ("big", "Big"):
+        opened, closed = (re.findall(rf"\\{size}{side}(.)", latex) for side in "lr")
+        assert len(opened) == len(closed)
+        assert set(opened) <= set("([")
+        assert set(closed) <= set(")]")
+        assert not re.search(rf"\\{size}[()\[\]]", latex), f"write {size}l and {size}r: gaps otherwise"
+    assert "$" not in latex
+    assert set(re.findall(r"\\([A-Za-z]+)", latex)) <= set(COMMANDS.split())
+    assert changed
+    assert changed in latex
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_text_is_complete(name):
+    step = STEPS[name]
+    assert step.title
+    assert 40 <= len(step.words) <= 400
+    assert step.source
+    assert step.relation in {"=", "<="}
+    if step.implements:
+        target = importlib.import_module("tpo_lib")
+        for part in step.implements.split(".")[1:]:
+            target = (
+                getattr(target, part) if hasattr(target, part) else importlib.import_module(f"{target.__name__}.{part}")
+            )
+        assert target is not None
+
+
+def test_names_are_unique():
+    for derivation in DERIVATIONS.values():
+        keys = [step.key for step in derivation.steps]
+        assert len(keys) == len(set(keys))
+        assert derivation.question.endswith("?")
+    with pytest.raises(KeyError, match=r"dpo has no step 'lose'; it has chain_rule"):
+        DERIVATIONS["dpo"].step("lose")
+
+
+def test_verify_counts_worlds_and_reports():
+    worlds = [TokenWorld(3, 2, seed=0), TokenWorld(3, 2, seed=1, gamma=0.9)]
+    checks = {check.step.key: check for check in verify(DERIVATIONS["token_mdp"], worlds)}
+    assert (checks["bellman"].worlds, checks["same_optimum"].worlds) == (2, 1)
+    assert all(check.holds for check in checks.values())
+    assert checks["soft_bellman"].symbolic is True
+    assert checks["bellman"].symbolic is None
+    assert checks["dpo_agrees"].measured
+    only_discounted = verify(DERIVATIONS["token_mdp"], worlds[1:])
+    assert not next(check for check in only_discounted if check.step.key == "same_optimum").holds
+
+
+def test_derive_table():
+    text = derive_table("dpo", numbers=False)
+    assert text.count("ok  ") == len(DERIVATIONS["dpo"].steps)
+    assert "FAIL" not in text
+    assert "gradient steps at beta" not in text
+    assert derivations.objective_map() in derive_table("one_form")
+    with pytest.raises(ValueError, match=r"no derivation 'ppo'; choose one of preferences, dpo"):
+        derive_table("ppo")
+
+
+def test_equation_map_is_complete():
+    text = equation_map()
+    for step in STEPS.values():
+        assert step.title in text
+        assert not step.implements or f"`{step.implements}`" in text
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") == 5, line
+
+
+def test_equation_map_on_disk_is_current_and_its_links_lead_somewhere():
+    notebooks = Path(__file__).parents[2] / "notebooks"
+    text = (notebooks / "equation_map.md").read_text()
+    assert text == equation_map(), "write it anew: python -m tpo_lib derive --map > notebooks/equation_map.md"
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert "../tpo_lib/losses.py" in links
+    assert all((notebooks / link).is_file() for link in links)

@@ -1,0 +1,116 @@
+"""The notebooks as they are committed: executed in order, clean, small, on time, every reference resolved."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tpo_course import notebooks
+
+ROOT = notebooks.FOLDER.parent
+COURSE = [pytest.param(path, id=path.stem) for path in notebooks.course()]
+TIME = re.compile(r"cells run in about (\d+) (seconds?|minutes?)")
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _prose(path: Path) -> str:
+    return "\n".join("".join(cell["source"]) for cell in _read(path)["cells"] if cell["cell_type"] == "markdown")
+
+
+def _code(path: Path) -> list[dict]:
+    return [cell for cell in _read(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_course_is_there():
+    assert len(COURSE) >= 6
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_executed_in_order_and_clean(path):
+    cells = _code(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert not [o for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
+        assert "execution" not in cell["metadata"]
+        assert len("".join(cell["source"]).splitlines()) <= 20, "".join(cell["source"])[:200]
+    assert "widgets" not in _read(path)["metadata"]
+    assert path.stat().st_size <= 1e6
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_the_time_it_states_is_the_time_it_took(path):
+    stated = TIME.search(_prose(path))
+    assert stated, "say: the cells run in about N seconds"
+    seconds = int(stated[1]) * (60 if stated[2].startswith("minute") else 1)
+    measured = _read(path)["metadata"]["tpo"]["seconds"]
+    assert measured / 2 <= seconds <= measured * 2, f"says {seconds} s, took {measured} s"
+    assert measured <= 120
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_opening(path):
+    first = _prose(path)[:4000]
+    for needed in (
+        "You will be able to",
+        "Time",
+        "Needs",
+        "00_start_here.ipynb" if "00" not in path.name else "course",
+    ):
+        assert needed in first, needed
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_one_address(path):
+    first, setup = "".join(_read(path)["cells"][0]["source"]), "".join(_code(path)[0]["source"])
+    assert first.startswith(notebooks.badge(path.name) + "\n")
+    assert setup == notebooks.SET_UP.format(slug=notebooks.REPO_SLUG)
+    assert set(re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)", first + setup)) == {notebooks.REPO_SLUG}
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", _prose(path)):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).resolve().exists(), target
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_code_named_in_the_prose_exists(path):
+    import pkgutil
+
+    for name in set(re.findall(r"`(tpo_(?:lib|course|data)(?:\.\w+)+)", _prose(path))):
+        pkgutil.resolve_name(name)  # raises where it does not
+
+
+def test_refresh_is_idempotent_and_leaves_a_failing_notebook_alone(tmp_path):
+    import nbformat
+    from nbclient.exceptions import CellExecutionError
+
+    book = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell("# T", id="a"),
+            nbformat.v4.new_code_cell("import sys; print(1, file=sys.stderr); 2", id="b"),
+        ]
+    )
+    path = tmp_path / "x.ipynb"
+    nbformat.write(book, path)
+    seconds = notebooks.refresh(path)
+    assert seconds == _read(path)["metadata"]["tpo"]["seconds"] > 0
+    cells = _read(path)["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "code"]
+    assert [o["output_type"] for o in cells[2]["outputs"]] == ["execute_result"]  # stderr is gone
+    once = path.read_text()
+    assert notebooks.refresh(path, execute=False) is None
+    assert path.read_text() == once
+    broken = _read(path)
+    broken["cells"][2]["source"] = "1 / 0"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(CellExecutionError):
+        notebooks.refresh(path)
+    assert _read(path) == broken

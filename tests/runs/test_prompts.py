@@ -1,0 +1,141 @@
+"""prompts.py: held-out prompts are none that training has seen, and every source says what it is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tiny
+
+from tpo_lib.data import prompt_token_ids
+from tpo_lib.runs import prompts
+from tpo_lib.sampling import sample_prompts
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tmp_path_factory):
+    return tiny.llama(vocab=300), tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def overlapping(texts, seen) -> int:
+    return sum(any(a.startswith(b) or b.startswith(a) for b in seen) for a in texts)
+
+
+def test_a_stream_is_its_own():
+    seeds = [prompts.stream(seed, tag) for seed in range(50) for tag in ("a", "b")]
+    assert len(set(seeds)) == 100
+    assert min(abs(a - b) for i, a in enumerate(seeds) for b in seeds[:i]) > 1000  # not seed + 1
+    assert prompts.stream(3, "a") == prompts.stream(3, "a")
+
+
+def test_the_same_seed_samples_other_prompts_held_out(model_and_tokenizer):
+    train = prompts.training_prompts("model", 60, *model_and_tokenizer, seed=0)
+    held_out = prompts.held_out_prompts("model", 60, *model_and_tokenizer, seed=0)
+    assert len(set(train.texts) & set(held_out.texts)) < 6
+    assert held_out.shared is None
+    assert "not compared with training prompts" in held_out.words
+    assert held_out.texts == prompts.held_out_prompts("model", 60, *model_and_tokenizer, seed=0).texts
+
+
+def test_held_out_prompts_that_training_has_seen_are_drawn_anew(model_and_tokenizer):
+    plain = prompts.held_out_prompts("model", 60, *model_and_tokenizer, seed=0).texts
+    seen = [plain[0], plain[1] + " and more", plain[2][:2], "nothing of the kind"]
+    found = prompts.held_out_prompts("model", 60, *model_and_tokenizer, seed=0, seen=seen)
+    assert overlapping(plain, seen) >= 3
+    assert overlapping(found.texts, seen) == found.shared == 0
+    assert len(set(found.texts)) == 60
+    assert set(plain) - set(found.texts) >= set(plain[:3])
+    assert int(re.search(r"0 of them seen in training \((\d+) others were drawn anew", found.words)[1]) >= 3
+
+
+def test_held_out_prompts_that_cannot_be_had_are_refused(model_and_tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "sample_prompts", lambda *_, **__: ["the film", "the plot"])
+    with pytest.raises(ValueError, match="only 1 of 2 held-out prompts were found that training has not seen"):
+        prompts.held_out_prompts("model", 2, *model_and_tokenizer, seed=0, seen=["the film is"])
+
+
+def test_imdb_prompts_are_held_out_from_the_test_reviews(model_and_tokenizer, monkeypatch):
+    reviews = {s: {"text": [f"{s} number {i} of the films that I saw" for i in range(40)]} for s in ("train", "test")}
+    monkeypatch.setattr("tpo_data.pocket.load_imdb", lambda source: reviews)
+    train = prompts.training_prompts("imdb", 4, *model_and_tokenizer, seed=0)
+    held_out = prompts.held_out_prompts("imdb", 4, *model_and_tokenizer, seed=0)
+    assert all(any(text.startswith(prompt) for text in reviews["train"]["text"]) for prompt in train.texts)
+    assert all(any(text.startswith(prompt) for text in reviews["test"]["text"]) for prompt in held_out.texts)
+    assert "IMDb's test reviews" in held_out.words
+
+
+def test_a_file_is_read_a_prompt_a_line(tmp_path, model_and_tokenizer):
+    (tmp_path / "p.txt").write_bytes("\ufeffthe film\r\n\n the plot \nthe film\nein Stück\u2028\n".encode())
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "x": 1}\n\n{"prompt": "c"}\n')
+    assert prompts.read_prompts(tmp_path / "p.txt")[0] == ["the film", " the plot ", "ein Stück\u2028"]
+    assert "1 repeated ones left out" in prompts.read_prompts(tmp_path / "p.txt")[1]
+    assert prompts.read_prompts(tmp_path / "p.jsonl")[0] == ["a\nb", "c"]
+    chosen = prompts.training_prompts(str(tmp_path / "p.txt"), None, *model_and_tokenizer, seed=0)
+    assert chosen.texts == ["the film", " the plot ", "ein Stück\u2028"]
+    assert prompts.training_prompts(str(tmp_path / "p.txt"), 2, *model_and_tokenizer, seed=0).texts == chosen.texts[:2]
+    with pytest.raises(ValueError, match=r"--num-prompts 4: .*p\.txt has 3 distinct prompts"):
+        prompts.training_prompts(str(tmp_path / "p.txt"), 4, *model_and_tokenizer, seed=0)
+
+
+def test_the_overlap_of_a_file_is_counted(tmp_path, model_and_tokenizer):
+    (tmp_path / "p.txt").write_text("the film\nthe plot is\nnobody\n")
+    held_out = prompts.held_out_prompts(
+        str(tmp_path / "p.txt"), None, *model_and_tokenizer, seed=0, seen=["the film", "the plot"]
+    )
+    assert len(held_out.texts) == 3
+    assert held_out.shared == 2
+    assert "2 of them seen in training" in held_out.words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"\n \n", "has no prompts; write one a line"),
+        ("p.txt", b"caf\xe9\n", "is not UTF-8 text"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2 has no text under "prompt"'),
+        ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', 'line 1 has no text under "prompt"'),
+        ("p.jsonl", b"the film\n", "line 1 is not JSON"),
+    ],
+)
+def test_files_that_hold_no_prompts_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prompts.read_prompts(tmp_path / name)
+
+
+def test_a_misspelt_source_is_named():
+    with pytest.raises(OSError, match="--prompts imbd: neither `model`, nor `imdb`, nor a file"):
+        prompts.read_prompts("imbd")
+
+
+def test_a_model_that_does_not_begin_texts_is_said(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    assert "may be no beginnings" not in prompts.training_prompts("model", 2, model, tokenizer, seed=0).words
+    bos, tokenizer.bos_token = tokenizer.bos_token, None
+    try:
+        words = prompts.training_prompts("model", 2, model, tokenizer, seed=0).words
+        assert "its tokenizer has no BOS, so they begin after '<|endoftext|>'" in words
+    finally:
+        tokenizer.bos_token = bos
+    tokenizer.chat_template = "{{ messages }}"
+    try:
+        assert "it is a chat model" in prompts.training_prompts("model", 2, model, tokenizer, seed=0).words
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_recorded_prompts_come_back_as_text(model_and_tokenizer):
+    class Record:
+        def prompts(self):
+            return prompt_token_ids(model_and_tokenizer[1], ["a good film", "the plot"])
+
+    assert prompts.recorded_prompts(Record(), model_and_tokenizer[1]) == ["a good film", "the plot"]
+    assert prompts.recorded_prompts(None, model_and_tokenizer[1]) is None
+
+
+def test_a_stage_counts_the_held_out_prompts_that_training_has_seen(small_stage):
+    config = small_stage.config
+    count = config.train_prompts + config.held_out_prompts
+    drawn = sample_prompts(small_stage.start, small_stage.tokenizer, count, seed=config.seed + 1)
+    assert drawn[config.train_prompts :] == small_stage.held_out_prompts
+    assert small_stage.seen_prompts == overlapping(small_stage.held_out_prompts, drawn[: config.train_prompts])

@@ -1,0 +1,295 @@
+"""The report: every number where it belongs, nothing interpreted that came from outside, one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import re
+from html.parser import HTMLParser
+
+import pytest
+from test_plots import curves, metric, training_rows
+
+from tpo_lib.runs import report
+
+EVIL = '<script>alert("x")</script> | *bold* `code` [link](http://example.org) & <img src=http://example.org/x.png>\n# title'
+
+
+def summary() -> dict:
+    points = curves()
+    numbers = {name: {k: v for k, v in rows[-1].items() if isinstance(v, dict)} for name, rows in points.items()}
+    runs = [{"loss_type": name, "beta": 2.0 if name == "simpo" else 0.1, "lr": 3e-4, "device": None} for name in points]
+    return {
+        "objectives": numbers,
+        "start": {k: v for k, v in points["dpo"][0].items() if isinstance(v, dict)},
+        "config": {"model": "data/pocket", "train_prompts": 512, "objectives": runs},
+        "seed": 11,
+        "versions": {"torch": "2.13.0"},
+        "wall_time_s": 372.4,
+    }
+
+
+def samples(count: int = 2) -> dict:
+    row = {"before_reward": 0.31, "after_reward": 0.96, "before_judge": 0.4, "after_judge": None}
+    return {
+        name: [{"prompt": f"{EVIL} {i}", "before": EVIL, "after": "fine"} | row for i in range(count)]
+        for name in curves()
+    }
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report.write_report(folder, summary(), curves(), samples(), training_rows())
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text, and a check that every tag is closed in order."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open, self.tags, self.text, self.attributes = [], [], [], []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+@pytest.fixture
+def unillustrated(monkeypatch):
+    """Drawing takes a second: left out where the text alone is looked at."""
+    monkeypatch.setattr(report, "_figures", lambda curves, training: {})
+
+
+@pytest.fixture
+def page(written) -> Page:
+    return Page((written / "report.html").read_text(encoding="utf-8"))
+
+
+# ---- the page
+
+
+def test_the_page_is_well_formed_and_says_what_was_run(page):
+    assert page.open == []
+    text = " ".join(page.text)
+    for piece in ("DPO, TDPO1, TDPO2, TGDPO, SimPO", "Seed 11", "6 min 12 s", "data/pocket", "2.13.0", "0.0003"):
+        assert piece in text
+    assert ("meta", "name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in report.STYLE_SHEET
+
+
+def test_the_page_needs_no_other_file_and_no_address(page, written):
+    names = {"src", "href", "srcset", "data", "action", "poster"}
+    sources = [value for _, name, value in page.attributes if name in names]
+    assert len(sources) == 5
+    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in report.STYLE_SHEET
+    assert "@import" not in report.STYLE_SHEET
+    pictures = {path.read_bytes() for path in written.glob("*.png")}
+    assert {base64.b64decode(value.partition(",")[2]) for value in sources} == pictures
+
+
+def test_what_comes_from_outside_is_text_in_the_page(page, written):
+    source = (written / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in source
+    assert "<img src=http" not in source
+    shown = " ".join("".join(page.text).split())
+    assert " ".join(EVIL.split()) in shown  # and nothing of it is lost
+
+
+def test_names_versions_and_settings_are_escaped_too(tmp_path, unillustrated):
+    bad = summary()
+    bad["versions"] = {"<b>torch": "<i>1"}
+    bad["config"] = {"<u>key": "<s>value"}
+    bad["objectives"]["<em>new"] = bad["objectives"]["dpo"]
+    report.write_report(tmp_path, bad, curves(), {"<em>new": samples(1)["dpo"]})
+    for file in ("report.html", "report.md"):
+        assert not re.search(r"<(b|i|u|s|em)>", (tmp_path / file).read_text(encoding="utf-8"))
+
+
+# ---- the Markdown
+
+
+def test_held_out_prompts_that_training_has_seen_are_counted(tmp_path, unillustrated):
+    facts = summary()
+    facts["config"] |= {"held_out_prompts": 160, "held_out_prompts_seen": 67}
+    report.write_report(tmp_path, facts, curves(), {})
+    text = (tmp_path / "report.md").read_text()
+    assert "No held-out prompt is a training prompt; 67 of 160 begin or continue one" in text
+
+
+def test_markdown_links_are_relative_and_lead_to_pictures(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert links == ["frontier.png", "frontier_judge.png", "seqkl.png", "diversity.png", "training.png"]
+    assert all((written / link).stat().st_size > 10_000 for link in links)
+
+
+def test_markdown_interprets_nothing_that_comes_from_outside(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert not re.search(r"(?<!\\)\]\(http", text)  # an escaped bracket starts no link
+    assert "&lt;script&gt;" in text
+    row = next(line for line in text.splitlines() if line.startswith("|") and "title 0" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4  # three cells, whatever the sample holds
+    assert r"\*bold\*" in row
+    assert r"\`code\`" in row
+    assert not any(line.startswith("# title") for line in text.splitlines())
+
+
+def test_samples_stand_beside_each_other_with_their_scores(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert "after TDPO2" in text
+    assert "reward 0.31, judge 0.40: " in text
+    assert "reward 0.96: fine" in text  # no judge, no judge's score
+
+
+def test_the_first_samples_are_shown_and_it_says_so(tmp_path, unillustrated):
+    report.write_report(tmp_path, summary(), curves(), samples(50))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"The first {report.SHOWN} of 50 held-out prompts, not chosen." in text
+    assert text.count("reward 0.96") == 5 * report.SHOWN
+
+
+# ---- tables
+
+
+def test_summary_table_is_aligned_and_fits_the_width():
+    for width in (60, 100, 1000):
+        blocks = report.summary_table(summary(), width=width).split("\n\n")
+        assert (len(blocks) == 1) == (width == 1000)
+        for block in blocks:
+            lines = block.splitlines()
+            assert [line.split()[0] for line in lines[1:]] == ["start", "DPO", "TDPO1", "TDPO2", "TGDPO", "SimPO"]
+            assert max(map(len, lines)) <= width
+            column = lines[0].index(lines[0].strip().split("   ")[0])
+            assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+
+
+def test_summary_table_shows_each_number_with_its_interval():
+    numbers = {
+        "reward": {"mean": 0.871, "low": 0.849, "high": 0.892, "n": 4},
+        "kl": {"mean": 9.96, "low": 9.0, "high": 11, "n": 4},
+    }
+    text = report.summary_table({"objectives": {"dpo": numbers, "simpo": {"reward": numbers["reward"]}}})
+    assert text.splitlines()[1] == "DPO     0.87 [0.85, 0.89]   10.0 [9.0, 11.0]"
+    assert "-0.0" not in report.summary_table(
+        {"objectives": {"dpo": {"kl": dict.fromkeys(("mean", "low", "high"), -1e-4)}}}
+    )
+    assert text.splitlines()[2] == "SimPO   0.87 [0.85, 0.89]   -"  # a metric one of them lacks
+
+
+def test_settings_that_differ_stand_in_a_table_of_their_own(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert "| lr | 0.0003 |" in text
+    assert "| SimPO" in text
+    rows = text[text.index("| loss\\_type | beta |") :].splitlines()
+    assert rows[2] == "| dpo | 0.1 |"
+    assert rows[6] == "| simpo | 2.0 |"
+    assert "device" not in text  # nothing was set
+
+
+def test_levels_at_equal_kl_are_interpolated():
+    def point(kl: float, reward: float) -> dict:
+        return {"kl": metric(kl), "reward": metric(reward)}
+
+    data = {
+        "dpo": [point(0, 0.5), point(4, 0.7), point(3, 0.9), point(10, 0.8)],  # turns back: the first crossing counts
+        "tdpo2": [point(0, 0.5), point(8, 0.9)],
+        "simpo": [point(0, 0.5), point(2, 0.6)],
+    }
+    levels, rows = report.at_equal(data, "kl", "reward")
+    assert levels == [2.0, 4.0, 6.0, 8.0]
+    assert rows["tdpo2"] == pytest.approx([0.6, 0.7, 0.8, 0.9])
+    assert rows["dpo"][:2] == pytest.approx([0.6, 0.7])
+    assert rows["dpo"][2] == pytest.approx(0.9 - 0.1 * 3 / 7)
+    assert rows["simpo"] == [pytest.approx(0.6), None, None, None]
+    assert report.at_equal({"dpo": [point(0, 0.5)]}, "kl", "reward") == ([], {"dpo": []})
+
+
+# ---- what is told apart
+
+
+def test_without_paired_numbers_overlap_decides():
+    numbers = summary()
+    for name, low, high in (
+        ("dpo", 0.5, 0.6),
+        ("tdpo1", 0.55, 0.65),
+        ("tdpo2", 0.7, 0.8),
+        ("tgdpo", 0.8, 0.9),
+        ("simpo", 0.1, 0.2),
+    ):
+        numbers["objectives"][name]["reward"] = {"mean": (low + high) / 2, "low": low, "high": high, "n": 64}
+    told = report.findings(numbers)
+    assert "TDPO2 lies above DPO: their intervals do not overlap." in told
+    assert told[-1].endswith("make them equal: TGDPO and TDPO2; TDPO1 and DPO.")
+    assert len(told) == 10 - 2 + 1
+
+
+def test_paired_differences_decide_where_there_are_any():
+    numbers = summary()
+    numbers["differences"] = {
+        "reward": [
+            {"a": "dpo", "b": "tdpo2", "mean": -0.04, "low": -0.06, "high": -0.02, "n": 64},
+            {"a": "dpo", "b": "simpo", "mean": 0.03, "low": 0.01, "high": 0.05, "n": 64},
+            {"a": "tdpo1", "b": "tgdpo", "mean": 0.01, "low": -0.02, "high": 0.04, "n": 64},
+        ]
+    }
+    assert report.findings(numbers) == [
+        "TDPO2 lies above DPO by 0.040 [0.020, 0.060].",
+        "DPO lies above SimPO by 0.030 [0.010, 0.050].",
+        "Not told apart by this evaluation, which does not make them equal: TDPO1 and TGDPO (difference 0.010 [-0.020, 0.040]).",
+    ]
+
+
+def test_paired_differences_are_made_from_what_the_curves_kept(tmp_path, unillustrated):
+    data = curves()
+    for shift, points in enumerate(data.values()):
+        points[-1]["by_prompt"] = {"reward": [0.1 * shift + 0.3 * (i % 3) for i in range(12)], "kl": [0.0] * 12}
+    report.write_report(tmp_path, summary(), data, {})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "TDPO1 lies above DPO by 0.100 [0.100, 0.100]." in text  # the prompts' own spread cancels
+    assert "SimPO lies above DPO by 0.400 [0.400, 0.400]." in text
+
+
+# ---- less than everything
+
+
+def test_without_judge_pairs_and_samples_there_is_less_to_write(tmp_path):
+    data, numbers = curves(), copy.deepcopy(summary())
+    for rows in [*data.values(), [numbers["start"]], numbers["objectives"].values()]:
+        for row in rows:
+            for name in ("judge", "seqkl_chosen", "seqkl_rejected", "seqkl_margin", "accuracy"):
+                row.pop(name, None)
+    report.write_report(tmp_path, numbers, data, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "diversity.png",
+        "frontier.png",
+        "report.html",
+        "report.md",
+    ]
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "judge" not in text
+    assert "Samples" not in text
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).open == []
+
+
+def test_the_same_numbers_write_the_same_report(written, tmp_path):
+    report.write_report(tmp_path, summary(), curves(), samples(), training_rows())
+    for name in ("report.md", "report.html", "frontier.png"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()

@@ -1,0 +1,312 @@
+"""What a frozen model says about the pairs, computed once and kept on disk, so that training does without its body.
+
+A reference or a guide says the same in every epoch. What the objective reads of it is either one number a token
+("logps": DPO and TGDPO; TGDPO's token weights follow from two of them, for every alpha) or a distribution ("states": the
+KL of TDPO), and that is the hidden state before the head: d numbers instead of V. The head itself stays in memory.
+
+Values agree with the model's to the rounding that depends on which pairs share a batch: 1e-6 in float32. In bf16 and fp16
+that rounding is larger, between any two batchings of the same run too.
+
+A cache is a folder named after all that its values depend on, written as a checkpoint is (complete or absent) and verified
+before use. Whatever differs gets a new folder; a damaged one is made anew. Every folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tpo_lib import losses, stats
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import EncodedPair, collate, token_budget
+from tpo_lib.fast import fused
+from tpo_lib.fast.fused import Head, Reading
+from tpo_lib.files.store import CheckpointError, found_or_made, write_atomically
+from tpo_lib.models import ResponseReader, check_pairs, fingerprint
+from tpo_lib.types import PairBatch
+
+FORMAT = 1  # raise it whenever the same inputs would give other files
+PAD = 0  # any id: it is masked
+KINDS = {"logps": "log-probs", "states": "hidden states"}
+
+Read = Callable[[PairBatch], Reading | Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenCache:
+    """Values of a frozen model at the response positions of pairs, memory-mapped.
+
+    Attributes:
+        values: (tokens,) log-probabilities in nats, or (tokens, d) hidden states in the type the model gave them in.
+        spans: row of a pair -> (start, end) of its chosen and (start, end) of its rejected tokens in `values`.
+        head: for hidden states, what turns them into logits; else None.
+    """
+
+    values: Tensor
+    spans: dict[int, list[int]]
+    head: Head | None
+
+    def read(self, batch: PairBatch) -> Reading | Tensor:
+        """What the model says at the R response positions of a batch, in the order of `stats.response_mask`.
+
+        Returns:
+            (R,) log-probabilities, or a Reading with (R, d) hidden states, on the device of the batch.
+
+        Raises:
+            ValueError: a row of the batch is not in the cache.
+        """
+        rows = batch.rows.tolist()
+        unknown = [row for row in rows if row not in self.spans]
+        if unknown:
+            raise ValueError(
+                f"rows {unknown[:8]} are not in the cache, which was built for {len(self.spans)} other pairs"
+            )
+        spans = [self.spans[row] for row in rows]
+        parts = [self.values[a:b] for a, b, _, _ in spans] + [self.values[a:b] for _, _, a, b in spans]
+        values = torch.cat(parts).to(batch.labels.device)  # (R,) or (R, d)
+        return values if self.head is None else Reading(values, self.head)
+
+
+def frozen_readers(
+    config: TrainConfig,
+    models: dict,
+    policy,
+    pairs: Sequence[EncodedPair],
+    eval_pairs: Sequence[EncodedPair] | None,
+    *,
+    accelerator,
+    progress: bool,
+) -> tuple[dict[str, Read], dict[str, Read]]:
+    """How to read every frozen model: on the training pairs, and on the held-out ones.
+
+    Without `config.cache_dir` the models are loaded and read. With it, a model that was given as a function lives only
+    until its caches are open, so no two of them are in memory at a time; one that the objective does not need is left
+    out, except that held-out pairs keep the reference for their kl/*.
+
+    Args:
+        config: the run.
+        models: {"ref" | "guide": a model, a function that loads one, or None}.
+        policy: the model beside which they are read.
+        pairs, eval_pairs: training and held-out pairs; None where nothing is evaluated.
+        accelerator: gives device and precision.
+        progress: show a progress bar while a cache is built.
+
+    Raises:
+        ValueError: two pairs of one cache have the same row; a model's vocabulary is not the policy's, or a pair does not
+            fit it.
+        OSError: the disk has no room for a cache.
+    """
+    found: tuple[dict, dict] = ({}, {})
+    for name, model in models.items():
+        if model is None:
+            continue
+        label = {"ref": "reference", "guide": "guide"}[name]
+        check = partial(check_pairs, pairs=[*pairs, *(eval_pairs or [])], name=label, policy=policy)
+        if config.cache_dir is None:
+            reader = _reader(model, accelerator.device, config.share_prefix)
+            check(reader.model)
+            found[0][name] = found[1][name] = partial(_live, reader)
+            continue
+        train_kind, eval_kind = _kinds(config.loss_type, name)
+        wanted = [(found[0], pairs, train_kind, label), (found[1], eval_pairs, eval_kind, f"{label}-eval")]
+        wanted = [entry for entry in wanted if entry[1] and entry[2]]
+        if not wanted:
+            continue
+        reader = _reader(model, accelerator.device, config.share_prefix)
+        check(reader.model)
+        identity = identify(reader, accelerator.mixed_precision)
+        for readers, rows, kind, label in wanted:
+            if kind == "states" and not reader.understood:
+                print(f"{label}: what follows its head is not understood; it stays in memory", file=sys.stderr)
+                readers[name] = partial(_live, reader)
+                continue
+            readers[name] = build_or_open(
+                reader,
+                identity,
+                rows,
+                kind=kind,
+                folder=Path(config.cache_dir),
+                name=label,
+                max_tokens=config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows),
+                autocast=accelerator.autocast,
+                progress=progress,
+            ).read
+        del reader
+        gc.collect()  # modules may refer to each other in cycles: the next body is loaded only once this one is gone
+    return found
+
+
+def _kinds(loss_type: str, name: str) -> tuple[str | None, str | None]:
+    """What of a frozen model is cached for the training and for the held-out pairs."""
+    needs = losses.OBJECTIVES[loss_type].needs
+    kind = "logps" if f"{name}_logps" in needs else None
+    if name != "ref":
+        return kind, kind
+    return "states" if "kl" in needs else kind, "states"
+
+
+def _reader(model, device, share_prefix: bool) -> ResponseReader:
+    model = model if isinstance(model, torch.nn.Module) else model()
+    return ResponseReader(model, share_prefix=share_prefix).to(device)
+
+
+def _live(reader: ResponseReader, batch: PairBatch) -> Reading:
+    return reader(batch.input_ids, batch.attention_mask, batch.labels)
+
+
+def identify(reader: ResponseReader, precision: str) -> dict:
+    """All that decides what a frozen model says, apart from the pairs: weights, architecture, reading, precision, libraries."""
+    import transformers
+
+    model = reader.model
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        "weights": fingerprint(model),
+        "architecture": [type(model).__name__, getattr(model.config, "_attn_implementation", None), config],
+        "share_prefix": reader.share_prefix,
+        "precision": [precision, torch.get_float32_matmul_precision(), model.device.type],
+        "libraries": [torch.__version__, transformers.__version__],
+    }
+
+
+def cache_key(identity: dict, pairs: Sequence[EncodedPair], kind: str) -> str:
+    """SHA-256 over the model's identity and all token ids, which are data, tokenizer and truncation in one."""
+    digest = hashlib.sha256(json.dumps([FORMAT, kind, identity], sort_keys=True, default=str).encode())
+    for pair in pairs:
+        digest.update(json.dumps([pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
+    return digest.hexdigest()
+
+
+def build_or_open(
+    reader: ResponseReader,
+    identity: dict,
+    pairs: Sequence[EncodedPair],
+    *,
+    kind: str,
+    folder: Path,
+    name: str,
+    max_tokens: int,
+    autocast: Callable = contextlib.nullcontext,
+    progress: bool = True,
+) -> FrozenCache:
+    """Open the cache of what a frozen model says about pairs; build it where it is missing or damaged.
+
+    Args:
+        reader: the model.
+        identity: `identify` of it.
+        pairs: the pairs, their rows all different.
+        kind: "logps" or "states" (the reader's head must be understood).
+        folder: where caches live; this one is `<name>-<kind>-<first 16 digits of its key>`.
+        name: what the model is called in that name and in messages.
+        max_tokens: tokens of a forward pass while building, padding included; raised to what the longest pair takes.
+        autocast: makes the context in which the model is read in training.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: two pairs have the same row.
+        OSError: the disk has no room for it; nothing is left behind then.
+    """
+    row, count = Counter(pair.row for pair in pairs).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"{name}: row {row} stands for {count} pairs, but a cache finds a pair by its row; number the pairs anew with "
+            "dataclasses.replace(pair, row=i), or train without cache_dir"
+        )
+    key = cache_key(identity, pairs, kind)
+    path = folder / f"{name}-{kind}-{key[:16]}"
+    head = reader.head if kind == "states" else None
+    opened = partial(_open, key=key, head=head)
+    build = partial(_build, partial(_values, reader, kind, autocast), pairs, key, path, max_tokens, progress)
+
+    def made() -> FrozenCache:
+        write_atomically(path, build)
+        return opened(path)
+
+    return found_or_made(path, opened, made)
+
+
+def _open(path: Path, key: str, head: Head | None) -> FrozenCache:
+    """Map the cache in a folder that verifies; CheckpointError where it is none."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        dtype, count = getattr(torch, meta["dtype"]), torch.Size(meta["shape"]).numel()
+        if meta["key"] != key or (path / "values.bin").stat().st_size != count * dtype.itemsize:
+            raise ValueError("it holds other values than its name says")
+        index = load_file(path / "index.safetensors")
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    values = torch.from_file(str(path / "values.bin"), shared=False, size=count, dtype=dtype).view(meta["shape"])
+    spans = dict(zip(index["rows"].tolist(), index["spans"].tolist(), strict=True))
+    return FrozenCache(values, spans, head)
+
+
+def _values(reader: ResponseReader, kind: str, autocast: Callable, batch: PairBatch) -> Tensor:
+    """(R,) log-probabilities or (R, d) hidden states, by the very computation that training makes without a cache."""
+    batch = batch.to(reader.model.device)
+    with torch.no_grad(), autocast():
+        reading = _live(reader, batch)
+        if kind == "states":
+            return reading.states
+        exact = reading.states.to(torch.promote_types(reading.states.dtype, torch.float32))  # as the policy's are
+        tokens = fused.token_stats(Reading(exact, reading.head), batch.labels, None)
+    return tokens.logps[tokens.mask]
+
+
+def _build(
+    read: Callable, pairs: Sequence[EncodedPair], key: str, path: Path, max_tokens: int, progress: bool, to: Path
+) -> None:
+    """Write values.bin, index.safetensors and meta.json into the folder `to`, which will become `path`."""
+    first = read(collate(pairs[:1], PAD))  # tells type and width before anything is written
+    _announce(path, pairs, first)
+    rows, spans, done = [], [], 0
+    max_tokens = max(max_tokens, *(pair.size for pair in pairs))
+    # Written, not mapped: of a full disk the one makes an error, the other a killed process.
+    with open(to / "values.bin", "wb") as file, tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
+        for chunk in token_budget(pairs, max_tokens):
+            batch, b = collate(chunk, PAD), len(chunk)
+            file.write(read(batch).cpu().contiguous().view(torch.uint8).numpy())
+            counts = stats.response_mask(batch.labels).sum(1).tolist()
+            counts += [0] * (2 * b - len(counts))  # no rejected side: empty spans
+            ends = torch.tensor([done, *counts]).cumsum(0).tolist()
+            spans += [[ends[i], ends[i + 1], ends[b + i], ends[b + i + 1]] for i in range(b)]
+            rows += [pair.row for pair in chunk]
+            done = ends[-1]
+            bar.update(b)
+    save_file({"rows": torch.tensor(rows), "spans": torch.tensor(spans)}, to / "index.safetensors")
+    meta = {"key": key, "dtype": str(first.dtype).removeprefix("torch."), "shape": [done, *first.shape[1:]]}
+    (to / "meta.json").write_text(json.dumps(meta))
+
+
+def _announce(path: Path, pairs: Sequence[EncodedPair], first: Tensor) -> None:
+    """Say what will be cached, how large it gets and where; refuse where the disk has no room for it."""
+    name, kind, _ = path.name.rsplit("-", 2)
+    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    size = tokens * first[0].numel() * first.itemsize
+    width = "".join(f" x {d}" for d in first.shape[1:])
+    others = sum(other != path for other in path.parent.glob(f"{name}-{kind}-*"))
+    note = f" ({others} beside it hold other weights, pairs, precisions or versions)" if others else ""
+    print(
+        f"{name} {KINDS[kind]}: {len(pairs):,} pairs, {tokens:,} tokens{width} x {first.itemsize} B = {size / 1e6:,.1f} MB "
+        f"-> {path}{note}",
+        file=sys.stderr,
+    )
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            f"{path.parent} has {free / 1e6:,.1f} MB free, the cache takes {size / 1e6:,.1f} MB; free some, choose another "
+            "--cache-dir, or train without one"
+        )

@@ -1,0 +1,316 @@
+"""Layouts of preference data: rows as data sets have them in, rows of prompt, chosen and rejected out.
+
+A row that cannot be brought into that form is named by its number and column. What a table holds besides is named too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from tpo_lib.files import chat
+from tpo_lib.files.chat import Notes, short, text_or_messages
+from tpo_lib.files.formats import Bad, BadRow, Record
+
+PROMPTS = ("prompt", "instruction", "question", "text")  # the first one that a table has is its prompt
+RESPONSES = ("completion", "response", "output", "answer", "chosen")  # beside a prompt, for SFT
+WHOLE = ("messages", "conversations", *RESPONSES, "text")  # prompt and response in one, for SFT
+BEFORE = ("system", "history")  # what stands before the prompt
+SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  # our name: the hub's other spelling
+COMPLETE = ("chosen_complete", "rejected_complete")
+SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
+WANTED = {*PROMPTS, "input", "rejected", *WHOLE, *BEFORE, *chat.COLUMNS}
+WANTED |= {*SCORES, *SCORES.values(), *COMPLETE, *SAMPLED}
+ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
+LAYOUTS = (
+    "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
+    "rejected; conversations, chosen, rejected as in ShareGPT; or chosen, rejected alone, as message lists with the same "
+    f"first messages or as transcripts {ASSISTANT!r} splits"
+)
+SFT_LAYOUTS = (
+    f"prompt and {', '.join(RESPONSES[:-1])} or chosen; instruction, input, output; messages or conversations, whose last "
+    "turn is the response; or text alone"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns hold what; prompt is None where it is part of the responses, rejected None where there is none."""
+
+    prompt: str | None
+    chosen: str
+    rejected: str | None
+
+
+def find_layout(columns: list[str], name: str | Path, *, paired: bool) -> Layout:
+    """The layout of a table with these columns.
+
+    Raises:
+        ValueError: it is none that is known, or has no rejected side although the objective needs one.
+    """
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((column for column in names if column in columns), None)
+
+    prompt = first(PROMPTS)
+    if {"chosen", "rejected"} <= set(columns):
+        return Layout(prompt or first(("conversations",)), "chosen", "rejected")
+    response, whole = first(RESPONSES), first(WHOLE)
+    found = ", ".join(columns) or "none at all"
+    if paired:
+        raise ValueError(
+            f"{name}: columns chosen and rejected are needed, found: {found}. Accepted layouts: {LAYOUTS}. Without a rejected "
+            "side --loss-type sft can be trained"
+        )
+    if prompt and response:
+        return Layout(prompt, response, None)
+    if whole is None:
+        raise ValueError(f"{name}: found the columns {found}. Layouts accepted for sft: {SFT_LAYOUTS}; {LAYOUTS}")
+    return Layout(None, whole, None)
+
+
+def read_rows(records: list[Record], name: str, *, paired: bool) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """Bring every record into the one layout, and list those that cannot be."""
+    columns = list({column: None for record in records for column in record.values})  # a dict keeps their order
+    readable = bool(columns) or not records  # else no row could be read, and the rows say why
+    layout = find_layout(columns, name, paired=paired) if readable else Layout(None, "chosen", "rejected")
+    before = any(record.values.get(column) not in (None, "", [], "[]") for record in records for column in BEFORE)
+    rows: dict[int, dict[str, Any]] = {}
+    bad: list[BadRow] = []
+    notes = Notes()
+    named = {"prompt": layout.prompt or "prompt", "chosen": layout.chosen}
+
+    def blame(problem: Bad, number: int) -> None:
+        column, *more = problem.args
+        bad.append(Bad(named.get(column, column), *more).at(number, records[number].place))
+
+    for number, record in enumerate(records):
+        try:
+            rows[number] = _row(record, layout, columns, before and layout.prompt is not None, notes)
+        except Bad as problem:
+            blame(problem, number)
+    odd = _strip_repeated_prompts(rows, name)
+    good = []
+    for number, row in rows.items():
+        try:
+            if number in odd:
+                raise Bad(
+                    "chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row"
+                )
+            _check_responses(row, rows[next(iter(rows))], notes)
+            good.append(row)
+        except Bad as problem:
+            blame(problem, number)
+    held = [c for c in columns if c not in WANTED or any(record.values.get(c) for record in records)]
+    unused = [c for c in held if c not in notes.used] if rows else []
+    if unused or notes.unused:
+        print(f"{name}: not used: {', '.join([*unused, *notes.unused])}", file=sys.stderr)
+    for note, count in notes.counts.items():
+        print(f"{name}: {note} ({count:,} times)", file=sys.stderr)
+    return good, sorted(bad, key=lambda bad_row: bad_row.row)
+
+
+def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
+    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
+    sides = ("prompt", "chosen", "rejected")
+    keys = {"role": None, "content": None}
+    if rows and isinstance(rows[0]["prompt"], list):
+        keys |= {key: None for row in rows for side in sides for message in row.get(side, ()) for key in message}
+    message = [{key: Value("string") for key in keys}]
+    as_messages = bool(rows) and isinstance(rows[0]["prompt"], list)
+    kinds = dict.fromkeys(sides, message if as_messages else Value("string"))
+    kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
+    columns = list(rows[0]) if rows else list(kinds)
+    kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
+    kinds |= dict.fromkeys(chat.COLUMNS, Value("string"))
+    features = Features({column: kinds[column] for column in columns})
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
+
+
+def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes: Notes) -> dict[str, Any]:
+    if record.problem:
+        raise Bad("*", record.problem, "write one complete record a row, or remove it")
+    values = record.values
+    sides = {"chosen": text_or_messages(values, layout.chosen, notes)}
+    if layout.rejected:
+        sides["rejected"] = text_or_messages(values, layout.rejected, notes)
+        if isinstance(sides["chosen"], str) != isinstance(sides["rejected"], str):
+            raise Bad("rejected", "one response is text, the other a list of messages", "store both in the same form")
+    prompt = None if layout.prompt is None else _prompt(values, layout.prompt, notes)
+    row = (_split_text if isinstance(sides["chosen"], str) else _split_messages)(prompt, sides)
+    if before or isinstance(row["prompt"], list):
+        row = _as_messages(row, _turns_before(values, notes))
+        for column in chat.COLUMNS:
+            if column in columns:
+                notes.used.add(column)
+                given = values.get(column)
+                row[column] = json.dumps(chat.objects(given, column), ensure_ascii=False) if given else None
+    numbers = _numbers(values, columns, sides)
+    notes.used |= numbers.keys() | {SCORES.get(column) for column in numbers}
+    return row | numbers
+
+
+def _prompt(values: dict[str, Any], column: str, notes: Notes) -> str | list[chat.Message]:
+    prompt = text_or_messages(values, column, notes)
+    if column == "instruction" and values.get("input"):
+        if not isinstance(prompt, str):
+            raise Bad("input", "stands beside an instruction of messages", "add it to these, or remove it")
+        prompt = f"{prompt}\n{text_or_messages(values, 'input', notes)}"  # as LLaMA-Factory joins the two
+    return prompt
+
+
+_Sides = dict[str, Any]  # "chosen" and, except for SFT, "rejected": texts, or message lists
+
+
+def _numbers(values: dict[str, Any], columns: list[str], sides: _Sides) -> dict[str, Any]:
+    """Scores, flags and sampled ids of the sides that there are."""
+    row: dict[str, Any] = {}
+    for column, other in SCORES.items():
+        if column.split("_")[0] in sides and (column in columns or other in columns):
+            row[column] = _score(values.get(column, values.get(other)), column if column in columns else other)
+    for column in COMPLETE:
+        if column.split("_")[0] in sides and column in columns:
+            row[column] = _flag(values.get(column), column)
+    if "rejected" in sides and set(SAMPLED) <= set(columns):
+        *ids, name = (values.get(column) for column in SAMPLED)
+        row |= zip(SAMPLED, (*map(_token_ids, ids, SAMPLED), name if isinstance(name, str) else None), strict=False)
+    return row
+
+
+def _split_text(prompt: str | list[chat.Message] | None, sides: _Sides) -> dict[str, Any]:
+    if isinstance(prompt, list):
+        return {"prompt": prompt} | {side: [_said("assistant", text)] for side, text in sides.items()}
+    if prompt is not None or "rejected" not in sides:
+        return {"prompt": prompt or "", **sides}
+    chosen, rejected = sides["chosen"], sides["rejected"]
+    end = chosen.rfind(ASSISTANT)
+    while end >= 0 and not rejected.startswith(chosen[: end + len(ASSISTANT)]):
+        end = chosen.rfind(ASSISTANT, 0, end)
+    if end < 0:
+        problem = f"there is no prompt column, and the two responses share no {ASSISTANT!r} that would end a prompt"
+        raise Bad("chosen", problem, "add a prompt column or remove the row")
+    end += len(ASSISTANT)
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _split_messages(prompt: str | list[chat.Message] | None, sides: _Sides) -> dict[str, Any]:
+    chats = list(sides.values())
+    chat.check_ends(sides)
+    shared = 0
+    while shared < min(map(len, chats)) - 1 and all(chats[0][shared] == side[shared] for side in chats):
+        shared += 1
+    if isinstance(prompt, list):
+        start = len(prompt) if all(side[: len(prompt)] == prompt for side in chats) else 0
+    elif prompt is not None and _said("user", prompt) not in chats[0][:shared]:
+        if any(side[0]["role"] not in chat.ASSISTANT for side in chats if side):
+            problem = "is none of the user's turns that both responses begin with"
+            raise Bad("prompt", problem, "write it as it stands there, or leave it out of the responses")
+        prompt, start = [_said("user", prompt)], 0
+    else:
+        prompt, start = chats[0][:shared], shared
+        if not prompt:
+            problem = "there is no prompt column, and chosen and rejected share no first message"
+            problem = problem if "rejected" in sides else "there is no turn before the response"
+            raise Bad("chosen", problem, "add a prompt column or remove the row")
+    return {"prompt": prompt} | {side: turns[start:] for side, turns in sides.items()}
+
+
+def _said(role: str, content: str) -> chat.Message:
+    return {"role": role, "content": content}
+
+
+def _turns_before(values: dict[str, Any], notes: Notes) -> list[chat.Message]:
+    """The system message and the earlier turns, which Alpaca's layout keeps in columns of their own."""
+    notes.used |= set(BEFORE)
+    system, history = values.get("system"), values.get("history") or []
+    turns = [_said("system", chat.check_text(system, "system"))] if system else []
+    try:
+        history = json.loads(history) if isinstance(history, str) else history
+    except (ValueError, RecursionError) as error:
+        raise Bad("history", f"is not valid JSON: {error}", "write a list of [user, assistant] turns") from error
+    for turn in history if isinstance(history, list) else [history]:
+        if isinstance(turn, list) and len(turn) == 2:
+            turns += [
+                _said(role, chat.check_text(t, "history")) for role, t in zip(("user", "assistant"), turn, strict=True)
+            ]
+        else:
+            turns += text_or_messages({"history": [turn]}, "history", notes)
+    return turns
+
+
+def _as_messages(row: dict[str, Any], before: list[chat.Message]) -> dict[str, Any]:
+    """A row with its texts as messages, behind what stands before its prompt."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    row = {column: [_said(roles[column], x)] if isinstance(x, str) else x for column, x in row.items()}
+    first = row["prompt"][:1]
+    if before and first and first[0]["role"] == "system":
+        if first != before[:1]:
+            raise Bad("system", "says something else than the system turn of the prompt", "keep one of the two")
+        before = before[1:]
+    return row | {"prompt": before + row["prompt"]}
+
+
+def _score(value: Any, column: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Bad(column, f"is not a finite number but {short(value)}", "store the score as a number or leave it out")
+    return number
+
+
+def _flag(value: Any, column: str) -> bool:
+    flags = {"true": True, "1": True, "": True, "none": True, "false": False, "0": False}
+    if str(value).lower() not in flags:
+        raise Bad(column, f"is neither true nor false but {short(value)}", "write true or false")
+    return flags[str(value).lower()]
+
+
+def _token_ids(value: Any, column: str) -> list[int] | None:
+    if isinstance(value, str) and re.fullmatch(r"\[[\d,\s]*\]", value):  # so a CSV file holds a list
+        value = [int(token) for token in re.findall(r"\d+", value)]
+    if value and not (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
+        raise Bad(column, f"is not a list of token ids but {short(value)}", "leave it empty: the text is encoded then")
+    return value or None
+
+
+def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
+    """Where responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not repeat it.
+
+    A table counts as repeating if 90% of its rows do. Tables written by `save_pairs` never do: theirs are continuations.
+    """
+    texts = {number: row for number, row in rows.items() if isinstance(row["prompt"], str) and row["prompt"]}
+    sides = [side for side in ("chosen", "rejected") if any(side in row for row in texts.values())]
+    filled = {number: row for number, row in texts.items() if all(row[side] for side in sides)}
+    repeat = {n for n, row in filled.items() if all(row[c].startswith(row["prompt"]) for c in sides)}
+    if len(repeat) < max(1, 0.9 * len(filled)) or any(column in rows[n] for n in repeat for column in COMPLETE):
+        return set()
+    for number in repeat:
+        row = rows[number]
+        row |= {column: row[column].removeprefix(row["prompt"]) for column in sides}
+    print(f"{name}: responses repeat their prompt; it was removed from those of {len(repeat)} rows", file=sys.stderr)
+    return set(filled) - repeat
+
+
+def _check_responses(row: dict[str, Any], first: dict[str, Any], notes: Notes) -> None:
+    if isinstance(row["prompt"], list) != isinstance(first["prompt"], list):
+        raise Bad("prompt", "text and messages are mixed in one table", "store all rows in the form of the first one")
+    sides = {side: row[side] for side in ("chosen", "rejected") if side in row}
+    for column, value in sides.items():
+        said = [value] if isinstance(value, str) else [m[key] for m in value for key in m if key != "role"]
+        if not "".join(said).strip():
+            raise Bad(column, "is empty", "write a response or remove the row")
+    if isinstance(row["prompt"], list):
+        chat.check_turns(sides, notes)
+    if row["chosen"] == row.get("rejected"):
+        raise Bad("rejected", "is identical to chosen", "remove the row: it states no preference")

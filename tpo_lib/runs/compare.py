@@ -1,0 +1,294 @@
+"""The comparison: every objective from one start, on one set of pairs, evaluated on one set of held-out prompts.
+
+    python -m tpo_lib run
+
+An interrupted comparison continues where it was: pairs are cached, every training run resumes from its checkpoint, and an
+evaluation that was written down is not made again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from tpo_lib.files import store
+from tpo_lib.runs import report
+from tpo_lib.config import TrainConfig
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import fingerprint, frozen_copy, load_model
+from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
+from tpo_lib.train import fit, planned_steps
+
+FIX = "restore it, or pass --fresh to make the comparison anew"
+OTHER = "pass --fresh to replace the comparison there, or another --name"
+LATEST = "latest"  # the link to the last comparison
+WRITTEN = re.compile(  # names of all files of a comparison that stand in no manifest
+    r"(identity|wall_time|summary|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
+    r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
+)
+EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's estimate alone
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """One comparison.
+
+    Attributes:
+        stage: start, reward, judge, pairs and prompts that all runs share.
+        objectives: the training runs, in order; a tgdpo run is guided by the dpo run before it.
+        evaluations: how often each run is evaluated, evenly spaced, the end included.
+    """
+
+    stage: StageConfig
+    objectives: tuple[TrainConfig, ...]
+    evaluations: int
+
+
+def pocket_objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
+    """The five objectives on the pocket model: one learning rate, one schedule, the papers' default beta of 0.1.
+
+    TDPO2's alpha decides where it comes to rest. The paper's 0.5 holds it at a reward of about 0.74 and a KL of 4 here, so
+    that there is little to compare; 0.2 lies in the range the paper sweeps (0.1 to 0.7). TGDPO's alpha is the paper's 0.5.
+    SimPO's beta multiplies a mean over tokens, the others' a sum, so its value is of another scale.
+    """
+    return (
+        replace(common, loss_type="dpo", beta=0.1),
+        replace(common, loss_type="tdpo1", beta=0.1),
+        replace(common, loss_type="tdpo2", beta=0.1, alpha=0.2),
+        replace(common, loss_type="tgdpo", beta=0.1, alpha=0.5, guide_beta=0.1),
+        replace(common, loss_type="simpo", beta=2.0, gamma=0.5),
+    )
+
+
+def pocket_comparison(*, quick: bool = False, seed: int = 0) -> CompareConfig:
+    """The comparison of `make run` (at most ten minutes on two cores), or a small one of about a minute."""
+    stage = pocket_stage_config(quick=quick, seed=seed)
+    common = TrainConfig(
+        lr=3e-4,
+        batch_size=32,
+        warmup_steps=5,
+        max_length=stage.max_length,
+        epochs=1,
+        seed=seed,
+        log_every=2,
+        keep=1,
+        device=stage.device,
+    )
+    return CompareConfig(stage=stage, objectives=pocket_objectives(common), evaluations=1 if quick else 5)
+
+
+def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True) -> dict:
+    """Run (or continue) a comparison and write everything below `folder`.
+
+    Writes summary.json, metrics.jsonl, frontier.png, seqkl.png, diversity.png, gaps.png, report.md and report.html, and
+    points the link `latest` beside `folder` to it.
+
+    Args:
+        config: what is compared.
+        folder: where; a folder that holds another comparison is refused unless `fresh`, one that is not ours in any case.
+        fresh: throw away what an earlier comparison left in the folder.
+        progress: show one overall progress bar.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        FileExistsError: there is something in the folder that no comparison wrote; nothing was removed.
+        RuntimeError: it holds another comparison, or another process is at work in it.
+    """
+    with store.exclusive(folder, "comparison"):
+        if fresh:
+            store.clear(folder, WRITTEN)
+        comparison = _Comparison(config, folder, progress)
+        for train in config.objectives:
+            _train_one(train, comparison)
+        comparison.bar.close()
+        summary, curves, samples = _collect(comparison)
+        report.write_report(folder, summary, curves, samples, training=comparison.training)
+        lines = "".join(json.dumps(row) + "\n" for row in _metrics_rows(comparison, curves))
+        store.write_file(folder / "metrics.jsonl", lines)
+        store.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        _link_latest(folder)
+    return summary
+
+
+class _Comparison:
+    """A comparison under way: its stage, the evaluation of the start, the bar and the clock."""
+
+    def __init__(self, config: CompareConfig, folder: Path, progress: bool):
+        self.config, self.folder = config, folder
+        self.training: dict[str, list[dict]] = {}  # objective -> its metrics rows
+        before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
+        self.clock = (store.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
+        identity = partial(store.settle, folder / "identity.json", fix=OTHER)
+        identity({"config": asdict(config)})  # before the work, and once more with what was loaded
+        self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
+        identity({"model": fingerprint(self.stage.start), "reward": self.stage.reward.fingerprint})
+        store.write_file(folder / "gaps.png", partial(self.stage.report.figure().savefig, dpi=110))
+        self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
+        self.every = max(1, self.updates // config.evaluations)
+        each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))
+        self.bar = tqdm(
+            total=round(EVALUATION_COST + each * len(config.objectives)),
+            desc="comparison",
+            disable=not progress,
+            unit="update",
+        )
+        self.start_evaluation = self.evaluated(folder / "start", 0, self.stage.start, None)
+
+    def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
+        """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
+        path = _evaluation(folder, step)
+        if path.exists():
+            return store.read_json(path, FIX)
+        result = self.stage.evaluate(policy, train, guide=guide)
+        row = {"step": step, "pairs_seen": step * train.batch_size if train else 0}
+        row |= {name: metric.as_dict() for name, metric in result.metrics.items()}
+        row["samples"] = [asdict(sample) for sample in result.samples]
+        row["by_prompt"] = {name: [float(v) for v in values] for name, values in result.by_prompt.items()}
+        store.write_json(path, row)
+        self.clock += time.time()
+        store.write_json(self.folder / "wall_time.json", {"seconds": self.clock})
+        self.clock -= time.time()
+        self.bar.update(EVALUATION_COST)
+        return row
+
+
+def _train_one(train: TrainConfig, comparison: _Comparison) -> None:
+    """Train and evaluate one objective, continuing where an interrupted run left it."""
+    stage, folder = comparison.stage, comparison.folder / train.loss_type
+    guide = None
+    if "guide_logps" in OBJECTIVES[train.loss_type].needs:
+        guide = frozen_copy(load_model(comparison.folder / "dpo" / "final", device=stage.start.device))
+    settings = replace(train, output_dir=str(folder), eval_every=comparison.every, save_every=comparison.every)
+    comparison.bar.set_description(train.loss_type)
+    seen = [0]
+
+    def callback(step: int, policy) -> None:
+        comparison.bar.update(step - seen[0])
+        seen[0] = step
+        if step:
+            comparison.evaluated(folder, step, policy, train, guide)
+
+    result = fit(
+        settings,
+        stage.policy(),
+        stage.start,
+        stage.pairs,
+        guide=guide,
+        tokenizer=stage.tokenizer,
+        callbacks=[callback],
+        resume=True,
+        progress=False,
+    )
+    comparison.training[train.loss_type] = result.metrics
+    for step in [*range(comparison.every, result.steps, comparison.every), result.steps]:
+        if not (path := _evaluation(folder, step)).exists():
+            raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
+
+
+def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
+    """Return (summary, curves, samples) in the schemas of report.write_report."""
+    start, curves, samples, final = comparison.start_evaluation, {}, {}, {}
+    for train in comparison.config.objectives:
+        rows = [start, *_evaluations(comparison.folder / train.loss_type)]
+        curves[train.loss_type] = [_without_samples(row) for row in rows]
+        final[train.loss_type] = {name: value for name, value in rows[-1].items() if _is_metric(value)}
+        samples[train.loss_type] = [
+            {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
+            | {f"{when}_{name}": s[name] for when, s in (("before", a), ("after", b)) for name in ("reward", "judge")}
+            for a, b in zip(start["samples"], rows[-1]["samples"], strict=True)
+        ]
+    summary = {
+        "objectives": final,
+        "start": {name: value for name, value in start.items() if _is_metric(value)},
+        "config": _flat(comparison.config)
+        | {"pairs": len(comparison.stage.pairs), "held_out_pairs": len(comparison.stage.held_out_pairs)}
+        | {"held_out_prompts_seen": comparison.stage.seen_prompts},
+        "seed": comparison.config.stage.seed,
+        "versions": versions(),
+        "wall_time_s": store.read_json(comparison.folder / "wall_time.json", FIX)["seconds"],
+    }
+    return summary, curves, samples
+
+
+def _flat(config: CompareConfig) -> dict:
+    """The configuration with the stage's settings beside the rest."""
+    settings = asdict(config) | {"objectives": [run.to_dict() for run in config.objectives]}
+    return settings.pop("stage") | settings
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, and the machine."""
+    names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    } | found
+
+
+def _evaluation(folder: Path, step: int) -> Path:
+    return folder / "evaluations" / f"{step:08d}.json"
+
+
+def _evaluations(folder: Path) -> list[dict]:
+    return [store.read_json(path, FIX) for path in sorted((folder / "evaluations").glob("*.json"))]
+
+
+def _metrics_rows(comparison: _Comparison, curves: dict) -> list[dict]:
+    """Everything that was logged, one row a line: training rows and evaluations of all objectives."""
+    rows = []
+    for name, curve in curves.items():
+        rows += [{"objective": name, "kind": "train"} | row for row in comparison.training[name]]
+        rows += [
+            {"objective": name, "kind": "evaluation"} | {k: v for k, v in row.items() if k != "by_prompt"}
+            for row in curve
+        ]
+    return rows
+
+
+def _without_samples(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "samples"}
+
+
+def _is_metric(value) -> bool:
+    return isinstance(value, dict) and "mean" in value
+
+
+def run_folder(runs: str | Path, name: str) -> Path:
+    """The folder of the comparison `name`.
+
+    Raises:
+        ValueError: the name is not one of a single folder below `runs`, or the link's own.
+    """
+    if name in ("", ".", "..", LATEST) or "/" in name or "\\" in name:
+        raise ValueError(
+            f"--name {name!r} must be a name of one folder below {runs}, and not {LATEST!r}; move with --runs"
+        )
+    return Path(runs) / name
+
+
+def _link_latest(folder: Path) -> None:
+    """Point the link `latest` here; where it cannot be, or is not a link of ours, all is done but the link."""
+    link, new = folder.parent / LATEST, folder.parent / f".{LATEST}.new"
+    try:
+        if os.path.lexists(link) and not (link.is_symlink() and os.path.dirname(os.readlink(link)) == ""):
+            raise FileExistsError("it is not a link of ours")
+        new.unlink(missing_ok=True)
+        new.symlink_to(folder.name, target_is_directory=True)
+        new.replace(link)
+    except OSError as error:
+        print(f"{link} is left as it is ({error}); the comparison is in {folder}", file=sys.stderr)

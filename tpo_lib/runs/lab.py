@@ -1,0 +1,205 @@
+"""A laboratory for training runs: one after another from one start, kept with their curves, figures and samples.
+
+lab = Laboratory(pocket_stage())
+run = lab.train(lab.config("tdpo2", beta=0.1, alpha=0.3, lr=3e-4, updates=10))
+lab.save("lab.json")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from tpo_lib.files import store
+from tpo_lib.runs.compare import versions
+from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.evaluate import Evaluation
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import frozen_copy
+from tpo_lib.runs.stage import Stage
+from tpo_lib.train import fit
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        config: its settings.
+        rows: metrics rows of training so far (names as in metrics.jsonl).
+        stopped: ended before its last update.
+        policy, evaluation: there when the run has ended.
+    """
+
+    config: TrainConfig
+    rows: list[dict] = field(default_factory=list)
+    stopped: bool = False
+    policy: torch.nn.Module | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+
+class Laboratory:
+    """Runs on one stage, by name.
+
+    Attributes:
+        stage: what they share.
+        runs: {name: Run}, in the order they were made; ended runs alone.
+        start: evaluation of the start.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.runs: dict[str, Run] = {}
+        self.start = stage.evaluate(stage.start)
+        self._guides: dict[TrainConfig, torch.nn.Module] = {}
+
+    def config(self, loss_type: str, *, beta: float, alpha: float, lr: float, updates: int, **more) -> TrainConfig:
+        """Settings of a run of so many updates on the stage's pairs.
+
+        Args:
+            more: other fields of TrainConfig, such as `extra` for an objective of your own.
+
+        Raises:
+            ValueError: a value is out of range (it is named).
+        """
+        base = PRESETS["pocket"].train
+        per_epoch = len(self.stage.pairs) // base.batch_size
+        given = {"beta": beta, "alpha": alpha, "guide_beta": base.beta}
+        taken = {name: value for name, value in given.items() if name in OBJECTIVES[loss_type].hyperparameters}
+        return override(
+            base, loss_type=loss_type, lr=lr, warmup_steps=min(5, updates // 2), max_length=self.stage.config.max_length,
+            max_steps=updates, epochs=-(-updates // per_epoch), log_every=1, **(taken | more),
+        )  # fmt: skip
+
+    def train(
+        self,
+        config: TrainConfig,
+        name: str | None = None,
+        *,
+        on_log: Callable[[Run], bool | None] = lambda run: None,
+        on_stage: Callable[[str], None] = lambda words: None,
+    ) -> Run:
+        """Train from the start, evaluate on the held-out prompts and keep the run.
+
+        A TGDPO run without a fitting guide first trains one: DPO with the same learning rate and number of updates.
+
+        Args:
+            name: None takes a free one.
+            on_log: called after every update; returns True to stop.
+            on_stage: called with a few words when something else begins.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        name = name or self.free_name(config)
+        if name in self.runs:
+            raise ValueError(f"there is a run {name!r} already; rename or remove it, or choose another name")
+        guide = None
+        if "guide_logps" in OBJECTIVES[config.loss_type].needs:
+            guide = self._guide(config, on_log, on_stage)
+            if guide is None:
+                return Run(config, stopped=True)
+        on_stage(f"training {name}")
+        run = self._fit(config, guide, on_log)
+        if run.updates:
+            on_stage(f"evaluating {name}")
+            run.evaluation = self.stage.evaluate(run.policy, config, guide=guide)
+            self.runs[name] = run
+        return run
+
+    def _guide(self, config: TrainConfig, on_log, on_stage) -> torch.nn.Module | None:
+        settings = override(config, loss_type="dpo", beta=config.guide_beta)
+        if settings not in self._guides:
+            on_stage(f"training the DPO guide, beta {settings.beta:g}")
+            run = self._fit(settings, None, on_log)
+            if run.stopped:
+                return None
+            self._guides[settings] = frozen_copy(run.policy)
+        return self._guides[settings]
+
+    def _fit(self, config: TrainConfig, guide, on_log) -> Run:
+        run = Run(config)
+
+        def logged(row: dict) -> bool:
+            run.rows.append(row)
+            run.stopped = bool(on_log(run)) and row["step"] < config.max_steps
+            return run.stopped
+
+        result = fit(
+            config, self.stage.policy(), self.stage.start, self.stage.pairs, guide=guide, on_log=logged, progress=False
+        )
+        run.policy = result.policy.eval()
+        return run
+
+    def free_name(self, config: TrainConfig) -> str:
+        """A short name that no run has, such as "tdpo2 β.1 α.5"."""
+        used = config.hyperparameters()
+        shown = (f" {sign}{used[name]:.3g}" for name, sign in (("beta", "β"), ("alpha", "α")) if name in used)
+        base = config.loss_type + "".join(shown)
+        names = [base, *(f"{base} ({i})" for i in range(2, len(self.runs) + 3))]
+        return next(name for name in names if name not in self.runs)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a run another name; the order stays.
+
+        Raises:
+            ValueError: the new name is empty or taken.
+        """
+        if not new.strip() or (new != old and new in self.runs):
+            raise ValueError(f"cannot rename {old!r} to {new!r}: the name is {'taken' if new.strip() else 'empty'}")
+        self.runs = {new if name == old else name: run for name, run in self.runs.items()}
+
+    def remove(self, name: str) -> None:
+        """Forget a run."""
+        del self.runs[name]
+
+    def points(self) -> dict[str, tuple[str, dict]]:
+        """{name: (objective, {metric: {mean, low, high, n}})}, as `plots.run_points` takes them."""
+        return {name: (run.config.loss_type, _metrics(run.evaluation)) for name, run in self.runs.items()}
+
+    def start_point(self) -> dict:
+        """The start's metrics, {metric: {mean, low, high, n}}."""
+        return _metrics(self.start)
+
+    def save(self, path: str | Path, *, samples: int | None = None) -> Path:
+        """Write `record` as JSON; returns the path."""
+        path = Path(path)
+        store.write_file(path, json.dumps(self.record(samples=samples), indent=1) + "\n")
+        return path
+
+    def record(self, *, samples: int | None = None) -> dict:
+        """Every run (settings, curves, figures, samples), the start, the stage and the versions, as JSON has them.
+
+        Args:
+            samples: how many of each run's samples, None for all.
+        """
+        runs = {name: _record(run, samples) for name, run in self.runs.items()}
+        return {
+            "start": {"metrics": self.start_point(), "samples": [asdict(s) for s in self.start.samples[:samples]]},
+            "runs": runs,
+            "stage": asdict(self.stage.config),
+            "versions": versions(),
+        }
+
+
+def _record(run: Run, samples: int | None) -> dict:
+    return {
+        "config": run.config.to_dict(),
+        "stopped": run.stopped,
+        "training": run.rows,
+        "metrics": _metrics(run.evaluation),
+        "samples": [asdict(sample) for sample in run.evaluation.samples[:samples]],
+    }
+
+
+def _metrics(evaluation: Evaluation) -> dict:
+    return {name: metric.as_dict() for name, metric in evaluation.metrics.items()}

@@ -1,0 +1,517 @@
+"""A run's folder: what the run was started from, its checkpoints, its metrics. `train.fit` owns one while it trains.
+
+    RUN/start/         written before the first update: training.json, prompts.safetensors
+    RUN/checkpoints/   step-00000100, ...: a model folder with training.json and the state of the loop
+    RUN/final/         the trained model, with training.json
+    RUN/metrics.jsonl  a row a line
+
+training.json holds the settings and, under "start", fingerprints of the models, the tokenizer and the pairs. A run goes on
+only with what it was started from; `read_run` tells the rest of the house what that was.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+
+from tpo_lib.files import adapters, store
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import EncodedPair
+from tpo_lib.runs.interrupts import Terminated, on_sigterm
+from tpo_lib.models import fingerprint, tokenizer_content
+
+FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
+FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device", "cache_dir"}  # may change on a resume
+ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says about the run.
+
+    Attributes:
+        folder: where its training.json was found.
+        config: its settings.
+        start: what it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference",
+            "guide" and "tokenizer" as {"name": folder or hub name or None, "sha256": `origin`'s}; "training pairs",
+            "held-out pairs", "training prompts" as {"count", "sha256"}. What a run did not have is not there. Empty for a
+            run that is older than this record.
+    """
+
+    folder: Path
+    config: TrainConfig
+    start: dict
+
+    @property
+    def model(self) -> dict | None:
+        """The start model, {"name", "sha256"}; with --lora-rank the base of the adapters."""
+        return self.start.get("start model") or self.start.get("adapter base")
+
+    @property
+    def reference(self) -> dict | None:
+        """The reference, {"name", "sha256"}; the start model where the objective had none."""
+        return self.start.get("reference") or self.model
+
+    def prompts(self) -> list[list[int]] | None:
+        """Token ids of the distinct training prompts, sorted; None where they were not recorded beside this folder.
+
+        Raises:
+            CheckpointError: they were altered.
+        """
+        for place in (self.folder, *self.folder.parents[:2]):
+            start = place if place.name == "start" else place / "start"
+            if (start / "prompts.safetensors").is_file():
+                store.verify(start)
+                found = load_file(str(start / "prompts.safetensors"))
+                prompts = [ids.tolist() for ids in found["ids"].split(found["lengths"].tolist())]
+                return prompts if _counted(prompts) == self.start.get("training prompts") else None
+        return None
+
+
+def read_run(folder: str | Path) -> RunRecord | None:
+    """What the run in a folder was started from; None where the folder (or hub name) is not a run's.
+
+    Args:
+        folder: a run's folder, its `final`, or one of its checkpoints.
+
+    Raises:
+        ValueError: its record cannot be read, or was written by a newer version.
+    """
+    for place in (Path(folder), Path(folder) / "final", Path(folder) / "start"):
+        if (place / "training.json").is_file():
+            settings, start = _read_training(place)
+            try:
+                return RunRecord(place.resolve(), TrainConfig(**settings), start or {})
+            except ValueError as error:
+                raise ValueError(f"{place / 'training.json'} holds settings that are none here: {error}") from error
+    return None
+
+
+def shared_prompts(training: Sequence[str], held_out: Sequence[str]) -> list[int]:
+    """Which held-out prompts the training has seen: equal to one of its prompts, a beginning of one, or a continuation.
+
+    A beginning of one character is no prompt seen.
+
+    Example:
+        >>> shared_prompts(["The film", "A"], ["The", "The film is", "The film", "Then", "T", "A plot"])
+        [0, 1, 2]
+    """
+    known = sorted(training)
+    every, lengths = set(known), {len(text) for text in known if len(text) > 1}
+
+    def seen(text: str) -> bool:
+        at = bisect.bisect_left(known, text)
+        begins = len(text) > 1 and at < len(known) and known[at].startswith(text)
+        return begins or text in every or any(text[:length] in every for length in lengths if length < len(text))
+
+    return [i for i, text in enumerate(held_out) if seen(text)]
+
+
+def origin(model) -> dict:
+    """Where a model comes from: {"name": folder or hub name or None, "sha256": `models.fingerprint`}."""
+    return {"name": _place(model.name_or_path), "sha256": fingerprint(model)}
+
+
+def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
+    """The checkpoints of a run's folder, by their names.
+
+    Raises:
+        RuntimeError: it holds a run that is not to be resumed, or the model of one that cannot be.
+    """
+    checkpoints = sorted(folder.glob("checkpoints/step-*"))
+    if checkpoints and not resume:
+        raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
+    if not checkpoints and (folder / "final").exists():
+        raise RuntimeError(
+            f"{folder / 'final'} is the model of a run whose checkpoints are gone, and would be replaced; move it "
+            "away or choose another --output-dir"
+        )
+    return checkpoints
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss, gradient or weight became NaN or infinite; what is saved is the state before."""
+
+
+class Sums:
+    """Sums and counts of metrics on the device; read back at log steps and in checkpoints alone."""
+
+    def __init__(self, before: Sums | None = None) -> None:
+        self.totals: dict[str, tuple] = dict(before.totals) if before else {}
+
+    def add(self, metrics: dict[str, tuple]) -> None:
+        for name, (total, count) in metrics.items():
+            before = self.totals.get(name, (0.0, 0))
+            self.totals[name] = before[0] + total, before[1] + count
+
+    def means(self, accelerator) -> dict[str, float]:
+        means = {}
+        for name, (total, count) in self.totals.items():
+            pair = torch.stack(
+                [torch.as_tensor(total).float(), torch.as_tensor(count).float().to(torch.as_tensor(total).device)]
+            )
+            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
+            means[name] = total / count
+        return means
+
+
+class Run:
+    """A run under way: where it stands, and its folder (none where `config.output_dir` is None).
+
+    Attributes:
+        step: updates made.
+        rows: metrics rows so far.
+        sums: of the metrics since the last row.
+        norm: gradient norm of the last update.
+        pending: its row, evaluation or callbacks are still to come.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer, accelerator) -> None:
+        self.config, self.tokenizer, self.accelerator = config, tokenizer, accelerator
+        self.folder = Path(config.output_dir) if config.output_dir else None
+        self.writes = self.folder is not None and accelerator.is_main_process
+        self.start: dict = {}
+        self.step, self.rows, self.sums, self.norm, self.pending = 0, [], Sums(), 0.0, False
+        self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
+        self._whole = True  # weights, optimizer and step belong together
+        self._terminated = False
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the folder; a second run into it is refused."""
+        with store.exclusive(self.folder) if self.writes else nullcontext():
+            yield
+
+    def begin(self, policy, optimizer, frozen: dict, pairs, eval_pairs, per_update: int, *, resume: bool) -> None:
+        """A clean start, or (`resume`) the newest sound checkpoint: weights, optimizer, step and rows.
+
+        Args:
+            frozen: {"reference" | "guide": a model, a function that loads one, or None}.
+            per_update: pairs of one update.
+
+        Raises:
+            RuntimeError: the folder holds another run, or one that is not to be continued; every difference is named.
+        """
+        if self.folder is None:
+            return
+        if self.config.report_to:
+            plain = {
+                name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)
+            }
+            self.accelerator.init_trackers("tensorboard", config=plain)
+        checkpoints = checkpoints_in(self.folder, resume=resume)
+        self.start = _identity(policy, self.tokenizer, pairs, eval_pairs)
+        self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
+        if checkpoints:
+            self._continue(policy, optimizer, frozen, checkpoints)
+        elif self.writes:
+            store.write_file(self.folder / "metrics.jsonl", "")
+
+    def _continue(self, policy, optimizer, frozen: dict, checkpoints: list[Path]) -> None:
+        found = store.newest(self.folder / "checkpoints")
+        if found is None:
+            raise RuntimeError(
+                f"none of the {len(checkpoints)} checkpoints in {self.folder} is usable; remove the folder to start over"
+            )
+        settings, before = _read_training(found)
+        if before is None:
+            raise RuntimeError(
+                f"{found} was written before runs recorded what they were started from (format 1, this is {FORMAT}): finish it "
+                "with the version that began it, or start anew in another --output-dir, from its weights if you like "
+                "(--model)"
+            )
+        for name, model in frozen.items():
+            if name in before and model is not None:
+                self.start[name] = origin(_loaded(model))
+        # what was not given, or is newer than the run, had its default
+        old, now = (c.to_dict() for c in (TrainConfig(**settings), self.config))
+        changed = _differences(old, now, ASIDE) + _differences(before, self.start)
+        if changed:
+            raise RuntimeError(
+                f"cannot resume {self.folder}: {'; '.join(changed)}. Resume with what the run was started with, or choose "
+                "another --output-dir to start anew"
+            )
+        _load_weights(policy, found)
+        state = store.load_state(found / "state")
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.start, self._saved = before | self.start, state["step"]
+        self.step, self.rows, self.norm, self.pending = (state[name] for name in ("step", "rows", "norm", "pending"))
+        self._rows_before = len(self.rows)
+        mine = self.accelerator.process_index  # a run that was interrupted knows the sums of its main process alone
+        device = self.accelerator.device
+        for name, entry in state["sums"][mine].items() if mine < len(state["sums"]) else ():
+            self.sums.totals[name] = tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in entry)
+        self.accelerator.wait_for_everyone()
+        if self.writes:
+            store.set_aside(self.folder / "checkpoints", found)
+            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+            store.write_file(self.folder / "metrics.jsonl", lines)
+
+    def noting(self, name: str, model):
+        """A frozen model as a function that loads it and writes down what it was; None stays None."""
+        if model is None or self.folder is None:
+            return model
+
+        def load():
+            loaded = _loaded(model)
+            self.start[name] = origin(loaded)
+            return loaded
+
+        return load
+
+    def record(self, pairs: Sequence[EncodedPair]) -> None:
+        """Write down what the run was started from, once all of it is known."""
+        if not self.writes:
+            return
+        prompts = _prompts(pairs)
+
+        def write(target: Path) -> None:
+            self._write_training(target)
+            ids = torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int32)
+            save_file({"ids": ids, "lengths": torch.tensor([len(p) for p in prompts])}, target / "prompts.safetensors")
+
+        store.write_atomically(self.folder / "start", write)
+
+    def log(self, row: dict) -> None:
+        """Keep a metrics row, append it to metrics.jsonl, hand it to the tracker."""
+        self.rows.append(row)
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """While weights and step change: neither is saved without the other, and SIGTERM waits."""
+        self._whole = False
+        yield
+        self._whole = True
+        if self._terminated:
+            raise Terminated
+
+    def advance(self, norm: float, sums: Sums) -> None:
+        """An update was made: its gradient norm, and the metrics with its own."""
+        self.step, self.norm, self.sums, self.pending = self.step + 1, norm, sums, True
+        self._rows_before = len(self.rows)
+
+    def settle(self, logged: bool) -> None:
+        """All that an update entails is done."""
+        self.pending, self._rows_before = False, len(self.rows)
+        if logged:
+            self.sums = Sums()
+
+    def save(self, policy, optimizer) -> None:
+        """Write the checkpoint of this step and let go of those before the last `config.keep`.
+
+        Raises:
+            NonFiniteLoss: weights are not finite; nothing is written.
+        """
+        if self.folder is None:
+            return
+        self._check_finite(policy)
+        sums = gather_object([_on_cpu(self.sums)])
+        if self.writes:
+            self._checkpoint(policy, optimizer, sums)
+
+    def finish(self, policy) -> None:
+        """Write the trained model.
+
+        Raises:
+            NonFiniteLoss: as `save`, also where there is no folder.
+        """
+        self._check_finite(policy)
+        if self.writes:
+            self._write(self.folder / "final", adapters.whole(policy))
+
+    @contextmanager
+    def guarded(self, policy, optimizer) -> Iterator[None]:
+        """Whatever ends the block early, an error, Ctrl-C or SIGTERM: what the last whole update left is saved first."""
+
+        def terminate(number, frame) -> None:
+            self._terminated = True
+            if self._whole:
+                raise Terminated
+
+        try:
+            with on_sigterm(terminate):
+                try:
+                    yield
+                except BaseException:
+                    self._rescue(policy, optimizer)
+                    raise
+        except BaseException:
+            if self._terminated:
+                signal.raise_signal(signal.SIGTERM)  # now to whom it was sent
+            raise
+
+    def _rescue(self, policy, optimizer) -> None:
+        if not (self.writes and self._whole and self.step > self._saved and _not_finite(policy) is None):
+            return
+        self._whole = False  # another SIGTERM waits
+        del self.rows[self._rows_before :]  # they come again with what was broken off
+        try:
+            self._checkpoint(policy, optimizer, [_on_cpu(self.sums)])
+            print(f"{self.folder}: saved after update {self.step}; continue with --resume", file=sys.stderr)
+        except Exception as error:  # the one that ended the run is told
+            print(f"{self.folder}: update {self.step} could not be saved ({error})", file=sys.stderr)
+
+    def _check_finite(self, policy) -> None:
+        name = _not_finite(policy)
+        if name is not None:
+            raise NonFiniteLoss(
+                f"step {self.step}: the weights of {name} are not finite; they were not saved, checkpoints keep the last good "
+                "state. Lower the learning rate"
+            )
+
+    def _checkpoint(self, policy, optimizer, sums: list[dict]) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "rows": self.rows,
+            "sums": sums,
+            "norm": self.norm,
+            "pending": self.pending,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        self._write(store.step_folder(self.folder / "checkpoints", self.step), policy, state)
+        self._saved = self.step
+        store.keep_last(self.folder / "checkpoints", self.config.keep)
+
+    def _write(self, folder: Path, policy, state: dict | None = None) -> None:
+        """A `from_pretrained` folder, atomically; with a state also what it takes to continue."""
+
+        def write(target: Path) -> None:
+            policy.save_pretrained(str(target))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(target))
+            self._write_training(target)
+            if state is not None:
+                store.save_state(target / "state", state)
+
+        store.write_atomically(folder, write)
+
+    def _write_training(self, target: Path) -> None:
+        content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
+        (target / "training.json").write_text(json.dumps(content, indent=1))
+
+
+def _on_cpu(sums: Sums) -> dict[str, list]:
+    return {name: [v.cpu() if isinstance(v, torch.Tensor) else v for v in entry] for name, entry in sums.totals.items()}
+
+
+def _not_finite(policy) -> str | None:
+    """The first trained tensor with a NaN or infinity, None where there is none; -inf in the head's bias forbids a token."""
+    bias = getattr(policy.get_output_embeddings(), "bias", None)
+    trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+    return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
+
+
+def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair] | None) -> dict:
+    """All that a run is started from and that is known before the frozen models are loaded."""
+    if hasattr(policy, "peft_config"):
+        weights = dict(policy.named_parameters())
+        name = _place(policy.get_base_model().name_or_path)
+        base = {name: p for name, p in weights.items() if not p.requires_grad}
+        adapter = {name: p for name, p in weights.items() if p.requires_grad}
+        found = {"adapter base": {"name": name, "sha256": fingerprint(base)}}
+        found["start adapter"] = {"name": None, "sha256": fingerprint(adapter)}
+    else:
+        found = {"start model": origin(policy)}
+    if tokenizer is not None:
+        name = _place(tokenizer.name_or_path)
+        found["tokenizer"] = {
+            "name": name,
+            "sha256": _digest([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)]),
+        }
+    found["training pairs"] = _counted([astuple(pair) for pair in pairs])
+    found["training prompts"] = _counted(_prompts(pairs))
+    found["held-out pairs"] = _counted([astuple(pair) for pair in eval_pairs or ()])
+    return found
+
+
+def _prompts(pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    return sorted(map(list, {tuple(pair.prompt_ids) for pair in pairs}))
+
+
+def _counted(rows: Sequence) -> dict:
+    return {"count": len(rows), "sha256": _digest(rows)}
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _place(name: str | None) -> str | None:
+    """A folder's whole path, so that it is found from elsewhere too; a hub name as it is."""
+    if not name:
+        return None
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
+def _loaded(model: torch.nn.Module | Callable) -> torch.nn.Module:
+    return model if isinstance(model, torch.nn.Module) else model()
+
+
+def _read_training(folder: Path) -> tuple[dict, dict | None]:
+    """Settings and start as a folder's training.json has them; the start is None in format 1."""
+    path = folder / "training.json"
+    try:
+        content = json.loads(path.read_text())
+        written, start = content.pop("format", 1), content.pop("start", None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    unknown = sorted(content.keys() - {field.name for field in fields(TrainConfig)})
+    if written > FORMAT or unknown:
+        what = f"the settings {', '.join(unknown)}" if unknown else f"format {written}"
+        raise ValueError(
+            f"{path} was written by another version: it has {what}, which this one (format {FORMAT}) does not know"
+        )
+    return content, start
+
+
+def _differences(before: dict, now: dict, aside: set[str] = frozenset()) -> list[str]:
+    """What differs, in words; things with a digest are compared by it, so a folder may have moved."""
+
+    def digested(value) -> bool:
+        return isinstance(value, dict) and "sha256" in value
+
+    def told(value) -> str:
+        if not digested(value):
+            return repr(value)
+        what = value["name"] or "one in memory" if "name" in value else value["count"]
+        return f"{what} (sha256 {value['sha256'][:12]})"
+
+    def identity(value):
+        return value["sha256"] if digested(value) else value
+
+    return [
+        f"{name} was {told(before[name])}, is {told(now[name])}"
+        for name in now
+        if name not in aside and name in before and identity(before[name]) != identity(now[name])
+    ]
+
+
+def _load_weights(policy, folder: Path) -> None:
+    if hasattr(policy, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+        return
+    saved = type(policy).from_pretrained(str(folder), dtype=policy.dtype, use_safetensors=True, trust_remote_code=False)
+    policy.load_state_dict(saved.state_dict())

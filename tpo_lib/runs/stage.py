@@ -1,0 +1,178 @@
+"""What the runs of a comparison share: start, reward, judge, pairs and held-out prompts.
+
+stage = pocket_stage()
+policy = stage.policy()
+fit(config, policy, stage.start, stage.pairs)
+stage.evaluate(policy, config).metrics["reward"]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import EncodedPair, encode_pairs
+from tpo_lib.evaluate import Evaluation, evaluate
+from tpo_lib.models import POCKET, choose_device, frozen_copy, load_model, load_tokenizer
+from tpo_lib.pairing import PairReport, build_pairs
+from tpo_lib.rewards import load_reward
+from tpo_lib.runs.run import shared_prompts
+from tpo_lib.sampling import sample_prompts
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What a stage is built from.
+
+    Attributes:
+        model, reward, judge: folders or hub names; judge None means no judge.
+        train_prompts, held_out_prompts: prompts for the pairs, and for everything that is reported.
+        samples_per_prompt: completions of a training prompt; all their pairs are used (4 give the papers' 6).
+        held_out_samples: completions of a held-out prompt for the held-out pairs.
+        max_new_tokens: longest completion.
+        min_gap: smallest difference of scores in a pair.
+        max_pairs, max_held_out_pairs: training and held-out pairs used (the first ones; the rest is counted as unused).
+        max_length: longest prompt and response together, tokens.
+        seed: of prompts, samples and bootstrap.
+        device: as in models.choose_device; None takes the best there is.
+    """
+
+    model: str
+    reward: str
+    judge: str | None
+    train_prompts: int
+    held_out_prompts: int
+    samples_per_prompt: int
+    held_out_samples: int
+    max_new_tokens: int
+    min_gap: float
+    max_pairs: int
+    max_held_out_pairs: int
+    max_length: int = 128
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A configuration carried out.
+
+    Attributes:
+        start: the model that every run starts from, frozen: it is the reference too.
+        table: the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`).
+        pairs, held_out_pairs: tokenized.
+        report: how the training pairs came about.
+        seen_prompts: held-out prompts that begin or continue a training prompt (none is equal to one).
+        reference_cache: log-probabilities of the reference on the held-out pairs, filled by the first evaluation.
+    """
+
+    config: StageConfig
+    start: torch.nn.Module
+    tokenizer: object
+    reward: Callable
+    judge: Callable | None
+    table: Dataset
+    pairs: list[EncodedPair]
+    held_out_pairs: list[EncodedPair]
+    held_out_prompts: list[str]
+    report: PairReport
+    seen_prompts: int
+    reference_cache: dict = field(default_factory=dict, repr=False)
+
+    def policy(self) -> torch.nn.Module:
+        """A copy of the start that can be trained."""
+        return frozen_copy(self.start).requires_grad_(True)
+
+    def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
+        """`evaluate.evaluate` of a policy on the held-out prompts and pairs.
+
+        Args:
+            config: what the policy was trained with; None for one that was not.
+            guide: TGDPO's.
+        """
+        return evaluate(
+            policy,
+            self.start,
+            self.tokenizer,
+            self.held_out_prompts,
+            self.reward,
+            judge=self.judge,
+            pairs=self.held_out_pairs,
+            objective=config and config.loss_type,
+            hyperparameters=config and config.hyperparameters(),
+            guide=guide,
+            max_new_tokens=self.config.max_new_tokens,
+            seed=self.config.seed + 4,
+            reference_cache=self.reference_cache,
+        )
+
+
+def build_stage(config: StageConfig, *, cache_dir: Path | None) -> Stage:
+    """Load the models, sample prompts and build the pairs (read from `cache_dir` if they were built before).
+
+    Raises:
+        ValueError: as in `build_pairs`.
+    """
+    device = choose_device(config.device)
+    start = frozen_copy(load_model(config.model, device=device))
+    tokenizer = load_tokenizer(config.model)
+    reward = load_reward(config.reward, device=device)
+    judge = load_reward(config.judge, device=device) if config.judge else None
+    prompts = sample_prompts(start, tokenizer, config.train_prompts + config.held_out_prompts, seed=config.seed + 1)
+
+    def make(prompts: list[str], samples: int, seed: int, most: int) -> tuple[Dataset, list[EncodedPair], PairReport]:
+        table, report = build_pairs(
+            start,
+            tokenizer,
+            reward,
+            prompts=prompts,
+            samples_per_prompt=samples,
+            max_new_tokens=config.max_new_tokens,
+            min_gap=config.min_gap,
+            seed=seed,
+            cache_dir=cache_dir,
+        )
+        table = table.shuffle(seed=seed).select(range(min(most, len(table))))
+        encoded, _ = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")
+        return table, encoded, report
+
+    train, held_out = prompts[: config.train_prompts], prompts[config.train_prompts :]
+    table, pairs, report = make(train, config.samples_per_prompt, config.seed + 2, config.max_pairs)
+    _, held_out_pairs, _ = make(held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs)
+    seen = len(shared_prompts(train, held_out))
+    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, seen)
+
+
+def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
+    """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
+    small = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
+    whole = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
+    return StageConfig(
+        model=str(POCKET),
+        reward=str(POCKET),
+        judge=str(POCKET / "judge"),
+        samples_per_prompt=4,
+        held_out_samples=4,
+        max_new_tokens=40,
+        min_gap=0.4,
+        seed=seed,
+        **(small if quick else whole),
+    )
+
+
+def pocket_stage(**changes) -> Stage:
+    """The small stage on the bundled model, about half a minute on two cores; its pairs are kept for the next call.
+
+    They are kept below the folder that the environment variable TPO_CACHE names, by default ~/.cache/tpo_lib.
+
+    Args:
+        changes: fields of StageConfig that shall differ, for instance min_gap=0.0.
+    """
+    cache = Path(os.environ.get("TPO_CACHE", Path.home() / ".cache" / "tpo_lib"))
+    return build_stage(replace(pocket_stage_config(quick=True), **changes), cache_dir=cache / "pairs")

@@ -1,0 +1,99 @@
+"""The runs that notebook 00 shows without training: every objective over alpha and beta, from one start on one set of pairs.
+
+python -m tpo_lib sweep --output data/runs.json      # resumes where it was
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from tpo_lib.files import store
+from tpo_lib.runs.lab import Laboratory
+from tpo_lib.models import POCKET
+from tpo_lib.runs.stage import pocket_stage
+
+RUNS = POCKET.parent / "runs.json"
+BETAS = (0.05, 0.1, 0.5)
+ALPHAS = {"dpo": (0.0,), "tdpo1": (0.0,), "tdpo2": (0.1, 0.3, 0.5, 1.0), "tgdpo": (0.5, 1.0, 2.0)}  # 0: has none
+SIMPO_BETAS = (1.0, 2.0, 4.0)  # multiply a mean over tokens, not a sum
+STAGE = {"train_prompts": 330, "max_pairs": 512, "held_out_prompts": 96}
+LR, UPDATES = 3e-4, 16  # at most once over the pairs
+SAMPLES = 6  # kept of each run
+DIGITS = 5  # significant ones kept of a figure
+
+
+def grid() -> Iterator[tuple[str, float, float]]:
+    """(objective, beta, alpha) of every run; alpha is 0 where the objective has none."""
+    for beta in BETAS:
+        for objective, alphas in ALPHAS.items():
+            for alpha in alphas:
+                yield objective, beta, alpha
+    for beta in SIMPO_BETAS:
+        yield "simpo", beta, 0.0
+
+
+def sweep(path: Path, *, progress: bool = True) -> dict:
+    """Make every run of the grid that `path` does not hold yet; the file is complete after each of them.
+
+    A second sweep into the same file waits for the first, and makes what is missing then.
+
+    Returns:
+        The file's content: {"lr", "updates", "start", "stage", "versions", "runs": [{"objective", "beta", "alpha",
+        "training", "metrics", "samples"}]}.
+
+    Raises:
+        ValueError: `path` holds something else, or runs from another start or with other settings.
+        CheckpointError: it is damaged.
+    """
+    with store.alone(path):
+        known = _known(path)  # first: a stage is minutes of work
+        lab = Laboratory(pocket_stage(**STAGE))
+        content = _begin(path, known, _short(lab.record(samples=SAMPLES)))
+        done = {(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]}
+        todo = [settings for settings in grid() if settings not in done]
+        for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
+            lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES), "run")
+            run = _short(lab.record(samples=SAMPLES)["runs"]["run"])
+            lab.remove("run")
+            found = {"objective": objective, "beta": beta, "alpha": alpha}
+            content["runs"].append(found | {key: run[key] for key in ("training", "metrics", "samples")})
+            store.write_json(path, content)
+    return content
+
+
+def _known(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    known = store.read_json(path, "restore it, or remove it to make all runs anew")
+    if not known.keys() >= {"lr", "updates", "start", "stage", "versions", "runs"}:
+        raise ValueError(f"{path} is not the file of a sweep, and is left as it is; choose another --output")
+    return known
+
+
+def _begin(path: Path, known: dict | None, record: dict) -> dict:
+    """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
+    stage = {**record["stage"], "model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
+    content = {"lr": LR, "updates": UPDATES, "start": record["start"], "stage": stage, "versions": record["versions"]}
+    content = json.loads(json.dumps(content | {"runs": []}))
+    if known is None:
+        return content
+    for name in ("start", "stage", "lr", "updates"):
+        was, now = (found[name]["metrics"] if name == "start" else found[name] for found in (known, content))
+        if was != now:
+            raise ValueError(
+                f"{path} holds runs of another sweep ({name} differs); remove it, or choose another --output"
+            )
+    return known
+
+
+def _short(value):
+    """The same nest of values with every float cut to DIGITS significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _short(v) for key, v in value.items()}
+    return [_short(v) for v in value] if isinstance(value, list) else value
