@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -383,7 +382,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     )
     print(report)
     if output is None:  # named by its content: another run may sample into the same folder
-        output = folder / f"sampled-{hashlib.sha256(json.dumps(table.to_dict()).encode()).hexdigest()[:16]}.jsonl"
+        output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
     pairing.save_pairs(table, output)
     store.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
     return output

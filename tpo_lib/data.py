@@ -9,8 +9,6 @@ disappears silently.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from datasets import Dataset, Value
 from tpo_lib.files import chat
 from tpo_lib.files.formats import Bad, BadRow, BadRowsError, read_records
 from tpo_lib.files.layouts import SAMPLED, WANTED, pairs_table, read_rows
+from tpo_lib.files.store import content_key
 from tpo_lib.types import IGNORE, PairBatch
 
 OnBadRows = Literal["error", "skip"]
@@ -255,7 +254,7 @@ def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[
 
 def vocabulary_name(tokenizer) -> str:
     """What names a vocabulary: equal names, equal meaning of every token id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return content_key(sorted(tokenizer.get_vocab().items()))[:16]
 
 
 def _complete(pairs: Dataset, column: str) -> list[bool]:

@@ -8,12 +8,11 @@ score each with a reward, and let the higher score be the chosen one.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -295,12 +294,13 @@ def build_pairs(
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"seed": seed, "batch_size": batch_size}
     pairing = {"rule": rule, "min_gap": min_gap}
-    folder, mark = None, getattr(reward, "fingerprint", None)
+    folder, key, mark = cache_dir, "", getattr(reward, "fingerprint", None)
     if cache_dir is not None and not mark:
         print(f"reward {name_of(reward)!r} has no fingerprint, so its pairs are not cached", file=sys.stderr)
+        folder = None
     elif cache_dir is not None:
         content = {"prompts": list(prompts), "reward": [mark, getattr(reward, "scope", "response")]}
-        folder = Path(cache_dir) / _content_hash(model, tokenizer, content | sampling | pairing)
+        key = _content_hash(model, tokenizer, content | sampling | pairing)
 
     def make() -> tuple[Dataset, PairReport]:
         probe(reward)
@@ -311,7 +311,7 @@ def build_pairs(
             raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
         return dataset, report
 
-    return _cached(folder, _read_pairs, make, _write_pairs)
+    return store.cached(folder, key, _read_pairs, make, _write_pairs)
 
 
 def sample_cached(
@@ -323,12 +323,11 @@ def sample_cached(
         cache_dir: folder of cache entries, or None for no cache.
         sampling: further arguments of `generate`.
     """
-    folder = None
+    key = ""
     if cache_dir is not None:
-        content = {"samples": list(prompts), **sampling}
-        folder = Path(cache_dir) / f"samples-{_content_hash(model, tokenizer, content)}"
+        key = f"samples-{_content_hash(model, tokenizer, {'samples': list(prompts), **sampling})}"
     make = partial(generate, model, tokenizer, prompts, **sampling, progress=progress)
-    return _cached(folder, _read_samples, make, _write_samples)
+    return store.cached(cache_dir, key, _read_samples, make, _write_samples)
 
 
 def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
@@ -341,23 +340,7 @@ def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
         "stops": stop_ids(model, tokenizer),
         **settings,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _cached(folder: Path | None, read: Callable[[Path], Any], make: Callable[[], Any], write: Callable) -> Any:
-    """What `read` finds in a cache entry, else what `make` makes, written there."""
-    if folder is None:
-        return make()
-
-    def made() -> Any:
-        found = make()
-        try:
-            store.write_atomically(folder, partial(write, found))
-        except OSError as error:  # a full disk shall not cost what was made
-            print(f"not cached: {error}", file=sys.stderr)
-        return found
-
-    return store.found_or_made(folder, read, made)
+    return store.content_key(content)
 
 
 def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tpo_lib.files import store
 from tpo_lib.models import fingerprint, load_classifier, load_tokenizer, tokenizer_content
 
 
@@ -206,7 +207,7 @@ class ClassifierReward:
         self.activation, self.positive = _reading(self.model.config, str(name))
         content = [fingerprint(self.model), self.activation, self.positive, self.max_length]
         content.append(tokenizer_content(self.tokenizer))
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.fingerprint = store.content_key(content)
         self._try(str(name))
 
     def _try(self, name: str) -> None:

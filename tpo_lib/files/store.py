@@ -132,6 +132,16 @@ def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def content_key(value: Any) -> str:
+    """The SHA-256 of a value as JSON, 64 digits: what a cache entry or a record of some content is named by.
+
+    Example:
+        >>> content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
     """Fill a new folder through `write(folder)` and give it its final name only once every byte is on disk.
 
@@ -438,6 +448,35 @@ def found_or_made(folder: Path, read: Callable[[Path], Any], make: Callable[[], 
             if folder.exists():
                 print(f"{folder} cannot be used and is built anew: {error}", file=sys.stderr)
         return make()
+
+
+def cached(
+    folder: str | Path | None,
+    key: str,
+    read: Callable[[Path], Any],
+    make: Callable[[], Any],
+    write: Callable[[Any, Path], None],
+) -> Any:
+    """What `read(entry)` finds in the cache entry `key`, else what `make()` makes, kept there by `write(made, entry)`.
+
+    Args:
+        folder: of all entries; None: nothing is cached.
+        key: the entry's name, which ends with the digits of a `content_key` of all that decides it.
+        read: as in `found_or_made`.
+    """
+    if folder is None:
+        return make()
+    entry = Path(folder) / key
+
+    def made() -> Any:
+        found = make()
+        try:
+            write_atomically(entry, functools.partial(write, found))
+        except OSError as error:  # a full disk shall not cost what was made
+            print(f"not cached: {error}", file=sys.stderr)
+        return found
+
+    return found_or_made(entry, read, made)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ only with what it was started from; `read_run` tells the rest of the house what 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import signal
 import sys
@@ -437,7 +436,7 @@ def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Seque
         name = _place(tokenizer.name_or_path)
         found["tokenizer"] = {
             "name": name,
-            "sha256": _digest([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)]),
+            "sha256": store.content_key([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)]),
         }
     found["training pairs"] = _counted([astuple(pair) for pair in pairs])
     found["training prompts"] = _counted(_prompts(pairs))
@@ -450,11 +449,7 @@ def _prompts(pairs: Sequence[EncodedPair]) -> list[list[int]]:
 
 
 def _counted(rows: Sequence) -> dict:
-    return {"count": len(rows), "sha256": _digest(rows)}
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return {"count": len(rows), "sha256": store.content_key(rows)}
 
 
 def _place(name: str | None) -> str | None:
