@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -36,7 +37,16 @@ NO_MATHEMATICS = (
     "transformers_version",
     "use_cache",
 )
-POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
+
+
+def _bundled() -> Path:
+    """The folder of the bundled model: `data/pocket` of a checkout, or of the package `tpo_data` where this was installed."""
+    checkout = Path(__file__).resolve().parents[1] / "data"
+    installed = None if (checkout / "pocket").is_dir() else importlib.util.find_spec("tpo_data")
+    return (Path(installed.origin).parent if installed else checkout) / "pocket"
+
+
+POCKET = _bundled()
 
 
 def choose_device(name: str | None = None) -> torch.device:
