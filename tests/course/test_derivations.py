@@ -13,6 +13,7 @@ import torch
 
 from tpo_course import derivations
 from tpo_course.derivations import DERIVATIONS, TOLERANCE, Hyper, Step, derive_table, equation_map, verify
+from tpo_course.derivations.steps import read
 from tpo_course.world import TokenWorld
 
 STEPS = {f"{name}.{step.key}": step for name, derivation in DERIVATIONS.items() for step in derivation.steps}
@@ -156,7 +157,7 @@ def test_every_step_has_one_breaking():
 def test_step_fails_when_broken(name):
     step = STEPS[name]
     world = TokenWorld(4, 3, seed=3, num_prompts=2, gamma=1.0 if step.gamma_one else 0.9)
-    wrong = Step(step.title, step.latex, step.words, broken(step.sides, *BREAKS[name]), relation=step.relation)
+    wrong = Step(broken(step.sides, *BREAKS[name]), relation=step.relation)
     assert step.residual(world) <= TOLERANCE
     assert wrong.residual(world) > 1e-3
 
@@ -191,7 +192,7 @@ def test_hyperparameters_are_checked(bad):
 
 
 def test_residual_refuses_sides_of_two_shapes():
-    step = Step("t", "x", "w", lambda w, h: (torch.zeros(2), torch.zeros(1)))
+    step = Step(lambda w, h: (torch.zeros(2), torch.zeros(1)))
     with pytest.raises(ValueError, match="shape"):
         step.residual(TokenWorld(2, 1, seed=0))
 
@@ -329,6 +330,16 @@ def test_names_are_unique():
         assert derivation.question.endswith("?")
     with pytest.raises(KeyError, match=r"dpo has no step 'lose'; it has chain_rule"):
         DERIVATIONS["dpo"].step("lose")
+
+
+def test_code_and_words_name_the_same_steps():
+    """In the same order; every module beside which Markdown lies is a derivation."""
+    folder = Path(derivations.__file__).parent
+    assert {path.stem for path in folder.glob("*.md")} == set(DERIVATIONS)
+    for name, derivation in DERIVATIONS.items():
+        about, texts = read(folder / f"{name}.md")
+        assert list(texts) == [step.key for step in derivation.steps]
+        assert all(about.values())
 
 
 def test_verify_counts_worlds_and_reports():

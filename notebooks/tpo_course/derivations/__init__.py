@@ -11,13 +11,9 @@ from __future__ import annotations
 import pkgutil
 
 from tpo_course import source_path
-from tpo_course.derivations.dpo import DPO_DERIVATION
-from tpo_course.derivations.one_form import ONE_FORM, objective_map
-from tpo_course.derivations.preferences import PREFERENCES
-from tpo_course.derivations.steps import TOLERANCE, Check, Derivation, Hyper, Step, table, verify
-from tpo_course.derivations.tdpo import TDPO
-from tpo_course.derivations.tgdpo import TGDPO
-from tpo_course.derivations.token_mdp import TOKEN_MDP
+from tpo_course.derivations import dpo, one_form, preferences, tdpo, tgdpo, token_mdp
+from tpo_course.derivations.one_form import objective_map
+from tpo_course.derivations.steps import TOLERANCE, Check, Derivation, Hyper, Step, join, table, verify
 from tpo_course.world import TokenWorld
 
 __all__ = [
@@ -36,7 +32,15 @@ __all__ = [
 ]
 
 DERIVATIONS: dict[str, Derivation] = {
-    derivation.name: derivation for derivation in (PREFERENCES, DPO_DERIVATION, TOKEN_MDP, TDPO, TGDPO, ONE_FORM)
+    name: join(name, module.STEPS)
+    for name, module in {
+        "preferences": preferences,
+        "dpo": dpo,
+        "token_mdp": token_mdp,
+        "tdpo": tdpo,
+        "tgdpo": tgdpo,
+        "one_form": one_form,
+    }.items()
 }
 
 

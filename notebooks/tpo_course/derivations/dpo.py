@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
-from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import minimise
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
 
-DPO = "DPO, arXiv 2305.18290"
 BETAS = (0.1, 0.5, 1.0, 5.0)
 
 
@@ -176,144 +175,17 @@ def _symbolic_slope() -> object:
     return sp.simplify(sp.diff(-sp.log(sigma(beta * m)), m) + beta * sigma(-beta * m))
 
 
-DPO_DERIVATION = Derivation(
-    name="dpo",
-    title="DPO",
-    question="Can you train on preferences directly, without a reward model and without sampling?",
-    assumptions=(
-        "Bradley-Terry preferences from a reward r(x, y)",
-        "pi_ref gives every response a positive probability",
-        "the policy can represent any distribution over responses (a tabular one can)",
-    ),
-    source=DPO,
-    steps=(
-        Step(
-            title="The objective, by response and by token",
-            latex=r"J(\pi) = \mathbb{E}_{y \sim \pi}[r(x,y)] - \beta \operatorname{KL}(\pi \,\|\, \pi_{\mathrm{ref}}) "
-            r"= \mathbb{E}_{y \sim \pi}[r(x,y)] - \beta\, \mathbb{E}_{y \sim \pi}"
-            r"\Bigl[\sum_t \operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi_{\mathrm{ref}}(\cdot|s_t)\bigr)\Bigr]",
-            words="You want reward and you want to stay near the reference; beta sets the exchange rate. The KL of whole "
-            "responses is the expected sum of the KLs of their tokens. That is the chain rule of log-probabilities.",
-            sides=chain_rule,
-            source=DPO,
-            implements="tpo_course.derivations.tools.objective",
-            changed=r"\beta \operatorname{KL}(\pi \,\|\, \pi_{\mathrm{ref}})",
-        ),
-        Step(
-            title="Complete the KL",
-            latex=r"J(\pi) = \beta \log Z(x) - \beta \operatorname{KL}(\pi \,\|\, \pi^*), \quad "
-            r"\pi^*(y|x) = \frac{\pi_{\mathrm{ref}}(y|x)\, e^{r(x,y)/\beta}}{Z(x)}",
-            words="Write r as beta log exp(r/beta), pull everything into one logarithm and normalise it by Z. The only place "
-            "left for your policy is a KL to a fixed distribution pi*.",
-            sides=objective_gap,
-            source=DPO,
-            changed=r"\beta \operatorname{KL}(\pi \,\|\, \pi^*)",
-        ),
-        Step(
-            title="The optimum's value",
-            latex=r"J(\pi^*) = \beta \log Z(x) = \beta \log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\bigl[e^{r(x,y)/\beta}\bigr]",
-            words="At pi = pi* the KL is zero. What remains is beta log Z: a soft maximum of the reward over what the reference "
-            "would write.",
-            sides=optimum_value,
-            source=DPO,
-            implements="tpo_course.world.TokenWorld.soft_optimum",
-            changed=r"\log \mathbb{E}_{y \sim \pi_{\mathrm{ref}}}\bigl[e^{r(x,y)/\beta}\bigr]",
-        ),
-        Step(
-            title="No policy is better",
-            latex=r"J(\pi) \le \beta\, \mathbb{E}_x[\log Z(x)] \quad \text{for every } \pi",
-            words="A KL is never negative, so nothing beats pi*. Ten rivals try: the reference, the optimum of another beta, "
-            "and eight random policies.",
-            sides=no_policy_is_better,
-            relation="<=",
-            source=DPO,
-            changed=r"\le",
-        ),
-        Step(
-            title="Reward from policy",
-            latex=r"r(x,y) = \beta \log \frac{\pi^*(y|x)}{\pi_{\mathrm{ref}}(y|x)} + \beta \log Z(x)",
-            words="Solve the Gibbs form for r. Every reward is the log-ratio of its own optimal policy, plus a number that "
-            "depends on the prompt alone.",
-            sides=reparametrisation,
-            source=DPO,
-            changed=r"\beta \log Z(x)",
-        ),
-        Step(
-            title="Z cancels",
-            latex=r"P(y_w \succ y_l \mid x) = \sigma\Bigl(\beta \log \frac{\pi^*(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
-            r"- \beta \log \frac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}\Bigr)",
-            words="Preferences see gaps only, and both responses share Z(x). The one quantity you could not compute is gone.",
-            sides=z_cancels,
-            assumption="Bradley-Terry enters here.",
-            source=DPO,
-            changed=r"- \beta \log \frac{\pi^*(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}",
-            symbolic=_symbolic_cancel,
-        ),
-        Step(
-            title="The loss",
-            latex=r"L_{\mathrm{DPO}}(\pi) = -\mathbb{E}\Bigl[\log \sigma\Bigl(\beta \sum_t \log \frac{\pi(y_w^t|s_t)}"
-            r"{\pi_{\mathrm{ref}}(y_w^t|s_t)} - \beta \sum_t \log \frac{\pi(y_l^t|s_t)}{\pi_{\mathrm{ref}}(y_l^t|s_t)}\Bigr)\Bigr]",
-            words="Put your policy where pi* stood and maximise the likelihood of the preferences. The left number comes from "
-            "the loss that trains language models, the right one from the formula.",
-            sides=loss,
-            source=DPO,
-            implements="tpo_lib.losses.dpo",
-            changed=r"\log \sigma",
-        ),
-        Step(
-            title="Its minimum is the optimum",
-            latex=r"L_{\mathrm{DPO}}(\pi^*) = \mathbb{E}[H(P)], \quad \nabla L_{\mathrm{DPO}}(\pi^*) = 0",
-            words="At pi* the loss equals the annotators' own entropy, which no model can beat, and its gradient is zero: "
-            "one classification loss has found the optimum of the KL-regularised objective.",
-            sides=loss_minimum,
-            assumption="Exact expectation over all pairs: infinite data.",
-            source=DPO,
-            implements="tpo_course.tabular.fit_tabular",
-            changed=r"\mathbb{E}[H(P)]",
-        ),
-        Step(
-            title="The gradient",
-            latex=r"\nabla L_{\mathrm{DPO}} = -\beta\, \mathbb{E}\bigl[\sigma(-m) \bigl(\nabla \log \pi(y_w|x) "
-            r"- \nabla \log \pi(y_l|x)\bigr)\bigr], \quad m = \beta \log \frac{\pi(y_w|x)}{\pi_{\mathrm{ref}}(y_w|x)} "
-            r"- \beta \log \frac{\pi(y_l|x)}{\pi_{\mathrm{ref}}(y_l|x)}",
-            words="Raise the chosen response, lower the rejected one, and weigh the pair by how wrong you still are about it. "
-            "Autograd on the left, the formula on the right, logit by logit.",
-            sides=gradient,
-            source=DPO,
-            changed=r"\sigma(-m)",
-            symbolic=_symbolic_slope,
-        ),
-        Step(
-            title="One coefficient for every token",
-            latex=r"\frac{\partial \ell}{\partial \log \pi(y_w^t|s_t)} = -\beta\, \sigma(-m), \quad "
-            r"\frac{\partial \ell}{\partial \log \pi(y_l^t|s_t)} = +\beta\, \sigma(-m) \quad \text{for all } t",
-            words="Look at one pair, token by token: the coefficient does not depend on t. The token that made the response good "
-            "and the comma beside it get the same push. Everything that follows in this course starts here.",
-            sides=one_coefficient,
-            source=DPO,
-            changed=r"\text{for all } t",
-        ),
-        Step(
-            title="Beta at the optimum: larger stays closer",
-            latex=r"\beta^3\, \frac{d}{d\beta} \operatorname{KL}(\pi^*_\beta \,\|\, \pi_{\mathrm{ref}}) = "
-            r"-\operatorname{Var}_{y \sim \pi^*_\beta}[r(x,y)] \le 0",
-            words="Train to the end and a larger beta always leaves you nearer to the reference: the slope is minus a variance.",
-            sides=beta_at_the_optimum,
-            source="derived here",
-            changed=r"-\operatorname{Var}_{y \sim \pi^*_\beta}[r(x,y)]",
-            numbers=_kl_at_the_optimum,
-        ),
-        Step(
-            title="Beta in the first steps: larger moves further",
-            latex=r"\nabla L_{\mathrm{DPO}}(\pi_{\mathrm{ref}}) = -\frac{\beta}{2}\, \mathbb{E}\bigl[\nabla \log \pi(y_w|x) "
-            r"- \nabla \log \pi(y_l|x)\bigr]",
-            words="At the start every margin is 0 and the gradient is proportional to beta. With plain gradient steps of one "
-            "size, a larger beta takes you further away first. Both readings of beta are right, at different times.",
-            sides=beta_in_the_first_step,
-            assumption="Plain gradient descent; Adam divides the scale of the gradient out.",
-            source="derived here",
-            changed=r"\frac{\beta}{2}",
-            numbers=_kl_after_ten_steps,
-        ),
-    ),
+STEPS = (
+    Step(chain_rule, implements="tpo_course.derivations.tools.objective"),
+    Step(objective_gap),
+    Step(optimum_value, implements="tpo_course.world.TokenWorld.soft_optimum"),
+    Step(no_policy_is_better, relation="<="),
+    Step(reparametrisation),
+    Step(z_cancels, symbolic=_symbolic_cancel),
+    Step(loss, implements="tpo_lib.losses.dpo"),
+    Step(loss_minimum, implements="tpo_course.tabular.fit_tabular"),
+    Step(gradient, symbolic=_symbolic_slope),
+    Step(one_coefficient),
+    Step(beta_at_the_optimum, numbers=_kl_at_the_optimum),
+    Step(beta_in_the_first_step, numbers=_kl_after_ten_steps),
 )

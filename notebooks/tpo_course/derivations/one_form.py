@@ -10,15 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
-from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.derivations.tgdpo import guide, token_reward
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
 from tpo_lib.types import TokenStats
-
-SIMPO = "SimPO, Meng et al. 2024"
-PPO = "PPO, Schulman et al. 2017"
-HERE = "derived here"
 
 
 @dataclass(frozen=True)
@@ -202,115 +198,15 @@ def _symbolic_equal_lengths() -> object:
     return sp.simplify(beta / n * ((w - uniform) - (rejected - uniform)) - (beta * w / n - beta * rejected / n))
 
 
-ONE_FORM = Derivation(
-    name="one_form",
-    title="One form for all: DPO, TDPO, TGDPO, SimPO, and PPO beside them",
-    question="Which objective keeps which term?",
-    assumptions=("pairwise data for the five losses", "exact expectations throughout"),
-    source=HERE,
-    steps=(
-        Step(
-            title="The common form",
-            latex=r"L = -\mathbb{E}\Bigl[\log \sigma\Bigl(\sum_t c_w^t \bigl(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_w^t\bigr) "
-            r"- \sum_t c_l^t \bigl(\log \tfrac{\pi}{\pi_{\mathrm{ref}}} + k\, \operatorname{KL}_l^t\bigr) - m\Bigr)\Bigr]",
-            words="Five losses, one formula. DPO: c = beta, k = 0, m = 0. TDPO1: k = 1. TDPO2: k = alpha and a stop-gradient. TGDPO: "
-            "c = beta f. SimPO: no reference, c = beta/|y|, m = gamma. The map is `objective_map()`; all five rows are checked.",
-            sides=one_form,
-            source=HERE,
-            implements="tpo_lib.losses.OBJECTIVES",
-            changed=r"k\, \operatorname{KL}_w^t",
-        ),
-        Step(
-            title="Everyone starts at log 2",
-            latex=r"\pi = \pi_{\mathrm{ref}} \;\Rightarrow\; L_{\mathrm{DPO}} = L_{\mathrm{TDPO1}} = L_{\mathrm{TDPO2}} = L_{\mathrm{TGDPO}} = \log 2",
-            words="At the reference all log-ratios and KLs are zero, the margin is 0 and sigma(0) = 1/2. If your first logged loss is "
-            "not .693, policy and reference are not the same model. SimPO has no reference and is exempt.",
-            sides=at_the_reference,
-            source=HERE,
-            implements="tpo_lib.losses.OBJECTIVES",
-            changed=r"\log 2",
-        ),
-        Step(
-            title="At alpha = 0 you are back at DPO",
-            latex=r"L_{\mathrm{TDPO2}}\big|_{\alpha=0} = L_{\mathrm{TGDPO}}\big|_{\alpha=0} = L_{\mathrm{DPO}}, \quad \text{and so are their gradients}",
-            words="alpha switches off the KL terms of TDPO2 and the weights of TGDPO. Value and gradient agree with DPO's, logit by logit.",
-            sides=alpha_zero,
-            source=HERE,
-            implements="tpo_lib.losses.tdpo2",
-            changed=r"L_{\mathrm{TDPO2}}\big|_{\alpha=0} = L_{\mathrm{TGDPO}}\big|_{\alpha=0}",
-        ),
-        Step(
-            title="At alpha = 1 TDPO2 has TDPO1's value",
-            latex=r"L_{\mathrm{TDPO2}}\big|_{\alpha=1} = L_{\mathrm{TDPO1}}, \quad \nabla L_{\mathrm{TDPO2}}\big|_{\alpha=1} \ne \nabla L_{\mathrm{TDPO1}}",
-            words="Same value, another gradient: the stop-gradient. So TDPO2 follows a field that is not the gradient of its own value, "
-            "and line-search optimisers (L-BFGS) do not fit it.",
-            sides=alpha_one,
-            source=HERE,
-            implements="tpo_lib.losses.tdpo2",
-            changed=r"\ne",
-            numbers=_gradients_differ,
-        ),
-        Step(
-            title="SimPO",
-            latex=r"L_{\mathrm{SimPO}} = -\mathbb{E}\Bigl[\log \sigma\Bigl(\frac{\beta}{|y_w|} \log \pi(y_w|x) - \frac{\beta}{|y_l|} \log \pi(y_l|x) - \gamma\Bigr)\Bigr]",
-            words="No reference: the reward is the mean log-probability of a token, and the chosen one must lead by gamma. "
-            "(This gamma is a margin, not the discount.)",
-            sides=simpo_loss,
-            source=SIMPO,
-            implements="tpo_lib.losses.simpo",
-            changed=r"- \gamma",
-        ),
-        Step(
-            title="When SimPO is DPO",
-            latex=r"|y_w| = |y_l| = n, \; \pi_{\mathrm{ref}} \text{ uniform}, \; \gamma = 0: \quad L_{\mathrm{SimPO}}(\beta) = L_{\mathrm{DPO}}(\beta / n)",
-            words="A uniform reference gives every response of one length the same probability, so it cancels. What is left of the "
-            "difference is the scale. The beta of the two losses are not comparable: SimPO's multiplies a mean.",
-            sides=simpo_is_dpo,
-            source=HERE,
-            implements="tpo_lib.losses.simpo",
-            changed=r"L_{\mathrm{DPO}}(\beta / n)",
-            symbolic=_symbolic_equal_lengths,
-        ),
-        Step(
-            title="SimPO's gradient",
-            latex=r"\nabla L_{\mathrm{SimPO}} = -\beta\, \mathbb{E}\Bigl[\sigma(\gamma - m) \Bigl(\frac{\nabla \log \pi(y_w|x)}{|y_w|} - \frac{\nabla \log \pi(y_l|x)}{|y_l|}\Bigr)\Bigr]",
-            words="Again one coefficient per response, but shorter responses get more per token. The margin keeps pushing pairs "
-            "that are already in the right order.",
-            sides=simpo_gradient,
-            source=SIMPO,
-            implements="tpo_lib.losses.simpo",
-            changed=r"\sigma(\gamma - m)",
-        ),
-        Step(
-            title="The policy gradient",
-            latex=r"\nabla J(\pi) = \mathbb{E}_{y \sim \pi}\Bigl[\sum_t \gamma^t\, \nabla \log \pi(y^t|s_t)\, A^\beta_\pi(s_t, y^t)\Bigr]",
-            words="PPO climbs J itself. It writes responses and weighs each token by its advantage, with the KL cost inside the reward. "
-            "Token-level credit is what DPO's single coefficient replaced.",
-            sides=policy_gradient,
-            source=PPO,
-            implements="tpo_course.world.TokenWorld.regularised_values",
-            changed=r"A^\beta_\pi(s_t, y^t)",
-        ),
-        Step(
-            title="PPO's clipped surrogate",
-            latex=r"\nabla_\pi\, \mathbb{E}_{\pi_{\mathrm{old}}}\Bigl[\sum_t \gamma^t \min\bigl(\rho_t A^\beta_t, \operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A^\beta_t\bigr)\Bigr]"
-            r"\Big|_{\pi=\pi_{\mathrm{old}}} = \nabla J(\pi_{\mathrm{old}}), \quad \rho_t = \frac{\pi(y^t|s_t)}{\pi_{\mathrm{old}}(y^t|s_t)}",
-            words="At the old policy every ratio is 1 and nothing is clipped: the first step of PPO is the policy gradient. Clipping "
-            "only limits the steps after it. Here epsilon is 0.2.",
-            sides=ppo_surrogate,
-            source=PPO,
-            changed=r"\operatorname{clip}(\rho_t, 1-\epsilon, 1+\epsilon)",
-        ),
-        Step(
-            title="DPO and PPO rest at the same policy",
-            latex=r"A^\beta_{\pi^*}(s,a) = 0 \;\; \forall s, a \quad \text{and} \quad \nabla L_{\mathrm{DPO}}(\pi^*) = 0",
-            words="At pi* no token has any regularised advantage left, so PPO stops; and DPO's gradient is zero there too. With all "
-            "the data and an exact policy they agree. What you see them differ in is data, sampling and generalisation.",
-            sides=same_fixed_point,
-            assumption="gamma = 1, infinite data, tabular policy.",
-            source=HERE,
-            gamma_one=True,
-            changed=r"A^\beta_{\pi^*}(s,a) = 0",
-        ),
-    ),
+STEPS = (
+    Step(one_form, implements="tpo_lib.losses.OBJECTIVES"),
+    Step(at_the_reference, implements="tpo_lib.losses.OBJECTIVES"),
+    Step(alpha_zero, implements="tpo_lib.losses.tdpo2"),
+    Step(alpha_one, implements="tpo_lib.losses.tdpo2", numbers=_gradients_differ),
+    Step(simpo_loss, implements="tpo_lib.losses.simpo"),
+    Step(simpo_is_dpo, implements="tpo_lib.losses.simpo", symbolic=_symbolic_equal_lengths),
+    Step(simpo_gradient, implements="tpo_lib.losses.simpo"),
+    Step(policy_gradient, implements="tpo_course.world.TokenWorld.regularised_values"),
+    Step(ppo_surrogate),
+    Step(same_fixed_point, gamma_one=True),
 )

@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
-from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.world import TokenWorld
-
-BT = "Bradley and Terry 1952"
-DPO = "DPO, arXiv 2305.18290"
 
 
 def _noise(world: TokenWorld, *shape: int) -> Tensor:
@@ -113,85 +110,12 @@ def _symbolic_shift() -> object:
     return sp.simplify(wins.subs({a: a + f, b: b + f}, simultaneous=True) - wins)
 
 
-PREFERENCES = Derivation(
-    name="preferences",
-    title="From preferences to rewards",
-    question="You only see which of two answers people preferred. Which reward does that pin down?",
-    assumptions=(
-        "Bradley-Terry: the answer depends on the reward gap alone",
-        "both responses are drawn from pi_ref and differ",
-    ),
-    source=f"{BT}; {DPO}",
-    steps=(
-        Step(
-            title="The Bradley-Terry model",
-            latex=r"P(y_w \succ y_l \mid x) = \sigma\bigl(r(x,y_w) - r(x,y_l)\bigr) = \frac{e^{r(x,y_w)}}{e^{r(x,y_w)} + e^{r(x,y_l)}}",
-            words="Give each response a strength exp(r). The chance to win is its share of the two strengths: a softmax "
-            "over two, which is a sigmoid of the gap.",
-            sides=bradley_terry,
-            assumption="Preferences are noisy comparisons of one number per response.",
-            source=BT,
-            implements="tpo_course.world.TokenWorld.pair_chunks",
-            changed=r"\sigma\bigl(r(x,y_w) - r(x,y_l)\bigr)",
-            symbolic=_symbolic_sigmoid,
-        ),
-        Step(
-            title="Log-odds are reward gaps",
-            latex=r"\log \frac{P(y_w \succ y_l \mid x)}{P(y_l \succ y_w \mid x)} = r(x,y_w) - r(x,y_l)",
-            words="Turn the equation round: if you knew the probabilities, you could read off every reward gap.",
-            sides=log_odds,
-            source=BT,
-            changed=r"r(x,y_w) - r(x,y_l)",
-        ),
-        Step(
-            title="Maximum likelihood is a cross-entropy",
-            latex=r"\mathbb{E}\bigl[-\log \sigma(\hat r(x,y_w) - \hat r(x,y_l))\bigr] = \mathbb{E}\bigl[H(P)\bigr] "
-            r"+ \mathbb{E}\bigl[\operatorname{KL}(P \,\|\, \hat P)\bigr]",
-            words="The loss of any reward model r̂ splits into the annotators' own noise, which you cannot remove, and the "
-            "distance between their probabilities and yours, which you can. It is the cross-entropy you know, on two classes.",
-            sides=cross_entropy,
-            source=DPO,
-            changed=r"\operatorname{KL}(P \,\|\, \hat P)",
-        ),
-        Step(
-            title="Its gradient",
-            latex=r"\frac{\partial L}{\partial \hat r(x,y)} = -\sum_{y'} p(x,y,y') \bigl[P(y \succ y') - \hat P(y \succ y')\bigr]",
-            words="You push a response up by as much as it wins more often than your model expects. The gradient is zero where "
-            "model and annotators agree. Here p(x,y,y') says how often the two meet.",
-            sides=likelihood_gradient,
-            source=DPO,
-            changed=r"\bigl[P(y \succ y') - \hat P(y \succ y')\bigr]",
-        ),
-        Step(
-            title="What the fit finds",
-            latex=r"\hat r(x,y) - \hat r(x,y_0) = r(x,y) - r(x,y_0)",
-            words="Start at zero, fit to the end, compare: every reward gap is found. (One prompt, up to 40 of its "
-            "responses, Newton's method.)",
-            sides=maximum_likelihood,
-            assumption="Infinite data, and every response has a chance to be drawn.",
-            source=DPO,
-            implements="tpo_course.derivations.preferences.fit_rewards",
-            changed=r"\hat r(x,y) - \hat r(x,y_0)",
-        ),
-        Step(
-            title="A shift per prompt is invisible",
-            latex=r"r'(x,y) = r(x,y) + f(x) \;\Rightarrow\; P'(y_w \succ y_l \mid x) = P(y_w \succ y_l \mid x)",
-            words="Add any number that depends on the prompt alone: both responses gain it, the gap stays. Preferences cannot "
-            "tell the two rewards apart. This freedom is what DPO will use to get rid of Z(x).",
-            sides=shift,
-            source=DPO,
-            changed=r"f(x)",
-            symbolic=_symbolic_shift,
-        ),
-        Step(
-            title="And nothing else is",
-            latex=r"r(x,y) - \mathbb{E}_{y' \sim \pi_{\mathrm{ref}}}[r(x,y')] = \mathbb{E}_{y' \sim \pi_{\mathrm{ref}}}"
-            r"\left[\log \frac{P(y \succ y' \mid x)}{P(y' \succ y \mid x)}\right]",
-            words="Fix the free number by asking that rewards average to zero under the reference. What is left can be computed "
-            "from the preferences alone: they pin down the reward up to f(x), no less and no more.",
-            sides=canonical,
-            source=DPO,
-            changed=r"\mathbb{E}_{y' \sim \pi_{\mathrm{ref}}}[r(x,y')]",
-        ),
-    ),
+STEPS = (
+    Step(bradley_terry, implements="tpo_course.world.TokenWorld.pair_chunks", symbolic=_symbolic_sigmoid),
+    Step(log_odds),
+    Step(cross_entropy),
+    Step(likelihood_gradient),
+    Step(maximum_likelihood, implements="tpo_course.derivations.preferences.fit_rewards"),
+    Step(shift, symbolic=_symbolic_shift),
+    Step(canonical),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -40,33 +41,35 @@ class Hyper:
 class Step:
     """One displayed equation, and the two sides of it as numbers.
 
+    The first six are code; the words beside them come from the derivation's Markdown (`read`).
+
     Attributes:
+        sides: (world, Hyper) -> the left and the right side as tensors of one shape, each computed its own way.
+        relation: "=" or "<=".
+        gamma_one: whether it holds only without discount.
+        implements: the function of the library or the course that computes it, as a dotted name; None if there is none.
+        symbolic: () -> sympy expression that must be exactly 0; None if there is no symbolic check.
+        numbers: (world, Hyper) -> named numbers that say how large a gap is; None if there are none.
         title: a few words.
         latex: the equation, for MathJax or KaTeX, without dollars.
         words: what it says and why it follows, to the reader.
-        sides: (world, Hyper) -> the left and the right side as tensors of one shape, each computed its own way.
-        relation: "=" or "<=".
-        assumption: the assumption that enters here, "" if none does.
-        source: where it is published.
-        implements: the function of tpo_lib that computes it, as a dotted name; None if there is none.
-        gamma_one: whether it holds only without discount.
         changed: the part of `latex` that is new in this step, for highlighting.
-        symbolic: () -> sympy expression that must be exactly 0; None if there is no symbolic check.
-        numbers: (world, Hyper) -> named numbers that say how large a gap is; None if there are none.
+        source: where it is published.
+        assumption: the assumption that enters here, "" if none does.
     """
 
-    title: str
-    latex: str
-    words: str
     sides: Callable[[TokenWorld, Hyper], tuple[Tensor, Tensor]]
     relation: str = "="
-    assumption: str = ""
-    source: str = ""
-    implements: str | None = None
     gamma_one: bool = False
-    changed: str = ""
+    implements: str | None = None
     symbolic: Callable[[], object] | None = None
     numbers: Callable[[TokenWorld, Hyper], dict[str, float]] | None = None
+    title: str = ""
+    latex: str = ""
+    words: str = ""
+    changed: str = ""
+    source: str = ""
+    assumption: str = ""
 
     @property
     def key(self) -> str:
@@ -119,6 +122,34 @@ class Derivation:
         if key not in found:
             raise KeyError(f"{self.name} has no step {key!r}; it has {', '.join(found)}")
         return found[key]
+
+
+TAILS = {"New: ": "changed", "Source: ": "source", "Assumes: ": "assumption"}  # how a paragraph of a step begins
+
+
+def read(path: Path) -> tuple[dict, dict[str, dict[str, str]]]:
+    """A derivation's Markdown: the fields of Derivation but its steps, and {key of a step: its words}.
+
+    A step is `## key: title`, the equation between $$, what it says, and the paragraphs of TAILS.
+    """
+    head, *sections = path.read_text(encoding="utf-8").strip().split("\n\n## ")
+    title, question, source, assumptions = head.split("\n\n")
+    found = {}
+    for section in sections:
+        heading, equation, words, *tails = section.split("\n\n")
+        key, _, name = heading.partition(": ")
+        found[key] = {"title": name, "latex": equation.strip("$\n"), "words": words}
+        for tail in tails:
+            kind = next(kind for kind in TAILS if tail.startswith(kind))
+            found[key][TAILS[kind]] = tail.removeprefix(kind).strip("$")
+    about = {"title": title.removeprefix("# "), "question": question, "source": source.removeprefix("Source: ")}
+    return {**about, "assumptions": tuple(line.removeprefix("- ") for line in assumptions.split("\n"))}, found
+
+
+def join(name: str, steps: Iterable[Step]) -> Derivation:
+    """The steps of derivations/NAME.py with the words of derivations/NAME.md beside it."""
+    about, texts = read(Path(__file__).with_name(f"{name}.md"))
+    return Derivation(name, steps=tuple(replace(step, **texts[step.key]) for step in steps), **about)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
-from tpo_course.derivations.steps import Derivation, Hyper, Step
-from tpo_course.derivations.tdpo_text import TEXTS
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import minimise
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
@@ -232,35 +231,27 @@ def _symbolic_kl_slope() -> object:
     return sp.simplify(sp.diff(-sp.log(1 / (1 + sp.exp(-m))), kw) + beta / (1 + sp.exp(m)))
 
 
-_CHECKS = {
-    policy_improvement: {"relation": "<="},
-    state_objective: {},
-    closed_form: {},
-    regret_preference: {},
-    value_and_partition: {},
-    advantage_from_policy: {},
-    reward_from_policy: {},
-    preference: {"gamma_one": True, "numbers": _discount_error},
-    tdpo1_loss: {},
-    tdpo1_minimum: {"gamma_one": True, "numbers": _tdpo2_moves_on},
-    margin_is_linear: {"symbolic": _symbolic_log_sum_exp_cancels},
-    tdpo1_gradient: {},
-    rewards_kl_of_chosen: {"symbolic": _symbolic_kl_slope, "numbers": _kl_of_chosen_in_training},
-    stop_gradient: {},
-    tdpo2_loss: {},
-    tdpo2_gradient: {},
-    one_step_is_not_optimal: {"numbers": _three_policies},
-}
-
-TDPO = Derivation(
-    name="tdpo",
-    title="TDPO: token-level direct preference optimization",
-    question="What changes if the KL to the reference is controlled at every token?",
-    assumptions=(
-        "token MDP with deterministic transitions, value 0 after the end",
-        "Bradley-Terry preferences",
-        "gamma = 1 in the final loss",
+STEPS = (
+    Step(policy_improvement, relation="<="),
+    Step(state_objective),
+    Step(closed_form, implements="tpo_course.world.TokenWorld.one_step_optimum"),
+    Step(regret_preference),
+    Step(value_and_partition),
+    Step(advantage_from_policy),
+    Step(reward_from_policy),
+    Step(preference, gamma_one=True, numbers=_discount_error),
+    Step(tdpo1_loss, implements="tpo_lib.losses.tdpo1"),
+    Step(tdpo1_minimum, gamma_one=True, implements="tpo_lib.losses.tdpo1", numbers=_tdpo2_moves_on),
+    Step(margin_is_linear, implements="tpo_lib.stats.token_stats", symbolic=_symbolic_log_sum_exp_cancels),
+    Step(tdpo1_gradient, implements="tpo_lib.losses.tdpo1"),
+    Step(
+        rewards_kl_of_chosen,
+        implements="tpo_lib.losses.tdpo1",
+        symbolic=_symbolic_kl_slope,
+        numbers=_kl_of_chosen_in_training,
     ),
-    source="TDPO, arXiv 2404.11999",
-    steps=tuple(Step(sides=sides, **TEXTS[sides.__name__], **checks) for sides, checks in _CHECKS.items()),
+    Step(stop_gradient, implements="tpo_lib.losses.tdpo2"),
+    Step(tdpo2_loss, implements="tpo_lib.losses.tdpo2"),
+    Step(tdpo2_gradient, implements="tpo_lib.losses.tdpo2"),
+    Step(one_step_is_not_optimal, implements="tpo_course.world.TokenWorld.one_step_optimum", numbers=_three_policies),
 )

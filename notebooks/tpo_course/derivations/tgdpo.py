@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tpo_course.derivations import tools
 from tpo_course.derivations.dpo import token_coefficients
-from tpo_course.derivations.steps import Derivation, Hyper, Step
-from tpo_course.derivations.tgdpo_text import TEXTS
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import minimise
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
@@ -303,33 +302,20 @@ def _floored(w: TokenWorld, h: Hyper) -> dict[str, float]:
     return found
 
 
-_CHECKS = {
-    by_timestep: {"gamma_one": True},
-    upper_bound: {"gamma_one": True, "relation": "<=", "numbers": _slack},
-    relaxed_optimum: {},
-    relaxation_error: {"gamma_one": True, "numbers": _relaxation_over_beta},
-    guided_objective: {},
-    guided_reward: {},
-    f_must_be_positive: {},
-    guided_preference: {"gamma_one": True},
-    one_pair: {},
-    two_pairs: {"numbers": _two_argmaxes},
-    delta_keeps_the_optimum: {"gamma_one": True, "numbers": _two_optima},
-    loss: {"numbers": _one_policy_two_f},
-    gradient: {},
-    four_behaviours: {"numbers": _shares},
-    floor: {"numbers": _floored},
-}
-
-TGDPO = Derivation(
-    name="tgdpo",
-    title="TGDPO: token-level reward guidance",
-    question="Can a DPO model tell you which tokens deserve the push?",
-    assumptions=(
-        "token rewards r(s, a) whose sum is the reward of the response, gamma = 1",
-        "f(r_hat) > 0 on every token",
-        "the states come from a distribution D that does not depend on the policy",
-    ),
-    source="TGDPO, arXiv 2506.14574",
-    steps=tuple(Step(sides=sides, **TEXTS[sides.__name__], **checks) for sides, checks in _CHECKS.items()),
+STEPS = (
+    Step(by_timestep, gamma_one=True, implements="tpo_course.world.TokenWorld.visits"),
+    Step(upper_bound, relation="<=", gamma_one=True, numbers=_slack),
+    Step(relaxed_optimum),
+    Step(relaxation_error, gamma_one=True, numbers=_relaxation_over_beta),
+    Step(guided_objective, implements="tpo_course.derivations.tgdpo.guided_optimum"),
+    Step(guided_reward),
+    Step(f_must_be_positive),
+    Step(guided_preference, gamma_one=True),
+    Step(one_pair),
+    Step(two_pairs, numbers=_two_argmaxes),
+    Step(delta_keeps_the_optimum, gamma_one=True, numbers=_two_optima),
+    Step(loss, implements="tpo_lib.losses.tgdpo", numbers=_one_policy_two_f),
+    Step(gradient, implements="tpo_lib.losses.tgdpo"),
+    Step(four_behaviours, implements="tpo_lib.losses.tgdpo", numbers=_shares),
+    Step(floor, implements="tpo_lib.losses.tgdpo", numbers=_floored),
 )

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from tpo_course.derivations import dpo, tools
-from tpo_course.derivations.steps import Derivation, Hyper, Step
+from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.world import TokenWorld
-
-RQ = "r to Q*, arXiv 2404.12358"
-MDP = "textbook (Markov decision processes)"
 
 
 def _to_go(table: Tensor, gamma: float) -> Tensor:
@@ -132,142 +129,22 @@ def _symbolic_soft_backup() -> object:
     return sp.simplify(sp.expand_log(sp.simplify(sp.diff(value, x).subs(x, p)), force=True))
 
 
-TOKEN_MDP = Derivation(
-    name="token_mdp",
-    title="The token MDP: from r to Q*",
-    question="DPO looks at whole responses. What does it say about single tokens?",
-    assumptions=(
-        "deterministic transitions: the next state is the prefix with the new token",
-        "the reward of a response is a sum over its tokens, value 0 after the end",
+STEPS = (
+    Step(returns_by_token, implements="tpo_course.world.TokenWorld.values"),
+    Step(bellman, implements="tpo_course.world.TokenWorld.backup"),
+    Step(action_values, implements="tpo_course.world.TokenWorld.values"),
+    Step(telescope),
+    Step(performance_difference, implements="tpo_course.world.TokenWorld.visits"),
+    Step(
+        soft_bellman,
+        gamma_one=True,
+        implements="tpo_course.world.TokenWorld.soft_optimum",
+        symbolic=_symbolic_soft_backup,
     ),
-    source=RQ,
-    steps=(
-        Step(
-            title="A response's reward is a return",
-            latex=r"\mathbb{E}_{y \sim \pi}[r(x,y)] = V_\pi(s_0), \quad r(x,y) = \sum_t \gamma^t R(s_t, y^t)",
-            words="Read the prompt as the first state, each token as an action. Writing a response is an episode, and its reward "
-            "is the return. Left: the sum over all responses. Right: one number from backward recursion.",
-            sides=returns_by_token,
-            assumption="The reward splits into token rewards R(s, a).",
-            source=MDP,
-            implements="tpo_course.world.TokenWorld.values",
-            changed=r"\sum_t \gamma^t R(s_t, y^t)",
-        ),
-        Step(
-            title="Bellman: the value of a state",
-            latex=r"V_\pi(s) = \sum_a \pi(a|s)\, Q_\pi(s,a) = \mathbb{E}_\pi\Bigl[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s\Bigr]",
-            words="The recursion on the left looks one token ahead. The right side enumerates every way to finish the response "
-            "from s. They agree in every state, not only at the start.",
-            sides=bellman,
-            source=MDP,
-            implements="tpo_course.world.TokenWorld.backup",
-            changed=r"V_\pi(s) = \sum_a \pi(a|s)\, Q_\pi(s,a)",
-        ),
-        Step(
-            title="Bellman: the value of a token",
-            latex=r"Q_\pi(s,a) = R(s,a) + \gamma V_\pi(s') = \mathbb{E}_\pi\Bigl[\sum_{k \ge t} \gamma^{k-t} R(s_k, y^k) \,\Big|\, s_t = s,\, y^t = a\Bigr]",
-            words="Q asks the same after you have committed to token a. Since s' is just the longer prefix, no average over next "
-            "states is needed.",
-            sides=action_values,
-            assumption="Deterministic transitions enter here.",
-            source=MDP,
-            implements="tpo_course.world.TokenWorld.values",
-            changed=r"\gamma V_\pi(s')",
-        ),
-        Step(
-            title="Advantages telescope",
-            latex=r"\sum_t \gamma^t A_\pi(s_t, y^t) = r(x,y) - V_\pi(s_0), \quad A_\pi = Q_\pi - V_\pi",
-            words="Add up the advantages along a response: each V cancels the one before it, the last is 0. What remains is the "
-            "reward minus a number of the prompt alone, the kind preferences cannot see.",
-            sides=telescope,
-            source=MDP,
-            changed=r"- V_\pi(s_0)",
-        ),
-        Step(
-            title="Performance difference",
-            latex=r"J(\pi') - J(\pi) = \sum_t \gamma^t\, \mathbb{E}_{s_t \sim D_t^{\pi'}}\, \mathbb{E}_{a \sim \pi'}\bigl[A_\pi(s_t, a)\bigr]",
-            words="To compare two policies, walk with the new one and collect the old one's advantages. The states are those the "
-            "new policy visits. Keep that in mind: TGDPO will replace exactly this D_t.",
-            sides=performance_difference,
-            source=MDP,
-            implements="tpo_course.world.TokenWorld.visits",
-            changed=r"\mathbb{E}_{s_t \sim D_t^{\pi'}}",
-        ),
-        Step(
-            title="Soft Bellman optimality",
-            latex=r"V^*(s) = \beta \log \sum_a \pi_{\mathrm{ref}}(a|s)\, e^{Q^*(s,a)/\beta} "
-            r"= \beta \log \mathbb{E}_{\pi_{\mathrm{ref}}}\bigl[e^{\text{reward to go}/\beta} \,\big|\, s\bigr]",
-            words="Pay beta KL at every token and the maximum over tokens turns into a log-sum-exp. Unrolled to the end it is DPO's "
-            "beta log Z, with the prefix s as the prompt. So V*(s_0) = beta log Z(x).",
-            sides=soft_bellman,
-            assumption="gamma = 1 for the second equality.",
-            source=RQ,
-            implements="tpo_course.world.TokenWorld.soft_optimum",
-            gamma_one=True,
-            changed=r"\beta \log \sum_a \pi_{\mathrm{ref}}(a|s)\, e^{Q^*(s,a)/\beta}",
-            symbolic=_symbolic_soft_backup,
-        ),
-        Step(
-            title="The soft value is attained",
-            latex=r"V^*(s_0) = \mathbb{E}_{y \sim \pi^*}\Bigl[\sum_t \gamma^t \Bigl(R(s_t, y^t) - \beta \log "
-            r"\frac{\pi^*(y^t|s_t)}{\pi_{\mathrm{ref}}(y^t|s_t)}\Bigr)\Bigr]",
-            words="V* is no mere bound. Let pi* write all its responses, subtract what it pays in KL, and you get V* back.",
-            sides=soft_value_is_attained,
-            source=RQ,
-            changed=r"\mathbb{E}_{y \sim \pi^*}",
-        ),
-        Step(
-            title="What any other policy loses",
-            latex=r"J(\pi^*) - J(\pi) = \beta \sum_t \gamma^t\, \mathbb{E}_{s_t \sim D_t^\pi} "
-            r"\operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\bigr)",
-            words="The gap to the optimum is a sum of KLs, never negative, and zero only if you match pi* in every state you "
-            "reach. This proves that pi* is optimal, and it prices every mistake.",
-            sides=soft_performance_difference,
-            source="derived here",
-            changed=r"\operatorname{KL}\bigl(\pi(\cdot|s_t) \,\|\, \pi^*(\cdot|s_t)\bigr)",
-        ),
-        Step(
-            title="Bandit view and token view agree",
-            latex=r"\pi^*(a|s) = \pi_{\mathrm{ref}}(a|s)\, e^{(Q^*(s,a) - V^*(s))/\beta}",
-            words="Take DPO's optimum over whole responses, cut it into token probabilities, and compare with the soft recursion: "
-            "the same policy in every state.",
-            sides=same_optimum,
-            source=RQ,
-            implements="tpo_course.world.TokenWorld.soft_optimum",
-            gamma_one=True,
-            assumption="gamma = 1: the KL of whole responses is not discounted.",
-            changed=r"e^{(Q^*(s,a) - V^*(s))/\beta}",
-        ),
-        Step(
-            title="A token's log-ratio is its advantage",
-            latex=r"\beta \log \frac{\pi^*(a|s)}{\pi_{\mathrm{ref}}(a|s)} = R(s,a) + \gamma V^*(s') - V^*(s)",
-            words="So a trained model's log-ratio is an estimate of token credit: the reward plus the change in prospects. It is the "
-            "soft advantage, not R itself; the V terms shape it. TGDPO will use this number as its token reward.",
-            sides=token_reward_up_to_shaping,
-            source=RQ,
-            changed=r"\gamma V^*(s') - V^*(s)",
-        ),
-        Step(
-            title="And they add up to the reward",
-            latex=r"\sum_t \gamma^t R(s_t, y^t) = V^*(s_0) + \beta \sum_t \gamma^t \log \frac{\pi^*(y^t|s_t)}{\pi_{\mathrm{ref}}(y^t|s_t)}",
-            words="Sum along the response and the V terms telescope. At gamma = 1 this is DPO's reparametrisation, derived a second "
-            "time, token by token.",
-            sides=reward_from_tokens,
-            source=RQ,
-            changed=r"V^*(s_0)",
-        ),
-        Step(
-            title="DPO finds the token-level optimum",
-            latex=r"L_{\mathrm{DPO}}(\pi^*_{\mathrm{token}}) = \mathbb{E}[H(P)], \quad \nabla L_{\mathrm{DPO}}(\pi^*_{\mathrm{token}}) = 0",
-            words="Feed the policy of the soft recursion to the DPO loss: it sits at the minimum. DPO solves the token problem "
-            "without ever naming a token reward. The numbers show that a discount breaks this.",
-            sides=dpo_agrees,
-            source=RQ,
-            implements="tpo_lib.losses.dpo",
-            gamma_one=True,
-            assumption="gamma = 1.",
-            changed=r"\pi^*_{\mathrm{token}}",
-            numbers=_needs_no_discount,
-        ),
-    ),
+    Step(soft_value_is_attained),
+    Step(soft_performance_difference),
+    Step(same_optimum, gamma_one=True, implements="tpo_course.world.TokenWorld.soft_optimum"),
+    Step(token_reward_up_to_shaping),
+    Step(reward_from_tokens),
+    Step(dpo_agrees, gamma_one=True, implements="tpo_lib.losses.dpo", numbers=_needs_no_discount),
 )
