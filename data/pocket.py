@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ from tqdm.auto import tqdm
 from tpo_data import report
 from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
 from tpo_lib.files import store
+from tpo_lib.files.imdb import SPLITS, load_imdb
 from tpo_lib.models import load_model, load_tokenizer
 from tpo_lib.pairing import score
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
-from tpo_lib.sampling import generate, sample_prompts
+from tpo_lib.runs.prompts import sample_prompts
+from tpo_lib.sampling import generate
 
 EOS = "<|endoftext|>"
-SPLITS = ("train", "test", "unsupervised")
 
 
 @dataclass(frozen=True)
@@ -56,36 +56,6 @@ class PocketConfig:
     def steps(self) -> int:
         """Steps of all cycles together."""
         return sum(self.cycles)
-
-
-def clean_review(text: str) -> str:
-    """Return a review with its HTML line breaks as newlines and no white space around it."""
-    return re.sub(r"\s*(?:<br\s*/?>\s*)+", "\n", text).strip()
-
-
-def load_imdb(source: str | None) -> dict[str, dict[str, list]]:
-    """Load IMDb as {split: {"text": [...], "label": [...]}}, from a folder of parquet files or from the hub.
-
-    Args:
-        source: folder with train.parquet, test.parquet and unsupervised.parquet (columns text, label), or None for
-            the hub data set `stanfordnlp/imdb`.
-    """
-    from datasets import load_dataset
-
-    if source is None:
-        data = load_dataset("stanfordnlp/imdb")
-    else:
-        files = {split: str(Path(source) / f"{split}.parquet") for split in SPLITS}
-        missing = [path for path in files.values() if not Path(path).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"--imdb {source}: {', '.join(missing)} not found; expected one parquet file per split"
-            )
-        data = load_dataset("parquet", data_files=files)
-    return {
-        split: {"text": [clean_review(text) for text in data[split]["text"]], "label": list(data[split]["label"])}
-        for split in SPLITS
-    }
 
 
 def language_model_reviews(imdb: dict[str, dict[str, list]]) -> list[str]:

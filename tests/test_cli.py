@@ -13,7 +13,7 @@ import tiny
 from tpo_data.pocket import train_tokenizer
 from tpo_lib import cli
 from tpo_lib.cli import main
-from tpo_lib.data import load_pairs
+from tpo_lib.files.pairs import load_pairs
 
 PAIRS = [
     {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(12)

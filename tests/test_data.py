@@ -20,8 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tpo_lib import data
-from tpo_lib.data import BadRow, BadRowsError, EncodedPair, load_pairs
-from tpo_lib.files import formats
+from tpo_lib.data import EncodedPair
+from tpo_lib.files import formats, tokens
+from tpo_lib.files.formats import BadRow, BadRowsError
+from tpo_lib.files.pairs import load_pairs, pairs_table
 from tpo_lib.stats import token_stats
 
 EOS = "<|end|>"
@@ -661,7 +663,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 
 
 def test_without_a_network_the_message_names_the_alternative(tmp_path):
-    code = "from tpo_lib.data import load_pairs; load_pairs('Anthropic/hh-rlhf')"
+    code = "from tpo_lib.files.pairs import load_pairs; load_pairs('Anthropic/hh-rlhf')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
@@ -674,7 +676,7 @@ def test_without_a_network_the_message_names_the_alternative(tmp_path):
 
 
 def table_of(*rows):
-    return data.pairs_table(list(rows))
+    return pairs_table(list(rows))
 
 
 def test_prompt_gets_bos_and_complete_responses_get_one_eos(tokenizer):
@@ -712,7 +714,7 @@ def test_of_a_book_a_page_is_tokenized_also_where_it_holds_special_text(plain):
         return tokenizer(text, **settings)
 
     text = "</s> " + "good film " * 1000
-    (ids,) = data._token_ids_of(spy, [text], lead=[], most=8, plain=plain)
+    (ids,) = tokens.token_ids(spy, [text], lead=[], most=8, plain=plain)
     whole = tokenizer(text, add_special_tokens=False, split_special_tokens=bool(plain))["input_ids"]
     assert ids[:8] == whole[:8]
     assert max(read) < 1000 < len(text)
@@ -876,7 +878,7 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(form):
     tokenizer = tiny.tokenizer_of(form)
     row = {"prompt": "<s>a good film", "chosen": " fine", "rejected": " bad"}
     (pair,), _ = data.encode_pairs(table_of(row), tokenizer, max_length=64)
-    assert pair.prompt_ids == data.prompt_token_ids(tokenizer, [row["prompt"]])[0]
+    assert pair.prompt_ids == tokens.prompt_token_ids(tokenizer, [row["prompt"]])[0]
     assert pair.prompt_ids == tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
     assert pair.prompt_ids.count(tokenizer.bos_token_id) == 1
 

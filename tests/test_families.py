@@ -16,7 +16,7 @@ import torch
 from tpo_lib import losses, models, sampling, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
-from tpo_lib.evaluation import kl_and_entropy, sequence_kl
+from tpo_lib.evaluate import kl_and_entropy, sequence_kl
 from tpo_lib.files import adapters
 from tpo_lib.sampling import Completion, Sampler
 
@@ -130,7 +130,7 @@ def test_samples_are_scored_as_they_were_drawn(name):
     nothing = SimpleNamespace(eos_token_id=999)  # never drawn
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
-    drawn = [ids for ids, _ in sampling._sample_ids(model, nothing, rows, Listening(8), 8)]
+    drawn = [ids for ids, _ in sampling.sample_ids(model, nothing, rows, Listening(8), 8)]
     heard = torch.stack(Listening.heard, 1)[
         [[0, 2, 1].index(i) for i in range(3)]
     ]  # drawn in the order of their lengths
@@ -143,7 +143,7 @@ def test_samples_are_scored_as_they_were_drawn(name):
         )
         encode = SimpleNamespace(pad_token_id=None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tpo_lib.evaluation.prompt_token_ids", lambda *_, row=row: [row])
+            patch.setattr("tpo_lib.evaluate.prompt_token_ids", lambda *_, row=row: [row])
             found = sequence_kl(model, other, encode, ["x"], [Completion("", tuple(ids), None)])
         kl, entropy = (values.sum().item() for values in kl_and_entropy(said, ref))
         assert (found.kl.item(), found.entropy.item()) == pytest.approx((kl, entropy), rel=1e-3, abs=1e-4)
@@ -183,13 +183,13 @@ def test_a_model_that_looks_ahead_is_refused():
 def test_a_model_that_reads_padding_is_refused_where_prompts_differ_in_length():
     rwkv = tiny.family("rwkv", hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
     nothing = SimpleNamespace(eos_token_id=0)
-    assert len(sampling._sample_ids(rwkv, nothing, [[1, 2], [3, 4]], Sampler(3), 8)) == 2
+    assert len(sampling.sample_ids(rwkv, nothing, [[1, 2], [3, 4]], Sampler(3), 8)) == 2
     with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding before a prompt"):
-        sampling._sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)
+        sampling.sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)
 
     def forbid(_, __, output):
         output.logits[..., 7] = -math.inf
 
     rwkv.register_forward_hook(forbid)
     with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding before a prompt"):
-        sampling._sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)
+        sampling.sample_ids(rwkv, nothing, [[1, 2], [3]], Sampler(3), 8)

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tpo_data import pocket, sentiment
 from tpo_lib import models
 from tpo_lib.files import store
+from tpo_lib.files.imdb import clean_review
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
 
 CONFIG = pocket.PocketConfig(
@@ -52,7 +53,7 @@ def imdb(tmp_path_factory) -> Path:
 
 
 def test_clean_review_turns_breaks_into_newlines():
-    assert pocket.clean_review(" A film.<br /><br />Fine. <br/>\nYes ") == "A film.\nFine.\nYes"
+    assert clean_review(" A film.<br /><br />Fine. <br/>\nYes ") == "A film.\nFine.\nYes"
 
 
 def test_language_model_never_sees_a_test_review(imdb):

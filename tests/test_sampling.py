@@ -22,10 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
-from tpo_lib.data import encode_pairs, load_pairs
-from tpo_lib.evaluation import evaluate, sequence_kl
+from tpo_lib.data import encode_pairs
+from tpo_lib.evaluate import evaluate, sequence_kl
 from tpo_lib.files import store
+from tpo_lib.files.pairs import load_pairs, save_pairs
+from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.rewards import PROBE, AdditiveReward
+from tpo_lib.runs import prompts as prompts_from
 from tpo_lib.sampling import Completion, Sampler
 
 EOS = "<|end|>"
@@ -166,11 +169,11 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(tokenizer):
 def test_seed_decides_and_the_global_state_is_left_alone(llama, tokenizer):
     before = torch.random.get_rng_state()
     first = sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
-    prompts = sampling.sample_prompts(llama, tokenizer, 20, seed=1)
+    prompts = prompts_from.sample_prompts(llama, tokenizer, 20, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(1)
     assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1) == first
-    assert sampling.sample_prompts(llama, tokenizer, 20, seed=1) == prompts
+    assert prompts_from.sample_prompts(llama, tokenizer, 20, seed=1) == prompts
     assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=2) != first
 
 
@@ -232,7 +235,7 @@ def test_any_id_may_pad_and_an_unknown_one_is_named(model, tokenizer):
         sampling.generate(model, larger, ["a", "a<pad>"], samples_per_prompt=3, max_new_tokens=8, seed=3)
     larger.bos_token = "<pad>"
     with pytest.raises(ValueError, match=f"beginning of a text, column 0 holds token id {len(WORDS)}"):
-        sampling.sample_prompts(model, larger, 3, seed=0)
+        prompts_from.sample_prompts(model, larger, 3, seed=0)
 
 
 def test_a_prompt_without_tokens_is_named(llama, tokenizer):
@@ -248,7 +251,7 @@ def test_a_prompt_without_tokens_is_named(llama, tokenizer):
 
 
 def test_sampled_prompts_are_distinct_valid_and_of_every_length(llama, tokenizer):
-    prompts = sampling.sample_prompts(llama, tokenizer, 70, min_tokens=2, max_tokens=5, seed=0)
+    prompts = prompts_from.sample_prompts(llama, tokenizer, 70, min_tokens=2, max_tokens=5, seed=0)
     assert len(set(prompts)) == 70
     lengths = Counter(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts)
     assert set(lengths) == {2, 3, 4, 5}
@@ -258,34 +261,34 @@ def test_sampled_prompts_are_distinct_valid_and_of_every_length(llama, tokenizer
 
 def test_prompts_come_in_random_order():
     found = dict.fromkeys("abcdefgh")
-    prompts = sampling._shuffled(found, 8, random.Random(0))
+    prompts = prompts_from._shuffled(found, 8, random.Random(0))
     assert sorted(prompts) == list(found)
     assert prompts != list(found)
 
 
 def test_prompt_texts_refuses_blanks_and_what_does_not_tokenize_back(tokenizer):
     rows = [[3, 4], [1, 2], [9, 11], [12], [], [0, 3]]  # cd as c + d, a + b, blank, ab, ended early, begins with EOS
-    assert sampling._prompt_texts(rows, tokenizer) == [None, None, None, "ab", None, None]
+    assert prompts_from._prompt_texts(rows, tokenizer) == [None, None, None, "ab", None, None]
 
 
 def test_asking_for_more_prompts_than_there_are_says_so(llama, tokenizer):
     with pytest.raises(ValueError, match=r"of 500 distinct prompts were found; ask for fewer, raise max_tokens"):
-        sampling.sample_prompts(llama, tokenizer, 500, min_tokens=1, max_tokens=1, seed=0)
+        prompts_from.sample_prompts(llama, tokenizer, 500, min_tokens=1, max_tokens=1, seed=0)
     with pytest.raises(ValueError, match="only 1 of 3 distinct"):
-        sampling.imdb_prompts(["abc"] * 5, tokenizer, 3, min_tokens=2, max_tokens=2, seed=0)
+        prompts_from.imdb_prompts(["abc"] * 5, tokenizer, 3, min_tokens=2, max_tokens=2, seed=0)
     with pytest.raises(ValueError, match="min_tokens <= max_tokens, got 3, 5, 2"):
-        sampling.imdb_prompts(["abc"], tokenizer, 3, min_tokens=5, max_tokens=2, seed=0)
+        prompts_from.imdb_prompts(["abc"], tokenizer, 3, min_tokens=5, max_tokens=2, seed=0)
 
 
 def test_imdb_prompts_are_beginnings_of_the_texts(tokenizer):
     texts = ["".join(WORDS[1 + (i * j) % 8] for j in range(1, 30)) for i in range(60)]
-    prompts = sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
+    prompts = prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
     assert len(set(prompts)) == 20
     assert all(any(text.startswith(prompt) for text in texts) for prompt in prompts)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     assert set(lengths) == {3, 4, 5, 6}
-    assert prompts == sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
-    assert prompts != sampling.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=1)
+    assert prompts == prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
+    assert prompts != prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=1)
 
 
 # ---- scores and pairs
@@ -412,7 +415,7 @@ def sampled(request, llama, tokenizer, tmp_path):
     if request.param == ".csv":
         table.to_csv(str(tmp_path / "pairs.csv"))  # writes lists as [1 2 3]
     else:
-        pairing.save_pairs(table, tmp_path / f"pairs{request.param}")
+        save_pairs(table, tmp_path / f"pairs{request.param}")
     steps = {(prompt, c.text): c.steps for prompt, several in zip(prompts, drawn, strict=True) for c in several}
     return load_pairs(tmp_path / f"pairs{request.param}")[0], steps
 
@@ -422,7 +425,7 @@ def test_sampled_responses_are_trained_as_the_tokens_that_were_sampled(sampled, 
     pairs, report = encode_pairs(table, tokenizer, max_length=64)
     assert len(pairs) == len(table) > 10
     for pair, row in zip(pairs, table, strict=True):
-        assert pair.prompt_ids == sampling.prompt_token_ids(tokenizer, [row["prompt"]])[0]
+        assert pair.prompt_ids == prompt_token_ids(tokenizer, [row["prompt"]])[0]
         for column in ("chosen", "rejected"):
             assert getattr(pair, f"{column}_ids") == steps[row["prompt"], row[column]]
     last = {ids[-1] for ids in steps.values() if len(ids) < 8}
@@ -532,7 +535,7 @@ def test_saved_pairs_load_as_they_were(tmp_path, suffix):
         said("p q", "p r"),
     ]  # the last two begin with their prompt, as it happens
     table, _ = pairing.pairs_from_scores(["p", "p"], completions, [[0.1, 1 / 3, 0.2], [0, 1]])
-    pairing.save_pairs(table, tmp_path / f"new/pairs{suffix}")
+    save_pairs(table, tmp_path / f"new/pairs{suffix}")
     loaded, bad = load_pairs(tmp_path / f"new/pairs{suffix}")
     assert loaded.to_list() == table.to_list()
     assert loaded.features == table.features
@@ -542,7 +545,7 @@ def test_saved_pairs_load_as_they_were(tmp_path, suffix):
 def test_pairs_are_saved_under_known_suffixes_only(tmp_path):
     table, _ = pairing.pairs_from_scores(["p"], [said("a", "b")], [[0, 1]])
     with pytest.raises(ValueError, match=r"written as \.jsonl or \.parquet, not '\.csv'"):
-        pairing.save_pairs(table, tmp_path / "pairs.csv")
+        save_pairs(table, tmp_path / "pairs.csv")
 
 
 @pytest.fixture
@@ -719,7 +722,7 @@ def test_a_tokenizer_without_ends_is_refused(llama, tokenizer):
     model, tokenizer = llama, copy.deepcopy(tokenizer)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a BOS nor an EOS token, so a text has no beginning"):
-        sampling.sample_prompts(model, tokenizer, 2, seed=0)
+        prompts_from.sample_prompts(model, tokenizer, 2, seed=0)
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="neither tokenizer nor model has an EOS token, so no text would end"):
         sampling.stop_ids(model, tokenizer)

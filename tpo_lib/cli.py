@@ -319,7 +319,8 @@ def _own_guide(config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainC
 
 
 def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
-    from tpo_lib.data import encode_pairs, load_pairs
+    from tpo_lib.data import encode_pairs
+    from tpo_lib.files.pairs import load_pairs
 
     paired = OBJECTIVES[config.loss_type].paired
     table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows, paired=paired)
@@ -356,6 +357,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
     from tpo_lib import pairing
     from tpo_lib.files import store
+    from tpo_lib.files.pairs import save_pairs
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.rewards import load_reward
     from tpo_lib.runs.prompts import training_prompts
@@ -383,7 +385,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     print(report)
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
-    pairing.save_pairs(table, output)
+    save_pairs(table, output)
     store.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
     return output
 
@@ -407,7 +409,7 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from dataclasses import asdict
 
-    from tpo_lib.evaluation import evaluate
+    from tpo_lib.evaluate import evaluate
     from tpo_lib.files import store
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.rewards import load_reward
@@ -477,7 +479,7 @@ def _reference(options, record) -> tuple[str, str]:
 
 def _check_reference(options, record, reference, tokenizer) -> None:
     """Refuse a reference that has changed since the run, and a policy of another vocabulary."""
-    from tpo_lib.data import vocabulary_name
+    from tpo_lib.files.tokens import vocabulary_name
     from tpo_lib.models import load_tokenizer
     from tpo_lib.runs.run import origin
 

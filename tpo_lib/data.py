@@ -9,80 +9,19 @@ disappears silently.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Value
 
-from tpo_lib.files import chat
-from tpo_lib.files.formats import Bad, BadRow, BadRowsError, read_records
-from tpo_lib.files.layouts import SAMPLED, WANTED, pairs_table, read_rows
-from tpo_lib.files.store import content_key
-from tpo_lib.types import IGNORE, PairBatch
-
-OnBadRows = Literal["error", "skip"]
-SPARE = 32  # tokens behind a cut that are not used: what stands behind the cut would have changed the last of them
-
-
-def load_pairs(
-    name_or_path: str | Path,
-    *,
-    split: str | None = None,
-    config: str | None = None,
-    on_bad_rows: OnBadRows = "error",
-    paired: bool = True,
-) -> tuple[Dataset, list[BadRow]]:
-    """Load preference pairs from a file, a folder or the hub, whatever their layout.
-
-    Layouts: prompt/chosen/rejected as text or as {role, content} messages; instruction/chosen/rejected, with the columns
-    input, system and history of Alpaca; text/chosen/rejected; conversations/chosen/rejected as in ShareGPT;
-    chosen/rejected alone, where the prompt is what both begin with: the common first messages, or in transcripts
-    everything up to the last shared "\\n\\nAssistant:". Where responses repeat their prompt, the repetition is removed. For SFT
-    also a prompt with completion, response, output or answer; messages or conversations, whose last turn is the response; or
-    text alone.
-
-    Where a row has a system message or a history, the texts of all rows become messages. Messages may have tool_calls and
-    reasoning_content, rows of messages tools and documents, for the chat template. What is done to a table that is not
-    plain, and every column that is not used, is said on stderr.
-
-    Args:
-        name_or_path: .jsonl, .json, .csv or .parquet; a folder of such files or one of `Dataset.save_to_disk`; a hub name.
-        split: which split of a hub data set or folder (None: "train"); a single file has none. Files of a folder tell it by
-            their own or their folder's name (train_prefs-00000-of-00002.parquet, test/a.jsonl), or its README declares them.
-        config: which configuration of a hub data set, or of a folder: those of its README, else its subfolders.
-        on_bad_rows: "error" raises on rows that cannot be used, "skip" leaves them out.
-        paired: a rejected side is needed; False for SFT (`losses.Objective.paired`), which is content with less.
-
-    Returns:
-        The table: prompt, chosen, rejected (all text, or all messages; no rejected where it has none), and where given
-        tools, documents (JSON), chosen_score, rejected_score
-        (float), chosen_complete, rejected_complete (bool: the response ends by itself, was not cut), and of sampled
-        pairs chosen_ids, rejected_ids (the token ids that were sampled) and tokenizer (what names their vocabulary).
-        And the rows left out.
-
-    Raises:
-        BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.
-        FileNotFoundError, ConnectionError: there is no such file, or the hub cannot be reached.
-        ValueError: no known layout, split or configuration (the message lists what there is), or an unknown file type.
-    """
-    _check_on_bad_rows(on_bad_rows)
-    records = list(read_records(name_or_path, split=split, config=config, wanted=WANTED))
-    good, bad = read_rows(records, str(name_or_path), paired=paired)
-    if bad and (on_bad_rows == "error" or not good):
-        raise BadRowsError(bad, str(name_or_path))
-    return pairs_table(good), bad
-
-
-def _check_on_bad_rows(on_bad_rows: str) -> None:
-    if on_bad_rows not in ("error", "skip"):
-        raise ValueError(f'on_bad_rows must be "error" or "skip", got {on_bad_rows!r}')
-
+from tpo_lib.files import chat, tokens
+from tpo_lib.files.formats import Bad, BadRow, BadRowsError, OnBadRows, check_on_bad_rows
+from tpo_lib.files.layouts import SAMPLED
+from tpo_lib.types import IGNORE, PAD, PairBatch
 
 # ---- encoding: a table in, token ids out
 
@@ -179,14 +118,16 @@ def encode_pairs(
         BadRowsError: a prompt leaves no room, a response has no token, or two responses have the same ones.
         ValueError: the tokenizer has no EOS, or no chat template although the pairs are messages.
     """
-    _check_on_bad_rows(on_bad_rows)
+    check_on_bad_rows(on_bad_rows)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so responses could not end; set tokenizer.eos_token")
     if max_length < 2:
         raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
     messages = not isinstance(pairs.features["prompt"], Value)
     texts, unrendered = chat.render(pairs, tokenizer) if messages else (pairs, {})
-    encode = partial(_token_ids_of, tokenizer, lead=[] if messages else _leading_ids(tokenizer), most=max_length)
+    encode = partial(
+        tokens.token_ids, tokenizer, lead=[] if messages else tokens.leading_ids(tokenizer), most=max_length
+    )
     encoded, counts = _encode_rows(pairs, texts, tokenizer, encode)
     kept, skipped, truncated = [], [], 0
     for row, (prompt, *responses) in enumerate(encoded):
@@ -207,56 +148,6 @@ def encode_pairs(
     return kept, EncodingReport(len(kept), truncated, skipped, **counts)
 
 
-def prompt_token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokenize prompts with the special tokens that lead a text (BOS), once, and none that would end it."""
-    return _token_ids_of(tokenizer, texts, lead=_leading_ids(tokenizer))
-
-
-def _leading_ids(tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    whole, alone = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
-    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)]
-
-
-def _token_ids_of(
-    tokenizer, texts: Sequence[str], *, lead: list[int], most: int | None = None, plain: Sequence[int] = ()
-) -> list[list[int]]:
-    """Token ids of texts, led by `lead`.
-
-    Args:
-        most: what follows the first `most` tokens may be missing: of a book, a page is tokenized to keep a page.
-        plain: numbers of the texts whose special tokens are text like any other.
-    """
-    short = [text if most is None else text[: 16 * (most + SPARE)] for text in texts]
-    rows = tokenizer(short, add_special_tokens=False)["input_ids"] if short else []
-    for i, text in enumerate(texts):
-        split = True if i in plain else None  # None: as the tokenizer is set
-        again = partial(tokenizer, add_special_tokens=False, split_special_tokens=split)
-        if split:
-            rows[i] = again(short[i])["input_ids"]
-        if len(short[i]) < len(text) and len(rows[i]) < most + SPARE:  # its tokens are longer than 16
-            rows[i] = again(text)["input_ids"]
-    return [row if row[: len(lead)] == lead else lead + row for row in rows]
-
-
-def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[str]:
-    """What responses add to the text of their prompts, special tokens left out.
-
-    A response is decoded behind its prompt: alone, sentencepiece would drop the space before its first word.
-    """
-    decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if not prompts:
-        return []
-    whole = decode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    heads, alone = decode(list(prompts)), decode(list(responses))
-    return [w[len(h) :] if w.startswith(h) else a for h, w, a in zip(heads, whole, alone, strict=True)]
-
-
-def vocabulary_name(tokenizer) -> str:
-    """What names a vocabulary: equal names, equal meaning of every token id."""
-    return content_key(sorted(tokenizer.get_vocab().items()))[:16]
-
-
 def _complete(pairs: Dataset, column: str) -> list[bool]:
     flags = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
     return [flag is not False for flag in flags]
@@ -275,12 +166,12 @@ def _sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> 
         return {}, 0
     chosen, rejected, names = (pairs[column] for column in SAMPLED)
     given = [row for row in range(len(pairs)) if chosen[row] or rejected[row]]
-    mine = vocabulary_name(tokenizer)
+    mine = tokens.vocabulary_name(tokenizer)
     good = [row for row in given if names[row] == mine and chosen[row] and rejected[row]]
     for column, ids in (("chosen", chosen), ("rejected", rejected)):
         complete, text = _complete(pairs, column), texts[column]
         spoken = [ids[row][:-1] if complete[row] else ids[row] for row in good]
-        said = response_texts(tokenizer, [prompts[row] for row in good], spoken)
+        said = tokens.response_texts(tokenizer, [prompts[row] for row in good], spoken)
         good = [
             row
             for row, words in zip(good, said, strict=True)
@@ -291,16 +182,16 @@ def _sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> 
 
 def _encode_rows(pairs: Dataset, texts, tokenizer, encode) -> tuple[list[_Ids], dict[str, int]]:
     """The ids of every row, and the counts of the report."""
-    heads, eos, special = list(texts["prompt"]), tokenizer.eos_token, _special_texts(tokenizer)
+    heads, eos, special = list(texts["prompt"]), tokenizer.eos_token, tokens.special_texts(tokenizer)
     prompts = encode(heads)
     encoded, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
     rows = [row for row in range(len(pairs)) if row not in encoded]
     holding, repeated, straddling, sides = set(), set(), set(), []
     for column in [column for column in ("chosen", "rejected") if column in pairs.column_names]:
         written, said = list(texts[column]), list(pairs[column])
-        bodies = [_without_eos(written[row], eos) for row in rows]
+        bodies = [tokens.without_eos(written[row], eos) for row in rows]
         repeated |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
-        holds = {row for row in rows if special.search(_without_eos(_said(said[row]), eos)[0])}
+        holds = {row for row in rows if special.search(tokens.without_eos(_said(said[row]), eos)[0])}
         plain = {i for i, row in enumerate(rows) if row in holds and texts is pairs and not special.search(heads[row])}
         wholes = encode([heads[row] + body for row, (body, _) in zip(rows, bodies, strict=True)], plain=plain)
         ends = [[tokenizer.eos_token_id] * flag for flag in _complete(pairs, column)]
@@ -324,19 +215,8 @@ def _common_start(*rows: list[int]) -> int:
     return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
 
 
-def _special_texts(tokenizer) -> re.Pattern:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(map(re.escape, sorted(added | set(tokenizer.all_special_tokens)))))
-
-
 def _said(response: str | list[dict[str, Any]]) -> str:
     return response if isinstance(response, str) else "\n".join(message["content"] or "" for message in response)
-
-
-def _without_eos(text: str, eos: str) -> tuple[str, int]:
-    """Remove the EOS that end a text already (and the newline that templates put after it); also how many there were."""
-    ends = re.match(rf"(?:\s*{re.escape(eos[::-1])})*", text[::-1])[0]  # read from behind
-    return text[: len(text) - len(ends)], ends.count(eos[::-1])
 
 
 def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eos: int) -> None:
@@ -344,7 +224,7 @@ def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, e
     if not prompt:
         raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
     if room < 1:
-        more = " or more" if len(prompt) > max_length + SPARE else ""  # it may have been cut
+        more = " or more" if len(prompt) > max_length + tokens.SPARE else ""  # it may have been cut
         problem = (
             f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
         )
@@ -361,7 +241,7 @@ def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, e
 # ---- batching
 
 
-def collate(pairs: Sequence[EncodedPair], pad_token_id: int) -> PairBatch:
+def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
     """Pad B pairs on the right to one PairBatch of N = 2B sequences, chosen first; without rejected sides N = B.
 
     Raises:

@@ -22,8 +22,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tpo_lib.data import load_pairs, pairs_table, vocabulary_name
 from tpo_lib.files import store
+from tpo_lib.files.pairs import load_pairs, pairs_table, save_pairs
+from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.models import fingerprint, tokenizer_content
 from tpo_lib.rewards import name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
@@ -362,18 +363,3 @@ def _read_pairs(folder: Path) -> tuple[Dataset, PairReport]:
 def _read_samples(folder: Path) -> list[list[Completion]]:
     rows = json.loads((folder / "samples.json").read_text())
     return [[Completion(**{**row, "token_ids": tuple(row["token_ids"])}) for row in several] for several in rows]
-
-
-def save_pairs(dataset: Dataset, path: str | Path) -> None:
-    """Write a table of pairs as .jsonl or .parquet; `load_pairs` reads the same back.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path}: pairs are written as .jsonl or .parquet, not {path.suffix or 'without a suffix'!r}")
-    if path.suffix == ".parquet":
-        store.write_file(path, dataset.to_parquet)
-    else:
-        store.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset))

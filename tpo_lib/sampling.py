@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tpo_lib import stats
-from tpo_lib.data import prompt_token_ids, response_texts
+from tpo_lib.files.tokens import prompt_token_ids, response_texts
 from tpo_lib.models import check_sequences
+from tpo_lib.types import PAD
 
-PAD = 0  # any id: it is masked, and what follows the end of a text is cut off
 NOT_FINITE = "the model's logits are not finite, so nothing can be sampled; check its weights"
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
 
@@ -100,101 +97,6 @@ class Sampler:
         return torch.full_like(logits, -math.inf).scatter_(1, chosen, 0.0)
 
 
-# ---- prompts
-
-
-def sample_prompts(
-    model, tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int, batch_size: int = 256
-) -> list[str]:
-    """Sample distinct prompts from the model itself: what it writes from BOS on, cut to a length drawn uniformly.
-
-    Prompts that are blank, ended early, or do not tokenize back to the same ids are drawn anew, at the same length.
-
-    Raises:
-        ValueError: the lengths make no sense, the model has no such token or positions, or not that many distinct beginnings.
-    """
-    _check_lengths(count, min_tokens, max_tokens)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None:
-        raise ValueError(
-            "the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token, or bring "
-            "prompts (--prompts FILE)"
-        )
-    check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
-    draw = random.Random(seed)
-    missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
-    found: dict[str, None] = {}
-    with _seeded(seed, model.device):
-        for _ in range(100):
-            if not missing.total():
-                break
-            lengths = list(missing.elements())
-            lengths *= math.ceil(batch_size / len(lengths))  # a batch costs the same full or not
-            sampled = _sample_ids(model, tokenizer, [[bos]] * len(lengths), Sampler(max(missing)), batch_size)
-            rows = [
-                ids[:length] if len(ids) >= length else [] for (ids, _), length in zip(sampled, lengths, strict=True)
-            ]
-            for text, length in zip(_prompt_texts(rows, tokenizer), lengths, strict=True):
-                if text is not None and text not in found and missing[length]:
-                    found[text] = None
-                    missing[length] -= 1
-            missing = +missing  # forgets the lengths that are done
-    return _shuffled(found, count, draw)
-
-
-def imdb_prompts(
-    texts: Iterable[str], tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int
-) -> list[str]:
-    """Take distinct prompts from the beginnings of real texts, each cut to a length drawn uniformly.
-
-    Raises:
-        ValueError: the lengths make no sense, or the texts do not have that many distinct beginnings.
-    """
-    _check_lengths(count, min_tokens, max_tokens)
-    draw = random.Random(seed)
-    texts = list(texts)
-    draw.shuffle(texts)
-    found: dict[str, None] = {}
-    for start in range(0, len(texts), 1000):
-        heads = [text[: 64 * max_tokens] for text in texts[start : start + 1000]]
-        lengths = [draw.randint(min_tokens, max_tokens) for _ in heads]
-        encoded = tokenizer(heads, add_special_tokens=False)["input_ids"]
-        rows = [ids[:length] if len(ids) >= length else [] for ids, length in zip(encoded, lengths, strict=True)]
-        found |= dict.fromkeys(text for text in _prompt_texts(rows, tokenizer) if text is not None)
-        if len(found) >= count:
-            break
-    return _shuffled(dict.fromkeys(itertools.islice(found, count)), count, draw)
-
-
-def _check_lengths(count: int, min_tokens: int, max_tokens: int) -> None:
-    if count < 1 or not 1 <= min_tokens <= max_tokens:
-        raise ValueError(
-            f"count must be at least 1 and 1 <= min_tokens <= max_tokens, got {count}, {min_tokens}, {max_tokens}"
-        )
-
-
-def _prompt_texts(rows: list[list[int]], tokenizer) -> list[str | None]:
-    """Decode rows of ids; None where the text is blank or broken, or would tokenize to other ids."""
-    texts = response_texts(tokenizer, [[]] * len(rows), rows)
-    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    good = [ids == back and bool(text.strip()) for ids, back, text in zip(rows, again, texts, strict=True)]
-    return [text if ok and "\ufffd" not in text else None for text, ok in zip(texts, good, strict=True)]
-
-
-def _shuffled(found: dict[str, None], count: int, draw: random.Random) -> list[str]:
-    """All prompts in random order: the last ones found are mostly short, and callers split the list."""
-    if len(found) < count:
-        raise ValueError(
-            f"only {len(found)} of {count} distinct prompts were found; ask for fewer, raise max_tokens, or give more texts"
-        )
-    prompts = list(found)
-    draw.shuffle(prompts)
-    return prompts
-
-
-# ---- completions
-
-
 def generate(
     model,
     tokenizer,
@@ -233,15 +135,15 @@ def generate(
             raise ValueError(f"prompt {i} has no tokens, so nothing predicts the first one; give it text")
     check_sequences(model, ((f"prompt {i}", ids) for i, ids in enumerate(encoded)), room=max_new_tokens)
     rows = [ids for ids in encoded for _ in range(samples_per_prompt)]
-    with _seeded(seed, model.device):
-        sampled = _sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
+    with seeded(seed, model.device):
+        sampled = sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
     texts = response_texts(tokenizer, rows, [ids for ids, _ in sampled])
     done = [Completion(text, tuple(ids), end) for text, (ids, end) in zip(texts, sampled, strict=True)]
     return [done[i : i + samples_per_prompt] for i in range(0, len(done), samples_per_prompt)]
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch for this block only."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -266,7 +168,7 @@ def _prepared(model) -> Iterator[Any]:
         inner.train(training)
 
 
-def _sample_ids(
+def sample_ids(
     model, tokenizer, rows: list[list[int]], sampler: Sampler, batch_size: int, progress: Progress | None = None
 ) -> list[tuple[list[int], int | None]]:
     """Continue rows of token ids; return for each its new ids without EOS, and the token that ended it, if any did."""

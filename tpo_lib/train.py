@@ -23,9 +23,10 @@ from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fast import caches, fused
+from tpo_lib.fast.fused import Reading
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
 from tpo_lib.runs.run import NonFiniteLoss, Run, Sums
-from tpo_lib.types import LossOutput, PairBatch, Reading, TokenStats
+from tpo_lib.types import LossOutput, PairBatch, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
 OnLog = Callable[[dict], bool | None]
@@ -150,7 +151,7 @@ def fit(
                     chunks = micro_batches(window, pairs, config, accelerator)
                     sums = Sums(run.sums)
                     for number, chunk in enumerate(chunks):
-                        batch = collate(chunk, caches.PAD).to(accelerator.device)
+                        batch = collate(chunk).to(accelerator.device)
                         with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
                             output, tokens = score(
                                 scorer, frozen, batch, accelerator, with_kl=log_now, step=run.step + 1
@@ -329,7 +330,7 @@ def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedP
     """The metrics of training on held-out pairs, under the names eval_*."""
     sums = Sums()
     for start in range(0, len(pairs), config.batch_size):
-        batch = collate(pairs[start : start + config.batch_size], caches.PAD).to(accelerator.device)
+        batch = collate(pairs[start : start + config.batch_size]).to(accelerator.device)
         sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, with_kl=True)))
     return {f"eval_{name}": value for name, value in sums.means(None).items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -153,7 +154,7 @@ def test_every_pair_stands_alone():
     chosen, rejected = split(stats)
 
     def only(side: TokenStats, i: int) -> TokenStats:
-        return side.map(lambda field: field[i : i + 1])
+        return TokenStats(*(getattr(side, field.name)[i : i + 1] for field in dataclasses.fields(side)))
 
     together = coefficients("tdpo2", chosen, rejected, **HYPER["tdpo2"])
     for i in range(3):

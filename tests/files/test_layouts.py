@@ -11,8 +11,9 @@ import pytest
 from test_data import CHATML, EOS, GOOD, said, table_of, tiny_tokenizer, write_jsonl
 
 from tpo_lib import data
-from tpo_lib.data import BadRowsError, load_pairs
 from tpo_lib.files import chat
+from tpo_lib.files.formats import BadRowsError
+from tpo_lib.files.pairs import load_pairs, pairs_table
 
 ASK = [said("user", "Hi")]
 A, B = [said("assistant", "A")], [said("assistant", "B")]
@@ -33,7 +34,7 @@ def load(tmp_path, *rows, **more):
 
 def decoded(rows, template, **more):
     tokenizer = tiny_tokenizer(chat_template=template)
-    pairs, report = data.encode_pairs(data.pairs_table(rows), tokenizer, max_length=400, **more)
+    pairs, report = data.encode_pairs(pairs_table(rows), tokenizer, max_length=400, **more)
     return [
         [tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)] for pair in pairs
     ], report
@@ -286,7 +287,7 @@ def test_rows_for_sft_are_encoded_without_a_rejected_side(bos):
 def test_templates_are_rendered_as_transformers_does():
     tokenizer = tiny_tokenizer(chat_template="{{ bos_token }}" + FULL)
     rows = [MESSAGES, MESSAGES | {"prompt": [said("system", "{{ 1 }} \u2028 Zoë"), *ASK]}]
-    texts, bad = chat.render(data.pairs_table(rows), tokenizer)
+    texts, bad = chat.render(pairs_table(rows), tokenizer)
     assert not bad
     for i, row in enumerate(rows):
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
@@ -327,7 +328,7 @@ def test_templates_that_take_too_much_are_stopped_on_any_thread(template, monkey
     monkeypatch.setattr(chat, "__file__", str(tmp_path / "chat.py"))
     once = CHATML + "{% if messages[0]['content'] != 'Hi' %}"
     tokenizer = tiny_tokenizer(chat_template=once + template + "{% endif %}")
-    table = data.pairs_table([MESSAGES, MESSAGES | {"prompt": [said("user", "go")]}, MESSAGES])
+    table = pairs_table([MESSAGES, MESSAGES | {"prompt": [said("user", "go")]}, MESSAGES])
     told = []
 
     def run():

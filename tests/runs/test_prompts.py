@@ -7,9 +7,9 @@ import re
 import pytest
 import tiny
 
-from tpo_lib.data import prompt_token_ids
+from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.runs import prompts
-from tpo_lib.sampling import sample_prompts
+from tpo_lib.runs.prompts import sample_prompts
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_held_out_prompts_that_cannot_be_had_are_refused(model_and_tokenizer, mo
 
 def test_imdb_prompts_are_held_out_from_the_test_reviews(model_and_tokenizer, monkeypatch):
     reviews = {s: {"text": [f"{s} number {i} of the films that I saw" for i in range(40)]} for s in ("train", "test")}
-    monkeypatch.setattr("tpo_data.pocket.load_imdb", lambda source: reviews)
+    monkeypatch.setattr("tpo_lib.runs.prompts.load_imdb", lambda source: reviews)
     train = prompts.training_prompts("imdb", 4, *model_and_tokenizer, seed=0)
     held_out = prompts.held_out_prompts("imdb", 4, *model_and_tokenizer, seed=0)
     assert all(any(text.startswith(prompt) for text in reviews["train"]["text"]) for prompt in train.texts)

@@ -34,12 +34,12 @@ from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fast import fused
+from tpo_lib.fast.fused import Head, Reading
 from tpo_lib.files.store import CheckpointError, found_or_made, write_atomically
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint
-from tpo_lib.types import Head, PairBatch, Reading
+from tpo_lib.types import PairBatch
 
 FORMAT = 1  # raise it whenever the same inputs would give other files
-PAD = 0  # any id: it is masked
 KINDS = {"logps": "log-probs", "states": "hidden states"}
 
 Read = Callable[[PairBatch], Reading | Tensor]
@@ -269,14 +269,14 @@ def _build(
     read: Callable, pairs: Sequence[EncodedPair], key: str, path: Path, max_tokens: int, progress: bool, to: Path
 ) -> None:
     """Write values.bin, index.safetensors and meta.json into the folder `to`, which will become `path`."""
-    first = read(collate(pairs[:1], PAD))  # tells type and width before anything is written
+    first = read(collate(pairs[:1]))  # tells type and width before anything is written
     _announce(path, pairs, first)
     rows, spans, done = [], [], 0
     max_tokens = max(max_tokens, *(pair.size for pair in pairs))
     # Written, not mapped: of a full disk the one makes an error, the other a killed process.
     with open(to / "values.bin", "wb") as file, tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
         for chunk in token_budget(pairs, max_tokens):
-            batch, b = collate(chunk, PAD), len(chunk)
+            batch, b = collate(chunk), len(chunk)
             file.write(read(batch).cpu().contiguous().view(torch.uint8).numpy())
             counts = stats.response_mask(batch.labels).sum(1).tolist()
             counts += [0] * (2 * b - len(counts))  # no rejected side: empty spans

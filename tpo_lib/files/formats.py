@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -26,6 +26,7 @@ MAX_LINE = 2**26  # bytes in a line of a file, 64 MiB
 MAX_TABLE = 2**31  # characters in a table, 2 GiB
 ROW = 1000  # what a row counts beside its characters: Python's objects take about as much
 BOM = b"\xef\xbb\xbf"
+OnBadRows = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class BadRowsError(ValueError):
         if len(rows) > 10:
             lines.append(f"... and {len(rows) - 10} more")
         super().__init__("\n  ".join([*lines, "Repair them, or leave them out with --on-bad-rows skip."]))
+
+
+def check_on_bad_rows(on_bad_rows: str) -> None:
+    if on_bad_rows not in ("error", "skip"):
+        raise ValueError(f'on_bad_rows must be "error" or "skip", got {on_bad_rows!r}')
 
 
 class Bad(Exception):

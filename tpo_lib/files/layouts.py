@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
-
 from tpo_lib.files import chat
 from tpo_lib.files.chat import Notes, short, text_or_messages
 from tpo_lib.files.formats import Bad, BadRow, Record
@@ -115,23 +113,6 @@ def read_rows(records: list[Record], name: str, *, paired: bool) -> tuple[list[d
     for note, count in notes.counts.items():
         print(f"{name}: {note} ({count:,} times)", file=sys.stderr)
     return good, sorted(bad, key=lambda bad_row: bad_row.row)
-
-
-def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
-    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
-    sides = ("prompt", "chosen", "rejected")
-    keys = {"role": None, "content": None}
-    if rows and isinstance(rows[0]["prompt"], list):
-        keys |= {key: None for row in rows for side in sides for message in row.get(side, ()) for key in message}
-    message = [{key: Value("string") for key in keys}]
-    as_messages = bool(rows) and isinstance(rows[0]["prompt"], list)
-    kinds = dict.fromkeys(sides, message if as_messages else Value("string"))
-    kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
-    columns = list(rows[0]) if rows else list(kinds)
-    kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
-    kinds |= dict.fromkeys(chat.COLUMNS, Value("string"))
-    features = Features({column: kinds[column] for column in columns})
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
 
 
 def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes: Notes) -> dict[str, Any]:

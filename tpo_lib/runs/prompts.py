@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpo_lib.files.imdb import load_imdb
+from tpo_lib.files.tokens import response_texts
+from tpo_lib.models import check_sequences
 from tpo_lib.runs.run import RunRecord, shared_prompts
-from tpo_lib.sampling import imdb_prompts, sample_prompts
+from tpo_lib.sampling import Sampler, sample_ids, seeded
 
 ROUNDS = 20  # of drawing held-out prompts anew where training has seen them
 
@@ -43,7 +50,7 @@ def training_prompts(
     Args:
         source: "model" (sampled from it), "imdb" (beginnings of the training reviews), or a file, see `read_prompts`.
         count: how many; None takes 512, of a file all.
-        imdb: as in `pocket.load_imdb`.
+        imdb: as in `files.imdb.load_imdb`.
 
     Raises:
         OSError, ValueError: the source cannot be read, or has fewer prompts.
@@ -146,8 +153,6 @@ def _source(name: str, model, tokenizer, imdb: str | None, split: str):
             model, tokenizer, count, seed=seed
         ), f"sampled from {_start(tokenizer)}"
     if name == "imdb":
-        from tpo_data.pocket import load_imdb
-
         texts = load_imdb(imdb)[split]["text"]
         lengths = {"min_tokens": 2, "max_tokens": 8}
         return (
@@ -180,3 +185,95 @@ def overlap(shared: int | None) -> str:
     if shared is None:
         return "not compared with training prompts, of which there is no record"
     return f"{shared} of them seen in training"
+
+
+# ---- from a model, from texts
+
+
+def sample_prompts(
+    model, tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int, batch_size: int = 256
+) -> list[str]:
+    """Sample distinct prompts from the model itself: what it writes from BOS on, cut to a length drawn uniformly.
+
+    Prompts that are blank, ended early, or do not tokenize back to the same ids are drawn anew, at the same length.
+
+    Raises:
+        ValueError: the lengths make no sense, the model has no such token or positions, or not that many distinct beginnings.
+    """
+    _check_lengths(count, min_tokens, max_tokens)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError(
+            "the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token, or bring "
+            "prompts (--prompts FILE)"
+        )
+    check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
+    draw = random.Random(seed)
+    missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
+    found: dict[str, None] = {}
+    with seeded(seed, model.device):
+        for _ in range(100):
+            if not missing.total():
+                break
+            lengths = list(missing.elements())
+            lengths *= math.ceil(batch_size / len(lengths))  # a batch costs the same full or not
+            sampled = sample_ids(model, tokenizer, [[bos]] * len(lengths), Sampler(max(missing)), batch_size)
+            rows = [
+                ids[:length] if len(ids) >= length else [] for (ids, _), length in zip(sampled, lengths, strict=True)
+            ]
+            for text, length in zip(_prompt_texts(rows, tokenizer), lengths, strict=True):
+                if text is not None and text not in found and missing[length]:
+                    found[text] = None
+                    missing[length] -= 1
+            missing = +missing  # forgets the lengths that are done
+    return _shuffled(found, count, draw)
+
+
+def imdb_prompts(
+    texts: Iterable[str], tokenizer, count: int, *, min_tokens: int = 2, max_tokens: int = 8, seed: int
+) -> list[str]:
+    """Take distinct prompts from the beginnings of real texts, each cut to a length drawn uniformly.
+
+    Raises:
+        ValueError: the lengths make no sense, or the texts do not have that many distinct beginnings.
+    """
+    _check_lengths(count, min_tokens, max_tokens)
+    draw = random.Random(seed)
+    texts = list(texts)
+    draw.shuffle(texts)
+    found: dict[str, None] = {}
+    for start in range(0, len(texts), 1000):
+        heads = [text[: 64 * max_tokens] for text in texts[start : start + 1000]]
+        lengths = [draw.randint(min_tokens, max_tokens) for _ in heads]
+        encoded = tokenizer(heads, add_special_tokens=False)["input_ids"]
+        rows = [ids[:length] if len(ids) >= length else [] for ids, length in zip(encoded, lengths, strict=True)]
+        found |= dict.fromkeys(text for text in _prompt_texts(rows, tokenizer) if text is not None)
+        if len(found) >= count:
+            break
+    return _shuffled(dict.fromkeys(itertools.islice(found, count)), count, draw)
+
+
+def _check_lengths(count: int, min_tokens: int, max_tokens: int) -> None:
+    if count < 1 or not 1 <= min_tokens <= max_tokens:
+        raise ValueError(
+            f"count must be at least 1 and 1 <= min_tokens <= max_tokens, got {count}, {min_tokens}, {max_tokens}"
+        )
+
+
+def _prompt_texts(rows: list[list[int]], tokenizer) -> list[str | None]:
+    """Decode rows of ids; None where the text is blank or broken, or would tokenize to other ids."""
+    texts = response_texts(tokenizer, [[]] * len(rows), rows)
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    good = [ids == back and bool(text.strip()) for ids, back, text in zip(rows, again, texts, strict=True)]
+    return [text if ok and "\ufffd" not in text else None for text, ok in zip(texts, good, strict=True)]
+
+
+def _shuffled(found: dict[str, None], count: int, draw: random.Random) -> list[str]:
+    """All prompts in random order: the last ones found are mostly short, and callers split the list."""
+    if len(found) < count:
+        raise ValueError(
+            f"only {len(found)} of {count} distinct prompts were found; ask for fewer, raise max_tokens, or give more texts"
+        )
+    prompts = list(found)
+    draw.shuffle(prompts)
+    return prompts

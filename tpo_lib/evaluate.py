@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpo_lib.data import EncodedPair, collate, prompt_token_ids
-from tpo_lib.fast.fused import token_stats
+from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast.fused import Reading, token_stats
+from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import NotFinite, check_finite, response_mask, split
-from tpo_lib.types import PairBatch, Reading, TokenStats
+from tpo_lib.types import PairBatch, TokenStats
 
 RESAMPLES = 2000
 BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
@@ -307,10 +308,13 @@ def pair_stats(
     halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
     width = max(half.mask.shape[1] for half in halves)
 
-    def joined(*fields: Tensor) -> Tensor:
+    def joined(name: str) -> Tensor | None:
+        fields = [getattr(half, name) for half in halves]
+        if fields[0] is None:
+            return None
         return torch.cat([torch.nn.functional.pad(f, (0, width - f.shape[1])) for f in fields]).cpu()  # (2P, T-1)
 
-    return halves[0].map(joined, *halves[1:])
+    return TokenStats(**{name: joined(name) for name in TokenStats.__dataclass_fields__})
 
 
 def pair_metrics(

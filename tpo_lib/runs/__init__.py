@@ -1,1 +1,0 @@
-"""Whole runs: their folders, lists of them trained and compared, reports and figures."""
