@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import fields, replace
+import pickle
+from dataclasses import replace
 
 import pytest
 
-from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.config import PRESETS, TrainConfig, override, run_settings
 from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 
 
@@ -45,8 +47,8 @@ from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
         ("max_tokens", 3, "max_tokens=3 must be greater than 3"),
         ("seed", -1, "seed=-1 must be at least 0"),
         ("seed", 2**32, "seed=4294967296 must be at most 4294967295"),
-        ("extra", {"tau": 1.0}, "extra names 'tau', which no objective takes"),
-        ("extra", {"beta": 1.0}, r"extra holds \['beta'\], which TrainConfig has of itself"),
+        ("tau", 1.0, r"tau=1\.0 is no setting, and no objective takes it; they take .*beta"),
+        ("hyper", {"tau": 1.0}, r"tau=1\.0 is no setting"),
     ],
 )
 def test_bad_values_are_named(name, value, message):
@@ -80,7 +82,10 @@ def test_defaults_belong_to_the_objective():
     assert override(PRESETS["pocket"].train, loss_type="simpo").hyperparameters() == simpo.hyperparameters()
     assert TrainConfig(loss_type="simpo", beta=0.1).hyperparameters()["beta"] == 0.1
     assert TrainConfig().hyperparameters() == {"beta": 0.1}
-    assert (simpo.to_dict()["beta"], simpo.to_dict()["alpha"]) == (2.0, None)
+    assert simpo.to_dict()["beta"] == simpo.beta == 2.0
+    assert "alpha" not in simpo.to_dict()
+    with pytest.raises(AttributeError, match="a training run of simpo has no 'alpha'"):
+        simpo.alpha  # noqa: B018
     assert TrainConfig(**simpo.to_dict()).to_dict() == simpo.to_dict()
 
 
@@ -99,17 +104,23 @@ def test_an_objective_of_ones_own_has_a_place_for_its_hyperparameter(monkeypatch
     tau = Hyperparameter(0.7, "τ", "temperature", above=0)
     monkeypatch.setitem(OBJECTIVES, "mine", Objective(OBJECTIVES["dpo"].fn, ("ref_logps",), {"beta": tau, "tau": tau}))
     assert TrainConfig(loss_type="mine").hyperparameters() == {"beta": 0.7, "tau": 0.7}
-    config = TrainConfig(loss_type="mine", extra={"tau": 2.0})
+    config = TrainConfig(loss_type="mine", tau=2.0)
     assert config.hyperparameters() == {"beta": 0.7, "tau": 2.0}
-    assert config.to_dict()["extra"] == {"tau": 2.0}
-    assert hash(config) == hash(replace(config, extra={}))
+    assert config.to_dict()["tau"] == config.tau == 2.0
+    assert hash(config) == hash(replace(config, hyper={}))
     with pytest.raises(ValueError, match=r"tau=-1\.0 must be greater than 0"):
-        TrainConfig(loss_type="mine", extra={"tau": -1.0})
+        TrainConfig(loss_type="mine", tau=-1.0)
 
 
 def test_every_field_is_documented():
-    for field in fields(TrainConfig):
-        assert field.name in TrainConfig.__doc__, field.name
+    for name, field in run_settings().items():
+        assert len(field.metadata["words"]) > 10, name
+
+
+def test_a_run_is_copied_pickled_and_compared_like_any_record():
+    config = TrainConfig(loss_type="tdpo2", alpha=0.3, lr=1e-3)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config != replace(config, alpha=0.4)
+    assert replace(config, lr=1.0).hyper == {"alpha": 0.3}
 
 
 def test_presets_say_where_their_values_come_from():

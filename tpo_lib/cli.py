@@ -285,7 +285,7 @@ def _guided(options, config: TrainConfig) -> TrainConfig:
     """
     from tpo_lib.runs.run import read_run
 
-    if not options.guide or config.guide_beta is not None:
+    if not options.guide or "guide_beta" in config.hyper:
         return config
     try:
         record = read_run(options.guide)

@@ -3,125 +3,123 @@
 from __future__ import annotations
 
 import math
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
 
 from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter
 
+KINDS = {"int": Integral, "float": Real, "bool": bool, "str": str}
 
-@dataclass(frozen=True)
+
+def _setting(default, words: str, **bounds):
+    """A field with the words of its flag and what it may be: `choices`, or greater than `above` and at most `most`."""
+    return field(default=default, metadata={"words": words, **bounds})
+
+
+@dataclass(frozen=True, init=False)
 class TrainConfig:
-    """One training run. The help of the command line's flags is this list.
+    """One training run. Hyperparameters of the objective are given, and read, like settings.
 
-    Attributes:
-        loss_type: key of losses.OBJECTIVES.
-        beta, alpha, gamma, guide_beta, shaping, floor: what the objective takes, as `OBJECTIVES` says, with ranges; None is the
-            objective's own default (`hyperparameters` fills it in), so that another loss_type brings its own.
-        extra: hyperparameters of an objective of your own, by name.
-        optimizer: "adamw" or "rmsprop".
-        lr: peak learning rate.
-        schedule: "cosine" (to 0), "linear" (to 0) or "constant", after the warm-up.
-        warmup_steps: updates over which the learning rate rises to its peak.
-        weight_decay: AdamW's; RMSprop takes none.
-        clip: largest gradient norm.
-        batch_size: pairs in one forward pass and process.
-        accumulation: forward passes an update; incomplete windows at the end of an epoch are left out.
-        max_tokens: most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x
-            accumulation pairs as ever, but is cut into forward passes by tokens instead of by pairs.
-        share_prefix: read the prompt of a pair once instead of twice (prefix.py), which pays where prompts are long.
-        fused: head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once.
-        epochs: passes over the pairs.
-        max_steps: updates after which the run ends, if that is earlier; None sets no bound.
-        max_length: tokens of prompt and response together; longer responses are cut and counted.
-        precision: "no" (float32), "bf16" or "fp16" autocast; None chooses from the device.
-        device: "cpu", "cuda", "mps"; None chooses.
-        lora_rank: 0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`).
-        seed: orders the data; with the same seed, machine and thread count a run repeats bit for bit.
-        log_every: updates between two rows of metrics.
-        eval_every: updates between two evaluations on held-out pairs; 0 makes none on the way.
-        save_every: updates between two checkpoints.
-        keep: checkpoints kept.
-        output_dir: where checkpoints and metrics.jsonl go; None keeps everything in memory.
-        report_to: None or "tensorboard".
-        cache_dir: where what the frozen models say is kept on disk, to be read instead of them (caches.py); None reads them
-            anew for every batch. It may come and go on a resume.
+    Raises:
+        ValueError: a value is out of range, or nobody takes it; it is named.
+
+    Example:
+        >>> config = TrainConfig(loss_type="tdpo2", alpha=0.3, lr=1e-4)
+        >>> config.hyper, config.beta  # what was given; what is in use
+        ({'alpha': 0.3}, 0.1)
     """
 
-    loss_type: str = "dpo"
-    beta: float | None = None
-    alpha: float | None = None
-    gamma: float | None = None
-    guide_beta: float | None = None
-    shaping: str | None = None
-    floor: float | None = None
-    extra: Mapping[str, float | str] = field(default_factory=dict, hash=False)
-    optimizer: str = "adamw"
-    lr: float = 1e-4
-    schedule: str = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    clip: float = 10.0
-    batch_size: int = 32
-    accumulation: int = 1
-    max_tokens: int | None = None
-    share_prefix: bool = False
-    fused: bool = True
-    epochs: int = 1
-    max_steps: int | None = None
-    max_length: int = 128
-    precision: str | None = None
-    device: str | None = None
-    lora_rank: int = 0
-    seed: int = 0
-    log_every: int = 5
-    eval_every: int = 0
-    save_every: int = 100
-    keep: int = 2
-    output_dir: str | None = None
-    report_to: str | None = None
-    cache_dir: str | None = None
+    loss_type: str = _setting("dpo", "the objective", choices=OBJECTIVES)
+    hyper: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    optimizer: str = _setting("adamw", "what makes the updates", choices=("adamw", "rmsprop"))
+    lr: float = _setting(1e-4, "peak learning rate", above=0)
+    schedule: str = _setting("cosine", "after the warm-up: to 0, or constant", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = _setting(10, "updates over which the learning rate rises to its peak")
+    weight_decay: float = _setting(0.0, "AdamW's; RMSprop takes none")
+    clip: float = _setting(10.0, "largest gradient norm", above=0)
+    batch_size: int = _setting(32, "pairs in one forward pass and process", above=0)
+    accumulation: int = _setting(
+        1, "forward passes an update; incomplete windows at the end of an epoch are left out", above=0
+    )
+    max_tokens: int | None = _setting(
+        None,
+        "most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x accumulation pairs as "
+        "ever, but is cut into forward passes by tokens instead of by pairs",
+        above=3,  # the shortest pair is two rows of two tokens
+    )
+    share_prefix: bool = _setting(
+        False, "read the prompt of a pair once instead of twice (prefix.py), which pays where prompts are long"
+    )
+    fused: bool = _setting(
+        True, "head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once"
+    )
+    epochs: int = _setting(1, "passes over the pairs", above=0)
+    max_steps: int | None = _setting(
+        None, "updates after which the run ends, if that is earlier; None sets no bound", above=0
+    )
+    max_length: int = _setting(
+        128, "tokens of prompt and response together; longer responses are cut and counted", above=1
+    )
+    precision: str | None = _setting(
+        None, "no (float32), bf16 or fp16 autocast; None chooses from the device", choices=("no", "bf16", "fp16")
+    )
+    device: str | None = _setting(None, "cpu, cuda or mps; None chooses")
+    lora_rank: int = _setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
+    seed: int = _setting(
+        0,
+        "orders the data; with the same seed, machine and thread count a run repeats bit for bit",
+        most=2**32 - 1,  # numpy's bound
+    )
+    log_every: int = _setting(5, "updates between two rows of metrics", above=0)
+    eval_every: int = _setting(0, "updates between two evaluations on held-out pairs; 0 makes none on the way")
+    save_every: int = _setting(100, "updates between two checkpoints", above=0)
+    keep: int = _setting(2, "checkpoints kept", above=0)
+    output_dir: str | None = _setting(None, "where checkpoints and metrics.jsonl go; None keeps everything in memory")
+    report_to: str | None = _setting(None, "a tracker of the metrics", choices=("tensorboard",))
+    cache_dir: str | None = _setting(
+        None,
+        "where what the frozen models say is kept on disk, to be read instead of them (caches.py); None reads them anew for "
+        "every batch. It may come and go on a resume",
+    )
 
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in tuple(allowed):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(str, allowed))}"
-                )
+    def __init__(self, **given) -> None:
+        settings = {name: f.default for name, f in run_settings().items()}
+        hyper = dict(given.pop("hyper", {})) | {name: given.pop(name) for name in [*given] if name not in settings}
+        settings |= given | {"hyper": {name: value for name, value in hyper.items() if value is not None}}
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+        self._check()
+
+    def __getattr__(self, name: str):
+        used = self.hyper | self.hyperparameters() if "hyper" in self.__dict__ else {}
+        if name not in used:
+            raise AttributeError(f"a training run of {self.__dict__.get('loss_type')} has no {name!r}")
+        return used[name]
+
+    def _check(self) -> None:
+        for name, setting in run_settings().items():
+            _check_setting(setting, getattr(self, name))
         known = known_hyperparameters(self.loss_type)
-        for name, value in self._given().items():
+        for name, value in self.hyper.items():
             if name not in known:
-                raise ValueError(f"extra names {name!r}, which no objective takes; they take {', '.join(known)}")
+                raise ValueError(
+                    f"{name}={value!r} is no setting, and no objective takes it; they take {', '.join(known)}"
+                )
             known[name].check(name, value)
-        for name, (kind, optional) in field_kinds().items():
-            if name not in known and not (optional and getattr(self, name) is None):
-                _check_number(name, getattr(self, name), kind)
         if self.optimizer == "rmsprop" and self.weight_decay:
             raise ValueError(
                 f"weight_decay={self.weight_decay} has no effect with rmsprop; set it to 0 or choose adamw"
             )
 
-    def _given(self) -> dict:
-        """The hyperparameters that were given, those of `extra` among them."""
-        own = {f.name for f in fields(self)}
-        if own & set(self.extra):
-            raise ValueError(
-                f"extra holds {sorted(own & set(self.extra))}, which TrainConfig has of itself; set it there"
-            )
-        named = {name: getattr(self, name) for name in known_hyperparameters(self.loss_type) if name in own}
-        return {name: value for name, value in (named | dict(self.extra)).items() if value is not None}
-
     def hyperparameters(self) -> dict:
         """The keyword arguments of this run's objective: what was given, else its defaults."""
-        return OBJECTIVES[self.loss_type].settings(self._given())
+        return OBJECTIVES[self.loss_type].settings(self.hyper)
 
     def remarks(self, steps: int) -> list[str]:
         """What is allowed and hardly ever meant in a run of so many updates, a sentence each."""
         known, said = OBJECTIVES[self.loss_type].hyperparameters, []
-        for name, value in self._given().items():
+        for name, value in self.hyper.items():
             if name not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes no hyperparameters"
                 said.append(f"{name}={value!r} has no effect with {self.loss_type}: {takes}")
@@ -139,69 +137,46 @@ class TrainConfig:
         return said
 
     def to_dict(self) -> dict:
-        """All fields, as JSON takes them, with the hyperparameters that are in use."""
-        used, own = self.hyperparameters(), field_kinds().keys()
-        extra = {name: value for name, value in (dict(self.extra) | used).items() if name not in own}
-        return asdict(self) | {name: value for name, value in used.items() if name in own} | {"extra": extra}
+        """All settings side by side, as JSON takes them: `TrainConfig(**config.to_dict())` is the same run."""
+        return self.hyperparameters() | {name: getattr(self, name) for name in run_settings()}
 
 
-# What a field may be beside its type: one of these, greater than these, at most these.
-CHOICES = {
-    "loss_type": OBJECTIVES,
-    "optimizer": ("adamw", "rmsprop"),
-    "schedule": ("cosine", "linear", "constant"),
-    "precision": (None, "no", "bf16", "fp16"),
-    "report_to": (None, "tensorboard"),
-}
-ABOVE = {
-    "lr": 0,
-    "clip": 0,
-    "batch_size": 0,
-    "accumulation": 0,
-    "epochs": 0,
-    "max_steps": 0,
-    "max_length": 1,
-    "log_every": 0,
-}
-ABOVE |= {"save_every": 0, "keep": 0, "max_tokens": 3}  # the shortest pair is two rows of two tokens
-LARGEST = {"seed": 2**32 - 1}  # numpy's bound; of other whole numbers 2**31 - 1, of floats what float32 holds
+def run_settings() -> dict[str, Field]:
+    """The fields of TrainConfig but the hyperparameters, by name; their metadata hold words and ranges."""
+    return {f.name: f for f in fields(TrainConfig) if f.name != "hyper"}
 
 
-def known_hyperparameters(loss_type: str) -> dict[str, Hyperparameter]:
-    """All that any objective takes, by name; where two take one of the same name, this objective's."""
-    everyone = {name: h for entry in OBJECTIVES.values() for name, h in entry.hyperparameters.items()}
-    return everyone | dict(OBJECTIVES[loss_type].hyperparameters)
+def kind_of(setting: Field) -> str:
+    """Key of KINDS."""
+    return setting.type.partition(" |")[0]
 
 
-@cache
-def field_kinds() -> dict[str, tuple[type, bool]]:
-    """{field of TrainConfig: (int, float, bool or str; may it be None)}; `extra` is left out."""
-    found = {}
-    for name, hint in typing.get_type_hints(TrainConfig).items():
-        kinds = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
-        if kinds[0] in (int, float, bool, str):
-            found[name] = (kinds[0], type(None) in kinds)
-    return found
+def known_hyperparameters(loss_type: str | None = None) -> dict[str, Hyperparameter]:
+    """All that any objective takes, by name; where two take one of the same name, the first's, or this objective's."""
+    entries = [*([OBJECTIVES[loss_type]] if loss_type else []), *OBJECTIVES.values()]
+    return {name: h for entry in reversed(entries) for name, h in entry.hyperparameters.items()}
 
 
-def _check_number(name: str, value, kind: type) -> None:
-    """Type, sign and range of one field; words are left to others."""
-    if kind is str:
+def _check_setting(setting: Field, value) -> None:
+    """Raise ValueError, naming the value, where it is none that the setting may have."""
+    name, kind, bounds = f"{setting.name}={value!r}", kind_of(setting), setting.metadata
+    if value is None and setting.type.endswith("| None"):
         return
-    fits = {int: Integral, float: Real, bool: bool}[kind]
-    if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(
-            f"{name}={value!r} must be {'True or False' if kind is bool else f'a number ({kind.__name__})'}"
-        )
-    if name in ABOVE and not value > ABOVE[name]:
-        raise ValueError(f"{name}={value!r} must be greater than {ABOVE[name]}")
+    if "choices" in bounds and value not in tuple(bounds["choices"]):
+        raise ValueError(f"{name} is unknown; choose one of {', '.join(bounds['choices'])}")
+    if kind == "str":
+        return
+    if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} must be {'True or False' if kind == 'bool' else f'a number ({kind})'}")
+    if "above" in bounds and not value > bounds["above"]:
+        raise ValueError(f"{name} must be greater than {bounds['above']}")
     if not value >= 0:
-        raise ValueError(f"{name}={value!r} must be at least 0")
+        raise ValueError(f"{name} must be at least 0")
     if value == math.inf:
-        raise ValueError(f"{name}={value!r} must be finite")
-    most = LARGEST.get(name, FLOAT32_MAX if kind is float else 2**31 - 1)
+        raise ValueError(f"{name} must be finite")
+    most = bounds.get("most", FLOAT32_MAX if kind == "float" else 2**31 - 1)
     if value > most:
-        raise ValueError(f"{name}={value!r} must be at most {most}")
+        raise ValueError(f"{name} must be at most {most}")
 
 
 @dataclass(frozen=True)
@@ -209,36 +184,30 @@ class Preset:
     """A named starting point: which model, reward, judge and pairs, and how to train on them.
 
     Attributes:
-        model, reward, judge: folder or hub name; None is the bundled one ("pocket") or, for the judge, none.
-        pairs: None samples pairs from the model, otherwise folder, file or hub name.
         train: the training run.
         source: where each value comes from, so that nobody takes ours for the papers'.
+        model, reward, judge: folder or hub name; None is the bundled one ("pocket") or, for the judge, none.
+        pairs: None samples pairs from the model, otherwise folder, file or hub name.
     """
 
-    model: str | None
-    reward: str | None
-    judge: str | None
-    pairs: str | None
     train: TrainConfig
     source: dict[str, str]
+    model: str | None = None
+    reward: str | None = None
+    judge: str | None = None
+    pairs: str | None = None
 
 
 _OURS = "ours, chosen for the pocket model"
 
 PRESETS = {
     "pocket": Preset(
-        model=None,
-        reward=None,
-        judge=None,
-        pairs=None,
         train=TrainConfig(beta=0.1, lr=2e-4),
         source={"beta": "DPO's and TDPO's default", "everything else": _OURS},
     ),
     "gpt2-imdb": Preset(
         model="lvwerra/gpt2-imdb",
         reward="lvwerra/distilbert-imdb",
-        judge=None,
-        pairs=None,
         train=TrainConfig(
             beta=0.1, optimizer="rmsprop", lr=5e-6, schedule="constant", warmup_steps=150, batch_size=16, accumulation=4
         ),
@@ -250,8 +219,6 @@ PRESETS = {
     "gpt2-large-imdb": Preset(
         model="openai-community/gpt2-large",
         reward="siebert/sentiment-roberta-large-english",
-        judge=None,
-        pairs=None,
         train=TrainConfig(
             beta=0.1, optimizer="rmsprop", lr=5e-6, schedule="constant", warmup_steps=150, batch_size=64, max_length=512
         ),
@@ -269,9 +236,5 @@ def override(config: TrainConfig, **values) -> TrainConfig:
     """Return the config with those values replaced that are not None; another loss_type brings its own defaults."""
     values = {name: value for name, value in values.items() if value is not None}
     if values.get("loss_type", config.loss_type) != config.loss_type:
-        values = (
-            dict.fromkeys(field_kinds().keys() & known_hyperparameters(config.loss_type).keys())
-            | {"extra": {}}
-            | values
-        )
+        values = {"hyper": {}} | values
     return replace(config, **values)

@@ -1,18 +1,17 @@
-"""What the command line's flags share: errors of one line, numbers judged as they are read, and help from docstrings."""
+"""What the command line's flags share: errors of one line, numbers judged as they are read, and help from the records."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tpo_lib.config import CHOICES, LARGEST, PRESETS, TrainConfig, field_kinds, override
+from tpo_lib.config import PRESETS, TrainConfig, kind_of, known_hyperparameters, override, run_settings
 from tpo_lib.losses import OBJECTIVES
 
+TYPES = {"int": int, "float": float}
 MANY = 10**7  # no count of ours is larger; a slip of the keyboard is
 
 
@@ -60,14 +59,7 @@ COUNT = number(int, least=1, most=MANY)
 SEVERAL = number(int, least=2, most=MANY)
 GAP = number(float, least=0)
 TEMPERATURE = number(float, least=0.01)  # below, logits overflow
-SEED = number(int, least=0, most=LARGEST["seed"])
-
-
-def attributes(cls: type) -> dict[str, str]:
-    """{field: words} from the Attributes section of a class's docstring, on one line each; "a, b: words" goes to both."""
-    section = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+SEED = number(int, least=0, most=run_settings()["seed"].metadata["most"])
 
 
 def hyperparameters() -> dict[str, str]:
@@ -81,24 +73,22 @@ def hyperparameters() -> dict[str, str]:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field of TrainConfig and every hyperparameter; the preset's value is the default."""
+    """One flag for every setting of a run and every hyperparameter; the preset's value is the default."""
     group = parser.add_argument_group("training run")
     for name, words in hyperparameters().items():
-        choices = next((e.hyperparameters[name].choices for e in OBJECTIVES.values() if name in e.hyperparameters), ())
+        choices = known_hyperparameters()[name].choices
         kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
         group.add_argument(_flag(name), help=words.replace("%", "%%"), **kind)
-    words = attributes(TrainConfig)
-    for name, (kind, _) in field_kinds().items():
-        if name in hyperparameters() or name == "cache_dir":  # one flag for every cache, among those of sampling
+    for name, setting in run_settings().items():
+        if name == "cache_dir":  # one flag for every cache, among those of sampling
             continue
-        more: dict = {"type": number(kind) if kind in (int, float) else kind, "metavar": "X"}
-        if kind is bool:
+        kind, words = kind_of(setting), setting.metadata["words"]
+        more: dict = {"type": number(TYPES[kind]) if kind in TYPES else str, "metavar": "X"}
+        if kind == "bool":
             more = {"action": argparse.BooleanOptionalAction}
-        elif name in CHOICES:
-            more = {"choices": [choice for choice in CHOICES[name] if choice is not None]}
-        group.add_argument(
-            _flag(name), help=f"{words[name].rstrip('.')} {_default(name)}".strip().replace("%", "%%"), **more
-        )
+        elif "choices" in setting.metadata:
+            more = {"choices": tuple(setting.metadata["choices"])}
+        group.add_argument(_flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
 
 
 def read_config(options: argparse.Namespace) -> TrainConfig:
@@ -108,12 +98,12 @@ def read_config(options: argparse.Namespace) -> TrainConfig:
         ValueError: a value is out of range, or its flag has no effect with this objective.
     """
     known = hyperparameters()
-    given = {name: getattr(options, name) for name in {**known, **field_kinds()} if getattr(options, name) is not None}
-    extra = {name: given.pop(name) for name in known if name in given and name not in field_kinds()}
-    config = override(PRESETS[options.preset].train, **given, extra=extra or None)
+    config = override(
+        PRESETS[options.preset].train, **{name: vars(options)[name] for name in {**known, **run_settings()}}
+    )
     taken = OBJECTIVES[config.loss_type].hyperparameters
     for name in known:
-        if name in {**given, **extra} and name not in taken:
+        if getattr(options, name) is not None and name not in taken:
             has = ", ".join(map(_flag, taken)) or "none of these"
             raise ValueError(
                 f"{_flag(name)} has no effect with {config.loss_type}, which takes {has}; leave it out or choose another "

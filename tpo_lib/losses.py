@@ -1,18 +1,17 @@
-"""The objectives, as pure functions of per-token statistics: one pair in, one number out.
+"""The objectives, as pure functions of per-token statistics, and their records: all that is known of an objective.
 
 Every function takes the statistics of B chosen and B rejected responses (see `stats.split`) and returns a LossOutput.
-Below, logratio^t = log pi_theta(y^t|s_t) - log pi_ref(y^t|s_t), w is the chosen response, l the rejected one.
+Below, w is the chosen and l the rejected response, lr = log pi_theta(y^t|s_t) - log pi_ref(y^t|s_t) at a token,
+KL = KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the vocabulary, and sums run over the response, in nats. The rewards that are
+logged are the two terms of the objective's own margin. What beta, alpha, ... may be stands in OBJECTIVES.
 
-Reference-based objectives share one form, -log sigma(chosen_reward - rejected_reward), and differ in the reward alone:
-
-    dpo     beta sum_t logratio^t
-    tdpo1   beta sum_t (logratio^t + KL^t)                 KL^t = KL(pi_ref(.|s_t) || pi_theta(.|s_t))
-    tdpo2   beta sum_t (logratio^t + alpha KL^t)           no gradient through KL^t of the chosen response
-    tgdpo   beta sum_t f^t logratio^t                      f^t = 1 + alpha r_hat^t (chosen), 1 - alpha r_hat^t (rejected)
+To add an objective, write its function and its entry in OBJECTIVES, or `register` one from outside. Training, flags, range
+checks, sliders, colours, `run`, the sweep and README's table follow from the entry.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,8 +37,9 @@ _HOW_TO_GET = {
 def sft(chosen: TokenStats, rejected: TokenStats | None) -> LossOutput:
     """Supervised fine-tuning: the chosen response's negative log-likelihood per token.
 
-    loss = -(1/|y_w|) sum_t log pi_theta(y_w^t | s_t). The rejected response is read for the logged reward only, and may be
-    missing.
+    loss = -mean log pi(w)
+
+    The rejected response is read for the logged reward alone, and may be missing.
     """
     chosen_mean = _mean(chosen.logps, chosen.mask)
     rejected_mean = None if rejected is None else _mean(rejected.logps, rejected.mask).detach()
@@ -49,14 +49,7 @@ def sft(chosen: TokenStats, rejected: TokenStats | None) -> LossOutput:
 def dpo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
     """Direct preference optimization (arXiv 2305.18290): every token of a response shares one coefficient.
 
-    loss = -log sigma(beta sum_t logratio_w^t - beta sum_t logratio_l^t).
-
-    Args:
-        chosen, rejected: statistics of B pairs; needs ref_logps.
-        beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        LossOutput; rewards are beta sum_t logratio^t, in nats.
+    loss = -log sigma(beta sum lr(w) - beta sum lr(l))
 
     Example:
         >>> from tpo_lib.types import TokenStats
@@ -70,17 +63,10 @@ def dpo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
 def tdpo1(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
     """Token-level DPO, first form (arXiv 2404.11999): the forward KL of every token joins the reward.
 
-    loss = -log sigma(u - delta), u = beta sum_t logratio_w^t - beta sum_t logratio_l^t,
-    delta = beta SeqKL(y_l) - beta SeqKL(y_w), SeqKL(y) = sum_t KL(pi_ref(.|s_t) || pi_theta(.|s_t)).
+    loss = -log sigma(beta sum [lr + KL](w) - beta sum [lr + KL](l))
 
-    Gradients flow through both KL terms, so the loss rewards a growing KL on the chosen side; `tdpo2` removes that.
-
-    Args:
-        chosen, rejected: statistics of B pairs; needs ref_logps and kl.
-        beta: strength of the pull towards the reference, > 0.
-
-    Returns:
-        LossOutput; rewards are beta sum_t (logratio^t + KL^t), in nats.
+    The paper writes it -log sigma(u - delta) with delta = beta SeqKL(l) - beta SeqKL(w). Gradients flow through both KL
+    terms, so the loss rewards a growing KL on the chosen side; `tdpo2` removes that.
     """
     return _bradley_terry(
         beta * (_logratio(chosen) + _need(chosen, "kl")).sum(-1),
@@ -91,17 +77,10 @@ def tdpo1(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutpu
 def tdpo2(chosen: TokenStats, rejected: TokenStats, *, beta: float, alpha: float) -> LossOutput:
     """Token-level DPO, second form (arXiv 2404.11999): alpha scales the KL terms, the chosen one is held constant.
 
-    loss = -log sigma(u - alpha delta2), delta2 = beta SeqKL(y_l) - stop_gradient(beta SeqKL(y_w)); u as in `tdpo1`.
-    At alpha = 1 the value equals `tdpo1`, the gradient does not; at alpha = 0 it is `dpo`.
+    loss = -log sigma(beta sum [lr + alpha sg(KL)](w) - beta sum [lr + alpha KL](l)), sg: no gradient
 
-    Args:
-        chosen, rejected: statistics of B pairs; needs ref_logps and kl.
-        beta: strength of the pull towards the reference, > 0.
-        alpha: weight of the KL terms, >= 0 (0.5 in the paper).
-
-    Returns:
-        LossOutput; rewards are beta sum_t (logratio^t + alpha KL^t), in nats. (The authors' code logs them with
-        coefficient 1 whatever alpha is; ours are those of the loss.)
+    At alpha = 1 the value equals `tdpo1`, the gradient does not; at alpha = 0 it is `dpo`. The logged rewards have the loss's
+    alpha too. (The authors' code logs them with coefficient 1 whatever alpha is.)
     """
     return _bradley_terry(
         beta * (_logratio(chosen) + alpha * _need(chosen, "kl").detach()).sum(-1),  # the stop-gradient
@@ -121,26 +100,18 @@ def tgdpo(
 ) -> LossOutput:
     """DPO with token-level reward guidance (arXiv 2506.14574): a frozen DPO model weighs every token.
 
-    loss = -log sigma(beta sum_t f_w(r_hat^t) logratio_w^t - beta sum_t f_l(r_hat^t) logratio_l^t),
-    r_hat^t = guide_beta (log pi_hat(y^t|s_t) - log pi_ref(y^t|s_t)), constant in theta;
-    linear (the paper's): f_w = 1 + alpha r_hat, f_l = 1 - alpha r_hat; exp: f = exp(+-alpha r_hat), always positive.
+    loss = -log sigma(beta sum f lr(w) - beta sum f lr(l)), f = 1 +- alpha r_hat, r_hat from a frozen DPO model
 
-    The derivation divides by f, so f must stay positive. The paper asks for a small enough alpha; the published code has
-    no guard. Here f = max(f, floor), and `floor_share` counts the tokens that hit it.
-
-    Args:
-        chosen, rejected: statistics of B pairs; needs ref_logps and guide_logps.
-        beta: strength of the pull towards the reference, > 0.
-        alpha: strength of the guidance, >= 0; 0 is `dpo`.
-        guide_beta: the beta the guide was trained with, > 0. (The published code uses the current run's beta instead.)
-        shaping: "linear" or "exp".
-        floor: smallest weight of a token, > 0.
+    r_hat^t = guide_beta (log pi_hat(y^t|s_t) - log pi_ref(y^t|s_t)) is constant in theta, and guide_beta what the guide was
+    trained with. (The published code uses the current run's beta instead.) With shaping "exp" f = exp(+-alpha r_hat); + is
+    the chosen side's. The derivation divides by f, so f must stay positive: the paper asks for a small enough alpha, the
+    published code has no guard. Here f = max(f, floor), and `floor_share` counts the tokens that hit it.
 
     Returns:
-        LossOutput; rewards are beta sum_t f^t logratio^t, in nats; token_weights holds f.
+        LossOutput; token_weights holds f.
 
     Raises:
-        ValueError: shaping is not one of the two.
+        ValueError: shaping is neither "linear" nor "exp".
     """
     weights_w = _guidance(chosen, alpha * guide_beta, shaping, floor)  # (B, T-1)
     weights_l = _guidance(rejected, -alpha * guide_beta, shaping, floor)
@@ -150,22 +121,14 @@ def tgdpo(
 
 
 def simpo(chosen: TokenStats, rejected: TokenStats, *, beta: float, gamma: float) -> LossOutput:
-    """Simple preference optimization (Meng et al. 2024): length-averaged likelihood with a margin, no reference.
+    """Simple preference optimization (arXiv 2405.14734): length-averaged likelihood with a margin, no reference.
 
-    loss = -log sigma((beta/|y_w|) sum_t log pi(y_w^t) - (beta/|y_l|) sum_t log pi(y_l^t) - gamma).
+    loss = -log sigma(beta mean log pi(w) - beta mean log pi(l) - gamma)
 
-    Args:
-        chosen, rejected: statistics of B pairs.
-        beta: scale of the reward, > 0 (2 in the authors' code, up to 10 in use: it multiplies a mean).
-        gamma: target margin, >= 0, in units of the reward (a quarter of beta in the authors' code).
-
-    Returns:
-        LossOutput; rewards are (beta/|y|) sum_t log pi(y^t).
+    beta multiplies a mean, so its values are of another scale than the others'; gamma is in units of the reward.
     """
-    chosen_reward, rejected_reward = (
-        beta * _mean(chosen.logps, chosen.mask),
-        beta * _mean(rejected.logps, rejected.mask),
-    )
+    chosen_reward = beta * _mean(chosen.logps, chosen.mask)
+    rejected_reward = beta * _mean(rejected.logps, rejected.mask)
     loss = -F.logsigmoid(chosen_reward - rejected_reward - gamma)
     return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
 
@@ -177,7 +140,7 @@ def floor_share(output: LossOutput, mask: Tensor, floor: float = F_FLOOR) -> tup
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """What an objective takes beside the statistics; flags, help texts and range checks are made from it.
+    """What an objective takes beside the statistics.
 
     Attributes:
         default: taken where nothing is given; None: it has to be given.
@@ -186,6 +149,8 @@ class Hyperparameter:
         above, least: it must be greater than the one and at least the other.
         usual: the range in use; values outside are said, not refused.
         choices: of a word.
+        pocket: its value in `run`, on the pocket model, where the default does not suit.
+        swept: its values in the sweep.
     """
 
     default: float | str | None
@@ -195,6 +160,8 @@ class Hyperparameter:
     least: float = -math.inf
     usual: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
+    pocket: float | None = None
+    swept: tuple[float, ...] = ()
 
     def check(self, name: str, value: float | str) -> None:
         """Raise ValueError, naming the value, where it is out of range."""
@@ -213,21 +180,30 @@ class Hyperparameter:
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of OBJECTIVES. One of your own is trained, evaluated and drawn like ours once it stands there.
+    """An entry of OBJECTIVES.
 
     Attributes:
-        fn: the function.
+        fn: the function. The first line of its docstring is shown wherever the objective is explained.
         needs: the optional TokenStats fields it reads.
         hyperparameters: what it takes beside the statistics, by name.
+        label: in pictures; None is the name of the function.
+        look: its colour, marker and dashes in every picture; None takes free ones.
         merged: it reads logps and kl as their sum alone, which `fused.pair_loss` can make cheaper.
-        paired: it needs a rejected side; otherwise it is also called with None for it.
+        paired: it has a margin and needs a rejected side; otherwise it is also called with None for it.
     """
 
     fn: Callable[..., LossOutput]
     needs: tuple[str, ...] = ()
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
+    label: str | None = None
+    look: tuple[str, str, str | tuple] | None = None
     merged: bool = False
     paired: bool = True
+
+    @property
+    def words(self) -> str:
+        """One sentence: the first line of the function's docstring."""
+        return (inspect.getdoc(self.fn) or "").partition("\n")[0]
 
     def settings(self, given: Mapping) -> dict:
         """The keyword arguments of `fn`: what is given (names it does not take are passed over), else the defaults.
@@ -243,32 +219,57 @@ class Objective:
         return found
 
 
-_BETA = Hyperparameter(0.1, "β", "strength of the pull towards the reference", above=0)
+_REF, _KL = ("ref_logps",), ("ref_logps", "kl")
+_BETA = Hyperparameter(0.1, "β", "strength of the pull towards the reference", above=0, swept=(0.05, 0.1, 0.5))
+# Alpha decides where TDPO2 comes to rest. The paper's 0.5 holds the pocket model at a reward of about 0.74 and a KL of 4, so
+# that there is little to compare; 0.2 lies in the range the paper sweeps (0.1 to 0.7).
+_KL_WEIGHT = Hyperparameter(
+    0.5, "α", "weight of the KL terms (the paper's 0.5)", least=0, pocket=0.2, swept=(0.1, 0.3, 0.5, 1.0)
+)
 _GUIDED = {
     "beta": _BETA,
-    "alpha": Hyperparameter(0.5, "α", "strength of the guidance", least=0),
-    "guide_beta": Hyperparameter(None, "β̂", "the beta its guide was trained with", above=0),
+    "alpha": Hyperparameter(0.5, "α", "strength of the guidance", least=0, swept=(0.5, 1.0, 2.0)),
+    "guide_beta": Hyperparameter(None, "β̂", "the beta its guide was trained with", above=0, pocket=0.1),
     "shaping": Hyperparameter("linear", "f", "how a token's weight grows with r̂", choices=("linear", "exp")),
     "floor": Hyperparameter(F_FLOOR, "f_min", "smallest token weight", above=0),
 }
-# The defaults of SimPO are those of its authors' code: beta 2, gamma / beta 1/4. Its beta scales a mean over tokens.
-_SIMPO = {
-    "beta": Hyperparameter(2.0, "β", "scale of the mean log-probability", above=0, usual=(1.0, 10.0)),
+_SCALE = {"above": 0, "usual": (1.0, 10.0), "swept": (1.0, 2.0, 4.0)}
+_SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
+    "beta": Hyperparameter(2.0, "β", "scale of the mean log-probability", **_SCALE),
     "gamma": Hyperparameter(0.5, "γ", "target margin", least=0),
 }
 
+# Colours are Okabe and Ito's, without their yellow, which is lost on white. Colour, marker and dashes differ together, so that
+# curves stay apart in greyscale and for colour-blind readers.
 OBJECTIVES = {
-    "sft": Objective(sft, paired=False),
-    "dpo": Objective(dpo, ("ref_logps",), {"beta": _BETA}),
-    "tdpo1": Objective(tdpo1, ("ref_logps", "kl"), {"beta": _BETA}, merged=True),
+    "sft": Objective(sft, (), {}, "SFT", ("#8A8A8A", "P", (0, (4, 1, 1, 1, 1, 1))), paired=False),
+    "dpo": Objective(dpo, _REF, {"beta": _BETA}, "DPO", ("#0072B2", "o", "-")),
+    "tdpo1": Objective(tdpo1, _KL, {"beta": _BETA}, "TDPO1", ("#E69F00", "^", (0, (5, 1.5))), merged=True),
     "tdpo2": Objective(
-        tdpo2,
-        ("ref_logps", "kl"),
-        {"beta": _BETA, "alpha": Hyperparameter(0.5, "α", "weight of the KL terms (the paper's 0.5)", least=0)},
+        tdpo2, _KL, {"beta": _BETA, "alpha": _KL_WEIGHT}, "TDPO2", ("#D55E00", "s", (0, (6, 1.5, 1, 1.5)))
     ),
-    "tgdpo": Objective(tgdpo, ("ref_logps", "guide_logps"), _GUIDED),
-    "simpo": Objective(simpo, (), _SIMPO),
+    "tgdpo": Objective(tgdpo, ("ref_logps", "guide_logps"), _GUIDED, "TGDPO", ("#009E73", "D", (0, (3, 1)))),
+    "simpo": Objective(simpo, (), _SIMPO, "SimPO", ("#CC79A7", "v", (0, (1.5, 1)))),
 }
+
+
+def register(objective: Objective, name: str | None = None) -> str:
+    """Add an objective of your own; returns its name, which is that of its function unless one is given.
+
+    Raises:
+        ValueError: there is another objective of that name, or hyperparameters and keywords of the function differ.
+    """
+    name = name or objective.fn.__name__
+    if OBJECTIVES.get(name, objective) != objective:
+        raise ValueError(f"there is an objective {name!r} already; give yours another name")
+    keywords = [p.name for p in inspect.signature(objective.fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if keywords != list(objective.hyperparameters):
+        raise ValueError(
+            f"objective {name!r} takes {', '.join(keywords) or 'nothing'} beside the statistics, its record says "
+            f"{', '.join(objective.hyperparameters) or 'nothing'}; they must be the same, after a * in the signature"
+        )
+    OBJECTIVES[name] = objective
+    return name
 
 
 def _need(stats: TokenStats, field: str) -> Tensor:

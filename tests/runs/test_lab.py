@@ -49,13 +49,14 @@ def test_an_objective_of_ones_own_is_trained_evaluated_drawn_and_saved(lab, monk
 
     record = Objective(ipo, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
     monkeypatch.setitem(OBJECTIVES, "ipo", record)
-    run = lab.train(lab.config("ipo", beta=0.1, alpha=0.5, **SMALL, extra={"tau": 0.25}), "mine")
+    run = lab.train(lab.config("ipo", beta=0.1, alpha=0.5, **SMALL, tau=0.25), "mine")
     assert run.rows[0]["loss"] == pytest.approx(4, rel=1e-4)
     assert run.evaluation.metrics["reward_margin"].n > 0
     assert plots.run_points(lab.points(), lab.start_point()) is not None
     assert "<b>mine</b>" in training_lab(lab).table.value
     saved = json.loads(lab.save(tmp_path / "lab.json").read_text())["runs"]["mine"]["config"]
-    assert (saved["extra"], saved["beta"]) == ({"tau": 0.25}, None)
+    assert saved["tau"] == 0.25
+    assert "beta" not in saved
     curves = {"ipo": [lab.start_point() | {"step": 0}, lab.points()["mine"][1] | {"step": 2}]}
     summary = {
         "objectives": {"ipo": lab.points()["mine"][1]},

@@ -184,6 +184,12 @@ def test_a_folder_that_is_no_run_is_none(tmp_path):
     assert read_run("openai-community/gpt2") is None
 
 
+def test_records_of_before_hyperparameters_were_one_mapping_are_read(tmp_path):
+    old = {"loss_type": "tdpo2", "beta": 0.2, "alpha": 0.5, "gamma": None, "shaping": None, "extra": {}, "lr": 1e-3}
+    (tmp_path / "training.json").write_text(json.dumps({"format": 2, **old, "start": {}}))
+    assert read_run(tmp_path).config == TrainConfig(loss_type="tdpo2", beta=0.2, alpha=0.5, lr=1e-3)
+
+
 def test_without_a_reference_of_its_own_a_run_is_compared_with_its_start(tmp_path):
     config = replace(CONFIG, loss_type="simpo", output_dir=str(tmp_path / "run"))
     train.fit(config, tiny.llama(), None, tiny.pairs(8), progress=False)

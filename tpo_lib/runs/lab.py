@@ -66,7 +66,7 @@ class Laboratory:
         """Settings of a run of so many updates on the stage's pairs.
 
         Args:
-            more: other fields of TrainConfig, such as `extra` for an objective of your own.
+            more: other settings of TrainConfig, such as hyperparameters of an objective of your own.
 
         Raises:
             ValueError: a value is out of range (it is named).

@@ -303,16 +303,17 @@ def _settings(summary: Mapping) -> list:
     """Every setting and version: one table for what all objectives share, one for where they differ."""
     config = dict(summary["config"])
     each = [dict(run) for run in config.pop("objectives", [])]
-    config |= {key: each[0][key] for key in (each[0] if each else ()) if all(run[key] == each[0][key] for run in each)}
+    keys = dict.fromkeys(key for run in each for key in run)
+    differing = [key for key in keys if any(run.get(key) != each[0].get(key) for run in each)]
+    config |= {key: each[0][key] for key in keys if key not in differing}
     config |= {f"version of {name}": version for name, version in summary["versions"].items()}
     shared = Table(["setting", "value"], [[key, str(value)] for key, value in config.items() if value is not None])
-    differing = [key for key in (each[0] if each else ()) if any(run[key] != each[0][key] for run in each)]
     if not differing:
         return [shared]
     differing.sort(key=lambda key: key != "loss_type")  # it names the row
     return [
         shared,
-        Table(differing, [["-" if run[key] is None else str(run[key]) for key in differing] for run in each]),
+        Table(differing, [["-" if run.get(key) is None else str(run[key]) for key in differing] for run in each]),
     ]
 
 

@@ -25,7 +25,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from tpo_lib.files import adapters, store
-from tpo_lib.config import TrainConfig
+from tpo_lib.config import TrainConfig, known_hyperparameters, run_settings
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.data import EncodedPair
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
 from tpo_lib.models import fingerprint, tokenizer_content
@@ -471,7 +472,9 @@ def _read_training(folder: Path) -> tuple[dict, dict | None]:
         written, start = content.pop("format", 1), content.pop("start", None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
-    unknown = sorted(content.keys() - {field.name for field in fields(TrainConfig)})
+    content |= content.pop("extra", {})  # where hyperparameters of one's own stood before
+    mine = content.get("loss_type") not in OBJECTIVES  # an objective that is not loaded may take anything
+    unknown = [] if mine else sorted(content.keys() - run_settings().keys() - known_hyperparameters().keys())
     if written > FORMAT or unknown:
         what = f"the settings {', '.join(unknown)}" if unknown else f"format {written}"
         raise ValueError(
