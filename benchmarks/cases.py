@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tpo_lib import stats
-from tpo_lib.fast.fused import Reading, token_stats
+from tpo_lib.fast.fused import token_stats
 from tpo_lib.models import ResponseReader
-from tpo_lib.types import IGNORE, PairBatch
+from tpo_lib.types import IGNORE, PairBatch, Reading
 
 PROMPT = 5  # tokens, as IMDb prefixes have
 

@@ -75,11 +75,6 @@ def stats_from(logps, ref=None, kl=None, guide=None, padding: int = 0) -> TokenS
     return TokenStats(row(logps), row([0.0] * len(logps) if ref is None else ref), mask, row(kl), row(guide))
 
 
-def with_fields(stats: TokenStats, change) -> TokenStats:
-    """The statistics with every field that is there changed in the same way."""
-    return TokenStats(**{f: None if x is None else change(x) for f, x in vars(stats).items()})
-
-
 # The authors' figures -----------------------------------------------------------------------------------------------
 
 
@@ -204,11 +199,8 @@ def test_policy_equal_to_reference_gives_log_two(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_swapping_chosen_and_rejected_flips_the_margin(name):
     """For TGDPO the two weights swap roles as well, which is what alpha -> -alpha does to them."""
-    stats = [
-        TokenStats(**{f: getattr(part, f) for f in TokenStats.__dataclass_fields__}) for part in (CHOSEN, REJECTED)
-    ]
-    here = OBJECTIVES[name].fn(*stats, **hyper(name))
-    there = OBJECTIVES[name].fn(*stats[::-1], **hyper(name, alpha=GIVEN["alpha"] * (-1 if name == "tgdpo" else 1)))
+    here = OBJECTIVES[name].fn(CHOSEN, REJECTED, **hyper(name))
+    there = OBJECTIVES[name].fn(REJECTED, CHOSEN, **hyper(name, alpha=GIVEN["alpha"] * (-1 if name == "tgdpo" else 1)))
     margin, flipped = (out.chosen_reward - out.rejected_reward for out in (here, there))
     assert margin.abs() > 0.05
     close(flipped, -margin)
@@ -287,14 +279,14 @@ def test_only_tdpo1_has_a_margin_linear_in_the_logits(name):
 @pytest.mark.parametrize("name", ["sft", "simpo"])
 def test_averaging_makes_the_length_irrelevant(name):
     """A response said twice scores as it did; under a sum (dpo) its reward doubles."""
-    twice = with_fields(CHOSEN, lambda x: torch.cat([x, x], dim=1))
+    twice = CHOSEN.map(lambda x: torch.cat([x, x], dim=1))
     once, doubled = (OBJECTIVES[name].fn(chosen, REJECTED, **hyper(name)) for chosen in (CHOSEN, twice))
     close(doubled.loss, once.loss)
     close(dpo(twice, REJECTED, beta=1.0).chosen_reward, 2 * dpo(CHOSEN, REJECTED, beta=1.0).chosen_reward)
 
 
 def test_masked_columns_do_not_count_in_the_average():
-    padded = with_fields(CHOSEN, lambda x: torch.nn.functional.pad(x, (0, 3)))
+    padded = CHOSEN.map(lambda x: torch.nn.functional.pad(x, (0, 3)))
     close(simpo(padded, REJECTED, beta=1.0, gamma=0.0).loss, simpo(CHOSEN, REJECTED, beta=1.0, gamma=0.0).loss)
     close(sft(padded, REJECTED).loss, sft(CHOSEN, REJECTED).loss)
 
@@ -332,7 +324,7 @@ def test_the_floor(floor, dtype):
     """1 +- alpha r_hat = 1 +- .1 gap: below the floor it is exactly the floor, above it is untouched, and it is counted."""
     chosen = stats_from([-1.0] * 4, guide=[-20.0, -10.0, -9.0, -7.0])  # 1 + .1 gap: -1, 0, .1, .3
     rejected = stats_from([-1.0] * 4, guide=[20.0, 7.0, 0.0, -20.0])  # 1 - .1 gap: -1, .3, 1, 3
-    parts = [with_fields(part, lambda x: x if x.dtype == torch.bool else x.to(dtype)) for part in (chosen, rejected)]
+    parts = [part.map(lambda x: x if x.dtype == torch.bool else x.to(dtype)) for part in (chosen, rejected)]
     output = tgdpo(*parts, beta=1.0, alpha=0.5, guide_beta=0.2, floor=floor)
     least = torch.tensor(floor, dtype=dtype).item()
     kept = 0.1 if floor < 0.1 else least

@@ -12,7 +12,7 @@ import torch
 from tpo_lib import models, rewards, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.evaluate import evaluate, pair_stats, sequence_kl
+from tpo_lib.evaluation import evaluate, pair_stats, sequence_kl
 from tpo_lib.files import store
 from tpo_lib.files.store import CheckpointError
 from tpo_lib.sampling import Completion

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
 from tpo_lib.data import encode_pairs
-from tpo_lib.evaluate import evaluate, sequence_kl
+from tpo_lib.evaluation import evaluate, sequence_kl
 from tpo_lib.files import store
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.tokens import prompt_token_ids

@@ -409,7 +409,7 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from dataclasses import asdict
 
-    from tpo_lib.evaluate import evaluate
+    from tpo_lib.evaluation import evaluate
     from tpo_lib.files import store
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.rewards import load_reward

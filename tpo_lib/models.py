@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from tpo_lib import stats
 from tpo_lib.fast import prefix
-from tpo_lib.fast.fused import Head, Reading
 from tpo_lib.files import adapters, folders
-from tpo_lib.types import IGNORE
+from tpo_lib.types import IGNORE, Head, Reading
 
 MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
 NO_MATHEMATICS = (

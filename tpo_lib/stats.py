@@ -122,11 +122,7 @@ def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
     if n % 2:
         raise ValueError(f"{n} sequences cannot be split into pairs; stack all chosen first, then all rejected")
 
-    def half(part: slice) -> TokenStats:
-        fields = {name: getattr(stats, name) for name in TokenStats.__dataclass_fields__}
-        return TokenStats(**{name: None if value is None else value[part] for name, value in fields.items()})
-
-    return half(slice(0, n // 2)), half(slice(n // 2, n))
+    return stats.map(lambda field: field[: n // 2]), stats.map(lambda field: field[n // 2 :])
 
 
 def check_finite(tokens: TokenStats) -> None:

@@ -23,10 +23,9 @@ from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
 from tpo_lib.fast import caches, fused
-from tpo_lib.fast.fused import Reading
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
 from tpo_lib.runs.run import NonFiniteLoss, Run, Sums
-from tpo_lib.types import LossOutput, PairBatch, TokenStats
+from tpo_lib.types import LossOutput, PairBatch, Reading, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
 OnLog = Callable[[dict], bool | None]

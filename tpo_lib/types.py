@@ -1,13 +1,15 @@
-"""The three records that flow through the library: PairBatch -> TokenStats -> LossOutput.
+"""The records that flow through the library: PairBatch -> Reading -> TokenStats -> LossOutput.
 
-Shapes: B pairs, N = 2B sequences (all chosen first, then all rejected), T tokens, V vocabulary entries. Where there is no
-rejected side (SFT can do without), N = B.
+Shapes: B pairs, N = 2B sequences (all chosen first, then all rejected), T tokens, V vocabulary entries, R response tokens of
+all sequences together. Where there is no rejected side (SFT can do without), N = B.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 IGNORE = -100  # label of every position that is not scored: prompt and padding
@@ -41,6 +43,51 @@ class PairBatch:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The last layer of a language model: logits = cap * tanh(x / cap) of x = scale * (h W^T + b).
+
+    Attributes:
+        weight: (V, d).
+        bias: (V,) or None.
+        scale: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`.
+        softcap: Gemma 2's `final_logit_softcapping`; None caps nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) hidden states -> (..., V)."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model says at R response positions, in the order of `stats.response_mask`.
+
+    Attributes:
+        states: (R, d) hidden states after the last norm; (R, V) logits where head is None.
+        head: what turns them into logits.
+    """
+
+    states: Tensor
+    head: Head | None
+
+    @property
+    def vocab(self) -> int:
+        """Number of logits."""
+        return self.states.shape[-1] if self.head is None else len(self.head.weight)
+
+    def logits(self) -> Tensor:
+        """(R, V) logits, all of them at once."""
+        return self.states if self.head is None else self.head.logits(self.states)
+
+
+@dataclass(frozen=True)
 class TokenStats:
     """What the objectives need to know about every response token, in nats.
 
@@ -60,6 +107,19 @@ class TokenStats:
     mask: Tensor
     kl: Tensor | None = None
     guide_logps: Tensor | None = None
+
+    def map(self, fn: Callable[..., Tensor], *others: TokenStats) -> TokenStats:
+        """Apply `fn` to every field that is there, with the same field of `others` behind it.
+
+        Example:
+            >>> stats = TokenStats(torch.zeros(4, 2), None, torch.ones(4, 2, dtype=torch.bool))
+            >>> stats.map(lambda field: field[:2]).mask.shape
+            torch.Size([2, 2])
+            >>> stats.map(lambda *fields: torch.cat(fields), stats).logps.shape
+            torch.Size([8, 2])
+        """
+        fields = {name: [getattr(each, name) for each in (self, *others)] for name in self.__dataclass_fields__}
+        return TokenStats(**{name: None if values[0] is None else fn(*values) for name, values in fields.items()})
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ from torch.utils._pytree import tree_leaves
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.fast import fused
-from tpo_lib.fast.fused import Reading
 from tpo_lib.models import ResponseReader, frozen_copy
-from tpo_lib.types import IGNORE, LossOutput, PairBatch, TokenStats
+from tpo_lib.types import IGNORE, LossOutput, PairBatch, Reading, TokenStats
 
 PROMPT = 8  # tokens of every prompt of a scene
 

@@ -368,12 +368,7 @@ class TokenWorld:
 
     def pair_stats(self, stats: TokenStats, pairs: Pairs) -> tuple[TokenStats, TokenStats]:
         """The statistics of the chosen and of the rejected responses of some pairs, ready for a loss."""
-
-        def take(rows: Tensor) -> TokenStats:
-            fields = {name: getattr(stats, name) for name in TokenStats.__dataclass_fields__}
-            return TokenStats(**{name: None if value is None else value[rows] for name, value in fields.items()})
-
-        return take(pairs.chosen), take(pairs.rejected)
+        return stats.map(lambda field: field[pairs.chosen]), stats.map(lambda field: field[pairs.rejected])
 
     def expected_loss(
         self, objective: str | Callable, logits: Tensor, *, guide: Tensor | None = None, **hyper

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -154,7 +153,7 @@ def test_every_pair_stands_alone():
     chosen, rejected = split(stats)
 
     def only(side: TokenStats, i: int) -> TokenStats:
-        return TokenStats(*(getattr(side, field.name)[i : i + 1] for field in dataclasses.fields(side)))
+        return side.map(lambda field: field[i : i + 1])
 
     together = coefficients("tdpo2", chosen, rejected, **HYPER["tdpo2"])
     for i in range(3):

@@ -15,7 +15,7 @@ from tpo_course.widgets.microscope import token_microscope
 from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.training_lab import training_lab
 from tpo_lib import losses
-from tpo_lib.evaluate import pair_stats
+from tpo_lib.evaluation import pair_stats
 from tpo_lib.runs.lab import Laboratory
 from tpo_lib.stats import split
 

@@ -14,7 +14,7 @@ from tpo_course import world
 from tpo_course.tabular import TabularPolicy, fit_tabular, minimise
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
-from tpo_lib.stats import token_stats
+from tpo_lib.stats import split, token_stats
 
 SHAPES = [(2, 1, True), (3, 3, True), (4, 2, True), (2, 4, False), (3, 3, False)]
 
@@ -173,9 +173,7 @@ def test_expected_loss_matches_a_language_models_batch(name):
         states, labels = w.responses.states[rows], w.responses.labels[rows]
         ref, hint = (TabularPolicy(table)(states) for table in (w.ref_logps, guide))
         stats = token_stats(policy(states), labels, ref, guide_logits=hint, with_kl=True)
-        chosen, rejected = (
-            losses.TokenStats(*(getattr(stats, f)[i : i + 1] for f in stats.__dataclass_fields__)) for i in (0, 1)
-        )
+        chosen, rejected = split(stats)
         total += float(weight * losses.OBJECTIVES[name].fn(chosen, rejected, **HYPER[name]).loss[0].detach())
     exact = w.expected_loss(name, policy.logits, guide=guide, **HYPER[name])
     assert float(exact.detach()) == pytest.approx(total, abs=1e-12)

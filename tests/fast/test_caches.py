@@ -24,6 +24,7 @@ from tpo_lib.data import collate
 from tpo_lib.fast import caches, fused
 from tpo_lib.files.store import MANIFEST
 from tpo_lib.models import ResponseReader, frozen_copy
+from tpo_lib.types import Reading
 
 CONFIG = TrainConfig(lr=1e-4, batch_size=4, warmup_steps=1, log_every=1, device="cpu", guide_beta=0.1)
 PAIRS = tiny.pairs(9)
@@ -40,7 +41,7 @@ def cached(folder: Path, model=None, pairs=PAIRS, kind="logps", precision="no", 
     return caches.build_or_open(reader, identity, pairs, kind=kind, folder=folder, **settings)
 
 
-def live(model, batch) -> fused.Reading:
+def live(model, batch) -> Reading:
     with torch.no_grad():
         return ResponseReader(model)(batch.input_ids, batch.attention_mask, batch.labels)
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpo_lib import losses, stats
 from tpo_lib.fast import fused
-from tpo_lib.fast.fused import Head, Reading
-from tpo_lib.types import IGNORE
+from tpo_lib.types import IGNORE, Head, Reading
 
 HYPERPARAMETERS = {"beta": 0.3, "alpha": 0.5, "gamma": 0.2, "guide_beta": 0.4, "shaping": "linear", "floor": 0.01}
 # relative to the largest entry; float16 and bfloat16 round logits and their gradients as the textbook's products do

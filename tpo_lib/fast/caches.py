@@ -34,10 +34,9 @@ from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fast import fused
-from tpo_lib.fast.fused import Head, Reading
 from tpo_lib.files.store import CheckpointError, found_or_made, write_atomically
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint
-from tpo_lib.types import PairBatch
+from tpo_lib.types import Head, PairBatch, Reading
 
 FORMAT = 1  # raise it whenever the same inputs would give other files
 KINDS = {"logps": "log-probs", "states": "hidden states"}

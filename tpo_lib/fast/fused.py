@@ -31,14 +31,14 @@ It is linear in h, u is its gradient, and the policy's logits are never made: re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpo_lib import stats
-from tpo_lib.types import LossOutput, TokenStats
+from tpo_lib.types import Head, LossOutput, Reading, TokenStats
 
 TILE_BYTES = 48 << 20  # one tile of float32 logits on a CPU; where the KL is asked for, two are alive
 BLOCK_COLUMNS = 512  # on a CPU, logits are made so many columns at a time
@@ -47,51 +47,6 @@ WEIGHED_APART = (
     "merged=True is for an objective whose loss has one gradient for logps and kl, token by token, as TDPO1's has; "
     "this one weighs them differently"
 )
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last layer of a language model: logits = cap * tanh(x / cap) of x = scale * (h W^T + b).
-
-    Attributes:
-        weight: (V, d).
-        bias: (V,) or None.
-        scale: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`.
-        softcap: Gemma 2's `final_logit_softcapping`; None caps nothing.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The textbook path: (..., d) -> (..., V)."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a model says at R response positions, in the order of `stats.response_mask`.
-
-    Attributes:
-        states: (R, d) hidden states after the last norm; (R, V) logits where head is None.
-        head: what turns them into logits.
-    """
-
-    states: Tensor
-    head: Head | None
-
-    @property
-    def vocab(self) -> int:
-        """Number of logits."""
-        return self.states.shape[-1] if self.head is None else len(self.head.weight)
-
-    def logits(self) -> Tensor:
-        """(R, V) logits, all of them at once."""
-        return self.states if self.head is None else self.head.logits(self.states)
 
 
 def choose_tile_bytes(device: torch.device) -> int:

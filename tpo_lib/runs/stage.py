@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
-from tpo_lib.evaluate import Evaluation, evaluate
+from tpo_lib.evaluation import Evaluation, evaluate
 from tpo_lib.models import POCKET, choose_device, frozen_copy, load_model, load_tokenizer
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.rewards import load_reward
@@ -90,7 +90,7 @@ class Stage:
         return frozen_copy(self.start).requires_grad_(True)
 
     def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
-        """`evaluate.evaluate` of a policy on the held-out prompts and pairs.
+        """`evaluation.evaluate` of a policy on the held-out prompts and pairs.
 
         Args:
             config: what the policy was trained with; None for one that was not.

@@ -13,13 +13,12 @@ import pkgutil
 from tpo_course import source_path
 from tpo_course.derivations import dpo, one_form, preferences, tdpo, tgdpo, token_mdp
 from tpo_course.derivations.one_form import objective_map
-from tpo_course.derivations.steps import TOLERANCE, Check, Derivation, Hyper, Step, join, table, verify
+from tpo_course.derivations.steps import TOLERANCE, Derivation, Hyper, Step, join, table, verify
 from tpo_course.world import TokenWorld
 
 __all__ = [
     "DERIVATIONS",
     "TOLERANCE",
-    "Check",
     "Derivation",
     "Hyper",
     "Step",
@@ -32,15 +31,7 @@ __all__ = [
 ]
 
 DERIVATIONS: dict[str, Derivation] = {
-    name: join(name, module.STEPS)
-    for name, module in {
-        "preferences": preferences,
-        "dpo": dpo,
-        "token_mdp": token_mdp,
-        "tdpo": tdpo,
-        "tgdpo": tgdpo,
-        "one_form": one_form,
-    }.items()
+    derivation.name: derivation for derivation in map(join, (preferences, dpo, token_mdp, tdpo, tgdpo, one_form))
 }
 
 

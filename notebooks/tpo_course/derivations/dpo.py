@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
 from tpo_course.derivations.steps import Hyper, Step
-from tpo_course.tabular import minimise
+from tpo_course.tabular import fit_tabular
 from tpo_course.world import TokenWorld
-from tpo_lib import losses
 
 BETAS = (0.1, 0.5, 1.0, 5.0)
 
@@ -80,9 +77,7 @@ def loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def loss_minimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     star = optimum(w, h.beta)
-    slope = tools.gradient(lambda z: w.expected_loss("dpo", z, beta=h.beta), star)
-    left = torch.stack([w.expected_loss("dpo", star, beta=h.beta), slope.abs().max()])
-    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+    return tools.at_rest(w, lambda z: w.expected_loss("dpo", z, beta=h.beta), star)
 
 
 def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -92,19 +87,7 @@ def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     )  # how wrong the policy still is about each pair
     pull = -h.beta * w.pairs.weight * wrong
     by_hand = tools.score(w, pi, tools.onto_responses(w, pull, -pull))
-    return tools.gradient(lambda z: w.expected_loss("dpo", z, beta=h.beta), pi), by_hand
-
-
-def token_coefficients(w: TokenWorld, objective: str, logps: Tensor, guide: Tensor | None = None, **hyper) -> Tensor:
-    """(2B, T) derivative of every pair's own loss by log pi(y^t|s_t), the chosen responses first."""
-    chosen, rejected = w.pair_stats(w.stats(logps, guide=guide), w.pairs)
-    leaf = torch.cat([chosen.logps, rejected.logps]).detach().requires_grad_()  # (2B, T)
-    half = len(leaf) // 2
-    chosen = dataclasses.replace(chosen, logps=leaf[:half])
-    rejected = dataclasses.replace(rejected, logps=leaf[half:])
-    value = losses.OBJECTIVES[objective].fn(chosen, rejected, **hyper).loss.sum()
-    slope = torch.autograd.grad(value, leaf)[0]
-    return torch.where(torch.cat([chosen.mask, rejected.mask]), slope, 0.0)  # padding is no log-probability
+    return tools.loss_gradient(w, "dpo", pi, beta=h.beta), by_hand
 
 
 def one_coefficient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -112,7 +95,8 @@ def one_coefficient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     wrong = torch.sigmoid(-h.beta * tools.gap(w, tools.logratio(w, pi)))[:, None]  # (B, 1)
     mask = w.responses.mask.double()
     by_hand = torch.cat([-h.beta * wrong * mask[w.pairs.chosen], h.beta * wrong * mask[w.pairs.rejected]])
-    return token_coefficients(w, "dpo", pi, beta=h.beta), by_hand
+    found = tools.pushes(w, "dpo", pi, beta=h.beta)
+    return torch.cat([found.chosen.logps, found.rejected.logps]), by_hand
 
 
 def beta_at_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -138,15 +122,13 @@ def beta_in_the_first_step(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     ref = w.ref_logps
     pull = -h.beta / 2 * w.pairs.weight
     by_hand = tools.score(w, ref, tools.onto_responses(w, pull, -pull))
-    return tools.gradient(lambda z: w.expected_loss("dpo", z, beta=h.beta), ref), by_hand
+    return tools.loss_gradient(w, "dpo", ref, beta=h.beta), by_hand
 
 
 def _kl_after_ten_steps(w: TokenWorld, h: Hyper) -> dict[str, float]:
     found = {}
     for beta in BETAS[:3]:
-        fit = minimise(
-            lambda z, b=beta: w.expected_loss("dpo", z, beta=b), w.ref_logps, steps=10, optimizer="sgd", lr=0.5
-        )
+        fit = fit_tabular(w, "dpo", steps=10, optimizer="sgd", lr=0.5, beta=beta)
         moved = tools.mean_seq_kl(w, fit.policy.logps(), w.ref_logps)
         found[f"KL(pi||pi_ref) after 10 gradient steps at beta={beta:g}"] = float(moved)
     return found

@@ -184,8 +184,7 @@ def ppo_surrogate(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def same_fixed_point(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     _, star = w.soft_optimum(h.beta)
     advantage = w.regularised_values(star, h.beta).a
-    slope = tools.gradient(lambda z: w.expected_loss("dpo", z, beta=h.beta), star)
-    left = torch.cat([advantage, slope])
+    left = torch.cat([advantage, tools.loss_gradient(w, "dpo", star, beta=h.beta)])
     return left, torch.zeros_like(left)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
@@ -146,10 +147,11 @@ def read(path: Path) -> tuple[dict, dict[str, dict[str, str]]]:
     return {**about, "assumptions": tuple(line.removeprefix("- ") for line in assumptions.split("\n"))}, found
 
 
-def join(name: str, steps: Iterable[Step]) -> Derivation:
+def join(module: ModuleType) -> Derivation:
     """The steps of derivations/NAME.py with the words of derivations/NAME.md beside it."""
-    about, texts = read(Path(__file__).with_name(f"{name}.md"))
-    return Derivation(name, steps=tuple(replace(step, **texts[step.key]) for step in steps), **about)
+    path = Path(module.__file__).with_suffix(".md")
+    about, texts = read(path)
+    return Derivation(path.stem, steps=tuple(replace(step, **texts[step.key]) for step in module.STEPS), **about)
 
 
 @dataclass(frozen=True)

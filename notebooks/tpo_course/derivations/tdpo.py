@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
 from tpo_course.derivations.steps import Hyper, Step
-from tpo_course.tabular import minimise
+from tpo_course.tabular import fit_tabular
 from tpo_course.world import TokenWorld
-from tpo_lib import losses
 
 
 def policy_improvement(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -66,18 +63,21 @@ def reward_from_policy(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     return w.returns, start + h.beta * w.along(star - w.ref_logps, gamma=w.gamma) + h.beta * seq_kl
 
 
+def u_and_delta(w: TokenWorld, logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(B,) u and delta of every pair, from whole responses."""
+    seq_kl = w.seq_kl(w.ref_logps, logps)
+    return beta * tools.gap(w, tools.logratio(w, logps)), -beta * tools.gap(w, seq_kl)  # delta: rejected minus chosen
+
+
 def margin(w: TokenWorld, logps: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """(B,) u - alpha delta of every pair, from whole responses."""
-    u = beta * tools.gap(w, tools.logratio(w, logps))
-    delta = -beta * tools.gap(w, w.seq_kl(w.ref_logps, logps))  # rejected minus chosen
+    """(B,) u - alpha delta of every pair."""
+    u, delta = u_and_delta(w, logps, beta)
     return u - alpha * delta
 
 
 def preference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     star = w.one_step_optimum(h.beta)
-    seq_kl = w.seq_kl(w.ref_logps, star)
-    u = h.beta * tools.gap(w, tools.logratio(w, star))
-    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    u, delta = u_and_delta(w, star, h.beta)
     return w.pairs.prob, torch.sigmoid(u - delta)
 
 
@@ -92,26 +92,20 @@ def _discount_error(w: TokenWorld, h: Hyper) -> dict[str, float]:
 
 def tdpo1_loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(4)
-    seq_kl = w.seq_kl(w.ref_logps, pi)
-    u = h.beta * tools.gap(w, tools.logratio(w, pi))
-    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    u, delta = u_and_delta(w, pi, h.beta)
     return w.expected_loss("tdpo1", pi, beta=h.beta), tools.mean_over_pairs(w, -F.logsigmoid(u - delta))
 
 
 def tdpo1_minimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     star = w.one_step_optimum(h.beta)
-    slope = tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), star)
-    left = torch.stack([w.expected_loss("tdpo1", star, beta=h.beta), slope.abs().max()])
-    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+    return tools.at_rest(w, lambda z: w.expected_loss("tdpo1", z, beta=h.beta), star)
 
 
 def _tdpo2_moves_on(w: TokenWorld, h: Hyper) -> dict[str, float]:
     star, found = w.one_step_optimum(h.beta), {}
-    found["steepest slope of tdpo1 at pi*"] = float(
-        tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), star).abs().max()
-    )
+    found["steepest slope of tdpo1 at pi*"] = float(tools.loss_gradient(w, "tdpo1", star, beta=h.beta).abs().max())
     for alpha in (0.5, 1.0):
-        slope = tools.gradient(lambda z, a=alpha: w.expected_loss("tdpo2", z, beta=h.beta, alpha=a), star)
+        slope = tools.loss_gradient(w, "tdpo2", star, beta=h.beta, alpha=alpha)
         found[f"steepest slope of tdpo2 at pi*, alpha={alpha:g}"] = float(slope.abs().max())
     return found
 
@@ -129,45 +123,30 @@ def tdpo1_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta))
     # e_y - pi_ref at every token: the score of pi_ref, whatever pi is.
     by_hand = tools.score(w, w.ref_logps, tools.onto_responses(w, pull, -pull))
-    return tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), pi), by_hand
-
-
-def _kl_slope(w: TokenWorld, objective: str, logps: Tensor, **hyper: float) -> Tensor:
-    """(2B,) derivative of every pair's own loss by SeqKL of its chosen and of its rejected response."""
-    chosen, rejected = w.pair_stats(w.stats(logps), w.pairs)
-    leaf = torch.cat([chosen.kl, rejected.kl]).detach().requires_grad_()  # (2B, T)
-    half = len(leaf) // 2
-    value = (
-        losses.OBJECTIVES[objective]
-        .fn(dataclasses.replace(chosen, kl=leaf[:half]), dataclasses.replace(rejected, kl=leaf[half:]), **hyper)
-        .loss
-    )
-    return torch.autograd.grad(value.sum(), leaf)[0][:, 0]  # the first token's: every response has one
+    return tools.loss_gradient(w, "tdpo1", pi, beta=h.beta), by_hand
 
 
 def rewards_kl_of_chosen(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(7)
     wrong = torch.sigmoid(-margin(w, pi, h.beta))
-    return _kl_slope(w, "tdpo1", pi, beta=h.beta), torch.cat([-h.beta * wrong, h.beta * wrong])
+    found = tools.pushes(w, "tdpo1", pi, beta=h.beta)
+    left = torch.cat([found.chosen.kl, found.rejected.kl])[:, 0]  # the first token's: every response has one
+    return left, torch.cat([-h.beta * wrong, h.beta * wrong])
 
 
 def _kl_of_chosen_in_training(w: TokenWorld, h: Hyper) -> dict[str, float]:
     found = {}
     for name, hyper in (("dpo", {}), ("tdpo1", {}), ("tdpo2", {"alpha": 1.0})):
-        fit = minimise(
-            lambda z, n=name, k=hyper: w.expected_loss(n, z, beta=h.beta, **k), w.ref_logps, steps=100, optimizer="adam"
-        )
-        seq_kl = w.seq_kl(w.ref_logps, fit.policy.logps())
-        found[f"SeqKL of the chosen after 100 steps of {name}"] = float(
-            tools.mean_over_pairs(w, seq_kl[w.pairs.chosen])
-        )
+        fit = fit_tabular(w, name, steps=100, optimizer="adam", beta=h.beta, **hyper)
+        chosen_kl = w.seq_kl(w.ref_logps, fit.policy.logps())[w.pairs.chosen]
+        found[f"SeqKL of the chosen after 100 steps of {name}"] = float(tools.mean_over_pairs(w, chosen_kl))
     return found
 
 
 def stop_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(8)
-    both = tools.gradient(lambda z: w.expected_loss("tdpo1", z, beta=h.beta), pi)
-    stopped = tools.gradient(lambda z: w.expected_loss("tdpo2", z, beta=h.beta, alpha=1.0), pi)
+    both = tools.loss_gradient(w, "tdpo1", pi, beta=h.beta)
+    stopped = tools.loss_gradient(w, "tdpo2", pi, beta=h.beta, alpha=1.0)
     pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta))
     chosen_kl = tools.kl_score(w, pi, tools.onto_responses(w, pull, torch.zeros_like(pull)))
     values = [w.expected_loss("tdpo1", pi, beta=h.beta), w.expected_loss("tdpo2", pi, beta=h.beta, alpha=1.0)]
@@ -177,9 +156,7 @@ def stop_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def tdpo2_loss(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(9)
-    seq_kl = w.seq_kl(w.ref_logps, pi)
-    u = h.beta * tools.gap(w, tools.logratio(w, pi))
-    delta = h.beta * seq_kl[w.pairs.rejected] - h.beta * seq_kl[w.pairs.chosen]
+    u, delta = u_and_delta(w, pi, h.beta)
     by_hand = tools.mean_over_pairs(w, -F.logsigmoid(u - h.alpha * delta))
     return w.expected_loss("tdpo2", pi, beta=h.beta, alpha=h.alpha), by_hand
 
@@ -189,8 +166,7 @@ def tdpo2_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pull = -h.beta * w.pairs.weight * torch.sigmoid(-margin(w, pi, h.beta, h.alpha))
     likelihood = tools.score(w, pi, tools.onto_responses(w, pull, -pull))
     rejected_kl = tools.kl_score(w, pi, tools.onto_responses(w, torch.zeros_like(pull), -h.alpha * pull))
-    found = tools.gradient(lambda z: w.expected_loss("tdpo2", z, beta=h.beta, alpha=h.alpha), pi)
-    return found, likelihood + rejected_kl
+    return tools.loss_gradient(w, "tdpo2", pi, beta=h.beta, alpha=h.alpha), likelihood + rejected_kl
 
 
 def one_step_is_not_optimal(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:

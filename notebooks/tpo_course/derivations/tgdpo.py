@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations import tools
-from tpo_course.derivations.dpo import token_coefficients
+from tpo_course.derivations.dpo import BETAS
 from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import minimise
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
-
-BETAS = (0.1, 0.5, 1.0, 5.0)
 
 
 def guide(w: TokenWorld, h: Hyper) -> Tensor:
@@ -182,9 +180,7 @@ def _guided_loss(w: TokenWorld, logits: Tensor, h: Hyper, *, keep_delta: bool) -
 
 def delta_keeps_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     star, _ = guided_optimum(w, h)
-    slope = tools.gradient(lambda z: _guided_loss(w, z, h, keep_delta=True), star)
-    left = torch.stack([_guided_loss(w, star, h, keep_delta=True), slope.abs().max()])
-    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+    return tools.at_rest(w, lambda z: _guided_loss(w, z, h, keep_delta=True), star)
 
 
 def _two_optima(w: TokenWorld, h: Hyper) -> dict[str, float]:
@@ -239,9 +235,8 @@ def _one_policy_two_f(w: TokenWorld, h: Hyper) -> dict[str, float]:
     as_chosen = w.along(h.beta * f_w * (star - w.ref_logps + log_zw[:, None]))
     as_rejected = w.along(h.beta * f_l * (star - w.ref_logps + log_zl[:, None]))
     claimed = torch.sigmoid(as_chosen[w.pairs.chosen] - as_rejected[w.pairs.rejected])
-    return {
-        "largest error of sigma(phi + delta) with one pi* for f_w and f_l": float((claimed - w.pairs.prob).abs().max())
-    }
+    worst = float((claimed - w.pairs.prob).abs().max())
+    return {"largest error of sigma(phi + delta) with one pi* for f_w and f_l": worst}
 
 
 def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -256,13 +251,14 @@ def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def four_behaviours(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi, mask, c, r = w.random_policy(7), w.responses.mask, w.pairs.chosen, w.pairs.rejected
     options = {"beta": h.beta, "alpha": h.alpha, "guide_beta": h.guide_beta, "floor": 1e-6, "shaping": "exp"}
-    found = token_coefficients(w, "tgdpo", pi, guide=guide(w, h), **options)  # (2B, T)
+    found = tools.pushes(w, "tgdpo", pi, guide=guide(w, h), **options)
     signal = h.alpha * w.tokenwise(token_reward(w, h))
     ratio = w.tokenwise(pi - w.ref_logps)
     margin = h.beta * ((signal.exp() * ratio).sum(-1)[c] - ((-signal).exp() * ratio).sum(-1)[r])
     plain = h.beta * torch.sigmoid(-margin)[:, None]  # what every token would get without guidance
     up, down = -plain * torch.exp(signal[c]), plain * torch.exp(-signal[r])
-    return found, torch.where(torch.cat([mask[c], mask[r]]), torch.cat([up, down]), 0.0)
+    by_hand = torch.where(torch.cat([mask[c], mask[r]]), torch.cat([up, down]), 0.0)
+    return torch.cat([found.chosen.logps, found.rejected.logps]), by_hand
 
 
 def _shares(w: TokenWorld, h: Hyper) -> dict[str, float]:

@@ -101,9 +101,7 @@ def token_reward_up_to_shaping(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]
 
 def dpo_agrees(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     _, star = w.soft_optimum(h.beta)
-    slope = tools.gradient(lambda z: w.expected_loss("dpo", z, beta=h.beta), star)
-    left = torch.stack([w.expected_loss("dpo", star, beta=h.beta), slope.abs().max()])
-    return left, torch.stack([tools.preference_entropy(w), torch.zeros_like(slope.max())])
+    return tools.at_rest(w, lambda z: w.expected_loss("dpo", z, beta=h.beta), star)
 
 
 def _needs_no_discount(w: TokenWorld, h: Hyper) -> dict[str, float]:

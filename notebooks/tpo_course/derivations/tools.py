@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpo_course.coefficients import PairCoefficients, coefficients
 from tpo_course.world import TokenWorld
 
 
@@ -56,6 +57,24 @@ def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """Autograd's gradient of a scalar function, in the shape of `at`."""
     at = at.detach().clone().requires_grad_()
     return torch.autograd.grad(function(at), at)[0]
+
+
+def loss_gradient(world: TokenWorld, objective: str, at: Tensor, **options) -> Tensor:
+    """Autograd's gradient of an objective's expected loss in the (S, V) logits."""
+    return gradient(lambda z: world.expected_loss(objective, z, **options), at)
+
+
+def pushes(
+    world: TokenWorld, objective: str, logps: Tensor, *, guide: Tensor | None = None, **hyper
+) -> PairCoefficients:
+    """The derivatives of every pair's own loss, token by token."""
+    return coefficients(objective, *world.pair_stats(world.stats(logps, guide=guide), world.pairs), **hyper)
+
+
+def at_rest(world: TokenWorld, loss: Callable[[Tensor], Tensor], star: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sides of: at star the loss is the annotators' own entropy, which no model can beat, and its slope is 0."""
+    left = torch.stack([loss(star), gradient(loss, star).abs().max()])
+    return left, torch.stack([preference_entropy(world), torch.zeros_like(left[1])])
 
 
 def preference_entropy(world: TokenWorld) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from tpo_course.coefficients import coefficients
 from tpo_course.widgets.parts import bundle
-from tpo_lib.evaluate import pair_stats
+from tpo_lib.evaluation import pair_stats
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs import plots
 from tpo_lib.runs.stage import Stage

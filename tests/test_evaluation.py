@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tpo_lib import evaluate as ev
+from tpo_lib import evaluation as ev
 from tpo_lib import pairing
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.losses import OBJECTIVES

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.fast.fused import Reading, token_stats
+from tpo_lib.fast.fused import token_stats
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
@@ -29,7 +29,7 @@ from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import NotFinite, check_finite, response_mask, split
-from tpo_lib.types import PairBatch, TokenStats
+from tpo_lib.types import PairBatch, Reading, TokenStats
 
 RESAMPLES = 2000
 BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
@@ -308,13 +308,10 @@ def pair_stats(
     halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
     width = max(half.mask.shape[1] for half in halves)
 
-    def joined(name: str) -> Tensor | None:
-        fields = [getattr(half, name) for half in halves]
-        if fields[0] is None:
-            return None
+    def joined(*fields: Tensor) -> Tensor:
         return torch.cat([torch.nn.functional.pad(f, (0, width - f.shape[1])) for f in fields]).cpu()  # (2P, T-1)
 
-    return TokenStats(**{name: joined(name) for name in TokenStats.__dataclass_fields__})
+    return halves[0].map(joined, *halves[1:])
 
 
 def pair_metrics(

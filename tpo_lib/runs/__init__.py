@@ -1,0 +1,1 @@
+"""Whole runs: their folders, lists of them trained and compared, reports and figures."""
