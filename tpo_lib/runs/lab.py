@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from tpo_lib.files import store
-from tpo_lib.runs.compare import versions
 from tpo_lib.config import PRESETS, TrainConfig, override
 from tpo_lib.evaluation import Evaluation
+from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
+from tpo_lib.runs.compare import versions
 from tpo_lib.runs.stage import Stage
 from tpo_lib.train import fit
 

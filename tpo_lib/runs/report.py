@@ -26,9 +26,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tpo_lib.evaluation import paired_differences
 from tpo_lib.files import store
 from tpo_lib.runs import plots
-from tpo_lib.evaluation import paired_differences
 
 SHOWN = 6  # samples an objective
 COLUMNS = {  # metric -> heading with its unit, digits after the point

@@ -17,19 +17,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from tpo_lib.files import adapters, store
 from tpo_lib.config import TrainConfig, known_hyperparameters, run_settings
-from tpo_lib.losses import OBJECTIVES
 from tpo_lib.data import EncodedPair
-from tpo_lib.runs.interrupts import Terminated, on_sigterm
+from tpo_lib.files import adapters, store
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, tokenizer_content
+from tpo_lib.runs.interrupts import Terminated, on_sigterm
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
 FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device", "cache_dir"}  # may change on a resume

@@ -22,8 +22,8 @@ from tpo_lib.evaluation import Evaluation, evaluate
 from tpo_lib.models import POCKET, choose_device, frozen_copy, load_model, load_tokenizer
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.rewards import load_reward
-from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.prompts import sample_prompts
+from tpo_lib.runs.run import shared_prompts
 
 
 @dataclass(frozen=True)
