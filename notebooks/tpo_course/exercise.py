@@ -3,6 +3,18 @@
 A checker calls the learner's function and the right one on the same cases and compares values and gradients. Where they
 differ it looks whether the answer is one of the known mistakes, and names it.
 
+To add an exercise, write its functions into a chapter's `exercises/NAME.py` and its words into the `NAME.md` beside it; the
+names must be the same on both sides. The module says `loss = chapter.exercise("loss", right=..., cases=..., mistakes={...})`
+with one wrong function a mistake; the words are Markdown with inline HTML, and LaTeX between dollars:
+
+    ## loss                               the name of the function that the learner writes
+    **Its title** (difficulty 2 of 5, about 6 minutes)
+    ### what                              the task, and then "### why"
+    ### hint 1                            as many as you like, from a nudge to almost the answer
+    ### mistake: swapped                  what is said of the wrong answer "swapped"
+    ## quiz                               of the chapter, in "### question 1" and so on; every option explains itself:
+    - [x] the right one                   "- [ ]" for the others; below it, indented by two spaces, why
+
 >>> import torch
 >>> case = Case({"logps": torch.tensor([[-1.0, -3.0]])})
 >>> exercise = Exercise(
@@ -28,9 +40,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import html
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -227,6 +241,131 @@ class Quiz:
             ]
             parts.append(f"<p><b>{number}. {question.text}</b></p>{''.join(folds)}")
         return f'<div style="max-width:60em">{"".join(parts)}</div>'
+
+
+# ---- the words of a chapter
+
+
+def read_words(file: Path) -> dict[str, dict[str, str]]:
+    """{"## " heading: {"### " heading: the text below it}} of a Markdown file; "" is what comes before the first "### ".
+
+    Raises:
+        ValueError: a heading comes twice, or nothing stands below it.
+    """
+
+    def parts(text: str, level: str, place: str) -> dict[str, str]:
+        found = {}
+        before, *rest = re.split(rf"^{level} ", text, flags=re.MULTILINE)
+        for part in rest:
+            heading, _, body = (words.strip() for words in part.partition("\n"))
+            if heading in found or not body:
+                problem = "comes twice: rename one" if heading in found else "has no words: write them below it"
+                raise ValueError(f'{place}: "{level} {heading}" {problem}')
+            found[heading] = body
+        return found if level == "##" else {"": before.strip()} | found
+
+    sections = parts(file.read_text(encoding="utf-8"), "##", file.name)
+    return {name: parts(text, "###", f'{file.name}, "## {name}"') for name, text in sections.items()}
+
+
+def as_html(text: str) -> str:
+    """Inline Markdown, `code` and *emphasis*, as HTML in one line; HTML and LaTeX between dollars stay as they are.
+
+    >>> as_html("Return `a < b`, *not* $a^* < b^*$.")
+    'Return <code>a &lt; b</code>, <i>not</i> $a^* < b^*$.'
+    """
+
+    def span(match: re.Match[str]) -> str:
+        code, latex, emphasis = match.groups()
+        if latex:
+            return latex
+        return f"<code>{html.escape(code, quote=False)}</code>" if code else f"<i>{emphasis}</i>"
+
+    return re.sub(r"`([^`]+)`|(\$[^$]+\$)|(?<!\w)\*([^*\s][^*]*)\*(?!\w)", span, " ".join(text.split()))
+
+
+class Chapter:
+    """The exercises of a module, whose words stand in the Markdown file beside it; the form: top of this file.
+
+    Args:
+        module: path of the module, `__file__`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.file = Path(module).with_suffix(".md")
+        self.words = read_words(self.file)
+
+    def exercise(
+        self,
+        name: str,
+        right: Any,
+        cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),),
+        mistakes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Exercise:
+        """Join functions and words; `mistakes` are wrong answers by name.
+
+        Raises:
+            ValueError: a name stands on one side alone, or the words have another form; names file, heading and fix.
+        """
+        words = self._section(name)
+        hints = [f"hint {i + 1}" for i in range(max(1, sum(heading.startswith("hint ") for heading in words)))]
+        self._same_names(name, words, ["", "what", "why", *hints, *(f"mistake: {mistake}" for mistake in mistakes)])
+        card = re.fullmatch(r"\*\*(.+)\*\* \(difficulty ([1-5]) of 5, about (\d+) minutes\)", words[""])
+        if card is None:
+            raise self._error(name, f'says "{words[""]}"; write "**Title** (difficulty 2 of 5, about 6 minutes)"')
+        text = {heading: as_html(words[heading]) for heading in words}
+        return Exercise(
+            name=name,
+            title=as_html(card[1]),
+            what=text["what"],
+            why=text["why"],
+            difficulty=int(card[2]),
+            minutes=int(card[3]),
+            hints=tuple(text[hint] for hint in hints),
+            right=right,
+            cases=cases,
+            mistakes=tuple(Mistake(text[f"mistake: {mistake}"], wrong) for mistake, wrong in mistakes.items()),
+            solution=self.file.stem,
+        )
+
+    def quiz(self) -> Quiz:
+        """The chapter's quiz.
+
+        Raises:
+            ValueError: a question has not one right option, or an option no explanation.
+        """
+        words = {heading: text for heading, text in self._section("quiz").items() if heading}
+        self._same_names("quiz", words, [f"question {i + 1}" for i in range(len(words))])
+        questions = []
+        for heading, text in words.items():
+            asked, *marked = re.split(r"^- \[([ x])\] ", text, flags=re.MULTILINE)
+            options = []
+            for mark, body in zip(marked[::2], marked[1::2], strict=True):
+                option, _, why = (as_html(part) for part in body.partition("\n\n"))
+                if not why:
+                    raise self._error(
+                        "quiz", f'"### {heading}": "{option}" is not explained; indent why by two, below it'
+                    )
+                options.append(Option(option, mark == "x", why))
+            if sum(option.right for option in options) != 1:
+                raise self._error("quiz", f'"### {heading}" needs exactly one right option, marked "- [x]"')
+            questions.append(Question(as_html(asked), tuple(options)))
+        return Quiz(tuple(questions))
+
+    def _section(self, name: str) -> dict[str, str]:
+        if name not in self.words:
+            raise ValueError(f'{self.file.name} has no "## {name}": write its words there')
+        return self.words[name]
+
+    def _same_names(self, name: str, found: Collection[str], asked: Collection[str]) -> None:
+        without = ", ".join(f'"### {heading}"' for heading in asked if heading not in found)
+        unasked = ", ".join(f'"### {heading}"' for heading in found if heading not in asked)
+        problem = " and ".join(["lacks " + without] * bool(without) + ["alone has " + unasked] * bool(unasked))
+        if problem:
+            raise self._error(name, f"{problem}; make its headings and the names in {self.file.stem}.py the same")
+
+    def _error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f'{self.file.name}, "## {name}" {problem}')
 
 
 def _fold(summary: str, body: str) -> str:

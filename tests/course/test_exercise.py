@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tpo_course import exercise
-from tpo_course.exercise import Case, Exercise, Mistake, Option, Question, Quiz
+from tpo_course.exercise import Case, Chapter, Exercise, Mistake, Option, Question, Quiz, as_html
 
 
 def _cases() -> tuple[Case, ...]:
@@ -119,3 +119,95 @@ def test_quiz_explains_every_option():
     page = Quiz((Question("Q?", (Option("a", True, "because"), Option("b", False, "since"))),))._repr_html_()
     assert "<b>Right.</b> because" in page
     assert "<b>Not quite.</b> since" in page
+
+
+WORDS = """\
+# What stands above the first exercise is for the teacher
+
+## square
+
+**Squares of `x`** (difficulty 2 of 5, about 5 minutes)
+
+### what
+
+Return x * x,
+*not* 2 * x.
+
+### why
+
+y
+
+### hint 1
+
+first
+
+### hint 2
+
+second
+
+### mistake: doubled
+
+You doubled `x < 2`.
+
+## quiz
+
+### question 1
+
+Which
+one?
+
+- [ ] this
+  option
+
+  Not it.
+
+- [x] that
+
+  Because.
+"""
+
+
+def _chapter(tmp_path, old: str = "", new: str = "") -> Chapter:
+    assert old in WORDS
+    (tmp_path / "squares.md").write_text(WORDS.replace(old, new), encoding="utf-8")
+    return Chapter(str(tmp_path / "squares.py"))
+
+
+def test_chapter_joins_words_and_functions(tmp_path):
+    chapter = _chapter(tmp_path)
+    exercise = chapter.exercise("square", _square, _cases, {"doubled": lambda x: 2 * x})
+    assert (exercise.name, exercise.title, exercise.solution) == ("square", "Squares of <code>x</code>", "squares")
+    assert (exercise.difficulty, exercise.minutes, exercise.hints) == (2, 5, ("first", "second"))
+    assert (exercise.what, exercise.why) == ("Return x * x, <i>not</i> 2 * x.", "y")
+    assert exercise(lambda x: x + x).message == "You doubled <code>x &lt; 2</code>."
+    assert chapter.quiz().questions == (
+        Question("Which one?", (Option("this option", False, "Not it."), Option("that", True, "Because."))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("## square\n", "## cube\n", 'squares.md has no "## square"'),
+        ("### hint 2", "### hint 3", 'lacks "### hint 2" and alone has "### hint 3"'),
+        ("### hint", "### tip", 'lacks "### hint 1" and alone has "### tip 1", "### tip 2"'),
+        ("### why\n\ny", "### why", 'squares.md, "## square": "### why" has no words'),
+        ("doubled\n", "halved\n", 'lacks "### mistake: doubled" and alone has "### mistake: halved"; .*squares.py'),
+        ("### hint 2", "### hint 1", 'squares.md, "## square": "### hint 1" comes twice'),
+        ("## quiz", "## square", 'squares.md: "## square" comes twice'),
+        ("difficulty 2", "difficulty 6", r'squares.md, "## square" says "\*\*Squares .* write "\*\*Title'),
+        ("  Because.", "", '"### question 1": "that" is not explained'),
+        ("[x]", "[ ]", '"### question 1" needs exactly one right option'),
+        ("question 1", "question 2", 'lacks "### question 1" and alone has "### question 2"'),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_with_file_heading_and_fix(tmp_path, old, new, said):
+    with pytest.raises(ValueError, match=said):  # noqa: PT012  (which of the three refuses is not the question)
+        chapter = _chapter(tmp_path, old, new)
+        chapter.exercise("square", _square, _cases, {"doubled": lambda x: 2 * x})
+        chapter.quiz()
+
+
+def test_markdown_of_a_line():
+    assert as_html("π*(y|x), b ** 2 and *both*: `a*b*c`") == "π*(y|x), b ** 2 and <i>both</i>: <code>a*b*c</code>"
+    assert as_html("$a^*$ *or* $b^*$, e<sup>x</sup> &lt; 1") == "$a^*$ <i>or</i> $b^*$, e<sup>x</sup> &lt; 1"

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+import re
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
@@ -42,6 +43,24 @@ def test_there_are_exercises_for_every_module():
         count = sum(isinstance(value, Exercise) for value in vars(module).values())
         assert count >= 3, f"{name} has {count} exercises"
         assert sum(isinstance(value, Quiz) for value in vars(module).values()) == 1, name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_words_and_functions_have_the_same_names(name):
+    """Hints, messages and questions are compared when the module is imported."""
+    exercises = [key for key, value in vars(MODULES[name]).items() if isinstance(value, Exercise)]
+    assert list(MODULES[name].chapter.words) == [*exercises, "quiz"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_words_are_rendered(name):
+    """No Markdown is left over in what a learner reads, and no HTML tag is left open."""
+    shown = [v for v in vars(MODULES[name]).values() if isinstance(v, Exercise | Quiz)]
+    pages = [page for v in shown for page in (v._repr_html_(), *(m.message for m in getattr(v, "mistakes", ())))]
+    for page in pages:
+        assert not re.search(r"`|^#|- \[[ x]\]|\*\*\w|\w\*\*$", page, re.MULTILINE), page
+        for tag in ("code", "i", "b", "sub", "sup", "p", "details"):
+            assert len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>"), f"<{tag}> in {page}"
 
 
 @pytest.mark.parametrize(("module", "exercise"), EXERCISES)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tpo_course.exercise import Case, Exercise, Mistake, Option, Question, Quiz
+from tpo_course.exercise import Case, Chapter
 from tpo_lib import losses, stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.models import fingerprint, frozen_copy
@@ -26,6 +26,7 @@ from tpo_lib.runs.plots import FONT, GRID, style_of
 from tpo_lib.types import IGNORE, LossOutput, PairBatch, TokenStats
 
 NOTEBOOK = "07_break_it.ipynb"
+chapter = Chapter(__file__)
 
 BUGS = {
     1: "mean for sum",
@@ -579,57 +580,18 @@ def _named(
     return 1 if length and torch.allclose(slope * len(slope), one) else 8
 
 
-name_the_bug = Exercise(
-    name="name_the_bug",
-    title="A check that names the bug",
-    what="You get a <code>loss</code>, a function of two <code>TokenStats</code> that returns a (1,) tensor; a hand-worked pair "
-    "<code>chosen</code>, <code>rejected</code> at policy = reference (5 and 3 tokens; <code>logps</code> takes a gradient); and the "
-    "<code>beta</code> that the loss is meant to use. Return the number of its bug: 1 (mean for sum), 8 (beta divided by, put "
-    "outside the sigmoid, or left out), 10 (swapped), or 0 if it is DPO.",
-    why="One pair, one value and one gradient tell four faults apart before any GPU is paid for. Keep this function: it works on "
-    "any implementation you will ever meet.",
-    difficulty=4,
-    minutes=12,
-    hints=(
-        "Two measurements: the value of the loss (what is it where policy = reference?) and its slope in every chosen token's "
-        "<code>logps</code>.",
-        "<code>torch.autograd.grad(loss(chosen, rejected).sum(), chosen.logps)[0]</code> should be -beta/2 in all of its 5 entries. "
-        "Divide by that and look at what is left.",
-        "Value not log 2: 8. Slopes of the wrong sign: 10. All 1: 0. All 1/5: 1. Anything else: 8.",
-    ),
+name_the_bug = chapter.exercise(
+    "name_the_bug",
     right=_named,
     cases=_named_cases,
-    mistakes=(
-        Mistake(
-            "You look at the value alone. At policy = reference every margin is 0, so a mean, a wrong factor inside the sigmoid and "
-            "a swap all give log 2. It is the gradient that tells them apart.",
-            partial(_named, sign=False, size=False),
-        ),
-        Mistake(
-            "You look at the sign of the slopes alone. That finds the swap; the size tells the mean and the wrong beta.",
-            partial(_named, value=False, size=False),
-        ),
-        Mistake(
-            "You do not look at the value. With beta outside the sigmoid every slope at the start is right, and only the value, beta "
-            "log 2, gives it away.",
-            partial(_named, value=False),
-        ),
-        Mistake(
-            "You call a mean a wrong beta. Its slopes are -beta/2 divided by the length of the response: 5 here. A wrong beta knows "
-            "nothing of lengths.",
-            partial(_named, length=False),
-        ),
-        Mistake(
-            "You compare with beta; the slope of -log &sigma;(m) at m = 0 is -1/2, so every token's is -beta/2. Now the healthy loss is "
-            "accused.",
-            partial(_named, unit=1.0),
-        ),
-        Mistake(
-            "You compare sizes before signs (or sizes only), and call a swap a wrong beta.",
-            partial(_named, sign=False),
-        ),
-    ),
-    solution="break_it",
+    mistakes={
+        "value_alone": partial(_named, sign=False, size=False),
+        "sign_alone": partial(_named, value=False, size=False),
+        "no_value": partial(_named, value=False),
+        "no_length": partial(_named, length=False),
+        "compared_with_beta": partial(_named, unit=1.0),
+        "no_sign": partial(_named, sign=False),
+    },
 )
 
 
@@ -706,57 +668,18 @@ def _invariant(
     return bool(close(loss_of(logits, ref_logits, labels), after))
 
 
-padding_invariant = Exercise(
-    name="padding_invariant",
-    title="An invariant: padding changes nothing",
-    what="Return True if appending columns of padding to a batch leaves every loss as it is, False if not. <code>loss_of(logits, "
-    "ref_logits, labels)</code> returns (B,) losses; <code>logits</code> and <code>ref_logits</code> are (N, T, V), <code>labels</code> "
-    "(N, T) with -100 wherever nothing is to be scored. Append at least two columns yourself; a model writes <i>something</i> there.",
-    why="How much padding a pair gets depends on its neighbours in the batch. A loss that notices gives another answer with another "
-    "batch size, and no curve will tell you why.",
-    difficulty=3,
-    minutes=10,
-    hints=(
-        "Compute the losses twice: as given, and with wider tensors. What must stand in the new columns of each of the three?",
-        "Labels: -100. Logits: anything, but something else for policy than for reference, so that a loss that counts padding has "
-        "something to count. Compare with room for rounding.",
-        "<code>torch.cat([logits, torch.randn(N, 3, V, dtype=logits.dtype)], dim=1)</code>, the same for the reference with another "
-        "draw, <code>F.pad(labels, (0, 3), value=-100)</code>, and <code>torch.allclose</code>.",
-    ),
+padding_invariant = chapter.exercise(
+    "padding_invariant",
     right=_invariant,
     cases=_padding_cases,
-    mistakes=(
-        Mistake(
-            "You call every loss guilty, the right one too. Are the new labels -100? Padded with 0 they are response tokens, and "
-            "every loss must change.",
-            partial(_invariant, fill=0),
-        ),
-        Mistake(
-            "You compare with ==. Longer sums round differently: in float32 a right loss moves in its seventh digit. Allow for it with "
-            "torch.allclose.",
-            partial(_invariant, close=torch.equal),
-        ),
-        Mistake(
-            "You padded on the left. A mask that starts at the first response token and never ends is not caught there: right padding "
-            "follows the response, so append it at the end.",
-            partial(_invariant, left=True),
-        ),
-        Mistake(
-            "One pair that did not change is not enough: True only if <i>every</i> loss stays. A pair that is shorter than the batch "
-            "had its padding before, and may not notice more of it.",
-            partial(_invariant, close=lambda before, after: bool(torch.isclose(before, after).any())),
-        ),
-        Mistake(
-            "The answer is the wrong way round: True means that nothing changed.",
-            lambda **arguments: not _invariant(**arguments),
-        ),
-        Mistake(
-            "You find every loss innocent. If you pass the same logits as policy and as reference, every log-ratio is 0 and every loss "
-            "log 2, padding or not. An invariant has to be tested where the models differ.",
-            lambda loss_of, logits, ref_logits, labels: True,
-        ),
-    ),
-    solution="break_it",
+    mistakes={
+        "padded_with_zero": partial(_invariant, fill=0),
+        "compared_exactly": partial(_invariant, close=torch.equal),
+        "padded_left": partial(_invariant, left=True),
+        "any_pair": partial(_invariant, close=lambda before, after: bool(torch.isclose(before, after).any())),
+        "answer_reversed": lambda **arguments: not _invariant(**arguments),
+        "always_true": lambda loss_of, logits, ref_logits, labels: True,
+    },
 )
 
 
@@ -779,72 +702,16 @@ def lab_report() -> dict[int, float]:
     return report
 
 
-def _number_mistakes(reasons: dict[int, str]) -> tuple[Mistake, ...]:
-    return tuple(Mistake(reason, lambda number=number: number) for number, reason in reasons.items())
-
-
-padding_report = Exercise(
-    name="padding_report",
-    title="Lab report",
-    what="The table above is all you get: one pair without any padding, then with more and more columns of it. Which bug is it? Answer "
-    "with its number in the list of suspects, or 0 if there is none.",
-    why="In life you see numbers like these, not the line that made them. Each suspect leaves a pattern; so does this one.",
-    difficulty=3,
-    minutes=5,
-    hints=(
-        "Which suspects can notice padding at all? The others are out.",
-        "The loss changes with the first column, and never again. What is there one of, however much padding follows?",
-        "A mask that is shifted by one scores the one position after the response's last token, as soon as there is such a position.",
-    ),
+padding_report = chapter.exercise(
+    "padding_report",
     right=2,
-    mistakes=_number_mistakes(
-        {
-            0: "The loss of a pair moves when padding is appended to it. A healthy loss does not: something there is scored.",
-            1: "A mean over response tokens does not notice padding: neither its sum nor its count changes.",
-            3: "Close: padding is scored. But counted padding would go on changing the loss with every column that is added.",
-            4: "The prompt is the same however much padding follows, and in DPO it cancels between chosen and rejected anyway.",
-            5: "A reference that moves would change the loss from update to update. There was no update here.",
-            6: "Dropout would change the loss at every call; from one column to five it is the same to the last digit.",
-            7: "A missing stop-gradient changes no value, only a gradient. Here a value changes.",
-            8: "A wrong beta is wrong by the same factor in every batch; it does not notice padding.",
-            9: "softmax().log() gives the right values until it gives inf. These are finite, and they differ.",
-            10: "A swap flips the sign of the margin in every line of the table alike.",
-            11: "A wrong guide beta scales token weights; nothing of it depends on padding.",
-        }
-    ),
-    solution="break_it",
+    mistakes={f"bug_{number}": number for number in (0, *BUGS) if number != 2},
 )
 
-unknown_run = Exercise(
-    name="unknown_run",
-    title="The unknown run",
-    what="Look at the four dials above. Which of the suspects is it? It need not look as it did the first time. Answer with its number.",
-    why="A bug has more faces than one. What identifies it is which rule it breaks.",
-    difficulty=2,
-    minutes=4,
-    hints=(
-        "At which updates does the loss jump, and to which number exactly?",
-        "It jumps to log 2, both rewards to 0. Where does that hold? At policy = reference.",
-        "So the two are equal again after four updates and after eight, while the policy has been moving all the time. Who moved "
-        "after it?",
-    ),
+unknown_run = chapter.exercise(
+    "unknown_run",
     right=5,
-    mistakes=_number_mistakes(
-        {
-            0: "A healthy loss leaves log 2 and does not come back while the batch stays the same.",
-            1: "A mean makes the rewards small, all the way. It does not set them back to 0.",
-            2: "A shifted mask scores other tokens, at every update the same ones. Nothing would jump.",
-            3: "Counted padding makes the loss fall faster, steadily. Nothing would jump.",
-            4: "In DPO a counted prompt cancels; the loss would be the healthy one.",
-            6: "Dropout makes every update a little noisy, and the rewards would not be exactly 0 at update 0.",
-            7: "This is DPO: there is no KL term to stop a gradient in.",
-            8: "A wrong beta changes the scale, from the first update on and for good.",
-            9: "softmax().log() ends in nan, and nothing comes back from there.",
-            10: "A swapped run has healthy-looking curves, without jumps.",
-            11: "There is no guide in this run.",
-        }
-    ),
-    solution="break_it",
+    mistakes={f"bug_{number}": number for number in (0, *BUGS) if number != 5},
 )
 
 
@@ -895,167 +762,25 @@ def _repair_cases() -> tuple[Case, ...]:
     )
 
 
-repaired_loss = Exercise(
-    name="repaired_loss",
-    title="Five at once",
-    what="<code>broken_loss</code> above holds five of the eleven bugs. Write <code>repaired_loss</code>: DPO's loss of B pairs, shape "
-    "(B,), from <code>logits</code> and <code>ref_logits</code> (2B, T, V; chosen first) and <code>labels</code> (2B, T; -100 where "
-    "nothing is scored). No gradient may reach <code>ref_logits</code>.",
-    why="It is eight lines of a kind that has been published more than once. Its loss falls nicely.",
-    difficulty=3,
-    minutes=10,
-    hints=(
-        "Go through it with the list of suspects: mask, sum, logarithm, beta, reference.",
-        "Column t of the logits predicts token t+1: logits without their last column, labels <i>and mask</i> without their first.",
-        "<code>log_softmax</code>; <code>ref_logits.detach()</code>; <code>.sum(-1)</code> without a division; "
-        "<code>-F.logsigmoid(beta * (chosen - rejected))</code>.",
-    ),
+repaired_loss = chapter.exercise(
+    "repaired_loss",
     right=_repair,
     cases=_repair_cases,
-    mistakes=(
-        Mistake(
-            "All five are still there: this computes what the broken loss computes.",
-            partial(_repair, mask=False, total=False, logs=False, inside=False, frozen=False),
+    mistakes={
+        "all_five": partial(_repair, mask=False, total=False, logs=False, inside=False, frozen=False),
+        "mask": partial(_repair, mask=False),
+        "mean": partial(_repair, total=False),
+        "log_of_softmax": partial(_repair, logs=False),
+        "beta_outside": partial(_repair, inside=False),
+        "reference_not_detached": partial(_repair, frozen=False),
+        "swapped": lambda logits, ref_logits, labels, beta: _repair(
+            logits.roll(len(labels) // 2, 0),
+            ref_logits.roll(len(labels) // 2, 0),
+            labels.roll(len(labels) // 2, 0),
+            beta,
         ),
-        Mistake(
-            "One is left: the mask is off by one. Its first column has to go, as the labels' has, not its last.",
-            partial(_repair, mask=False),
-        ),
-        Mistake(
-            "One is left: the mean. A response's log-ratio is the sum over its tokens.",
-            partial(_repair, total=False),
-        ),
-        Mistake(
-            "One is left: softmax().log(). Where a logit lies about 104 below the largest it is -inf, and -inf minus -inf is nan.",
-            partial(_repair, logs=False),
-        ),
-        Mistake(
-            "One is left: beta stands outside the logarithm of the sigmoid, where it only scales the loss.",
-            partial(_repair, inside=False),
-        ),
-        Mistake(
-            "One is left, and no value shows it: a gradient reaches the reference. Detach its logits (or compute them under "
-            "torch.no_grad()).",
-            partial(_repair, frozen=False),
-        ),
-        Mistake(
-            "Chosen and rejected are swapped now; the first half of the batch is chosen.",
-            lambda logits, ref_logits, labels, beta: _repair(
-                logits.roll(len(labels) // 2, 0),
-                ref_logits.roll(len(labels) // 2, 0),
-                labels.roll(len(labels) // 2, 0),
-                beta,
-            ),
-        ),
-    ),
-    solution="break_it",
+    },
 )
 
 
-quiz = Quiz(
-    (
-        Question(
-            "The reward of the chosen responses falls in training, that of the rejected ones falls faster. Is it broken?",
-            (
-                Option(
-                    "No. The loss sees the margin alone, and fresh samples of the reference lose on average KL(&pi;<sub>ref</sub> "
-                    "&Vert; &pi;) anyway.",
-                    True,
-                    "A policy that moved has taken probability from what the reference writes; both sides are samples of it. Look at "
-                    "the margin on held-out pairs, and at the KL it cost.",
-                ),
-                Option(
-                    "Yes: the chosen response must become more likely.",
-                    False,
-                    "Nothing in the loss asks for it. Only the difference of the two log-ratios enters.",
-                ),
-                Option(
-                    "Yes: the reference is not frozen.",
-                    False,
-                    "A reference that follows the policy keeps both rewards near 0. Here they move.",
-                ),
-            ),
-        ),
-        Question(
-            "Reported accuracy 100%, margin growing, loss near 0. Which of these bugs is ruled out?",
-            (
-                Option(
-                    "A reference that is the policy itself.",
-                    True,
-                    "It would hold every margin at exactly 0 and the loss at log 2.",
-                ),
-                Option(
-                    "Chosen and rejected swapped.",
-                    False,
-                    "The run learns the swapped preference, and reports on the swapped pairs: the curves are spotless.",
-                ),
-                Option(
-                    "A mask off by one.",
-                    False,
-                    "All but one token of every response are scored rightly; the curves hardly move.",
-                ),
-            ),
-        ),
-        Question(
-            "Counting the prompt's tokens leaves DPO's loss as it is. For which loss does it not?",
-            (
-                Option(
-                    "TDPO2: the stop-gradient treats the KL on the two copies of the prompt differently.",
-                    True,
-                    "In value the two KL sums cancel, but only the rejected copy gets a gradient, so one is left over that pushes the "
-                    "prompt's KL down. TGDPO with its different f on the two sides does not cancel either.",
-                ),
-                Option(
-                    "DPO with a smaller beta.",
-                    False,
-                    "Beta multiplies two equal numbers that are subtracted.",
-                ),
-                Option(
-                    "None: chosen and rejected share their prompt, so it always cancels.",
-                    False,
-                    "It cancels where both copies enter with the same weight and the same gradient. Not every objective does that.",
-                ),
-            ),
-        ),
-        Question(
-            "A check passes at policy = reference: loss log 2, and appending padding changes nothing. What do you know?",
-            (
-                Option(
-                    "Of the padding, nothing: there every log-ratio is 0, counted or not.",
-                    True,
-                    "An invariant has to be tested where the models differ. Use random logits, or a policy after a few updates.",
-                ),
-                Option(
-                    "Padding is not counted.",
-                    False,
-                    "A loss that counts padding adds zeros here. It passes as well.",
-                ),
-                Option(
-                    "The mask is right, but the mean may be wrong.",
-                    False,
-                    "Neither is known: where every log-ratio is 0 all masks and all averages give log 2.",
-                ),
-            ),
-        ),
-        Question(
-            "TGDPO gives you exactly DPO's curve. What do you look at first?",
-            (
-                Option(
-                    "f on a few tokens: alpha, and the beta inside r_hat against the one the guide was trained with.",
-                    True,
-                    "With f near 1 TGDPO is DPO. A guide beta that is too small by ten makes f - 1 too small by ten.",
-                ),
-                Option(
-                    "The learning rate.",
-                    False,
-                    "It would move both curves, not lay one on the other.",
-                ),
-                Option(
-                    "Whether the reference is frozen.",
-                    False,
-                    "A moving reference would not reproduce a healthy DPO run.",
-                ),
-            ),
-        ),
-    )
-)
+quiz = chapter.quiz()

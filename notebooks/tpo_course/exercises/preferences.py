@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Exercise, Mistake, Option, Question, Quiz
+from tpo_course.exercise import Case, Chapter
 
 NOTEBOOK = "01_preferences.ipynb"
+chapter = Chapter(__file__)
 
 
 def _leaf(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -26,61 +27,19 @@ def _rewards() -> tuple[Case, ...]:
     )
 
 
-win_probability = Exercise(
-    name="win_probability",
-    title="From two rewards to a probability",
-    what="Return the Bradley-Terry probability that the first response beats the second, elementwise: two (B,) tensors "
-    "of rewards in, one (B,) tensor of probabilities out. It must also work for rewards near 1,000.",
-    why="Everything in this course passes through this function: annotators draw their answers from it, and every "
-    "preference loss is its negative logarithm at some reward.",
-    difficulty=1,
-    minutes=4,
-    hints=(
-        "The probability depends on the gap of the two rewards alone. Which function of one number is a softmax over "
-        "two?",
-        "$\\frac{e^{r_w}}{e^{r_w}+e^{r_l}}$: divide numerator and denominator by $e^{r_w}$.",
-        "<code>torch.sigmoid</code> of the gap, winner minus loser.",
-    ),
+win_probability = chapter.exercise(
+    "win_probability",
     right=lambda reward_w, reward_l: torch.sigmoid(reward_w - reward_l),
     cases=_rewards,
-    mistakes=(
-        Mistake(
-            "You took the gap the wrong way round: this is the probability that the <i>second</i> response wins. The "
-            "gap is reward_w minus reward_l.",
-            lambda reward_w, reward_l: torch.sigmoid(reward_l - reward_w),
-        ),
-        Mistake(
-            "The formula is right, but it overflows: exp(1,000) is infinite in floating point and inf/inf is nan. "
-            "Divide by the larger exponential first; what is left is a sigmoid of the gap.",
-            lambda reward_w, reward_l: reward_w.exp() / (reward_w.exp() + reward_l.exp()),
-        ),
-        Mistake(
-            "You divided the rewards themselves. Rewards may be negative and have no zero point; the strengths that "
-            "are compared are their exponentials.",
-            lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
-        ),
-        Mistake(
-            "You squashed each reward with a sigmoid before comparing. Then adding a constant to both would change "
-            "the answer; a preference sees the gap alone, so subtract first.",
-            lambda reward_w, reward_l: reward_w.sigmoid() / (reward_w.sigmoid() + reward_l.sigmoid()),
-        ),
-        Mistake(
-            "You multiplied P(first is good) by P(second is bad), as if each response were judged alone. One "
-            "comparison gives one answer: it is a softmax over two, not a product.",
-            lambda reward_w, reward_l: reward_w.sigmoid() * (-reward_l).sigmoid(),
-        ),
-        Mistake(
-            "You returned the logarithm of the probability. The loss needs that later; here probabilities are asked "
-            "for.",
-            lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l),
-        ),
-        Mistake(
-            "You returned who has the larger reward. Bradley-Terry's annotator is noisy: a gap of 0.7 wins two times "
-            "in three, not always, and without the noise a label says nothing about the size of the gap.",
-            lambda reward_w, reward_l: (reward_w > reward_l).double(),
-        ),
-    ),
-    solution="preferences",
+    mistakes={
+        "gap_reversed": lambda reward_w, reward_l: torch.sigmoid(reward_l - reward_w),
+        "overflows": lambda reward_w, reward_l: reward_w.exp() / (reward_w.exp() + reward_l.exp()),
+        "ratio_of_rewards": lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
+        "squashed_apart": lambda reward_w, reward_l: reward_w.sigmoid() / (reward_w.sigmoid() + reward_l.sigmoid()),
+        "judged_alone": lambda reward_w, reward_l: reward_w.sigmoid() * (-reward_l).sigmoid(),
+        "logarithm": lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l),
+        "no_noise": lambda reward_w, reward_l: (reward_w > reward_l).double(),
+    },
 )
 
 
@@ -99,60 +58,19 @@ def _batches() -> tuple[Case, ...]:
     )
 
 
-preference_nll = Exercise(
-    name="preference_nll",
-    title="The negative log-likelihood of a batch of pairs",
-    what="Return the mean over the batch of $-\\log \\sigma(r_w - r_l)$: two (B,) tensors in, a scalar out. Value and "
-    "gradient must stay finite at gaps of 150 nats in float32.",
-    why="This is the loss of a reward model, and with the right rewards put in it is the loss of every preference "
-    "objective in this course. The naive way to write it gives <code>inf</code>, then <code>nan</code>, on the first "
-    "pair that the model gets badly wrong.",
-    difficulty=2,
-    minutes=6,
-    hints=(
-        "What is sigmoid(-150) in float32, and what is its logarithm?",
-        "$\\log \\sigma(m) = -\\log(1 + e^{-m})$. PyTorch has a function that computes it without ever forming "
-        "$\\sigma(m)$.",
-        "<code>torch.nn.functional.logsigmoid</code>; then the sign, then the mean.",
-    ),
+preference_nll = chapter.exercise(
+    "preference_nll",
     right=lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).mean(),
     cases=_batches,
-    mistakes=(
-        Mistake(
-            "Right on paper, infinite in float32: sigmoid(-150) rounds to 0, its logarithm is -inf and the gradient "
-            "nan. Take the logarithm of the sigmoid in one step (logsigmoid, or softplus of the negative gap).",
-            lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
-        ),
-        Mistake(
-            "A small constant inside the logarithm (or a clamp) hides the infinity, but it also stops the gradient "
-            "exactly where the model is most wrong: at a gap of -150 the slope should be -1 and is 0. Use logsigmoid.",
-            lambda reward_w, reward_l: -((reward_w - reward_l).sigmoid() + 1e-8).log().mean(),
-        ),
-        Mistake(
-            "The sign is missing: this is the log-likelihood. Minimising it would make the chosen responses lose.",
-            lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
-        ),
-        Mistake(
-            "Chosen and rejected are swapped: this teaches the model that the rejected response won.",
-            lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
-        ),
-        Mistake(
-            "You summed over the batch. The mean is asked for, so that the size of a step does not grow with the "
-            "batch.",
-            lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
-        ),
-        Mistake(
-            "The logarithm is missing: you maximise the mean probability. That loss goes flat on pairs that are badly "
-            "wrong, so they stop teaching; it is no likelihood.",
-            lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().mean(),
-        ),
-        Mistake(
-            "You averaged the gaps, then took one logarithm. Every pair is an observation of its own: take the "
-            "logarithm pair by pair and average last.",
-            lambda reward_w, reward_l: -F.logsigmoid((reward_w - reward_l).mean()),
-        ),
-    ),
-    solution="preferences",
+    mistakes={
+        "log_of_sigmoid": lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
+        "small_constant": lambda reward_w, reward_l: -((reward_w - reward_l).sigmoid() + 1e-8).log().mean(),
+        "no_minus": lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
+        "swapped": lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
+        "summed": lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
+        "no_logarithm": lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().mean(),
+        "averaged_first": lambda reward_w, reward_l: -F.logsigmoid((reward_w - reward_l).mean()),
+    },
 )
 
 
@@ -193,56 +111,18 @@ def _mean_first(weights: Tensor, differences: Tensor) -> Tensor:
     return -torch.sigmoid(-(differences @ weights)).mean() * differences.mean(0)
 
 
-nll_gradient = Exercise(
-    name="nll_gradient",
-    title="Whom does the loss push, and how hard?",
-    what="The reward is linear, $\\hat r(y) = \\theta \\cdot n(y)$, where $n(y)$ counts the tokens of $y$. Given the "
-    "weights $\\theta$ (d,) and the differences $n(y_w) - n(y_l)$ of B pairs as a (B, d) tensor, return by hand, "
-    "without autograd, the (d,) gradient of the mean of $-\\log \\sigma(\\hat r(y_w) - \\hat r(y_l))$.",
-    why="The factor in front of each pair is what training is made of: it is the probability that the model gave to "
-    "the wrong answer. DPO's gradient has the same factor.",
-    difficulty=3,
-    minutes=8,
-    hints=(
-        "Chain rule: the derivative of $-\\log \\sigma(m)$ with respect to the margin $m$, times that of $m$ with "
-        "respect to $\\theta$.",
-        "$\\frac{d}{dm}\\bigl[-\\log \\sigma(m)\\bigr] = -\\sigma(-m)$, and $m = (n_w - n_l) \\cdot \\theta$.",
-        "<code>-(torch.sigmoid(-margins)[:, None] * differences)</code>, then the mean over the pairs.",
-    ),
+nll_gradient = chapter.exercise(
+    "nll_gradient",
     right=_right_gradient,
     cases=_linear,
-    mistakes=(
-        Mistake(
-            "The sign is reversed: this is the direction in which the likelihood rises. The gradient of the loss is "
-            "its negative, and the optimizer subtracts it.",
-            lambda weights, differences: -_right_gradient(weights, differences),
-        ),
-        Mistake(
-            "You weighted each pair by $\\sigma(m)$, the probability of the right answer. So pairs the model already "
-            "has right would push hardest; the factor is $\\sigma(-m)$, the probability of the wrong one.",
-            _by_confidence,
-        ),
-        Mistake(
-            "You dropped the factor $\\sigma(-m)$: every pair pushes alike, for ever. That is the gradient of minus "
-            "the mean margin, which has no minimum.",
-            _without_surprise,
-        ),
-        Mistake(
-            "You differentiated the sigmoid, not its logarithm: $\\sigma(m)\\sigma(-m)$ vanishes on pairs that are "
-            "badly wrong. The logarithm divides it by $\\sigma(m)$.",
-            _of_probability,
-        ),
-        Mistake(
-            "You summed over the pairs; the loss is their mean.",
-            lambda weights, differences: _right_gradient(weights, differences) * len(differences),
-        ),
-        Mistake(
-            "You averaged surprise and differences separately and multiplied the averages. Each pair's difference "
-            "must carry its own surprise: multiply first, average last.",
-            _mean_first,
-        ),
-    ),
-    solution="preferences",
+    mistakes={
+        "sign_reversed": lambda weights, differences: -_right_gradient(weights, differences),
+        "weighted_by_confidence": _by_confidence,
+        "no_factor": _without_surprise,
+        "slope_of_sigmoid": _of_probability,
+        "summed": lambda weights, differences: _right_gradient(weights, differences) * len(differences),
+        "averaged_apart": _mean_first,
+    },
 )
 
 
@@ -273,174 +153,20 @@ def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
     return picked & _right_pairs(scores, min_gap)
 
 
-preferred_pairs = Exercise(
-    name="preferred_pairs",
-    title="From scores to pairs",
-    what="Given the scores (P, K) of K completions of each of P prompts, return a (P, K, K) boolean tensor: entry [p, "
-    "i, j] is True if completion i is chosen over completion j, that is if its score is higher and by at least "
-    "<code>min_gap</code> (&ge; 0). Equal scores are no preference, whatever <code>min_gap</code> is.",
-    why="This is the whole recipe behind the preference data of controlled sentiment; a mistake here is inherited by "
-    "every model trained on it, and no loss curve will show it.",
-    difficulty=2,
-    minutes=6,
-    hints=(
-        "Two new axes turn (P, K) into all gaps at once: (P, K, 1) minus (P, 1, K).",
-        "What does <code>gap &gt;= min_gap</code> say about a completion and itself when <code>min_gap</code> is 0?",
-        "<code>(gap &gt; 0) &amp; (gap &gt;= min_gap)</code>.",
-    ),
+preferred_pairs = chapter.exercise(
+    "preferred_pairs",
     right=_right_pairs,
     cases=_scores,
-    mistakes=(
-        Mistake(
-            "Chosen and rejected are swapped: [p, i, j] must be True where i, the first index after the prompt, has "
-            "the higher score.",
-            lambda scores, min_gap: _right_pairs(scores, min_gap).mT,
-        ),
-        Mistake(
-            "You compared the absolute gap: every pair then stands in the data twice, once with each winner, and the "
-            "two cancel.",
-            lambda scores, min_gap: (_gaps(scores).abs() > 0) & (_gaps(scores).abs() >= min_gap),
-        ),
-        Mistake(
-            "At min_gap = 0 you let ties through, and even a completion against itself: a gap of 0 is at least 0, but "
-            "it is no preference.",
-            lambda scores, min_gap: _gaps(scores) >= min_gap,
-        ),
-        Mistake(
-            "A pair whose gap equals min_gap exactly counts: the gap must be <i>at least</i> min_gap, so >=, not >.",
-            lambda scores, min_gap: _gaps(scores) > min_gap,
-        ),
-        Mistake(
-            "You ignored min_gap: every two different scores became a pair.",
-            lambda scores, min_gap: _gaps(scores) > 0,
-        ),
-        Mistake(
-            "You kept only pairs where the winner was sampled first. The order of sampling means nothing: look at all "
-            "i and j, and the winner takes the chosen place.",
-            lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
-        ),
-        Mistake(
-            "You kept the best against the worst of each prompt only. That is another rule; here every two "
-            "completions may make a pair, 6 of 4.",
-            _best_worst,
-        ),
-    ),
-    solution="preferences",
+    mistakes={
+        "swapped": lambda scores, min_gap: _right_pairs(scores, min_gap).mT,
+        "absolute_gap": lambda scores, min_gap: (_gaps(scores).abs() > 0) & (_gaps(scores).abs() >= min_gap),
+        "ties": lambda scores, min_gap: _gaps(scores) >= min_gap,
+        "gap_equal_to_min_gap": lambda scores, min_gap: _gaps(scores) > min_gap,
+        "no_min_gap": lambda scores, min_gap: _gaps(scores) > 0,
+        "order_of_sampling": lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
+        "best_against_worst": _best_worst,
+    },
 )
 
 
-quiz = Quiz(
-    (
-        Question(
-            "You train two reward models to the end on the same pairs. On every response to one prompt, the second "
-            "gives exactly 7 more than the first. Which one is better?",
-            (
-                Option(
-                    "Neither: on these data they are the same.",
-                    True,
-                    "A number that depends on the prompt alone leaves every gap, every probability and the loss where "
-                    "it was.",
-                ),
-                Option(
-                    "The first: smaller rewards are better calibrated.",
-                    False,
-                    "Calibration is about probabilities, and those depend on gaps, which are equal.",
-                ),
-                Option(
-                    "The second: it found more reward.",
-                    False,
-                    "A reward has no zero point. Only gaps between responses to the same prompt mean anything.",
-                ),
-            ),
-        ),
-        Question(
-            "A fitted reward gives 4 to an answer to question A and 1 to an answer to question B. What follows?",
-            (
-                Option(
-                    "The first answer beats the second with probability σ(3).",
-                    False,
-                    "No annotator ever compared answers to different questions, so the shift between A and B is "
-                    "arbitrary.",
-                ),
-                Option(
-                    "Nothing about which of the two is the better answer.",
-                    True,
-                    "f(A) and f(B) are not identified. Compare within a prompt, or subtract a baseline per prompt "
-                    "first.",
-                ),
-                Option(
-                    "Question A is easier.",
-                    False,
-                    "Each question's zero point is free: preferences do not fix it.",
-                ),
-            ),
-        ),
-        Question(
-            "Labels come from the order of two scores, without noise, and the reward can order all training pairs. "
-            "You fit by maximum likelihood with no penalty. What happens?",
-            (
-                Option(
-                    "It converges to the scores.",
-                    False,
-                    "Only their order was ever shown; many rewards have that order.",
-                ),
-                Option(
-                    "It converges to the scores up to a shift per prompt.",
-                    False,
-                    "That is what noisy labels give. Without noise doubling all rewards always lowers the loss, so "
-                    "nothing stops the scale.",
-                ),
-                Option(
-                    "The rewards grow without bound while the loss falls towards 0.",
-                    True,
-                    "Early stopping or a penalty then picks the scale. In DPO the reference and the number of updates "
-                    "play that part.",
-                ),
-            ),
-        ),
-        Question(
-            "The annotators' own noise is 0.58 nats per pair and your reward model's loss on fresh pairs is 0.60. How "
-            "good is it?",
-            (
-                Option(
-                    "Poor: 0.60 is close to log 2 = 0.69, a coin flip.",
-                    False,
-                    "Compare with the noise, not with 0: the loss is entropy plus KL, and nothing gets below the "
-                    "entropy.",
-                ),
-                Option(
-                    "Very good: only 0.02 nats separate its probabilities from the annotators'.",
-                    True,
-                    "The rest is noise in the labels, which no model removes.",
-                ),
-                Option(
-                    "It cannot be said without its accuracy.",
-                    False,
-                    "Accuracy says less: the KL of 0.02 nats is about the probabilities themselves.",
-                ),
-            ),
-        ),
-        Question(
-            "You raise min_gap from 0 to 0.4 on pairs labelled by score. What do you gain and what do you lose?",
-            (
-                Option(
-                    "You gain clearer pairs; you lose most of the pairs, and some prompts altogether.",
-                    True,
-                    "Wide gaps are what a noisy annotator would agree on; but the data shrink, and prompts drop out "
-                    "altogether.",
-                ),
-                Option(
-                    "You gain correct labels: those below 0.4 were wrong.",
-                    False,
-                    "Labels made from the score's order are all right by that score. Small gaps are where another "
-                    "judge may disagree.",
-                ),
-                Option(
-                    "Nothing changes: the loss sees only which response won.",
-                    False,
-                    "Each label says the same, but which pairs are in the data changes what the model learns from.",
-                ),
-            ),
-        ),
-    )
-)
+quiz = chapter.quiz()
