@@ -1,6 +1,49 @@
 """Token-level preference optimization: DPO, TDPO and TGDPO, derived, checked and trained.
 
-Data flows one way: pairs -> PairBatch -> TokenStats -> LossOutput -> update -> metrics -> figures.
+Data flows one way: pairs -> PairBatch -> TokenStats -> LossOutput -> update -> metrics -> figures. `__all__` below lists what
+you need for it, in that order; nothing is imported before it is used.
+
+>>> import tpo_lib
+>>> sorted(tpo_lib.OBJECTIVES)[:2], tpo_lib.TrainConfig(loss_type="tdpo2").alpha
+(['dpo', 'sft'], 0.5)
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
+
+__version__ = "0.2.0"
+
+_HOME = {  # module: what it gives
+    "models": ("load_model", "load_tokenizer", "frozen_copy"),
+    "rewards": ("load_reward",),
+    "sampling": ("sample_prompts", "generate"),
+    "pairing": ("build_pairs", "save_pairs"),
+    "data": ("load_pairs", "encode_pairs", "collate"),
+    "types": ("PairBatch", "TokenStats", "LossOutput"),
+    "stats": ("token_stats", "split"),
+    "losses": ("sft", "dpo", "tdpo1", "tdpo2", "tgdpo", "simpo", "OBJECTIVES", "Objective", "Hyperparameter"),
+    "fast.fused": ("pair_loss",),
+    "config": ("TrainConfig", "PRESETS"),
+    "train": ("fit",),
+    "evaluation": ("evaluate", "bootstrap", "paired_differences"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = list(_MODULE)
+
+
+def home(name: str) -> str:
+    """The module that a name comes from.
+
+    >>> home("fit")
+    'tpo_lib.train'
+    """
+    return f"{__name__}.{_MODULE[name]}"
+
+
+def __getattr__(name: str):
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(home(name)), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

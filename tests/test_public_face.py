@@ -1,0 +1,52 @@
+"""What people import and read first: the names of `tpo_lib`, their page, the version, one address."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tpo_lib
+
+ROOT = Path(__file__).parents[1]
+
+
+def _api():
+    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_importing_it_imports_nothing_else():
+    code = (
+        "import sys, time; began = time.process_time(); import tpo_lib; "
+        "print(time.process_time() - began, 'torch' in sys.modules, sum(n.startswith('tpo_lib') for n in sys.modules))"
+    )
+    seconds, torch, modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert float(seconds) < 0.5
+    assert (torch, modules) == ("False", "1")
+
+
+@pytest.mark.parametrize("name", tpo_lib.__all__)
+def test_every_name_is_there_says_what_it_is_and_is_no_module(name):
+    thing = getattr(tpo_lib, name)
+    assert name in dir(tpo_lib)
+    assert isinstance(thing, dict) or thing.__doc__
+    # a module of the same name would take its place as soon as somebody imports it
+    assert not (ROOT / "tpo_lib" / f"{name}.py").exists()
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(AttributeError, match="no attribute 'fitt'; it has .*fit"):
+        tpo_lib.fitt  # noqa: B018
+
+
+def test_the_page_is_complete_and_current():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert page == _api().page(), "write it anew: python docs/api.py"
+    assert set(re.findall(r"^### `(\w+)", page, re.MULTILINE)) == set(tpo_lib.__all__)
