@@ -42,7 +42,7 @@ def test_every_name_is_there_says_what_it_is_and_is_no_module(name):
 
 
 def test_an_unknown_name_lists_those_there_are():
-    with pytest.raises(AttributeError, match="no attribute 'fitt'; it has .*fit"):
+    with pytest.raises(AttributeError, match=r"no attribute 'fitt'; it has .*fit"):
         tpo_lib.fitt  # noqa: B018
 
 
