@@ -4,8 +4,8 @@ Data flows one way: pairs -> PairBatch -> TokenStats -> LossOutput -> update -> 
 you need for it, in that order; nothing is imported before it is used.
 
 >>> import tpo_lib
->>> sorted(tpo_lib.OBJECTIVES)[:2], tpo_lib.TrainConfig(loss_type="tdpo2").alpha
-(['dpo', 'sft'], 0.5)
+>>> tpo_lib.TrainConfig(loss_type="tdpo2").hyperparameters()
+{'beta': 0.1, 'alpha': 0.5}
 """
 
 from importlib import import_module
