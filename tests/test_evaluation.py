@@ -1,4 +1,4 @@
-"""Intervals against scipy, KL and entropy against a float64 loop over single prefixes, pair metrics against the core."""
+"""KL and entropy against a float64 loop over single prefixes, pair metrics against the core."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import reference as naive
-import scipy.stats
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tpo_lib import evaluation as ev
 from tpo_lib import pairing
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.intervals import Metric
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.rewards import PROBE
 from tpo_lib.sampling import Completion
@@ -88,91 +88,7 @@ class Shouting:
         return torch.tensor([text.count(" ") / max(1, len(text)) for text in texts])
 
 
-# ---- intervals
-
-
-def test_bootstrap_agrees_with_scipy():
-    values = np.random.default_rng(0).gamma(2.0, size=80)
-    ours = ev.bootstrap(torch.tensor(values), seed=1, resamples=20_000)
-    theirs = scipy.stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=np.random.default_rng(2)
-    ).confidence_interval
-    assert ours.mean == pytest.approx(values.mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
-    assert ours.n == 80
-
-
-def test_bootstrap_ratio_agrees_with_scipy_and_is_not_a_mean_of_ratios():
-    generator = np.random.default_rng(0)
-    counts = generator.integers(1, 60, size=70)
-    sums = counts * 0.5 + generator.normal(size=70) * counts**0.5 + 5 * (counts < 5)
-    ours = ev.bootstrap_ratio(sums, counts, seed=1, resamples=20_000)
-    theirs = scipy.stats.bootstrap(
-        (sums, counts),
-        lambda s, c, axis: s.sum(axis) / c.sum(axis),
-        paired=True,
-        method="percentile",
-        n_resamples=20_000,
-        random_state=np.random.default_rng(2),
-    ).confidence_interval
-    assert ours.mean == pytest.approx(sums.sum() / counts.sum())
-    assert abs(ours.mean - (sums / counts).mean()) > 0.05
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
-
-
-def test_bootstrap_covers_the_truth_about_95_times_in_100():
-    generator = np.random.default_rng(0)
-    inside = 0
-    for seed in range(400):
-        metric = ev.bootstrap(generator.exponential(size=60), seed=seed, resamples=400)
-        inside += metric.low <= 1.0 <= metric.high
-    assert 0.90 <= inside / 400 <= 0.98
-
-
-def test_bootstrap_is_a_function_of_the_seed_and_blocks_do_not_matter(monkeypatch):
-    values = np.random.default_rng(0).normal(size=40)
-    first = ev.bootstrap(values, seed=3)
-    assert first == ev.bootstrap(values, seed=3)
-    assert first != ev.bootstrap(values, seed=4)
-    assert ev.bootstrap(values, seed=3, confidence=0.5).low > first.low
-    monkeypatch.setattr(ev, "BLOCK", 1000)
-    cut = ev.bootstrap(values, seed=3)
-    assert (cut.mean, cut.n) == (first.mean, first.n)
-    assert (cut.low, cut.high) == pytest.approx((first.low, first.high), abs=0.05)
-
-
-@pytest.mark.parametrize("values", [[0.25], [0.25] * 9])
-def test_one_value_or_equal_values_have_an_interval_of_length_zero(values):
-    metric = ev.bootstrap(values, seed=0)
-    assert metric.as_dict() == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": len(values)}
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ev.bootstrap([], seed=0), "n >= 1"),
-        (lambda: ev.bootstrap(torch.zeros(2, 2), seed=0), r"\(2, 2\)"),
-        (lambda: ev.bootstrap([1.0, math.nan], seed=0), r"values\[1\] is nan"),
-        (lambda: ev.bootstrap_ratio([1.0, 2.0], [1.0], seed=0), "2 sums over 1 counts"),
-        (lambda: ev.bootstrap_ratio([1.0], [0.0], seed=0), "total 0"),
-        (lambda: ev.bootstrap_ratio([math.inf], [1.0], seed=0), r"sums\[0\] is inf"),
-    ],
-)
-def test_what_has_no_interval_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_paired_differences_have_the_right_sign_and_are_narrower_than_unpaired_ones():
-    generator = np.random.default_rng(0)
-    prompt = generator.normal(size=100)  # what both objectives share
-    by_prompt = {"dpo": prompt + 0.1 * generator.normal(size=100), "tdpo2": prompt + 0.2, "simpo": prompt}
-    differences = ev.paired_differences(by_prompt, seed=0)
-    assert [(d["a"], d["b"]) for d in differences] == [("dpo", "tdpo2"), ("dpo", "simpo"), ("tdpo2", "simpo")]
-    assert differences[0]["high"] < 0 < differences[2]["low"]
-    assert differences[2]["mean"] == pytest.approx(0.2)
-    alone = ev.bootstrap(by_prompt["dpo"], seed=0)
-    assert differences[0]["high"] - differences[0]["low"] < 0.3 * (alone.high - alone.low)
+# ---- diversity
 
 
 def test_distinct_2_by_hand():
@@ -187,7 +103,7 @@ def test_distinct_2_by_hand():
 def test_the_interval_of_distinct_2_is_as_wide_as_fresh_samples_differ():
     generator = np.random.default_rng(0)
 
-    def draw() -> ev.Metric:
+    def draw() -> Metric:
         return ev.distinct_2([[generator.geometric(0.15, size=20).tolist()] for _ in range(40)])
 
     metrics = [draw() for _ in range(60)]
@@ -234,20 +150,6 @@ def test_sequence_kl_does_not_depend_on_batches_or_padding(pair_of_models, token
     single = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions(), batch_size=1)
     torch.testing.assert_close(whole.kl, single.kl, rtol=1e-10, atol=0)
     torch.testing.assert_close(whole.entropy, single.entropy, rtol=1e-10, atol=0)
-
-
-def test_kl_and_entropy_of_excluded_tokens_and_short_types():
-    inf = math.inf
-    policy = torch.tensor([[0.0, 0.0, -inf], [0.0, -300.0, 0.0]])
-    ref = torch.tensor([[0.0, math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
-    kl, entropy = ev.kl_and_entropy(policy, ref)
-    assert kl.tolist() == pytest.approx([math.log(0.5) - (math.log(0.2) + math.log(0.6)) / 2, math.log(1.5)], abs=1e-6)
-    assert entropy.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
-    assert ev.kl_and_entropy(ref, policy)[0][0] == inf  # the policy can write what the reference cannot
-    half, _ = ev.kl_and_entropy(policy.bfloat16(), ref.bfloat16())
-    assert half.dtype == torch.float32
-    rows = torch.randn(150, 7)  # more rows than one slice holds
-    torch.testing.assert_close(ev.kl_and_entropy(rows, rows + 3)[0], torch.zeros(150), atol=1e-6, rtol=0)
 
 
 # ---- held-out pairs

@@ -16,7 +16,7 @@ import torch
 from tpo_lib import losses, models, sampling, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
-from tpo_lib.evaluation import kl_and_entropy, sequence_kl
+from tpo_lib.evaluation import sequence_kl
 from tpo_lib.files import adapters
 from tpo_lib.sampling import Completion, Sampler
 
@@ -145,7 +145,7 @@ def test_samples_are_scored_as_they_were_drawn(name):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tpo_lib.evaluation.prompt_token_ids", lambda *_, row=row: [row])
             found = sequence_kl(model, other, encode, ["x"], [Completion("", tuple(ids), None)])
-        kl, entropy = (values.sum().item() for values in kl_and_entropy(said, ref))
+        kl, entropy = (values.sum().item() for values in stats.kl_and_entropy(said, ref))
         assert (found.kl.item(), found.entropy.item()) == pytest.approx((kl, entropy), rel=1e-3, abs=1e-4)
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tpo_lib.stats import response_mask, split, token_stats
+from tpo_lib.stats import kl_and_entropy, response_mask, split, token_stats
 from tpo_lib.types import IGNORE
 
 INF = math.inf
@@ -328,3 +328,16 @@ def test_split_gives_the_first_half_to_chosen():
 def test_an_odd_number_of_sequences_is_refused():
     with pytest.raises(ValueError, match=r"3 sequences cannot be split.*chosen first"):
         split(token_stats(torch.zeros(3, 3, 5), torch.tensor([[IGNORE, 1, 2]] * 3), None))
+
+
+def test_kl_and_entropy_of_excluded_tokens_and_short_types():
+    policy = torch.tensor([[0.0, 0.0, -INF], [0.0, -300.0, 0.0]])
+    ref = torch.tensor([[0.0, math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
+    kl, entropy = kl_and_entropy(policy, ref)
+    assert kl.tolist() == pytest.approx([math.log(0.5) - (math.log(0.2) + math.log(0.6)) / 2, math.log(1.5)], abs=1e-6)
+    assert entropy.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert kl_and_entropy(ref, policy)[0][0] == INF  # the policy can write what the reference cannot
+    half, _ = kl_and_entropy(policy.bfloat16(), ref.bfloat16())
+    assert half.dtype == torch.float32
+    rows = torch.randn(150, 7)  # more rows than one slice holds
+    torch.testing.assert_close(kl_and_entropy(rows, rows + 3)[0], torch.zeros(150), atol=1e-6, rtol=0)

@@ -8,12 +8,10 @@ a second training run with another seed would differ is a different question, an
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,51 +21,23 @@ from torch import Tensor
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast.fused import token_stats
 from tpo_lib.files.tokens import prompt_token_ids
+from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
-from tpo_lib.stats import NotFinite, check_finite, response_mask, split
+from tpo_lib.stats import NotFinite, check_finite, kl_and_entropy, response_mask, split, unpack
 from tpo_lib.types import PairBatch, Reading, TokenStats
-
-RESAMPLES = 2000
-BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A mean with its interval.
-
-    Attributes:
-        mean: the figure itself, computed on all n units.
-        low, high: bounds of its 95% interval. One unit alone, or n equal ones, give an interval of length 0.
-        n: independent units behind it (prompts or pairs).
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Return {"mean", "low", "high", "n"} of plain Python numbers, as written to summary.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
 class SampleStats:
-    """Sums over the response steps of S sampled sequences.
+    """Sums over the response steps of S sampled sequences, (S,) each."""
 
-    Attributes:
-        kl: (S,) sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)), nats.
-        entropy: (S,) sum_t H(pi_theta(.|s_t)), nats.
-        steps: (S,) number of steps, the one that ends the text included.
-    """
-
-    kl: Tensor
-    entropy: Tensor
-    steps: Tensor
+    kl: Tensor  # sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)), nats
+    entropy: Tensor  # sum_t H(pi_theta(.|s_t)), nats
+    steps: Tensor  # number of steps, the one that ends the text included
 
 
 @dataclass(frozen=True)
@@ -82,92 +52,182 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found."""
 
-    Attributes:
-        metrics: name -> Metric, in the order of the docstring of `evaluate`.
-        samples: every continuation, in the order of the prompts.
-        by_prompt: metric -> (P,) float64, one number a prompt, for paired comparisons (`paired_differences`).
-    """
-
-    metrics: dict[str, Metric]
-    samples: list[Sample]
-    by_prompt: dict[str, Tensor]
+    metrics: dict[str, Metric]  # in the order of the docstring of `evaluate`
+    samples: list[Sample]  # every continuation, in the order of the prompts
+    by_prompt: dict[str, Tensor]  # metric -> (P,) float64, one number a prompt, for `intervals.paired_differences`
 
 
-def bootstrap(values, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
-    """Mean of n independent values with its percentile bootstrap interval.
+def evaluate(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[str],
+    reward,
+    *,
+    judge=None,
+    pairs: Sequence[EncodedPair] | None = None,
+    objective: str | None = None,
+    hyperparameters: Mapping | None = None,
+    guide=None,
+    max_new_tokens: int = 40,
+    samples_per_prompt: int = 1,
+    batch_size: int = 128,
+    seed: int = 0,
+    reference_cache: dict | None = None,
+    cache_dir: Path | None = None,
+) -> Evaluation:
+    """Sample continuations of held-out prompts at temperature 1, score them, and rank held-out pairs.
 
-    Args:
-        values: (n,) tensor or array, n >= 1, finite.
-        seed: equal seeds and equal n draw equal resamples.
-        resamples: how many means of n values drawn with replacement the percentiles are taken over.
-        confidence: share of the resampled means inside the interval, in (0, 1).
-
-    Raises:
-        ValueError: no values, or one that is not finite (its index is named).
-
-    Example:
-        >>> bootstrap([1.0, 1.0, 1.0], seed=0)
-        Metric(mean=1.0, low=1.0, high=1.0, n=3)
-    """
-    values = _finite(values, "values")
-    return bootstrap_ratio(values, np.ones(len(values)), seed=seed, resamples=resamples, confidence=confidence)
-
-
-def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
-    """sum(sums) / sum(counts) with its percentile bootstrap interval: nats a token, say, over whole sequences.
-
-    Tokens of one sequence depend on each other, so (sum, count) of a sequence is drawn as one.
+    Metrics: reward, judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
+    repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
+    `pair_metrics`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
 
     Args:
-        sums: (n,) numerators, finite.
-        counts: (n,) denominators, finite, none negative, not all 0.
-        seed, resamples, confidence: as in `bootstrap`.
+        policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
+        reward, judge: callables, texts -> one finite score each; see `rewards.py`. Both are tried before anything is sampled.
+        pairs: held-out pairs, tokenized.
+        objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
+        batch_size: sequences whose logits are alive at a time.
+        reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
+        cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
     Raises:
-        ValueError: nothing to divide by, lengths differ, or a number is not finite (its index is named).
-
-    Example:
-        >>> bootstrap_ratio([2.0, 4.0], [1, 2], seed=0).mean  # 6 / 3, not the mean of 2/1 and 4/2
-        2.0
+        ValueError: no prompts; another vocabulary, a pair or prompt that does not fit a model, a reward that cannot score, or
+            something that the objective needs is missing.
     """
-    sums, counts = _finite(sums, "sums"), _finite(counts, "counts")
-    if len(sums) != len(counts) or (counts < 0).any() or counts.sum() == 0:
+    prompts, pairs = list(prompts), pairs or []
+    if not prompts:
+        raise ValueError("evaluate needs at least one prompt")
+    for name, model in (("policy", policy), ("reference", reference), ("guide", guide)):
+        if model is not None:
+            check_pairs(model, pairs, name=name, policy=policy)
+    _check_ranking(pairs, objective, hyperparameters, guide)
+    probe(reward, judge)
+    sizes = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
+    with _eval_mode(policy, reference, guide):
+        drawn = sample_cached(policy, tokenizer, prompts, cache_dir=cache_dir, seed=seed, **sizes)
+        repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+        flat = [completion for group in drawn for completion in group]
+        stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
+        scorers = {"reward": reward, "judge": judge}
+        scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
+        by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
+        metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
+        metrics |= sample_metrics(stats, [c.token_ids for c in flat], len(prompts), seed=seed)
+        if pairs:
+            few, frozen = max(1, batch_size // 2), {"guide": guide, "cache": reference_cache}
+            held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, batch_size=few, **frozen)
+            metrics |= pair_metrics(held_out, objective, hyperparameters, seed=seed)
+    by_prompt["kl"] = _by_prompt(stats.kl, len(prompts)) / samples_per_prompt
+    columns = [scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in scorers]
+    samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
+    return Evaluation(metrics, samples, by_prompt)
+
+
+def _check_ranking(pairs: Sequence[EncodedPair], objective: str | None, hyperparameters, guide) -> None:
+    """What ranking pairs by an objective takes, judged before anything is sampled."""
+    for pair in pairs:
+        if not pair.rejected_ids:
+            raise ValueError(f"row {pair.row} has no rejected side, so there is nothing to compare")
+    if not pairs or objective is None:
+        return
+    entry, given = OBJECTIVES[objective], {name: v for name, v in (hyperparameters or {}).items() if v is not None}
+    entry.settings(given)  # in range
+    known = given | (getattr(entry.fn, "__kwdefaults__", None) or {})
+    missing = [f"its {name}" for name in entry.hyperparameters if name not in known]
+    if "guide_logps" in entry.needs and guide is None:
+        missing.append("guide_logps of its guide")
+    if missing:
         raise ValueError(
-            f"{len(sums)} sums over {len(counts)} counts (total {counts.sum()}): need one count >= 0 a sum"
+            f"{objective} cannot rank pairs without {', '.join(missing)}; pass what is missing, or objective=None for the plain "
+            "log-ratio"
         )
-    generator, n, ratios = np.random.default_rng(seed), len(sums), []
-    for start in range(0, resamples, max(1, BLOCK // n)):
-        rows = min(max(1, BLOCK // n), resamples - start)
-        drawn = generator.integers(n, size=(rows, n))  # (rows, n)
-        top, bottom = sums[drawn].sum(axis=1), counts[drawn].sum(axis=1)  # (rows,)
-        ratios.append(top[bottom > 0] / bottom[bottom > 0])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
-    return Metric(float(sums.sum() / counts.sum()), float(low), float(high), n)
 
 
-def paired_differences(by_prompt: Mapping[str, Sequence[float]], *, seed: int) -> list[dict]:
-    """Compare every two objectives prompt by prompt: mean of a - b with its interval.
+@contextlib.contextmanager
+def _eval_mode(*models) -> Iterator[None]:
+    """Put every submodule in eval mode and, afterwards, back in the mode it was in."""
+    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
-    Both answered the same prompts, so what a prompt does to both cancels: the interval is narrower than two separate
-    ones suggest.
+
+# ---- the policy's own samples
+
+
+@torch.no_grad()
+def sequence_kl(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[Completion],
+    *,
+    batch_size: int = 128,
+) -> SampleStats:
+    """How far the policy moved, measured on its own samples: sequence-level KL(pi_theta || pi_ref) and entropy.
+
+    sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)) with the exact KL over the vocabulary at every step, the x axis of the
+    frontiers of arXiv 2305.18290 and 2404.11999. Its mean over samples is the KL between the two distributions over
+    responses (cut at max_new_tokens), with less noise than the mean of log pi_theta(y) - log pi_ref(y).
 
     Args:
-        by_prompt: objective -> (P,) numbers, for example `Evaluation.by_prompt["reward"]` of each.
+        policy, reference: causal language models that share the tokenizer, in eval mode.
+        prompts, completions: S texts, and what the policy sampled behind each at temperature 1; its own ids are scored.
+        batch_size: sequences whose logits are alive at a time.
 
-    Returns:
-        [{"a", "b", "mean", "low", "high", "n"}, ...], one entry a pair of objectives, in their order.
-
-    Example:
-        >>> paired_differences({"dpo": [0.5, 0.6], "tdpo2": [0.7, 0.8]}, seed=0)[0]["mean"].__round__(3)
-        -0.2
+    Raises:
+        ValueError: a KL or an entropy is not finite.
     """
-    return [
-        {"a": a, "b": b, **bootstrap(_finite(by_prompt[a], a) - _finite(by_prompt[b], b), seed=seed).as_dict()}
-        for a, b in itertools.combinations(by_prompt, 2)
-    ]
+    encoded = prompt_token_ids(tokenizer, list(prompts))
+    responses = [completion.steps for completion in completions]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
+    models = [ResponseReader(model) for model in (policy, reference)]
+    kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(policy.device)  # any id may pad
+        logits = [model(batch.input_ids, batch.attention_mask, batch.labels).logits() for model in models]  # (R, V)
+        mask = response_mask(batch.labels)  # (N, T-1)
+        for total, per_step in zip((kl, entropy), kl_and_entropy(*logits), strict=True):
+            total[rows] = unpack(per_step.double(), mask).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
+        steps[rows] = mask.double().sum(-1).cpu()
+    for i in (~(kl + entropy).isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"sample {i} has KL(policy || reference) = {kl[i]:.4g} and an entropy of {entropy[i]:.4g}: the reference forbids a "
+            "token that the policy allows, or logits are not finite; give the policy's own reference, and check both models"
+        )
+    return SampleStats(kl, entropy, steps)
+
+
+def sample_metrics(
+    stats: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
+) -> dict[str, Metric]:
+    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each.
+
+    Args:
+        stats: (P K,) sums, samples of one prompt side by side.
+        token_ids: P K lists of token ids, without the token that ends a text.
+    """
+    per = len(token_ids) // prompts
+    bigrams = [list(itertools.pairwise(ids)) for ids in token_ids]
+    count = _by_prompt([len(own) for own in bigrams], prompts)
+    repeats = _by_prompt([len(own) - len(set(own)) for own in bigrams], prompts)
+    return {
+        "kl": bootstrap(_by_prompt(stats.kl, prompts) / per, seed=seed),
+        "entropy": bootstrap_ratio(_by_prompt(stats.entropy, prompts), _by_prompt(stats.steps, prompts), seed=seed),
+        "distinct_2": distinct_2([token_ids[start : start + per] for start in range(0, len(token_ids), per)]),
+        "repetition": bootstrap_ratio(repeats, count if count.sum() else count + 1, seed=seed),  # no bigram: 0
+        "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
+    }
 
 
 def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float = 0.95) -> Metric:
@@ -198,77 +258,12 @@ def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float =
     return Metric(mean, max(0.0, mean - half), min(1.0, mean + half), n)
 
 
-@torch.no_grad()
-def sequence_kl(
-    policy,
-    reference,
-    tokenizer,
-    prompts: Sequence[str],
-    completions: Sequence[Completion],
-    *,
-    batch_size: int = 128,
-) -> SampleStats:
-    """How far the policy moved, measured on its own samples: sequence-level KL(pi_theta || pi_ref) and entropy.
-
-    sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)) with the exact KL over the vocabulary at every step, the x axis of the
-    frontiers of arXiv 2305.18290 and 2404.11999. Its mean over samples is the KL between the two distributions over
-    responses (cut at max_new_tokens), with less noise than the mean of log pi_theta(y) - log pi_ref(y).
-
-    Args:
-        policy, reference: causal language models that share the tokenizer, in eval mode.
-        prompts: S texts.
-        completions: S Completions sampled from the policy at temperature 1; their own token ids are scored.
-        batch_size: sequences whose logits are alive at a time.
-
-    Returns:
-        SampleStats of (S,) sums, in the order of the prompts.
-
-    Raises:
-        ValueError: a KL or an entropy is not finite.
-    """
-    encoded = prompt_token_ids(tokenizer, list(prompts))
-    responses = [completion.steps for completion in completions]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
-    models = _scorer(policy), _scorer(reference)
-    kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(
-            _device(policy)
-        )  # any id may pad
-        read = [model(batch.input_ids, batch.attention_mask, batch.labels) for model in models]
-        logits, ref_logits = (reading.logits() for reading in read)  # (R, V)
-        mask = response_mask(batch.labels)  # (N, T-1)
-        for total, per_step in zip((kl, entropy), kl_and_entropy(logits, ref_logits), strict=True):
-            per_token = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-            total[rows] = per_token.masked_scatter(mask, per_step.double()).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
-        steps[rows] = mask.double().sum(-1).cpu()
-    for i in (~(kl + entropy).isfinite()).nonzero().flatten().tolist():
-        raise ValueError(
-            f"sample {i} has KL(policy || reference) = {kl[i]:.4g} and an entropy of {entropy[i]:.4g}: the reference forbids a "
-            "token that the policy allows, or logits are not finite; give the policy's own reference, and check both models"
-        )
-    return SampleStats(kl, entropy, steps)
+def _by_prompt(values, prompts: int) -> Tensor:
+    """Sum over the samples of every prompt: (P k,) -> (P,) float64."""
+    return torch.as_tensor(values, dtype=torch.float64).view(prompts, -1).sum(-1)
 
 
-def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(pi_theta || pi_ref) and H(pi_theta) of R steps, in nats: (R, V), (R, V) -> (R,), (R,).
-
-    A token that the policy excludes adds nothing to either; float16 and bfloat16 are computed in float32.
-
-    Example:
-        >>> kl, entropy = kl_and_entropy(torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))
-        >>> round(kl.item(), 4), round(entropy.item(), 4)  # log(4 / (2 sqrt(3))), log 2
-        (0.1438, 0.6931)
-    """
-    kl, entropy = [], []
-    for policy, ref in zip(policy_logits.split(64), ref_logits.split(64), strict=True):  # 64 rows stay in the cache
-        dtype = torch.promote_types(policy.dtype, torch.float32)
-        log_p, log_q = torch.log_softmax(policy, -1, dtype=dtype), torch.log_softmax(ref, -1, dtype=dtype)
-        p = log_p.exp()
-        kl.append(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1))
-        entropy.append(-torch.where(p > 0, p * log_p, 0.0).sum(-1))
-    return torch.cat(kl), torch.cat(entropy)
+# ---- held-out pairs
 
 
 @torch.no_grad()
@@ -292,14 +287,15 @@ def pair_stats(
         cache: a dict kept between calls with the same reference and guide; their hidden states are stored in it (4 d bytes
             a response token each) and not computed again for pairs seen before.
     """
-    _check_paired(pairs)
-    frozen = {name: None if model is None else _scorer(model) for name, model in (("ref", reference), ("guide", guide))}
-    model, parts = _scorer(policy), []
+    _check_ranking(pairs, None, None, guide)
+    given = {"policy": policy, "ref": reference, "guide": guide}
+    models, parts = {name: ResponseReader(model) for name, model in given.items() if model is not None}, []
     for start in range(0, len(pairs), batch_size):
-        batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(_device(policy))
-        ref, hint = (_read_frozen(frozen[name], name, batch, cache) for name in ("ref", "guide"))
-        read = model(batch.input_ids, batch.attention_mask, batch.labels)
-        tokens = token_stats(read, batch.labels, ref, guide=hint, with_kl=with_kl)
+        batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(policy.device)
+        kept = {"policy": {}, "ref": cache, "guide": cache}  # the policy is another one each time
+        read = {name: _read(name, model, batch, kept[name]) for name, model in models.items()}
+        guided = {"guide": read.get("guide"), "with_kl": with_kl}
+        tokens = token_stats(read["policy"], batch.labels, read.get("ref"), **guided)
         try:
             check_finite(tokens)
         except NotFinite as error:
@@ -342,184 +338,10 @@ def pair_metrics(
     return {name: bootstrap(value, seed=seed) for name, value in values.items()}
 
 
-def sample_metrics(
-    stats: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
-) -> dict[str, Metric]:
-    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each.
-
-    Args:
-        stats: (P K,) sums, samples of one prompt side by side.
-        token_ids: P K lists of token ids, without the token that ends a text.
-    """
-    per = len(token_ids) // prompts
-    bigrams = [list(itertools.pairwise(ids)) for ids in token_ids]
-    count = _by_prompt([len(own) for own in bigrams], prompts)
-    repeats = _by_prompt([len(own) - len(set(own)) for own in bigrams], prompts)
-    return {
-        "kl": bootstrap(_by_prompt(stats.kl, prompts) / per, seed=seed),
-        "entropy": bootstrap_ratio(_by_prompt(stats.entropy, prompts), _by_prompt(stats.steps, prompts), seed=seed),
-        "distinct_2": distinct_2([token_ids[start : start + per] for start in range(0, len(token_ids), per)]),
-        "repetition": bootstrap_ratio(repeats, count if count.sum() else count + 1, seed=seed),  # no bigram: 0
-        "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
-    }
-
-
-def evaluate(
-    policy,
-    reference,
-    tokenizer,
-    prompts: Sequence[str],
-    reward,
-    *,
-    judge=None,
-    pairs: Sequence[EncodedPair] | None = None,
-    objective: str | None = None,
-    hyperparameters: Mapping | None = None,
-    guide=None,
-    max_new_tokens: int = 40,
-    samples_per_prompt: int = 1,
-    batch_size: int = 128,
-    seed: int = 0,
-    reference_cache: dict | None = None,
-    cache_dir: Path | None = None,
-) -> Evaluation:
-    """Sample continuations of held-out prompts at temperature 1, score them, and rank held-out pairs.
-
-    Metrics: reward, judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
-    repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
-    `pair_metrics`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
-
-    Args:
-        policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
-        reward, judge: callables, texts -> one finite score each; see `rewards.py`. Both are tried before anything is sampled.
-        pairs: held-out pairs, tokenized.
-        objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
-        batch_size: sequences whose logits are alive at a time.
-        reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
-        cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
-
-    Raises:
-        ValueError: no prompts; another vocabulary, a pair or prompt that does not fit a model, a reward that cannot score, or
-            something that the objective needs is missing.
-    """
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("evaluate needs at least one prompt")
-    for name, model in (("policy", policy), ("reference", reference), ("guide", guide)):
-        if model is not None:
-            check_pairs(_bare(model), pairs or [], name=name, policy=_bare(policy))
-    _check_paired(pairs or [])
-    if pairs and objective is not None:
-        _check_objective(objective, hyperparameters, guide)
-    probe(reward, judge)
-    with _eval_mode(policy, reference, guide):
-        drawn = sample_cached(
-            policy,
-            tokenizer,
-            prompts,
-            cache_dir=cache_dir,
-            samples_per_prompt=samples_per_prompt,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
-        repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        flat = [completion for group in drawn for completion in group]
-        stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
-        scorers = {"reward": reward, "judge": judge}
-        scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
-        if pairs:
-            held_out = pair_stats(
-                policy,
-                reference,
-                pairs,
-                tokenizer.pad_token_id,
-                batch_size=max(1, batch_size // 2),
-                guide=guide,
-                cache=reference_cache,
-            )
-    by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
-    metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
-    metrics |= sample_metrics(stats, [c.token_ids for c in flat], len(prompts), seed=seed)
-    if pairs:
-        metrics |= pair_metrics(held_out, objective, hyperparameters, seed=seed)
-    by_prompt["kl"] = _by_prompt(stats.kl, len(prompts)) / samples_per_prompt
-    columns = [
-        scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in ("reward", "judge")
-    ]
-    samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
-    return Evaluation(metrics, samples, by_prompt)
-
-
-def _check_paired(pairs: Sequence[EncodedPair]) -> None:
-    for pair in pairs:
-        if not pair.rejected_ids:
-            raise ValueError(f"row {pair.row} has no rejected side, so there is nothing to compare")
-
-
-def _check_objective(objective: str, hyperparameters: Mapping | None, guide) -> None:
-    """What ranking pairs by an objective takes, judged before anything is sampled."""
-    entry, parameters = OBJECTIVES[objective], inspect.signature(OBJECTIVES[objective].fn).parameters.values()
-    needed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    missing = [f"its {name}" for name in needed if name not in (hyperparameters or {})]
-    if "guide_logps" in entry.needs and guide is None:
-        missing.append("guide_logps of its guide")
-    if missing:
-        raise ValueError(
-            f"{objective} cannot rank pairs without {', '.join(missing)}; pass what is missing, or objective=None for the plain "
-            "log-ratio"
-        )
-
-
-@contextlib.contextmanager
-def _eval_mode(*models) -> Iterator[None]:
-    """Put every submodule in eval mode and, afterwards, back in the mode it was in."""
-    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    for model in models:
-        if model is not None:
-            model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-def _scorer(model) -> ResponseReader:
-    return model if isinstance(model, ResponseReader) else ResponseReader(model)
-
-
-def _bare(model):
-    return model.model if isinstance(model, ResponseReader) else model
-
-
-def _device(model) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _read_frozen(model, name: str, batch: PairBatch, cache: dict | None) -> Reading | None:
-    """What the reference or the guide says, from the cache if these tokens were seen before."""
-    if model is None:
-        return None
-    tokens = batch.input_ids.cpu().numpy().tobytes() + batch.labels.cpu().numpy().tobytes()
-    key = (name, hashlib.sha256(tokens).hexdigest())
-    if cache is not None and key in cache:
-        return cache[key]
-    read = model(batch.input_ids, batch.attention_mask, batch.labels)
-    if cache is not None:
-        cache[key] = read
-    return read
-
-
-def _by_prompt(values, prompts: int) -> Tensor:
-    """Sum over the samples of every prompt: (P k,) -> (P,) float64."""
-    return torch.as_tensor(values, dtype=torch.float64).view(prompts, -1).sum(-1)
-
-
-def _finite(values, name: str) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"{name} has shape {values.shape}; an interval needs an (n,) array with n >= 1")
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}[{bad}] is {values[bad]}: every value of a mean must be finite")
-    return values
+def _read(name: str, model: ResponseReader, batch: PairBatch, cache: dict | None) -> Reading:
+    """What a model says, from the cache if these tokens were seen before."""
+    cache = {} if cache is None else cache
+    key = name, *(ids.cpu().numpy().tobytes() for ids in (batch.input_ids, batch.labels))
+    if key not in cache:
+        cache[key] = model(batch.input_ids, batch.attention_mask, batch.labels)
+    return cache[key]

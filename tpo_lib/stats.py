@@ -112,6 +112,25 @@ def token_stats(
     )
 
 
+def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(pi_theta || pi_ref) and H(pi_theta) of R steps, in nats: (R, V), (R, V) -> (R,), (R,).
+
+    A token that the policy excludes adds nothing to either; float16 and bfloat16 are computed in float32.
+
+    Example:
+        >>> kl, entropy = kl_and_entropy(torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))
+        >>> round(kl.item(), 4), round(entropy.item(), 4)  # log(4 / (2 sqrt(3))), log 2
+        (0.1438, 0.6931)
+    """
+    kl, entropy = [], []
+    for policy, ref in zip(policy_logits.split(64), ref_logits.split(64), strict=True):  # 64 rows stay in the cache
+        log_p, log_q = _log_softmax(policy), _log_softmax(ref)
+        p = log_p.exp()
+        kl.append(_kl(log_p, log_q))
+        entropy.append(-torch.where(p > 0, p * log_p, 0.0).sum(-1))
+    return torch.cat(kl), torch.cat(entropy)
+
+
 def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
     """Cut the statistics of N = 2B sequences into those of the B chosen and the B rejected ones.
 
@@ -180,6 +199,10 @@ def _log_probs(logits: Tensor, mask: Tensor, name: str) -> Tensor:
             f"{name} has shape {tuple(logits.shape)}; labels of shape {(n, t)} with {int(mask.sum())} response tokens "
             f"need ({n}, {t}, V) or ({int(mask.sum())}, V)"
         )
+    return _log_softmax(logits)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
@@ -194,10 +217,10 @@ def _frozen(logits: Tensor | None, mask: Tensor, name: str, vocab: int) -> Tenso
     return _log_probs(logits.detach(), mask, name)
 
 
-def _kl(ref: Tensor, policy: Tensor) -> Tensor:
-    """KL(ref || policy) from log-probabilities: (R, V), (R, V) -> (R,). A token the reference excludes adds 0."""
-    p = ref.exp()
-    return torch.where(p > 0, p * (ref - policy), 0.0).sum(-1)
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) from log-probabilities: (R, V), (R, V) -> (R,). A token that p excludes adds 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
 def unpack(values: Tensor, mask: Tensor) -> Tensor:

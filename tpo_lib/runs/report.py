@@ -5,7 +5,7 @@ Markdown and as HTML. All text that comes from outside (prompts, samples, settin
 
     summary  {"objectives": {objective: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
               "seed": int, "versions": {...}, "wall_time_s": float,
-              "differences": {metric: entries of evaluation.paired_differences}}        # may be missing
+              "differences": {metric: entries of intervals.paired_differences}}        # may be missing
     curves   {objective: [{"step", "pairs_seen", metric: {...}, "by_prompt": {metric: [...]}}, ...]}, the start model first;
              where differences are missing they are made from by_prompt, which may be missing too
     samples  {objective: [{"prompt", "before", "after", "before_reward", "after_reward", "before_judge", "after_judge"}]}
@@ -26,8 +26,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpo_lib.evaluation import paired_differences
 from tpo_lib.files import store
+from tpo_lib.intervals import paired_differences
 from tpo_lib.runs import plots
 
 SHOWN = 6  # samples an objective
