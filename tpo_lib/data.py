@@ -1,10 +1,9 @@
-"""Preference pairs: load, validate, tokenize, truncate, collate.
+"""Preference pairs on their way to the model: tokenize, truncate, collate, batch.
 
-    file, folder or hub name --load_pairs--> Dataset --encode_pairs--> [EncodedPair] --collate--> PairBatch
+    Dataset (`files.pairs.load_pairs`) --encode_pairs--> [EncodedPair] --bucketed_batches, collate--> PairBatch
 
-Whatever the layout on disk, the table that comes out has the columns prompt, chosen, rejected. A row that cannot be used
-is named by its row (counted from 0) and column together with the fix, and a response that is cut is counted: nothing
-disappears silently.
+A row that cannot be used is named by its row (counted from 0) and column together with the fix, and a response that is cut
+is counted: nothing disappears silently.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +18,12 @@ from datasets import Dataset, Value
 
 from tpo_lib.files import chat, tokens
 from tpo_lib.files.formats import Bad, BadRow, BadRowsError, OnBadRows, check_on_bad_rows
-from tpo_lib.files.layouts import SAMPLED
 from tpo_lib.types import IGNORE, PAD, PairBatch
-
-# ---- encoding: a table in, token ids out
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One tokenized pair. `row` is its row in the table; a response that ends by itself ends with EOS.
-
-    Without `rejected_ids` there is no rejected side: a row for SFT.
-    """
+    """One tokenized pair, of row `row` of the table. Without `rejected_ids` it has no rejected side: a row for SFT."""
 
     row: int
     prompt_ids: list[int]
@@ -49,7 +41,7 @@ class EncodedPair:
         return self.length * (1 + bool(self.rejected_ids))
 
 
-NOTES = {  # field of EncodingReport: what its count says
+NOTES = {  # field of EncodingReport: what its number of rows says
     "reencoded": "encoded from their text: the ids beside it are another tokenizer's, or say another text",
     "straddling": "where a token straddles the end of the prompt; it counts as the response's",
     "special": "that hold the text of a special token in a response",
@@ -59,18 +51,7 @@ NOTES = {  # field of EncodingReport: what its count says
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of a table.
-
-    Attributes:
-        kept: pairs.
-        truncated: responses among them that were cut at max_length.
-        skipped: rows left out.
-        reencoded: rows whose sampled ids were not used, but their text encoded: the ids belong to another vocabulary, or
-            say something else than the text and flags beside them.
-        straddling: rows where a token has characters of both prompt and response, see `encode_pairs`.
-        special: rows with the text of a special token in a response, at another place than its end.
-        repeated_eos: rows with more than one EOS at the end of a response.
-    """
+    """What became of a table: pairs kept, responses cut at max_length, rows left out, and what NOTES says of the others."""
 
     kept: int
     truncated: int
@@ -91,11 +72,6 @@ def encode_pairs(
     pairs: Dataset, tokenizer, *, max_length: int, on_bad_rows: OnBadRows = "error"
 ) -> tuple[list[EncodedPair], EncodingReport]:
     """Tokenize pairs: special tokens that lead a text, the prompt, the response, and EOS where that ends by itself.
-
-    Prompt and response are tokenized as one text, so that the text is kept: alone, a response would get the space that
-    many tokenizers put before a text, and none of the tokens that begin within the prompt (the space that ends it, say).
-    A token that straddles the boundary counts as the response's, in both responses alike, since both share one prompt.
-    (TRL tokenizes alike, but leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
 
     A pair that was sampled (columns chosen_ids, rejected_ids, tokenizer) is trained as the tokens that were sampled, the
     one that ended it included: its text would often be encoded otherwise. A table of another tokenizer's is encoded anew.
@@ -125,10 +101,7 @@ def encode_pairs(
         raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
     messages = not isinstance(pairs.features["prompt"], Value)
     texts, unrendered = chat.render(pairs, tokenizer) if messages else (pairs, {})
-    encode = partial(
-        tokens.token_ids, tokenizer, lead=[] if messages else tokens.leading_ids(tokenizer), most=max_length
-    )
-    encoded, counts = _encode_rows(pairs, texts, tokenizer, encode)
+    encoded, counts = _encode_rows(pairs, texts, tokenizer, max_length)
     kept, skipped, truncated = [], [], 0
     for row, (prompt, *responses) in enumerate(encoded):
         if not prompt and len(responses) == 1:  # raw text without BOS: its first token is predicted by nothing
@@ -137,7 +110,7 @@ def encode_pairs(
         try:
             if row in unrendered:
                 raise unrendered[row]
-            _check_ids(prompt, responses, max_length, tokenizer.eos_token_id)
+            tokens.check_ids(prompt, responses, max_length, tokenizer.eos_token_id)
         except Bad as problem:
             skipped.append(problem.at(row))
             continue
@@ -148,94 +121,43 @@ def encode_pairs(
     return kept, EncodingReport(len(kept), truncated, skipped, **counts)
 
 
-def _complete(pairs: Dataset, column: str) -> list[bool]:
-    flags = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
-    return [flag is not False for flag in flags]
+def _encode_rows(
+    pairs: Dataset, texts, tokenizer, max_length: int
+) -> tuple[list[tuple[list[int], ...]], dict[str, int]]:
+    """The ids of every row's prompt and responses, whole, and the counts of the report.
 
-
-_Ids = tuple[list[int], ...]  # of prompt, chosen and, except for SFT, rejected
-
-
-def _sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> tuple[dict[int, _Ids], int]:
-    """The sampled ids by row, where they can be trained, and the number of rows where they cannot.
-
-    They can where the vocabulary is the same, and they still say the text and the flag that stand beside them: whoever
-    edits a text, or exchanges the two columns, means the text.
+    Prompt and response are tokenized as one text, so that the text is kept: alone, a response would get the space that
+    many tokenizers put before a text, and none of the tokens that begin within the prompt (the space that ends it, say).
+    A token that straddles the boundary counts as the response's, in both responses alike, since both share one prompt.
+    (TRL tokenizes alike, but leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
     """
-    if not set(SAMPLED) <= set(pairs.column_names):
-        return {}, 0
-    chosen, rejected, names = (pairs[column] for column in SAMPLED)
-    given = [row for row in range(len(pairs)) if chosen[row] or rejected[row]]
-    mine = tokens.vocabulary_name(tokenizer)
-    good = [row for row in given if names[row] == mine and chosen[row] and rejected[row]]
-    for column, ids in (("chosen", chosen), ("rejected", rejected)):
-        complete, text = _complete(pairs, column), texts[column]
-        spoken = [ids[row][:-1] if complete[row] else ids[row] for row in good]
-        said = tokens.response_texts(tokenizer, [prompts[row] for row in good], spoken)
-        good = [
-            row
-            for row, words in zip(good, said, strict=True)
-            if words == text[row] and (complete[row] or ids[row][-1] != tokenizer.eos_token_id)
-        ]
-    return {row: (prompts[row], chosen[row], rejected[row]) for row in good}, len(given) - len(good)
-
-
-def _encode_rows(pairs: Dataset, texts, tokenizer, encode) -> tuple[list[_Ids], dict[str, int]]:
-    """The ids of every row, and the counts of the report."""
-    heads, eos, special = list(texts["prompt"]), tokenizer.eos_token, tokens.special_texts(tokenizer)
+    plain_texts = texts is pairs  # no template wrote them
+    lead = tokens.leading_ids(tokenizer) if plain_texts else []
+    encode = partial(tokens.token_ids, tokenizer, lead=lead, most=max_length)
+    heads = list(texts["prompt"])
     prompts = encode(heads)
-    encoded, reencoded = _sampled_ids(pairs, texts, prompts, tokenizer)
+    encoded, reencoded = tokens.sampled_ids(pairs, texts, prompts, tokenizer)
     rows = [row for row in range(len(pairs)) if row not in encoded]
-    holding, repeated, straddling, sides = set(), set(), set(), []
+    special, eos = tokens.special_texts(tokenizer), tokenizer.eos_token
+    found: dict[str, set[int]] = {"straddling": set(), "special": set(), "repeated_eos": set()}
+    sides = []
     for column in [column for column in ("chosen", "rejected") if column in pairs.column_names]:
         written, said = list(texts[column]), list(pairs[column])
         bodies = [tokens.without_eos(written[row], eos) for row in rows]
-        repeated |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
-        holds = {row for row in rows if special.search(tokens.without_eos(_said(said[row]), eos)[0])}
-        plain = {i for i, row in enumerate(rows) if row in holds and texts is pairs and not special.search(heads[row])}
+        found["repeated_eos"] |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
+        holds = {row for row in rows if special.search(tokens.without_eos(chat.words(said[row]), eos)[0])}
+        found["special"] |= holds
+        plain = {i for i, row in enumerate(rows) if row in holds and plain_texts and not special.search(heads[row])}
         wholes = encode([heads[row] + body for row, (body, _) in zip(rows, bodies, strict=True)], plain=plain)
-        ends = [[tokenizer.eos_token_id] * flag for flag in _complete(pairs, column)]
-        sides.append([(whole, ends[row]) for row, whole in zip(rows, wholes, strict=True)])
-        holding |= holds
+        complete = tokens.complete(pairs, column)
+        ends = [[tokenizer.eos_token_id] * complete[row] for row in rows]
+        sides.append(zip(wholes, ends, strict=True))
     for row, *both in zip(rows, *sides, strict=True):
-        start = _common_start(prompts[row], *(whole for whole, _ in both))
-        straddling |= {row} if start < len(prompts[row]) else set()
+        start = tokens.common_start(prompts[row], *(whole for whole, _ in both))
+        found["straddling"] |= {row} if start < len(prompts[row]) else set()
         encoded[row] = prompts[row][:start], *(whole[start:] + end for whole, end in both)
-    counts = {"straddling": len(straddling), "special": len(holding), "repeated_eos": len(repeated)}
-    return [encoded[row] for row in range(len(pairs))], counts | {"reencoded": reencoded}
-
-
-def _common_start(*rows: list[int]) -> int:
-    """How many ids the rows begin with alike.
-
-    Example:
-        >>> _common_start([1, 2], [1, 2, 3], [1, 4])
-        1
-    """
-    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
-
-
-def _said(response: str | list[dict[str, Any]]) -> str:
-    return response if isinstance(response, str) else "\n".join(message["content"] or "" for message in response)
-
-
-def _check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eos: int) -> None:
-    room = max_length - len(prompt)
-    if not prompt:
-        raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
-    if room < 1:
-        more = " or more" if len(prompt) > max_length + tokens.SPARE else ""  # it may have been cut
-        problem = (
-            f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
-        )
-        raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
-    for column, ids in zip(("chosen", "rejected"), responses, strict=False):
-        if ids in ([], [eos]):
-            raise Bad(column, "tokenizes to nothing", "write a response or remove the row")
-    if len(responses) == 2 and responses[0][:room] == responses[1][:room]:
-        cut = responses[0] != responses[1]
-        problem = f"has the same first {room} tokens as chosen" if cut else "has the same tokens as chosen"
-        raise Bad("rejected", problem, "raise max_length or remove the row" if cut else "remove the row")
+    counts = {name: len(rows) for name, rows in found.items()} | {"reencoded": reencoded}
+    return [encoded[row] for row in range(len(pairs))], counts
 
 
 # ---- batching

@@ -182,6 +182,11 @@ def check_turns(sides: dict[str, list[Message]], notes: Notes) -> None:
         notes.counts["turns of users or tools inside a response are scored as parts of it"] += 1
 
 
+def words(response: str | list[Message]) -> str:
+    """What a response says, text or messages."""
+    return response if isinstance(response, str) else "\n".join(message["content"] or "" for message in response)
+
+
 # ---- writing out
 
 

@@ -1,4 +1,7 @@
-"""Texts to token ids and back, whatever the tokenizer: which special tokens lead a text, end it, or stand in it."""
+"""Texts to token ids and back, whatever the tokenizer: which special tokens lead a text, end it, or stand in it.
+
+What `data.encode_pairs` asks, so that the loss reads the tokens that were meant.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+from datasets import Dataset
+
+from tpo_lib.files.formats import Bad
+from tpo_lib.files.layouts import SAMPLED
 from tpo_lib.files.store import content_key
 
 SPARE = 32  # tokens behind a cut that are not used: what stands behind the cut would have changed the last of them
@@ -71,3 +78,65 @@ def without_eos(text: str, eos: str) -> tuple[str, int]:
     """Remove the EOS that end a text already (and the newline that templates put after it); also how many there were."""
     ends = re.match(rf"(?:\s*{re.escape(eos[::-1])})*", text[::-1])[0]  # read from behind
     return text[: len(text) - len(ends)], ends.count(eos[::-1])
+
+
+def common_start(*rows: list[int]) -> int:
+    """How many ids the rows begin with alike.
+
+    Example:
+        >>> common_start([1, 2], [1, 2, 3], [1, 4])
+        1
+    """
+    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+
+
+def complete(pairs: Dataset, column: str) -> list[bool]:
+    """Of every row, whether its response ends by itself."""
+    flags = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
+    return [flag is not False for flag in flags]
+
+
+def sampled_ids(
+    pairs: Dataset, texts, prompts: list[list[int]], tokenizer
+) -> tuple[dict[int, tuple[list[int], ...]], int]:
+    """The ids (prompt, chosen, rejected) of sampled rows, where they can be trained; and in how many rows they cannot.
+
+    They can where the vocabulary is the same, and they still say the text and the flag that stand beside them: whoever
+    edits a text, or exchanges the two columns, means the text.
+    """
+    if not set(SAMPLED) <= set(pairs.column_names):
+        return {}, 0
+    chosen, rejected, names = (pairs[column] for column in SAMPLED)
+    given = [row for row in range(len(pairs)) if chosen[row] or rejected[row]]
+    mine = vocabulary_name(tokenizer)
+    good = [row for row in given if names[row] == mine and chosen[row] and rejected[row]]
+    for column, ids in (("chosen", chosen), ("rejected", rejected)):
+        ends, text = complete(pairs, column), texts[column]
+        spoken = [ids[row][:-1] if ends[row] else ids[row] for row in good]
+        said = response_texts(tokenizer, [prompts[row] for row in good], spoken)
+        good = [
+            row
+            for row, words in zip(good, said, strict=True)
+            if words == text[row] and (ends[row] or ids[row][-1] != tokenizer.eos_token_id)
+        ]
+    return {row: (prompts[row], chosen[row], rejected[row]) for row in good}, len(given) - len(good)
+
+
+def check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eos: int) -> None:
+    """Raise Bad where a prompt leaves no room, a response has no token, or two responses have the same ones."""
+    room = max_length - len(prompt)
+    if not prompt:
+        raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
+    if room < 1:
+        more = " or more" if len(prompt) > max_length + SPARE else ""  # it may have been cut
+        problem = (
+            f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
+        )
+        raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
+    for column, ids in zip(("chosen", "rejected"), responses, strict=False):
+        if ids in ([], [eos]):
+            raise Bad(column, "tokenizes to nothing", "write a response or remove the row")
+    if len(responses) == 2 and responses[0][:room] == responses[1][:room]:
+        cut = responses[0] != responses[1]
+        problem = f"has the same first {room} tokens as chosen" if cut else "has the same tokens as chosen"
+        raise Bad("rejected", problem, "raise max_length or remove the row" if cut else "remove the row")
