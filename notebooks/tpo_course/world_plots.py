@@ -1,7 +1,7 @@
 """Pictures of the enumerable token world: exact numbers in, matplotlib Figure out.
 
 A policy is an (S, V) tensor of log-probabilities, as everywhere in `world`. Its name picks its look: where the first word is
-an objective ("dpo", "tdpo2 β=0.3") it has the colour and marker of `plots.STYLE`, otherwise grey and a hollow marker.
+an objective ("dpo", "tdpo2 β=0.3") it has the colour and marker of `plots.style_of`, otherwise grey and a hollow marker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tpo_course.world import TokenWorld
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.runs.plots import AXIS, FONT, STYLE, Style, dark, panels, style_of
+from tpo_lib.runs.plots import AXIS, FONT, OTHERS, Style, dark, panels, style_of
 
 MAX_LEAVES = 40  # more rows do not fit a page at a legible size
 FRONT_POINTS = 100
@@ -81,7 +81,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     ax.plot(*zip(*front, strict=True), color="black", linewidth=2, zorder=3, label="exact front")
     dots = {"color": "black", "marker": "o", "markersize": 5, "linestyle": "none", "label": "betas"}
     ax.plot(*zip(*marks.values(), strict=True), zorder=4, **dots)
-    for at, style in [(front[0], STYLE["ref"]), *zip(places, _styles(policies), strict=True)]:
+    for at, style in [(front[0], OTHERS["ref"]), *zip(places, _styles(policies), strict=True)]:
         hollow = {"markerfacecolor": "none", "markeredgewidth": 1.8, "markersize": 16}  # what lies below stays visible
         filled = {"markeredgecolor": "white", "markeredgewidth": 0.8, "markersize": 14 if style.marker == "*" else 11}
         look = hollow if style.marker in OTHER_MARKERS else filled
@@ -90,7 +90,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     ax.set(xlabel=AXIS["kl"] + discounted, ylabel=f"expected return, units of reward{discounted}")
     _shade_above(ax, front)
     labels = [(f"β = {beta:.3g}", at, "black", (-1, 1)) for beta, at in marks.items()]
-    for at, style in [(front[0], STYLE["ref"]), *zip(places, _styles(policies), strict=True)]:
+    for at, style in [(front[0], OTHERS["ref"]), *zip(places, _styles(policies), strict=True)]:
         labels.append((style.label, at, dark(style.colour), (1, -1)))
     _label_points(fig, ax, labels)
     return fig
@@ -317,7 +317,7 @@ def _styles(names: Sequence[str]) -> list[Style]:
     styles, others = [], 0
     for name in names:
         first, _, rest = name.partition(" ")
-        if first in STYLE or first in OBJECTIVES:
+        if first in OTHERS or first in OBJECTIVES:
             style = style_of(first)
             styles.append(style._replace(label=f"{style.label} {rest}".strip()))
         else:

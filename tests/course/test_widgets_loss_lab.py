@@ -18,7 +18,7 @@ from tpo_course.coefficients import coefficients, loss_at, spread
 from tpo_course.widgets import loss_lab as exported
 from tpo_course.widgets.loss_lab import BY_HAND, CHOSEN, GUIDE_BETA, PAIR, REJECTED, SITUATIONS, loss_lab
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
-from tpo_lib.runs.plots import STYLE
+from tpo_lib.runs.plots import style_of
 
 LABS = [name for name in OBJECTIVES if name != "sft"]
 START, HALF_WAY = next(iter(SITUATIONS)), "half-way through training"
@@ -125,7 +125,7 @@ def test_what_is_drawn_is_what_the_library_computes(lab, objective):
 @pytest.mark.parametrize("objective", LABS)
 def test_an_objective_is_drawn_in_its_colour_with_its_name(lab, objective):
     put(lab, objective=objective)
-    style = STYLE[objective]
+    style = style_of(objective)
     loss, terms, tokens, _ = panels(lab)
     point = line(loss, "this pair")
     assert (point.get_color(), point.get_marker()) == (style.colour, style.marker)

@@ -15,8 +15,8 @@ from torch.distributions import Categorical, kl_divergence
 from tpo_course import world_plots
 from tpo_course.tabular import fit_tabular
 from tpo_course.world import TokenWorld
-from tpo_lib.losses import OBJECTIVES
-from tpo_lib.runs.plots import STYLE, style_of
+from tpo_lib.losses import OBJECTIVES, Objective
+from tpo_lib.runs.plots import style_of
 
 BETAS = [0.2, 0.5, 1.0, 3.0]
 
@@ -124,14 +124,14 @@ def test_trained_policies_stand_where_they_should_in_the_colours_of_their_object
     w, policies = trained
     ax = world_plots.pareto(w, BETAS, {**policies, "one step": w.one_step_optimum(1.0)}).axes[0]
     for name in ("dpo", "tdpo2", "tgdpo"):
-        style, marker = STYLE[name], line(ax, STYLE[name].label)
+        style, marker = style_of(name), line(ax, style_of(name).label)
         assert (marker.get_color(), marker.get_marker()) == (style.colour, style.marker)
         assert tuple(marker.get_xydata()[0]) == pytest.approx(by_enumeration(w, policies[name]), abs=1e-12)
     optimum = by_enumeration(w, w.soft_optimum(1.0)[1])
     assert tuple(line(ax, "DPO").get_xydata()[0]) == pytest.approx(optimum, abs=1e-5)  # exact DPO ends on the front
     other = line(ax, "one step")
     assert other.get_markerfacecolor() == "none"
-    assert other.get_color() not in {style.colour for style in STYLE.values()}
+    assert other.get_color() not in {style_of(name).colour for name in OBJECTIVES}
     (star,) = line(ax, "reference").get_xydata()
     assert tuple(star) == world_plots.kl_and_return(w, w.ref_logps)
 
@@ -139,7 +139,7 @@ def test_trained_policies_stand_where_they_should_in_the_colours_of_their_object
 def test_a_name_may_say_more_than_the_objective():
     w = make()
     ax = world_plots.pareto(w, BETAS, {"tdpo2 β=0.3": w.random_policy(0), "tdpo2 β=3": w.random_policy(1)}).axes[0]
-    assert [line(ax, f"TDPO2 β={beta}").get_color() for beta in ("0.3", "3")] == [STYLE["tdpo2"].colour] * 2
+    assert [line(ax, f"TDPO2 β={beta}").get_color() for beta in ("0.3", "3")] == [style_of("tdpo2").colour] * 2
     assert {"TDPO2 β=0.3", "TDPO2 β=3"} < {text.get_text() for text in ax.texts}
 
 
@@ -231,7 +231,7 @@ def test_every_edge_is_as_thick_as_its_token_is_probable(world, prompt, depth):
         assert set(nodes(ax)) == {"x", *expected}
         for node, chance in expected.items():
             assert drawn[node].get_linewidth() == pytest.approx(0.4 + 7 * chance)
-            assert drawn[node].get_color() == STYLE[name].colour
+            assert drawn[node].get_color() == style_of(name).colour
         printed = sorted(text.get_text() for text in numbers(ax))
         assert printed == sorted("<0.01" if chance < 0.005 else f"{chance:.2f}" for chance in expected.values())
 
@@ -362,7 +362,7 @@ def test_the_front_goes_on_where_a_beta_is_met_twice_but_for_rounding():
 
 
 def test_an_objective_of_ones_own_has_its_style_here_too(monkeypatch):
-    monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["dpo"])
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(OBJECTIVES["dpo"].fn))
     mine, other = world_plots._styles(["mine β=0.3", "somebody"])
     assert (mine.colour, mine.marker, mine.label) == (*style_of("mine")[1:3], "mine β=0.3")
     assert other.colour == world_plots.GREY

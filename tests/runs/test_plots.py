@@ -9,9 +9,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from tpo_lib.losses import OBJECTIVES
+from tpo_lib.losses import OBJECTIVES, Objective
 from tpo_lib.runs import plots
 
+DRAWN = (*OBJECTIVES, "start", "ppo")  # "ref" is the start model
 METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "repetition", "length", "accuracy")
 METRICS += ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
 
@@ -49,15 +50,14 @@ def lines(ax, label: str) -> list:
 
 
 def test_two_objectives_never_share_a_colour_a_marker_or_a_line():
-    assert set(OBJECTIVES) <= set(plots.STYLE)
-    different = [style for name, style in plots.STYLE.items() if name != "ref"]  # the reference is the start model
+    different = [plots.style_of(name) for name in DRAWN]
     for field in plots.Style._fields:
         values = [str(getattr(style, field)) for style in different]
         assert len(set(values)) == len(values), field
 
 
 def test_colours_stand_out_from_white_and_from_each_other():
-    used = [to_rgb(style.colour) for name, style in plots.STYLE.items() if name != "ref"]
+    used = [to_rgb(plots.style_of(name).colour) for name in DRAWN]
     for colour in used:
         assert 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] < 0.75
     for a, b in itertools.combinations(used, 2):
@@ -72,9 +72,9 @@ def test_every_panel_names_its_axes_and_draws_each_objective_once(name):
         assert ax.get_xlabel()
         assert ax.get_ylabel()
         for objective in ("dpo", "tgdpo"):
-            (line,) = lines(ax, plots.STYLE[objective].label)
-            assert line.get_color() == plots.STYLE[objective].colour
-            assert line.get_marker() == plots.STYLE[objective].marker
+            (line,) = lines(ax, plots.style_of(objective).label)
+            assert line.get_color() == plots.style_of(objective).colour
+            assert line.get_marker() == plots.style_of(objective).marker
 
 
 @pytest.mark.parametrize("name", list(figures()))
@@ -193,8 +193,8 @@ def test_the_start_alone_can_be_drawn():
 def test_objectives_of_ones_own_have_styles_that_nobody_else_has(monkeypatch):
     own = ("mine", "yours", "his", "hers", "theirs")
     for name in own:
-        monkeypatch.setitem(OBJECTIVES, name, OBJECTIVES["dpo"])
-    styles = [*plots.STYLE.values(), *map(plots.style_of, own)]
+        monkeypatch.setitem(OBJECTIVES, name, Objective(OBJECTIVES["dpo"].fn))
+    styles = [*map(plots.style_of, DRAWN), *map(plots.style_of, own)]
     assert tuple(style.label for style in styles[-5:]) == own
     for style in styles[-5:]:
         for field in plots.Style._fields:
@@ -216,7 +216,7 @@ def test_run_points_stand_where_their_figures_are():
     start = {"kl": metric(0, 0, 0), "reward": metric(0.5, 0.4, 0.6)}
     (ax,) = plots.run_points(runs, start).axes
     drawn = {container.lines[0].get_color(): container for container in ax.containers}  # by colour
-    line, _, bars = drawn[plots.STYLE["tdpo2"].colour].lines
+    line, _, bars = drawn[plots.style_of("tdpo2").colour].lines
     assert (line.get_xdata()[0], line.get_ydata()[0]) == (3, 0.7)
     ends = [segment.tolist() for bar in bars for segment in bar.get_segments()]
     assert [[2, 0.7], [5, 0.7]] in ends
@@ -238,7 +238,7 @@ def test_highlight_draws_one_run_large_and_the_others_faint():
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in faint] == [(9, 0.8), (2, 0.6)]
     (large,) = [line for line in ax.lines if line.get_markersize() == 12]
     assert (large.get_xdata()[0], large.get_ydata()[0]) == (4, 0.7)
-    assert large.get_color() == plots.STYLE["tdpo2"].colour
+    assert large.get_color() == plots.style_of("tdpo2").colour
 
 
 def test_the_legend_of_highlight_keeps_its_order_whichever_run_is_chosen():

@@ -56,18 +56,10 @@ class CompareConfig:
 
 
 def pocket_objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
-    """The five objectives on the pocket model: one learning rate, one schedule, the papers' default beta of 0.1.
-
-    TDPO2's alpha decides where it comes to rest. The paper's 0.5 holds it at a reward of about 0.74 and a KL of 4 here, so
-    that there is little to compare; 0.2 lies in the range the paper sweeps (0.1 to 0.7). TGDPO's alpha is the paper's 0.5.
-    SimPO's beta multiplies a mean over tokens, the others' a sum, so its value is of another scale.
-    """
-    return (
-        replace(common, loss_type="dpo", beta=0.1),
-        replace(common, loss_type="tdpo1", beta=0.1),
-        replace(common, loss_type="tdpo2", beta=0.1, alpha=0.2),
-        replace(common, loss_type="tgdpo", beta=0.1, alpha=0.5, guide_beta=0.1),
-        replace(common, loss_type="simpo", beta=2.0, gamma=0.5),
+    """Every objective that learns from pairs, on the pocket model: one learning rate, one schedule, `pocket` of the records."""
+    entries = ((name, entry.hyperparameters) for name, entry in OBJECTIVES.items() if entry.paired)
+    return tuple(
+        replace(common, loss_type=name, **{key: h.pocket for key, h in known.items()}) for name, known in entries
     )
 
 

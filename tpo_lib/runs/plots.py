@@ -1,7 +1,7 @@
 """Data in, matplotlib Figure out: the pictures of the comparison.
 
-An objective has one colour, marker and line style everywhere in the course (`STYLE`); the three differ together, so the
-curves stay apart in greyscale and for colour-blind readers. Figures are made without pyplot: nothing is left open.
+An objective has one colour, marker and line style everywhere in the course (`style_of`). Figures are made without pyplot:
+nothing is left open.
 
 `curves` is {objective: [point, ...]} with point = {"step": int, "pairs_seen": int, metric: {"mean", "low", "high", "n"},
 ...}; the first point of every objective is the start model at step 0.
@@ -36,18 +36,14 @@ class Style(NamedTuple):
     linestyle: str | tuple
 
 
-# Okabe and Ito's palette, without its yellow, which is lost on white.
-STYLE = {
+OTHERS = {  # what is drawn beside the objectives
     "start": Style("start", "#000000", "*", (0, (1, 1))),
-    "sft": Style("SFT", "#8A8A8A", "P", (0, (4, 1, 1, 1, 1, 1))),
-    "dpo": Style("DPO", "#0072B2", "o", "-"),
-    "tdpo1": Style("TDPO1", "#E69F00", "^", (0, (5, 1.5))),
-    "tdpo2": Style("TDPO2", "#D55E00", "s", (0, (6, 1.5, 1, 1.5))),
-    "tgdpo": Style("TGDPO", "#009E73", "D", (0, (3, 1))),
-    "simpo": Style("SimPO", "#CC79A7", "v", (0, (1.5, 1))),
+    "ref": Style("reference", "#000000", "*", (0, (1, 1))),  # the same model
     "ppo": Style("PPO", "#56B4E9", "X", (0, (8, 2))),
 }
-STYLE["ref"] = STYLE["start"]._replace(label="reference")  # the same model
+# For objectives whose record has no look: Tol's dark colours, and markers that nobody else has.
+OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
+OWN_MARKERS = ("p", "h", "<", ">", "d")
 
 AXIS = {  # metric -> axis label with its unit
     "reward": "mean reward (0 to 1)",
@@ -64,19 +60,18 @@ AXIS = {  # metric -> axis label with its unit
 }
 
 
-# For objectives of one's own: Tol's dark colours, and markers that nobody above has.
-OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
-OWN_MARKERS = ("p", "h", "<", ">", "d")
-
-
-def style_of(objective: str) -> Style:
-    """The style of an objective; one of your own gets one by its place in OBJECTIVES, any other name by its letters."""
-    if objective in STYLE:
-        return STYLE[objective]
-    own = [name for name in OBJECTIVES if name not in STYLE]
-    number = own.index(objective) if objective in own else crc32(objective.encode())
+def style_of(name: str) -> Style:
+    """As its record says; without a look by its place among those that have none, any other name by its letters."""
+    if name in OTHERS:
+        return OTHERS[name]
+    entry = OBJECTIVES.get(name)
+    label = (entry and entry.label) or name
+    if entry and entry.look:
+        return Style(label, *entry.look)
+    own = [other for other, entry in OBJECTIVES.items() if not entry.look]
+    number = own.index(name) if name in own else crc32(name.encode())
     colour, marker = OWN_COLOURS[number % len(OWN_COLOURS)], OWN_MARKERS[number % len(OWN_MARKERS)]
-    return Style(objective, colour, marker, (0, (2 + number % 5, 2, 1, 2)))
+    return Style(label, colour, marker, (0, (2 + number % 5, 2, 1, 2)))
 
 
 def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
@@ -159,7 +154,7 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
     drawn = {run["objective"] for run in (chosen, *others)}
-    order = [name for name in STYLE if name in drawn] + sorted(drawn - set(STYLE))  # one, whichever run is chosen
+    order = [name for name in OBJECTIVES if name in drawn] + sorted(drawn - set(OBJECTIVES))  # whichever run is chosen
     _legend(fig, dict.fromkeys(order, ()), start=True)
     return fig
 
@@ -258,7 +253,7 @@ def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: 
 
 
 def _star() -> dict:
-    style = STYLE["start"]
+    style = OTHERS["start"]
     return {"color": style.colour, "marker": style.marker, "linestyle": "none", "markersize": 13, "label": style.label}
 
 

@@ -5,6 +5,7 @@ python -m tpo_lib sweep --output data/runs.json      # resumes where it was
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,28 +13,25 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from tpo_lib.files import store
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import POCKET
 from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.stage import pocket_stage
 
 RUNS = POCKET.parent / "runs.json"
-BETAS = (0.05, 0.1, 0.5)
-ALPHAS = {"dpo": (0.0,), "tdpo1": (0.0,), "tdpo2": (0.1, 0.3, 0.5, 1.0), "tgdpo": (0.5, 1.0, 2.0)}  # 0: has none
-SIMPO_BETAS = (1.0, 2.0, 4.0)  # multiply a mean over tokens, not a sum
 STAGE = {"train_prompts": 330, "max_pairs": 512, "held_out_prompts": 96}
+NAMES = ("beta", "alpha")  # what is swept
 LR, UPDATES = 3e-4, 16  # at most once over the pairs
 SAMPLES = 6  # kept of each run
 DIGITS = 5  # significant ones kept of a figure
 
 
 def grid() -> Iterator[tuple[str, float, float]]:
-    """(objective, beta, alpha) of every run; alpha is 0 where the objective has none."""
-    for beta in BETAS:
-        for objective, alphas in ALPHAS.items():
-            for alpha in alphas:
-                yield objective, beta, alpha
-    for beta in SIMPO_BETAS:
-        yield "simpo", beta, 0.0
+    """(objective, beta, alpha) of every run, as the records have it; alpha is 0 where the objective has none."""
+    for name, entry in OBJECTIVES.items():
+        if entry.paired:
+            swept = (entry.hyperparameters[key].swept if key in entry.hyperparameters else (0.0,) for key in NAMES)
+            yield from ((name, *values) for values in itertools.product(*swept))
 
 
 def sweep(path: Path, *, progress: bool = True) -> dict:
