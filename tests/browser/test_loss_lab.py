@@ -69,7 +69,7 @@ def test_loss_lab(labs, tmp_path):
     assert re.search(r"Margin (\S+) nats", page.text)[1] != margin
     page.screenshot(tmp_path / "tdpo2.png")
     move(page, lambda: page.choose("objective", "SimPO"), "SimPO, β")
-    move(page, lambda: page.press("γ (SimPO)", "ArrowRight"), "γ = 0.6.")
+    move(page, lambda: page.press("γ (SimPO)", "ArrowRight"), "γ = 0.55.")
     assert page.locator(PICTURE).bounding_box() == place
     page.screenshot(tmp_path / "simpo.png")
     page.assert_clean()

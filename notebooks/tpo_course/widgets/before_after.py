@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from tpo_course.widgets.parts import bundle, one_line
-from tpo_lib.pairing import score_samples
-from tpo_lib.runs.lab import Laboratory
-from tpo_lib.sampling import generate
+from tpo_course.widgets.parts import bundle, look, one_line, page, row
+
+if TYPE_CHECKING:
+    from tpo_lib.runs.lab import Laboratory
 
 START = "start"
 SAMPLES = 4
@@ -31,11 +32,12 @@ class BeforeAfter:
 
     def __init__(self, lab: Laboratory) -> None:
         self.lab = lab
-        wide = {"style": {"description_width": "70px"}, "layout": w.Layout(width="400px")}
+        wide = look("70px", "400px")
         self.left, self.right = w.Dropdown(description="left", **wide), w.Dropdown(description="right", **wide)
+        prompts = lab.stage.held_out_prompts
         self.prompt = w.Combobox(
-            value=lab.stage.held_out_prompts[0],
-            options=list(dict.fromkeys(lab.stage.held_out_prompts)),
+            value=prompts[0],
+            options=list(dict.fromkeys(prompts)),
             description="prompt",
             placeholder="type the beginning of a review, or choose one",
             ensure_option=False,
@@ -45,14 +47,8 @@ class BeforeAfter:
         self.sample_button = w.Button(description="Sample", icon="random", button_style="primary")
         self.refresh_button = w.Button(description="Reread runs", icon="refresh")
         self.page = w.HTML(layout=w.Layout(min_height="430px"))
-        self.box = w.VBox(
-            [
-                w.HBox([self.left, self.right], layout=w.Layout(flex_flow="row wrap")),
-                w.HBox([self.prompt, self.seed], layout=w.Layout(flex_flow="row wrap")),
-                w.HBox([self.sample_button, self.refresh_button]),
-                self.page,
-            ]
-        )
+        buttons = w.HBox([self.sample_button, self.refresh_button])
+        self.box = w.VBox([row(self.left, self.right), row(self.prompt, self.seed), buttons, self.page])
         self.sample_button.on_click(lambda _: self._sample())
         self.refresh_button.on_click(lambda _: self._reread())
         self._reread()
@@ -78,25 +74,18 @@ class BeforeAfter:
             columns = [self._column(name, prompt) for name in (self.left.value, self.right.value)]
         finally:
             self.sample_button.disabled = False
-        said = (
-            f"Seed {self.seed.value}: {SAMPLES} samples of at most {self.lab.stage.config.max_new_tokens} tokens each."
-        )
-        self.page.value = (
-            f'<div style="max-width:912px;line-height:1.5">{said}'
-            f'<div style="display:flex;gap:24px">{"".join(columns)}</div></div>'
-        )
+        tokens = self.lab.stage.config.max_new_tokens
+        said = f"Seed {self.seed.value}: {SAMPLES} samples of at most {tokens} tokens each."
+        self.page.value = page(f'{said}<div style="display:flex;gap:24px">{"".join(columns)}</div>')
 
     def _column(self, name: str, prompt: str) -> str:
+        from tpo_lib.pairing import score_samples  # brings datasets, which a laboratory has loaded
+        from tpo_lib.sampling import generate
+
         stage = self.lab.stage
         policy = stage.start if name not in self.lab.runs else self.lab.runs[name].policy
-        drawn = generate(
-            policy,
-            stage.tokenizer,
-            [prompt],
-            samples_per_prompt=SAMPLES,
-            max_new_tokens=stage.config.max_new_tokens,
-            seed=self.seed.value,
-        )[0]
+        given = {"samples_per_prompt": SAMPLES, "max_new_tokens": stage.config.max_new_tokens, "seed": self.seed.value}
+        drawn = generate(policy, stage.tokenizer, [prompt], **given)[0]
         scorers = {"reward": stage.reward, "judge": stage.judge}
         scores = {
             kind: score_samples(scorer, stage.tokenizer, [prompt], [drawn])[0]

@@ -6,8 +6,6 @@ The widget sets sliders and draws; every number comes from `tpo_course.coefficie
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from html import escape
 
@@ -18,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_course.coefficients import PairCoefficients, coefficients, loss_at, margin_terms, spread
-from tpo_course.widgets.parts import bundle
+from tpo_course.widgets.parts import BEHIND, LAB_DPI, Lab, frame, knob, look
 from tpo_lib.losses import F_FLOOR, OBJECTIVES, floor_share
-from tpo_lib.runs.plots import FONT, GRID, style_of
+from tpo_lib.runs.plots import FONT, style_of
 from tpo_lib.types import TokenStats
 
 # The pair: its words, and the share of the guide's strongest reward that each of them gets.
@@ -36,7 +34,6 @@ SITUATIONS = {  # what the four sliders of PAIR are set to, nats
     "wrong way round": (-8.0, 8.0, 4.0, 4.0),
 }
 BY_HAND = "set by hand"
-WIDTH, HEIGHT, DPI = 9.4, 7.2, 84  # inches, dots per inch: 789 x 604 pixels
 GREY = "#555555"
 
 
@@ -59,11 +56,11 @@ def loss_lab() -> LossLab:
     return LossLab()
 
 
-class LossLab:
-    """What `loss_lab` returns. Set `controls[name].value` to drive it from a cell.
+class LossLab(Lab):
+    """What `loss_lab` returns.
 
     Attributes:
-        controls: {name: control}: objective, beta, alpha, shaping, gamma, guide, situation, chosen_logratio,
+        controls: {name: control}: objective, the objectives' hyperparameters, guide, situation, chosen_logratio,
             rejected_logratio, chosen_kl, rejected_kl.
         result, terms: the PairCoefficients and the `margin_terms` that are shown.
         figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
@@ -71,49 +68,24 @@ class LossLab:
     """
 
     def __init__(self) -> None:
-        self.controls = _controls()
-        self.figure, self._axes = _canvas()
-        self.picture = w.HTML(layout=w.Layout(min_height=f"{round(HEIGHT * DPI) + 8}px"))
-        self.text = w.HTML(layout=w.Layout(min_height="210px", max_width="800px"))
-        self._held = False  # several controls are being set at once
-        columns = [w.VBox([self.controls[name] for name in names]) for names in _COLUMNS]
-        self.box = w.VBox([w.HBox(columns, layout=w.Layout(flex_flow="row wrap")), self.picture, self.text])
-        for name, control in self.controls.items():
-            control.observe(self._situation if name == "situation" else self._moved, "value")
-        self._draw()
+        controls, pair = _controls(), ("situation", *PAIR)
+        super().__init__(controls, ([name for name in controls if name not in pair], pair), _canvas(), room="210px")
 
-    def _repr_mimebundle_(self, **_) -> dict:
-        """The widget, and for a page without a kernel the picture."""
-        return bundle(self.box, self.alt, image=self._png)
-
-    def _situation(self, change: Mapping) -> None:
-        if self._held or change["new"] == BY_HAND:
-            return
-        self._set(dict(zip(PAIR, SITUATIONS[change["new"]], strict=True)))
-        self._draw()
-
-    def _moved(self, change: Mapping) -> None:
-        if self._held:
-            return
-        if any(change["owner"] is self.controls[name] for name in PAIR):
+    def _follow(self, moved: w.Widget) -> None:
+        if moved is self.controls["situation"] and moved.value != BY_HAND:
+            self._set(dict(zip(PAIR, SITUATIONS[moved.value], strict=True)))
+        elif any(moved is self.controls[name] for name in PAIR):
             self._set({"situation": BY_HAND})
-        self._draw()
-
-    def _set(self, values: Mapping) -> None:
-        self._held = True
-        for name, value in values.items():
-            self.controls[name].value = value
-        self._held = False
 
     def _draw(self) -> None:
         value = {name: control.value for name, control in self.controls.items()}
         objective = OBJECTIVES[value["objective"]]
-        read = {*objective.hyperparameters, *(("chosen_kl", "rejected_kl") if "kl" in objective.needs else ())}
+        read = {"objective", "situation", "chosen_logratio", "rejected_logratio", *objective.hyperparameters}
+        read |= {"chosen_kl", "rejected_kl"} if "kl" in objective.needs else set()
         read |= {"guide"} if "guide_logps" in objective.needs else set()
-        for name in ("alpha", "shaping", "gamma", "guide", "chosen_kl", "rejected_kl"):
-            self.controls[name].disabled = name not in read
-        given = {**value, "guide_beta": GUIDE_BETA, "floor": F_FLOOR}
-        hyper = objective.settings(given)
+        for name, control in self.controls.items():
+            control.disabled = name not in read
+        hyper = objective.settings({**value, "guide_beta": GUIDE_BETA, "floor": F_FLOOR})
         pair = [
             _response(CHOSEN, value["chosen_logratio"], value["chosen_kl"], value["guide"]),
             _response(REJECTED, value["rejected_logratio"], value["rejected_kl"], value["guide"]),
@@ -121,45 +93,38 @@ class LossLab:
         self.result = coefficients(value["objective"], *pair, **hyper)
         self.terms = {name: t.item() for name, t in margin_terms(value["objective"], *pair, **hyper).items()}
         lines = _sentences(value, hyper, read, self.result, self.terms)
-        self.alt = " ".join(lines)
-        _paint(self._axes, value["objective"], hyper, self.result, self.terms)
-        self._png = _png(self.figure)
-        source = base64.b64encode(self._png).decode()
-        self.text.value = f'<div role="status" style="line-height:1.5">{"<br>".join(map(escape, lines))}</div>'
-        alt = escape(self.alt, quote=True)
-        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="max-width:100%">'
-
-
-_COLUMNS = (
-    ("objective", "beta", "alpha", "shaping", "guide", "gamma"),
-    ("situation", "chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl"),
-)
+        _paint(self.figure.axes, value["objective"], hyper, self.result, self.terms)
+        self._show(" ".join(lines), "<br>".join(map(escape, lines)))
 
 
 def _controls() -> dict[str, w.Widget]:
-    wide = {"style": {"description_width": "150px"}, "layout": w.Layout(width="395px")}
+    wide = look("150px", "395px")
     names = [name for name in OBJECTIVES if name != "sft"]  # it has no margin
 
-    def slider(description: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
-        more = {"readout_format": ".2f" if step < 0.1 else ".1f", "continuous_update": False}
+    def slider(description: str, low: float, high: float, step: float, value: float = 0.0) -> w.FloatSlider:
+        more = {"readout_format": ".1f", "continuous_update": False}
         return w.FloatSlider(value=value, min=low, max=high, step=step, description=description, **more, **wide)
 
+    def hyperparameter(name: str) -> w.Widget:
+        readers = [n for n in names if name in OBJECTIVES[n].hyperparameters]
+        record = OBJECTIVES[readers[0]].hyperparameters[name]
+        whose = "" if readers == names else f" ({', '.join(style_of(n).label for n in readers)})"
+        format = {} if record.choices else {"readout_format": ".3f" if record.above == 0 else ".2f"}
+        return knob(record, record.symbol + whose, steps=20, **format, **wide)
+
+    labels = [(style_of(n).label, n) for n in names]
+    taken = dict.fromkeys(name for n in names for name in OBJECTIVES[n].hyperparameters)
     return {
-        "objective": w.Dropdown(
-            options=[(style_of(n).label, n) for n in names], value="dpo", description="objective", **wide
-        ),
-        "beta": w.FloatLogSlider(
-            value=0.1, min=-2, max=1, step=0.05, description="β", readout_format=".3f", continuous_update=False, **wide
-        ),
-        "alpha": slider("α (TDPO2, TGDPO)", 0.5, 0.0, 2.0, 0.05),
-        "shaping": w.Dropdown(options=["linear", "exp"], description="f (TGDPO)", **wide),
-        "guide": slider("guide's largest r̂ (nats)", 1.0, 0.0, 4.0, 0.1),
-        "gamma": slider("γ (SimPO)", 0.5, 0.0, 3.0, 0.1),
+        "objective": w.Dropdown(options=labels, value="dpo", description="objective", **wide),
+        **{
+            name: hyperparameter(name) for name in taken if name not in ("guide_beta", "floor")
+        },  # these stay as they are
+        "guide": slider("guide's largest r̂ (nats)", 0.0, 4.0, 0.1, value=1.0),
         "situation": w.Dropdown(options=[*SITUATIONS, BY_HAND], description="situation", **wide),
-        "chosen_logratio": slider("log-ratio chosen (nats)", 0.0, -40.0, 40.0, 0.5),
-        "rejected_logratio": slider("log-ratio rejected", 0.0, -40.0, 40.0, 0.5),
-        "chosen_kl": slider("SeqKL chosen (nats)", 0.0, 0.0, 40.0, 0.5),
-        "rejected_kl": slider("SeqKL rejected", 0.0, 0.0, 40.0, 0.5),
+        "chosen_logratio": slider("log-ratio chosen (nats)", -40.0, 40.0, 0.5),
+        "rejected_logratio": slider("log-ratio rejected", -40.0, 40.0, 0.5),
+        "chosen_kl": slider("SeqKL chosen (nats)", 0.0, 40.0, 0.5),
+        "rejected_kl": slider("SeqKL rejected", 0.0, 40.0, 0.5),
     }
 
 
@@ -170,9 +135,9 @@ def _response(words: Mapping[str, float], logratio: float, seq_kl: float, guide:
 
 def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficients, terms: Mapping) -> list[str]:
     """Everything the picture shows, as lines of text."""
-    label, symbols = style_of(value["objective"]).label, {"beta": "β", "alpha": "α", "gamma": "γ", "shaping": "f"}
+    label, records = style_of(value["objective"]).label, OBJECTIVES[value["objective"]].hyperparameters
     settings = ", ".join(
-        f"{symbols[n]} = {v if isinstance(v, str) else f'{v:.3g}'}" for n, v in hyper.items() if n in symbols
+        f"{records[n].symbol} = {v if isinstance(v, str) else f'{v:.3g}'}" for n, v in hyper.items() if n in value
     )
     state = f"Log-ratio {value['chosen_logratio']:+.1f} (chosen), {value['rejected_logratio']:+.1f} (rejected) nats"
     if "chosen_kl" in read:
@@ -227,17 +192,14 @@ def _signed(value: float, digits: int) -> str:
 # The picture.
 
 
-def _canvas() -> tuple[Figure, list[Axes]]:
+def _canvas() -> Figure:
     """The empty panels: loss, terms of the margin, coefficients, weights. Built once; a move redraws what is in them."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(9.4, 7.2), dpi=LAB_DPI, facecolor="white")  # inches: 789 x 604 pixels
     place = {"left": 0.095, "right": 0.985, "top": 0.955, "bottom": 0.055, "hspace": 0.42, "wspace": 0.42}
     grid = figure.add_gridspec(3, 2, height_ratios=(2.3, 2.0, 1.3), **place)
     axes = [figure.add_subplot(part) for part in (grid[0, 0], grid[0, 1], grid[1, :], grid[2, :])]
     for ax in axes:
-        ax.grid(**GRID)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=FONT - 1)
+        frame(ax)
         # Fixed places: searching for free ones takes a fifth of a redraw.
         ax.yaxis.set_label_coords(-0.13 if ax in axes[:1] else -0.075, 0.5)
         ax.xaxis.set_label_coords(0.5, -0.15)
@@ -261,7 +223,7 @@ def _canvas() -> tuple[Figure, list[Axes]]:
     for ax in (tokens, weights):
         ax.set_xlim(-0.7, _PLACES[-1] + 0.7)
         ax.grid(visible=False, axis="x")
-    return figure, axes
+    return figure
 
 
 # Where the tokens stand: a gap between the two responses.
@@ -307,13 +269,12 @@ def _terms_panel(ax: Axes, objective: str, found: PairCoefficients, terms: Mappi
     elif _held(found):
         notes[2] += " (held)"  # short: it stands inside the panel
     filled, hatched = {"color": style.colour}, {"color": "white", "edgecolor": style.colour, "hatch": "////"}
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # no grid line runs through a note
     reach = max(1.0, *map(abs, bars))
     for row, (value, note) in enumerate(zip(bars, notes, strict=True)):
         ax.barh(row, value, 0.62, **(filled, filled, hatched, hatched, {"color": "black"})[row])
         side = 1 if value < 0 else -1  # the note stands on the free side
         ends = {"ha": "left" if value < 0 else "right", "va": "center"}
-        ax.text(0.03 * side * reach, row, note, **ends, fontsize=FONT - 1, bbox=behind)
+        ax.text(0.03 * side * reach, row, note, **ends, fontsize=FONT - 1, bbox=BEHIND)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlim(-1.5 * reach, 1.5 * reach)
     ax.set_yticklabels([f"chosen {score}", f"rejected {score}", "chosen KL", "rejected KL", "margin"])
@@ -362,9 +323,3 @@ def _weight_panel(ax: Axes, objective: str, hyper: Mapping, found: PairCoefficie
         title = f"TGDPO's weight f: {len(low)} of {len(weights)} tokens on the floor {floor} (▼)"
     ax.set_ylim(0, max(2.1, 1.15 * top))
     ax.set_title(title, fontsize=FONT, y=1.0, loc="left")
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
-    return data.getvalue()

@@ -5,8 +5,6 @@ The widget sets controls and draws; every number comes from `tpo_course.memory`.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
@@ -15,9 +13,9 @@ import ipywidgets as w
 from matplotlib.figure import Figure
 
 from tpo_course.memory import GPUS, SHAPES, StepMemory, step_memory
-from tpo_course.widgets.parts import bundle
+from tpo_course.widgets.parts import BEHIND, LAB_DPI, Lab, frame, look
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.runs.plots import FONT, GRID, style_of
+from tpo_lib.runs.plots import FONT, style_of
 
 # part -> (colour, hatch): Okabe and Ito's palette, told apart in greyscale by the hatch
 LOOKS = {
@@ -35,7 +33,6 @@ STEPS = {"textbook": False, "fused": True}  # name -> step_memory's `fused`
 SHOWN = {"both steps": ("textbook", "fused"), "textbook alone": ("textbook",), "fused alone": ("fused",)}
 PRECISIONS = {"float32": "no", "bf16 (autocast)": "bf16", "fp16 (autocast)": "fp16"}
 GPU_TILE = 1 << 30  # the largest tile that fused.choose_tile_bytes takes on a GPU
-WIDTH, HEIGHT, DPI = 9.4, 3.9, 84  # inches, dots per inch
 
 
 def memory_lab() -> MemoryLab:
@@ -55,8 +52,8 @@ def memory_lab() -> MemoryLab:
     return MemoryLab()
 
 
-class MemoryLab:
-    """What `memory_lab` returns. Set `controls[name].value` to drive it from a cell.
+class MemoryLab(Lab):
+    """What `memory_lab` returns.
 
     Attributes:
         controls: {name: control}: model, vocab, length, pairs, scored, objective, precision, optimizer, cached, step.
@@ -66,48 +63,28 @@ class MemoryLab:
     """
 
     def __init__(self) -> None:
-        self.controls = _controls()
-        self.figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
-        self._axes = self.figure.add_axes((0.09, 0.15, 0.66, 0.79))
-        self.picture = w.HTML(layout=w.Layout(min_height=f"{round(HEIGHT * DPI) + 8}px"))
-        self.text = w.HTML(layout=w.Layout(min_height="330px", max_width="800px"))
-        columns = [w.VBox([self.controls[name] for name in names]) for names in _COLUMNS]
-        self.box = w.VBox([w.HBox(columns, layout=w.Layout(flex_flow="row wrap")), self.picture, self.text])
-        self._held = False  # the vocabulary is being set with the model
-        for name, control in self.controls.items():
-            control.observe(self._model if name == "model" else self._draw, "value")
-        self._draw()
+        figure = Figure(figsize=(9.4, 3.9), dpi=LAB_DPI, facecolor="white")  # inches
+        figure.add_axes((0.09, 0.15, 0.66, 0.79))
+        super().__init__(_controls(), _COLUMNS, figure, room="330px")
 
-    def _repr_mimebundle_(self, **_) -> dict:
-        """The widget, and for a page without a kernel the picture."""
-        return bundle(self.box, self.alt, image=self._png)
+    def _follow(self, moved: w.Widget) -> None:
+        if moved is self.controls["model"]:
+            self._set({"vocab": SHAPES[moved.value].vocab})
 
-    def _model(self, change: Mapping) -> None:
-        self._held = True
-        self.controls["vocab"].value = SHAPES[change["new"]].vocab
-        self._held = False
-        self._draw()
-
-    def _draw(self, _change: Mapping | None = None) -> None:
-        if self._held:
-            return
+    def _draw(self) -> None:
         value = {name: control.value for name, control in self.controls.items()}
         self.found = {name: _memory(value, STEPS[name]) for name in SHOWN[value["step"]]}
         said = _settings(value)
         totals = "; ".join(f"{name} {_gb(memory.total)}" for name, memory in self.found.items())
-        self.alt = f"{said} Together: {totals}."
-        _paint(self._axes, self.found)
-        self._png = _png(self.figure)
-        source, alt = base64.b64encode(self._png).decode(), escape(self.alt, quote=True)
-        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="max-width:100%">'
-        self.text.value = f'<div role="status" style="line-height:1.5">{escape(said)}{_table(self.found)}</div>'
+        _paint(self.figure.axes[0], self.found)
+        self._show(f"{said} Together: {totals}.", escape(said) + _table(self.found))
 
 
 _COLUMNS = (("model", "vocab", "length", "pairs", "scored"), ("objective", "precision", "optimizer", "cached", "step"))
 
 
 def _controls() -> dict[str, w.Widget]:
-    wide = {"style": {"description_width": "150px"}, "layout": w.Layout(width="395px")}
+    wide = look("150px", "395px")
     still = {"continuous_update": False, **wide}
     powers = [2**i for i in range(13)]
     return {
@@ -176,7 +153,6 @@ def _paint(ax, found: Mapping[str, StepMemory]) -> None:
     """A stacked bar a step, from left to right, and the sizes of GPUs where they lie within reach."""
     ax.clear()
     drawn = set()
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # no line runs through a number
     for place, memory in enumerate(found.values()):
         left = 0.0
         for part, size in memory.parts.items():
@@ -186,27 +162,19 @@ def _paint(ax, found: Mapping[str, StepMemory]) -> None:
             drawn |= {part} if size else set()
             ax.barh(place, size / 1e9, 0.62, left=left, label=label, **kind)
             left += size / 1e9
-        ax.text(left, place - 0.42, f"{_gb(memory.total)} ", ha="right", va="center", fontsize=FONT - 1, bbox=behind)
+        ax.text(left, place - 0.42, f"{_gb(memory.total)} ", ha="right", va="center", fontsize=FONT - 1, bbox=BEHIND)
     reach = 1.08 * max(memory.total for memory in found.values()) / 1e9
     for number, (name, size) in enumerate(GPUS.items()):
         if size / 1e9 <= reach:
             ax.axvline(size / 1e9, color="black", linewidth=1.2, linestyle="--")
             row = len(found) - 0.5 + 0.2 * (number % 2)  # neighbours on two rows: their names may be close
-            ax.text(size / 1e9 + 0.008 * reach, row, name, fontsize=FONT - 1, va="center", bbox=behind)
+            ax.text(size / 1e9 + 0.008 * reach, row, name, fontsize=FONT - 1, va="center", bbox=BEHIND)
     ax.set(xlim=(0, reach), ylim=(len(found) - 0.15, -0.6), yticks=range(len(found)))
     ax.set_yticklabels(list(found), fontsize=FONT)
     ax.set_xlabel("memory, GB (10⁹ bytes)", fontsize=FONT)
-    ax.grid(**GRID, axis="x")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=FONT - 1)
+    frame(ax)
+    ax.grid(visible=False, axis="y")
     handles, names = ax.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda i: list(LOOKS).index(names[i]))
     where = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "frameon": False, "fontsize": FONT - 1}
     ax.legend([handles[i] for i in order], [names[i] for i in order], **where)
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
-    return data.getvalue()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import torch
 
 from tpo_course.coefficients import coefficients
-from tpo_course.widgets.parts import bundle
+from tpo_course.widgets.parts import beta_and_alpha, bundle, look, on, page, row
 from tpo_lib.evaluation import pair_stats
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs import plots
-from tpo_lib.runs.stage import Stage
 from tpo_lib.stats import split
+
+if TYPE_CHECKING:
+    from tpo_lib.runs.stage import Stage
 
 QUANTITIES = {  # name: (what it is, unit)
     "log-ratio": ("log π_θ − log π_ref of the token", "nats"),
@@ -63,30 +66,19 @@ class TokenMicroscope:
         self.stage, self.policies, self.guide, self.fixed = stage, dict(policies), guide, fixed
         self._stats: dict = {}
         self._busy = False
-        wide = {"style": {"description_width": "80px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
+        wide = look("80px", "420px")
+        self.quantity = w.Dropdown(options=list(QUANTITIES), description="colour by", **wide)
+        self.beta, self.alpha = beta_and_alpha(wide)
+        wide["continuous_update"] = False
         self.pair = w.IntSlider(0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", **wide)
-        self.quantity = w.Dropdown(
-            options=list(QUANTITIES), description="colour by", style=wide["style"], layout=wide["layout"]
-        )
-        self.beta = w.FloatLogSlider(0.1, min=-2, max=1, step=0.1, description="beta", readout_format=".2g", **wide)
-        self.alpha = w.FloatSlider(0.5, min=0, max=2, step=0.1, description="alpha", **wide)
         self.token = w.IntSlider(0, min=0, max=1, description="token", **wide)
         self.page = w.HTML(layout=w.Layout(min_height=self._tallest()))
         self.facts = w.HTML(layout=w.Layout(min_height="48px"))
         self.numbers = w.HTML(layout=w.Layout(min_height=f"{24 * (len(self.policies) + 1)}px"))
-        self.box = w.VBox(
-            [
-                w.HBox([self.pair, self.quantity], layout=w.Layout(flex_flow="row wrap")),
-                w.HBox([self.beta, self.alpha], layout=w.Layout(flex_flow="row wrap")),
-                self.page,
-                self.facts,
-                self.token,
-                self.numbers,
-            ]
-        )
-        for control in (self.pair, self.quantity, self.beta, self.alpha):
-            control.observe(lambda _: self._draw(), "value")
-        self.token.observe(lambda _: self._show_page(), "value")
+        top = row(self.pair, self.quantity), row(self.beta, self.alpha)
+        self.box = w.VBox([*top, self.page, self.facts, self.token, self.numbers])
+        on([self.pair, self.quantity, self.beta, self.alpha], self._draw)
+        on([self.token], self._show_page)
         self._draw()
 
     def _repr_mimebundle_(self, **_) -> dict:
@@ -136,15 +128,11 @@ class TokenMicroscope:
         credit = getattr(self.stage.reward, "token_credit", None)
         sides = (pair.chosen_ids, pair.rejected_ids)
         self._credit = credit and torch.cat([credit(torch.tensor(ids)) for ids in sides])
-        self.facts.value = (
-            '<div style="line-height:1.5;max-width:912px">'
-            f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; "
-            + "; ".join(
-                f"{plots.style_of(name).label}: margin {margin:.3f}, loss {loss:.3f} nats"
-                for name, (margin, loss) in self._margins.items()
-            )
-            + ".</div>"
+        facts = "; ".join(
+            f"{plots.style_of(name).label}: margin {margin:.3f}, loss {loss:.3f} nats"
+            for name, (margin, loss) in self._margins.items()
         )
+        self.facts.value = page(f"beta = {self.beta.value:.3g}, alpha = {self.alpha.value:.3g}; {facts}.")
         self._busy = True  # a shorter pair moves the token, which shows the page
         self.token.max = len(self._ids) - 1
         self._busy = False
@@ -172,7 +160,7 @@ class TokenMicroscope:
             "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
         )
         legend = f"<p style='margin:6px 0'><small>{legend}</small></p>"
-        self.page.value = f'<div style="line-height:1.5;max-width:912px">{"".join(parts)}{legend}</div>'
+        self.page.value = page("".join(parts) + legend)
         self.numbers.value = f'<div style="line-height:1.5">{self._text(self.token.value, "<br>")}</div>'
 
     def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice) -> str:

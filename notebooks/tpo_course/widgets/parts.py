@@ -1,27 +1,89 @@
-"""The bits of HTML and PNG that several widgets need."""
+"""What several widgets are made of: controls, rows, pictures, tables, and what a cell shows."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from html import escape
 
-from ipywidgets import Widget
+import ipywidgets as w
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from tpo_lib.losses import OBJECTIVES, Hyperparameter
+from tpo_lib.runs import plots
+from tpo_lib.runs.plots import FONT, GRID
 
 # For `plots.training`: 912 x 320 pixels at the 80 dots per inch of `png`, which fits a notebook 1100 pixels wide;
 # of every panel left, bottom, width and height, shares of the figure.
 WIDE = (11.4, 4.0)  # inches
 PANELS = [(0.085 + 0.325 * i, 0.235, 0.24, 0.725) for i in range(3)]
 LABELS = (0.62, 0.3)  # inches from a panel to the near edges of the labels of its y and x axis
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # of a note in a picture: no line runs through it
+LAB_DPI = 84
+STATUS = '<div role="status" style="line-height:1.5">'
 
 
-def png(figure: Figure) -> bytes:
+# Controls.
+
+
+def look(label: str, width: str) -> dict:
+    """Style and layout of a control whose description takes `label`."""
+    return {"style": {"description_width": label}, "layout": w.Layout(width=width)}
+
+
+def knob(record: Hyperparameter, description: str, *, steps: int, value: float | None = None, **given) -> w.Widget:
+    """The control of a hyperparameter, its range made from its record; `steps` a decade, or as fine where it may be 0."""
+    start = record.default if value is None else value
+    if record.choices:
+        return w.Dropdown(options=list(record.choices), value=start, description=description, **given)
+    given |= {"description": description, "continuous_update": False}
+    if record.above == 0:
+        return w.FloatLogSlider(value=start, min=-2, max=1, step=1 / steps, **given)
+    most = 4 * (record.default or 0.5)
+    return w.FloatSlider(value=start, min=0.0, max=most, step=most / (2 * steps), **given)
+
+
+def beta_and_alpha(wide: Mapping) -> tuple[w.FloatLogSlider, w.FloatSlider]:
+    """The two that several objectives share, their ranges from TDPO2's record."""
+    records = OBJECTIVES["tdpo2"].hyperparameters
+    beta = knob(records["beta"], "beta", steps=10, readout_format=".2g", **wide)
+    return beta, knob(records["alpha"], "alpha", steps=10, **wide)
+
+
+def row(*children: w.Widget) -> w.HBox:
+    """Side by side, below each other where the page is narrow."""
+    return w.HBox(children, layout=w.Layout(flex_flow="row wrap"))
+
+
+def on(controls: Iterable[w.Widget], do) -> None:
+    """Call `do()` whenever one of the controls has moved."""
+    for control in controls:
+        control.observe(lambda _: do(), "value")
+
+
+# Pictures.
+
+
+def frame(ax: Axes) -> None:
+    """The course's grid and axes, as `plots.panels` draws them."""
+    ax.grid(**GRID)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=FONT - 1)
+
+
+def png(figure: Figure, dpi: int = 80, **how) -> bytes:
     """A figure as PNG, small enough to be redrawn while a slider moves."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
+    figure.savefig(buffer, format="png", dpi=dpi, **how)
     return buffer.getvalue()
+
+
+def image(width: int, height: int) -> w.Image:
+    """Room for a PNG, in pixels: the page does not jump when it comes."""
+    return w.Image(format="png", layout=w.Layout(width=f"{width}px", min_height=f"{height}px"))
 
 
 def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
@@ -43,15 +105,20 @@ def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None =
     return figure
 
 
-def bundle(box: Widget, text: str, *, image: bytes = b"", page: str = "") -> dict:
-    """What a cell shows: the widget, and where there is no kernel a picture (PNG) or a page (HTML), else one line of text."""
-    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-    shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
-    if image:
-        shown["image/png"] = base64.b64encode(image).decode()
-    if page:
-        shown["text/html"] = page
-    return shown
+def training(curves: Mapping, updates: int | None = None) -> bytes:
+    """`plots.training` as PNG, its panels in their places; with `updates` the axes reach to the end of the run at once."""
+    figure = still(plots.training(curves), PANELS, WIDE)
+    for ax in figure.axes if updates else ():
+        ax.set_xlim(0, updates + 0.5)  # nothing moves but the curve
+    return png(figure)
+
+
+# Text.
+
+
+def page(content: str, width: str = "912px") -> str:
+    """HTML set like a page of text."""
+    return f'<div style="line-height:1.5;max-width:{width}">{content}</div>'
 
 
 def interval(metric: Mapping) -> str:
@@ -61,4 +128,79 @@ def interval(metric: Mapping) -> str:
 
 def one_line(text: str) -> str:
     """A text escaped, its white space folded."""
-    return html.escape(" ".join(text.split()))
+    return escape(" ".join(text.split()))
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]], note: str) -> str:
+    """A table of HTML cells with a note below it."""
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in rows)
+    style = "border-spacing:12px 2px;text-align:left;line-height:1.5"
+    return f'<table style="{style}"><tr>{head}</tr>{body}</table><small>{note}</small>'
+
+
+def samples(name: str, before: Iterable[Mapping], after: Iterable[Mapping]) -> str:
+    """What the start and a run write after the same prompts: {"prompt", "text", "reward"} each."""
+    parts = [
+        f"<p><b>{escape(a['prompt'])}</b> …<br>start ({a['reward']:.2f}): {one_line(a['text'])}<br>"
+        f"{escape(name)} ({b['reward']:.2f}): {one_line(b['text'])}</p>"
+        for a, b in zip(before, after, strict=True)
+    ]
+    return page("".join(parts), "60em")
+
+
+# What a cell shows.
+
+
+def bundle(box: w.Widget, text: str, *, image: bytes = b"", page: str = "") -> dict:
+    """The widget, and where there is no kernel a picture (PNG) or a page (HTML), else one line of text."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
+    if image:
+        shown["image/png"] = base64.b64encode(image).decode()
+    if page:
+        shown["text/html"] = page
+    return shown
+
+
+class Lab:
+    """Two columns of controls, a picture below them, and its numbers as text. Set `controls[name].value` from a cell.
+
+    A lab of its own draws into `figure` in `_draw` and ends with `_show`; `_follow` sets controls that go with the one moved.
+    """
+
+    def __init__(
+        self, controls: dict[str, w.Widget], columns: Iterable[Iterable[str]], figure: Figure, room: str
+    ) -> None:
+        self.controls, self.figure = controls, figure
+        height = round(figure.get_figheight() * LAB_DPI) + 8
+        self.picture = w.HTML(layout=w.Layout(min_height=f"{height}px"))
+        self.text = w.HTML(layout=w.Layout(min_height=room, max_width="800px"))
+        self.box = w.VBox(
+            [row(*(w.VBox([controls[name] for name in names]) for names in columns)), self.picture, self.text]
+        )
+        self._held = False  # several controls are being set at once
+        for control in controls.values():
+            control.observe(self._moved, "value")
+        self._draw()
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, self.alt, image=self._png)
+
+    def _moved(self, change: Mapping) -> None:
+        if not self._held:
+            self._follow(change["owner"])
+            self._draw()
+
+    def _set(self, values: Mapping) -> None:
+        self._held = True
+        for name, value in values.items():
+            self.controls[name].value = value
+        self._held = False
+
+    def _show(self, alt: str, text: str) -> None:
+        self.alt, self._png = alt, png(self.figure, LAB_DPI, pil_kwargs={"compress_level": 1})
+        source = base64.b64encode(self._png).decode()
+        self.text.value = f"{STATUS}{text}</div>"
+        alt = escape(alt, quote=True)
+        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="max-width:100%">'

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import html
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpo_course.widgets.parts import bundle, interval, one_line, png
+from tpo_course.widgets.parts import bundle, frame, image, interval, look, on, one_line, page, png, row, table
 from tpo_lib.config import PRESETS
-from tpo_lib.runs.lab import Laboratory
-from tpo_lib.runs.plots import GRID
-from tpo_lib.runs.stage import Stage
+
+if TYPE_CHECKING:
+    from tpo_lib.runs.stage import Stage
 
 UPDATES = 4
 
@@ -43,36 +44,18 @@ class PreferenceExplorer:
         chosen, rejected = np.array(table["chosen_score"]), np.array(table["rejected_score"])
         self._gaps, unit = chosen - rejected, bool(rejected.min() >= 0 and chosen.max() <= 1)  # chosen is the larger
         self._widest, self._unit = (1.0, " (0 to 1)") if unit else (float(self._gaps.max()), "")
-        wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="420px"), "continuous_update": False}
-        self.smallest = w.FloatSlider(
-            0.2 * self._widest,
-            min=0,
-            max=0.9 * self._widest,
-            step=0.05 * self._widest,
-            description="smallest gap",
-            **wide,
-        )
+        wide, widest = look("90px", "420px") | {"continuous_update": False}, self._widest
+        gaps = {"min": 0, "max": 0.9 * widest, "step": 0.05 * widest, "description": "smallest gap"}
+        self.smallest = w.FloatSlider(0.2 * widest, **gaps, **wide)
         self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
         self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
         self.train_button = w.Button(description="Train on both sides of the gap", layout=w.Layout(width="260px"))
-        self.histogram = w.Image(format="png", layout=w.Layout(width="620px", min_height="239px"))
-        self.count = w.HTML(layout=w.Layout(min_height="28px"))
-        self.result = w.HTML(layout=w.Layout(min_height="110px"))
-        self.page = w.HTML(layout=w.Layout(min_height="200px"))
-        self.box = w.VBox(
-            [
-                w.HBox([self.smallest, self.search], layout=w.Layout(flex_flow="row wrap")),
-                self.histogram,
-                self.count,
-                self.number,
-                self.page,
-                self.train_button,
-                self.result,
-            ]
-        )
-        self.smallest.observe(lambda _: self._filter(), "value")
-        self.search.observe(lambda _: self._filter(), "value")
-        self.number.observe(lambda _: self._show(), "value")
+        self.histogram = image(620, 239)
+        self.count, self.result, self.page = (w.HTML(layout=w.Layout(min_height=f"{n}px")) for n in (28, 110, 200))
+        top = row(self.smallest, self.search), self.histogram, self.count
+        self.box = w.VBox([*top, self.number, self.page, self.train_button, self.result])
+        on([self.smallest, self.search], self._filter)
+        on([self.number], self._show)
         self.train_button.on_click(lambda _: self._train())
         self._filter()
 
@@ -97,9 +80,7 @@ class PreferenceExplorer:
     def _draw(self) -> bytes:
         figure = Figure(figsize=(7, 2.7), layout="constrained")
         axes = figure.subplots()
-        axes.grid(**GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.hist(self._gaps, bins=np.linspace(0, self._widest, 41), color="#56B4E9", edgecolor="black", linewidth=0.5)
         axes.axvline(self.smallest.value, color="black", ls="--", label=f"smallest gap {self.smallest.value:.2f}")
@@ -111,16 +92,13 @@ class PreferenceExplorer:
         if not len(self._kept):
             self.page.value = "No pair is left: lower the smallest gap or search for another word."
             return
-        row = self.stage.table[int(self._kept[self.number.value])]
-        parts = [
-            f"<p style='margin:0'>Pair {self.number.value} of 0 to {self.number.max}: "
-            f"gap {row['chosen_score'] - row['rejected_score']:.3f}</p>"
-        ]
-        parts += [f"<p><b>prompt</b> {html.escape(row['prompt'])} …</p>"]
+        pair = self.stage.table[int(self._kept[self.number.value])]
+        gap = pair["chosen_score"] - pair["rejected_score"]
+        parts = [f"<p style='margin:0'>Pair {self.number.value} of 0 to {self.number.max}: gap {gap:.3f}</p>"]
+        parts += [f"<p><b>prompt</b> {html.escape(pair['prompt'])} …</p>"]
         for side in ("chosen", "rejected"):
-            text = one_line(row[side])
-            parts.append(f"<p><b>{side}</b>, score {row[f'{side}_score']:.3f}<br>{text}</p>")
-        self.page.value = f'<div style="max-width:60em;line-height:1.5">{"".join(parts)}</div>'
+            parts.append(f"<p><b>{side}</b>, score {pair[f'{side}_score']:.3f}<br>{one_line(pair[side])}</p>")
+        self.page.value = page("".join(parts), "60em")
 
     def _train(self) -> None:
         self.train_button.disabled = True
@@ -133,6 +111,8 @@ class PreferenceExplorer:
             self.train_button.disabled = False
 
     def _compare(self) -> None:
+        from tpo_lib.runs.lab import Laboratory  # brings what trains and evaluates, which leafing through needs not
+
         below = np.flatnonzero(self._gaps < self.smallest.value)
         above = np.flatnonzero(self._gaps >= self.smallest.value)
         count = min(len(below), len(above))
@@ -151,16 +131,8 @@ class PreferenceExplorer:
             pairs = [rows[int(i)] for i in side[:count] if int(i) in rows]
             lab.stage = replace(self.stage, pairs=pairs)
             run = lab.train(lab.config("dpo", beta=0.1, alpha=0.0, lr=3e-4, updates=UPDATES), words)
-            found = {name: run.evaluation.metrics[name] for name in ("reward", "kl")}
-            lines.append(
-                f"<tr><td>{words} {self.smallest.value:.2f}</td><td>{len(pairs)}</td>"
-                + "".join(f"<td>{interval(m.as_dict())}</td>" for m in found.values())
-                + "</tr>"
-            )
-        start = lab.start.metrics["reward"]
-        self.result.value = (
-            '<table style="border-spacing:12px 2px;text-align:left;line-height:1.5"><tr><th>trained on gaps</th><th>pairs</th>'
-            f"<th>reward{self._unit}</th><th>KL(policy ‖ ref), nats</th></tr>"
-            + "".join(lines)
-            + f"</table><small>DPO, {UPDATES} updates each; start {start.mean:.2f} [{start.low:.2f}, {start.high:.2f}].</small>"
-        )
+            found = [interval(run.evaluation.metrics[name].as_dict()) for name in ("reward", "kl")]
+            lines.append([f"{words} {self.smallest.value:.2f}", str(len(pairs)), *found])
+        heads = ["trained on gaps", "pairs", f"reward{self._unit}", "KL(policy ‖ ref), nats"]
+        start = interval(lab.start.metrics["reward"].as_dict())
+        self.result.value = table(heads, lines, f"DPO, {UPDATES} updates each; start {start}.")

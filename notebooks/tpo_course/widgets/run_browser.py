@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import ipywidgets as w
 
-from tpo_course.widgets.parts import PANELS, WIDE, bundle, interval, one_line, png, still
+from tpo_course.widgets.parts import bundle, image, interval, look, on, page, png, samples, still, training
 from tpo_lib.files.store import read_json
 from tpo_lib.runs import plots
 from tpo_lib.runs.sweep import RUNS
@@ -40,22 +39,22 @@ class RunBrowser:
 
     def __init__(self, content: dict) -> None:
         self.content = content
-        wide = {"style": {"description_width": "80px"}, "layout": w.Layout(width="420px")}
+        wide = look("80px", "420px")
         names = list(dict.fromkeys(run["objective"] for run in content["runs"]))
-        self.objective = w.Dropdown(
-            options=[(plots.style_of(name).label, name) for name in names], description="objective", **wide
-        )
+        labels = [(plots.style_of(name).label, name) for name in names]
+        self.objective = w.Dropdown(options=labels, description="objective", **wide)
         self.beta = w.SelectionSlider(options=[0.0], description="beta", continuous_update=False, **wide)
         self.alpha = w.SelectionSlider(options=[0.0], description="alpha", continuous_update=False, **wide)
-        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="336px"))
-        self.curve = w.Image(format="png", layout=w.Layout(width="912px", min_height="320px"))
-        self.facts = w.HTML(layout=w.Layout(min_height="48px"))
-        self.samples = w.HTML(layout=w.Layout(min_height="290px"))
+        self.points, self.curve = image(560, 336), image(912, 320)
+        self.facts, self.samples = (
+            w.HTML(layout=w.Layout(min_height="48px")),
+            w.HTML(layout=w.Layout(min_height="290px")),
+        )
         self.box = w.VBox([self.objective, self.beta, self.alpha, self.facts, self.points, self.curve, self.samples])
         self._busy = False
-        self.objective.observe(lambda _: self._options(), "value")
-        self.beta.observe(lambda _: self._alphas(), "value")
-        self.alpha.observe(lambda _: self._draw(), "value")
+        on([self.objective], self._options)
+        on([self.beta], self._alphas)
+        on([self.alpha], self._draw)
         self._options()
 
     def _repr_mimebundle_(self, **_) -> dict:
@@ -98,17 +97,9 @@ class RunBrowser:
         )
         others = [run for run in self.content["runs"] if run is not self.run]
         points = png(still(plots.highlight(others, self.run, start), PLANE))
-        curve = png(still(plots.training({name: self.run["training"]}), PANELS, WIDE))
+        curve = training({name: self.run["training"]})
         # All at once: a reader who looks at the text and then at the pictures sees the same run.
-        self.facts.value = f'<div style="line-height:1.5;max-width:912px">{facts}</div>'
+        self.facts.value = page(facts)
         self.points.value, self.curve.value = points, curve
-        pairs = zip(self.content["start"]["samples"], self.run["samples"], strict=True)
-        self.samples.value = (
-            '<div style="max-width:60em;line-height:1.5">'
-            + "".join(
-                f"<p><b>{html.escape(a['prompt'])}</b> …<br>start ({a['reward']:.2f}): {one_line(a['text'])}<br>"
-                f"{label} ({b['reward']:.2f}): {one_line(b['text'])}</p>"
-                for a, b in list(pairs)[:SHOWN]
-            )
-            + "</div>"
-        )
+        before, after = self.content["start"]["samples"], self.run["samples"]
+        self.samples.value = samples(label, before[:SHOWN], after[:SHOWN])

@@ -18,6 +18,7 @@ from IPython.display import Markdown, display
 
 from tpo_course import source_path
 from tpo_course.derivations import TOLERANCE, Derivation, Hyper, Step
+from tpo_course.widgets.parts import look, on, row
 from tpo_course.world import TokenWorld
 
 COLOUR = "#D55E00"  # of the changed term; its frame says the same without colour
@@ -87,12 +88,8 @@ class StepThrough:
         titles = [f"{number}. {step.title}" for number, step in enumerate(self.derivation.steps, 1)]
         self.previous_button = w.Button(description="Previous", icon="arrow-left", layout=w.Layout(width="120px"))
         self.next_button = w.Button(description="Next", icon="arrow-right", layout=w.Layout(width="120px"))
-        self.jump = w.Dropdown(
-            options=[(title, index) for index, title in enumerate(titles)],
-            description="Step",
-            style={"description_width": "40px"},
-            layout=w.Layout(width="440px"),
-        )
+        steps = [(title, index) for index, title in enumerate(titles)]
+        self.jump = w.Dropdown(options=steps, description="Step", **look("40px", "440px"))
         self.v = _slider(w.IntSlider, "V", world.vocab_size, 2, max(5, world.vocab_size), step=1)
         self.t = _slider(w.IntSlider, "T", world.horizon, min(2, world.horizon), max(4, world.horizon), step=1)
         low, high = min(0.05, hyper.beta), max(5.0, hyper.beta)
@@ -116,7 +113,7 @@ class StepThrough:
                 self.equation,
                 w.HBox([self.words, self.facts]),
                 self.verdict,
-                w.HBox([self.v, self.t, self.beta, self.alpha], layout=w.Layout(flex_flow="row wrap")),
+                row(self.v, self.t, self.beta, self.alpha),
                 w.HBox([self.another, self.world_text]),
                 w.HBox([self.measure_button, self.measured], layout=w.Layout(align_items="flex-start")),
                 w.HTML(f"<small>{HELP}</small>"),
@@ -127,11 +124,9 @@ class StepThrough:
         self.next_button.on_click(lambda _: self._go(+1))
         self.another.on_click(lambda _: self._another())
         self.measure_button.on_click(lambda _: self._measure())
-        self.jump.observe(lambda _: self._move(), "value")
-        for slider in (self.v, self.t):
-            slider.observe(lambda _: self._rebuild(), "value")
-        for slider in (self.beta, self.alpha):
-            slider.observe(lambda _: self._check(), "value")
+        on([self.jump], self._move)
+        on([self.v, self.t], self._rebuild)
+        on([self.beta, self.alpha], self._check)
 
     def _ipython_display_(self) -> None:
         display(self.box)
@@ -274,12 +269,9 @@ def static_table(derivation: Derivation, residuals: list[str], settings: str) ->
 
     Markdown, not HTML: its formulas are typeset wherever notebooks are shown. In a table cell | ends the cell.
     """
-    lines = [
-        "<details>",
-        f"<summary>All {len(derivation.steps)} steps with their residuals (works without a kernel)</summary>",
-    ]
-    lines += ["", _escape(settings), "", "| step | residual | equation, what it says, where it comes from |"]
-    lines += ["|---:|:---|:---|"]
+    summary = f"All {len(derivation.steps)} steps with their residuals (works without a kernel)"
+    lines = ["<details>", f"<summary>{summary}</summary>", "", _escape(settings), ""]
+    lines += ["| step | residual | equation, what it says, where it comes from |", "|---:|:---|:---|"]
     for number, (step, residual) in enumerate(zip(derivation.steps, residuals, strict=True), 1):
         latex = step.latex.replace(r"\|", r"\Vert ").replace("|", r"\vert ").replace("<", r"\lt ").replace(">", r"\gt ")
         equation = "<br>".join(rf"$\displaystyle {row}$" for row in latex.replace(NEXT_CLAIM, ",\n").split("\n"))
@@ -292,16 +284,8 @@ def static_table(derivation: Derivation, residuals: list[str], settings: str) ->
 
 
 def _slider(kind: type, name: str, value: float, low: float, high: float, *, step: float):
-    return kind(
-        value=value,
-        min=low,
-        max=high,
-        step=step,
-        description=name,
-        continuous_update=False,
-        style={"description_width": "44px"},
-        layout=w.Layout(width="23.5%", min_width="180px"),
-    )
+    place = {"style": {"description_width": "44px"}, "layout": w.Layout(width="23.5%", min_width="180px")}
+    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, **place)
 
 
 def _text(text: str) -> str:

@@ -5,13 +5,28 @@ from __future__ import annotations
 import html
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from tpo_course.widgets.parts import PANELS, WIDE, bundle, interval, one_line, png, still
+from tpo_course.widgets.parts import (
+    beta_and_alpha,
+    bundle,
+    image,
+    interval,
+    look,
+    on,
+    png,
+    row,
+    samples,
+    table,
+    training,
+)
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import plots
-from tpo_lib.runs.lab import Laboratory, Run
+
+if TYPE_CHECKING:
+    from tpo_lib.runs.lab import Laboratory, Run
 
 SHOWN = 3  # samples of a run
 
@@ -50,39 +65,29 @@ class TrainingLab:
     # Layout.
 
     def _build(self) -> None:
-        wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="430px"), "continuous_update": False}
+        wide = look("110px", "430px")
         labels = [(plots.style_of(name).label, name) for name in OBJECTIVES if name != "sft"]
-        self.objective = w.Dropdown(
-            options=labels, value="dpo", description="objective", style=wide["style"], layout=wide["layout"]
-        )
-        self.beta = w.FloatLogSlider(0.1, min=-2, max=1, step=0.1, description="beta", readout_format=".2g", **wide)
-        self.alpha = w.FloatSlider(0.5, min=0, max=2, step=0.1, description="alpha", **wide)
-        self.lr = w.FloatLogSlider(
-            10**-3.5, base=10, min=-5, max=-2.5, step=0.1, description="learning rate", readout_format=".1e", **wide
-        )
+        self.objective = w.Dropdown(options=labels, value="dpo", description="objective", **wide)
+        self.chosen = w.Dropdown(description="run", options=[], **wide)
+        self.beta, self.alpha = beta_and_alpha(wide)
+        wide["continuous_update"] = False
+        rates = {"min": -5, "max": -2.5, "step": 0.1, "description": "learning rate", "readout_format": ".1e"}
+        self.lr = w.FloatLogSlider(10**-3.5, **rates, **wide)
         self.updates = w.IntSlider(10, min=2, max=60, description="updates", **wide)
         self.name = w.Text(placeholder="chosen for you", description="name", **wide)
         self.train_button = w.Button(description="Train", icon="play", button_style="primary")
         self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
         self.bar = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="260px"))
         self.status = w.HTML("Ready: set the controls and press Train.", layout=w.Layout(min_height="28px"))
-        self.curve = w.Image(format="png", layout=w.Layout(width="912px", min_height="320px"))
-        self.points = w.Image(format="png", layout=w.Layout(width="560px", min_height="336px"))
+        self.curve, self.points = image(912, 320), image(560, 336)
         self.table, self.samples = w.HTML(), w.HTML(layout=w.Layout(min_height="290px"))
-        self.chosen = w.Dropdown(description="run", options=[], style=wide["style"], layout=wide["layout"])
         self.new_name = w.Text(description="new name", **wide)
         self.rename_button = w.Button(description="Rename")
         self.remove_button = w.Button(description="Remove")
         self.export_button = w.Button(description="Export all", icon="download")
         self.box = w.VBox(
             [
-                w.HBox(
-                    [
-                        w.VBox([self.objective, self.beta, self.alpha]),
-                        w.VBox([self.lr, self.updates, self.name]),
-                    ],
-                    layout=w.Layout(flex_flow="row wrap"),
-                ),
+                row(w.VBox([self.objective, self.beta, self.alpha]), w.VBox([self.lr, self.updates, self.name])),
                 w.HBox([self.train_button, self.stop_button, self.bar]),
                 self.status,
                 self.curve,
@@ -93,10 +98,10 @@ class TrainingLab:
                 self.samples,
             ]
         )
-        self.objective.observe(lambda _: self._settings_changed(), "value")
+        on([self.objective], self._settings_changed)
+        on([self.chosen], self._show_samples)
         self.train_button.on_click(lambda _: self._train())
         self.stop_button.on_click(lambda _: self._halt())
-        self.chosen.observe(lambda _: self._show_samples(), "value")
         self.rename_button.on_click(lambda _: self._rename())
         self.remove_button.on_click(lambda _: self._remove())
         self.export_button.on_click(lambda _: self._export())
@@ -126,13 +131,8 @@ class TrainingLab:
             return
         self._error = None
         try:
-            config = self.lab.config(
-                self.objective.value,
-                beta=self.beta.value,
-                alpha=self.alpha.value,
-                lr=self.lr.value,
-                updates=self.updates.value,
-            )
+            knobs = {name: getattr(self, name).value for name in ("beta", "alpha", "lr", "updates")}
+            config = self.lab.config(self.objective.value, **knobs)
         except Exception as error:
             self._failed(error)
             return
@@ -188,10 +188,7 @@ class TrainingLab:
         )
 
     def _draw_curve(self, rows: list[dict], objective: str, updates: int) -> None:
-        figure = still(plots.training({objective: rows}), PANELS, WIDE)
-        for ax in figure.axes:
-            ax.set_xlim(0, updates + 0.5)  # the whole run: nothing moves but the curve
-        self.curve.value = png(figure)
+        self.curve.value = training({objective: rows}, updates)
 
     def _say(self, words: str) -> None:
         self.status.value = html.escape(words)
@@ -215,37 +212,25 @@ class TrainingLab:
             used = run.config.hyperparameters().items()
             words = [f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in used]
             words.insert(1, f"lr {run.config.lr:.1e}")
-            settings = ", ".join(words)
             ended = f"{run.updates} updates" + (", stopped" if run.stopped else "")
-            rows.append((name, settings, ended, self.lab.points()[name][1]))
+            rows.append((name, ", ".join(words), ended, self.lab.points()[name][1]))
         points = [point for *_, point in rows]
         titles = {"reward": "reward (0 to 1)", "judge": "judge (0 to 1)", "kl": "KL(policy ‖ ref), nats"}
         titles = {metric: plots.label(metric, points, title) for metric, title in titles.items() if metric in points[0]}
-        body = "".join(
-            f"<tr><td><b>{html.escape(name)}</b></td><td>{settings}</td><td>{ended}</td>"
-            + "".join(f"<td>{interval(point[metric])}</td>" for metric in titles)
-            + "</tr>"
+        body = [
+            [f"<b>{html.escape(name)}</b>", settings, ended, *(interval(point[metric]) for metric in titles)]
             for name, settings, ended, point in rows
-        )
-        head = "".join(f"<th>{title}</th>" for title in ("run", "settings", "length", *titles.values()))
-        return (
-            '<table class="tpo-runs" style="border-spacing:12px 2px;text-align:left;line-height:1.5">'
-            f"<tr>{head}</tr>{body}</table>"
-            "<small>Means on the held-out prompts with 95% bootstrap intervals.</small>"
-        )
+        ]
+        note = "Means on the held-out prompts with 95% bootstrap intervals."
+        return table(["run", "settings", "length", *titles.values()], body, note)
 
     def _show_samples(self) -> None:
         run = self.lab.runs.get(self.chosen.value)
         if run is None:
             self.samples.value = "No run yet."
             return
-        parts = []
-        for before, after in zip(self.lab.start.samples[:SHOWN], run.evaluation.samples[:SHOWN], strict=True):
-            parts.append(
-                f"<p><b>{html.escape(before.prompt)}</b> …<br>start ({before.reward:.2f}): {one_line(before.text)}<br>"
-                f"{html.escape(self.chosen.value)} ({after.reward:.2f}): {one_line(after.text)}</p>"
-            )
-        self.samples.value = f'<div style="max-width:60em;line-height:1.5">{"".join(parts)}</div>'
+        before, after = (map(vars, evaluation.samples[:SHOWN]) for evaluation in (self.lab.start, run.evaluation))
+        self.samples.value = samples(self.chosen.value, before, after)
 
     def _rename(self) -> None:
         old, new = self.chosen.value, self.new_name.value.strip()
