@@ -50,6 +50,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tpo_lib.types import TokenStats
+
 HERE = Path(__file__).parent
 SOLUTIONS = next(p for p in (HERE.parent / "solutions", HERE / "solutions") if p.is_dir())  # a checkout; installed
 RTOL, ATOL = 1e-5, 1e-8
@@ -66,6 +68,26 @@ class Case:
 
     arguments: Mapping[str, Any]
     words: str = ""
+
+
+def normal(seed: int, dtype: torch.dtype = torch.float64) -> Callable[..., Tensor]:
+    """A source of standard normal tensors, by shape, for cases."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def marks(*rows: str) -> Tensor:
+    """(N, T) bool mask for cases, one string a row: "x" is True."""
+    return torch.tensor([[letter == "x" for letter in row] for row in rows])
+
+
+def narrow(stats: TokenStats) -> TokenStats:
+    """The same in float32, as in training; leaves with a gradient stay leaves."""
+
+    def cast(field: Tensor) -> Tensor:
+        return field.detach().float().requires_grad_(field.requires_grad) if field.is_floating_point() else field
+
+    return stats.map(cast)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,13 @@ def _draws(n: int, seed: int, resamples: int = 400) -> Tensor:
 
 # ---- 1. an interval
 
-_SHARES = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+def _interval_of(resampled: Tensor, mean: Tensor, cut: float = 0.025) -> Tensor:
+    return torch.stack([mean, *resampled.quantile(torch.tensor([cut, 1 - cut], dtype=torch.float64))])
 
 
-def _interval_of(resampled: Tensor, mean: Tensor) -> Tensor:
-    return torch.stack([mean, *resampled.quantile(_SHARES)])
-
-
-def _bootstrap(values: Tensor, draws: Tensor) -> Tensor:
-    return _interval_of(values[draws].mean(-1), values.mean())
+def _bootstrap(values: Tensor, draws: Tensor, cut: float = 0.025) -> Tensor:
+    return _interval_of(values[draws].mean(-1), values.mean(), cut)
 
 
 bootstrap_interval = chapter.exercise(
@@ -42,12 +42,8 @@ bootstrap_interval = chapter.exercise(
     mistakes={
         "quantiles_of_values": lambda values, draws: _interval_of(values, values.mean()),
         "over_resamples": lambda values, draws: _interval_of(values[draws].mean(0), values.mean()),
-        "ninety_percent": lambda values, draws: torch.stack(
-            [values.mean(), *values[draws].mean(-1).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))]
-        ),
-        "smallest_and_largest": lambda values, draws: torch.stack(
-            [values.mean(), values[draws].mean(-1).min(), values[draws].mean(-1).max()]
-        ),
+        "ninety_percent": lambda values, draws: _bootstrap(values, draws, cut=0.05),
+        "smallest_and_largest": lambda values, draws: _bootstrap(values, draws, cut=0.0),
         "mean_of_means": lambda values, draws: _interval_of(values[draws].mean(-1), values[draws].mean()),
     },
 )
@@ -95,41 +91,31 @@ paired_difference = chapter.exercise(
 # ---- 3. reward at equal KL
 
 
-def _reward_at(kl: Tensor, reward: Tensor, at: float) -> Tensor:
-    order = kl.argsort()
-    kl, reward = kl[order], reward[order]
-    if not kl[0] <= at <= kl[-1]:
-        return torch.tensor(float("nan"), dtype=kl.dtype)
-    right = int(torch.searchsorted(kl, torch.tensor(at, dtype=kl.dtype)).clamp(1, len(kl) - 1))
-    share = (at - kl[right - 1]) / (kl[right] - kl[right - 1])
-    return reward[right - 1] + share * (reward[right] - reward[right - 1])
+def _inside(reward_at: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """The same where the run was, nan elsewhere."""
+
+    def answer(kl: Tensor, reward: Tensor, at: float) -> Tensor:
+        return reward_at(kl, reward, at) if kl.min() <= at <= kl.max() else torch.full_like(kl[0], torch.nan)
+
+    return answer
 
 
 def _extrapolated(kl: Tensor, reward: Tensor, at: float) -> Tensor:
     order = kl.argsort()
     kl, reward = kl[order], reward[order]
     right = int(torch.searchsorted(kl, torch.tensor(at, dtype=kl.dtype)).clamp(1, len(kl) - 1))
-    share = (at - kl[right - 1]) / (kl[right] - kl[right - 1])
-    return reward[right - 1] + share * (reward[right] - reward[right - 1])
+    return _between(kl, reward, at, right - 1, right)
 
 
-def _held(kl: Tensor, reward: Tensor, at: float) -> Tensor:
-    return _extrapolated(kl, reward, min(max(at, float(kl.min())), float(kl.max())))
+def _between(kl: Tensor, reward: Tensor, at: float, left: int, right: int) -> Tensor:
+    return reward[left] + (at - kl[left]) / (kl[right] - kl[left]) * (reward[right] - reward[left])
 
 
 def _unsorted(kl: Tensor, reward: Tensor, at: float) -> Tensor:
-    if not kl.min() <= at <= kl.max():
-        return torch.tensor(float("nan"), dtype=kl.dtype)
     for i in range(len(kl) - 1):
         if kl[i] <= at <= kl[i + 1]:
-            return reward[i] + (at - kl[i]) / (kl[i + 1] - kl[i]) * (reward[i + 1] - reward[i])
+            return _between(kl, reward, at, i, i + 1)
     return reward[-1]
-
-
-def _nearest(kl: Tensor, reward: Tensor, at: float) -> Tensor:
-    if not kl.min() <= at <= kl.max():
-        return torch.tensor(float("nan"), dtype=kl.dtype)
-    return reward[(kl - at).abs().argmin()]
 
 
 def _curves() -> tuple[Case, ...]:
@@ -144,17 +130,15 @@ def _curves() -> tuple[Case, ...]:
 
 reward_at_kl = chapter.exercise(
     "reward_at_kl",
-    right=_reward_at,
+    right=_inside(_extrapolated),
     cases=_curves,
     mistakes={
-        "nearest": _nearest,
+        "nearest": _inside(lambda kl, reward, at: reward[(kl - at).abs().argmin()]),
         "extrapolated": _extrapolated,
-        "held": _held,
-        "unsorted": _unsorted,
-        "between_the_ends": lambda kl, reward, at: torch.where(
-            torch.tensor(bool(kl.min() <= at <= kl.max())),
-            reward[kl.argmin()] + (at - kl.min()) / (kl.max() - kl.min()) * (reward[kl.argmax()] - reward[kl.argmin()]),
-            float("nan"),
+        "held": lambda kl, reward, at: _extrapolated(kl, reward, min(max(at, float(kl.min())), float(kl.max()))),
+        "unsorted": _inside(_unsorted),
+        "between_the_ends": _inside(
+            lambda kl, reward, at: _between(kl, reward, at, int(kl.argmin()), int(kl.argmax()))
         ),
     },
 )

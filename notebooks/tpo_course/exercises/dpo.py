@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter
+from tpo_course.exercise import Case, Chapter, marks, normal
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, TokenStats
 
@@ -17,17 +17,13 @@ NOTEBOOK = "02_dpo.ipynb"
 chapter = Chapter(__file__)
 
 
-def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 # ---- 1. the optimum of the KL-regularised objective
 
 
 def _gibbs_cases() -> tuple[Case, ...]:
     def case(prompts: int, responses: int, beta: float, seed: int, words: str = "", scale: float = 1.0) -> Case:
-        ref_logps = _normal(prompts, responses, seed=seed).log_softmax(-1)
-        reward = scale * _normal(prompts, responses, seed=seed + 1)
+        ref_logps = normal(seed)(prompts, responses).log_softmax(-1)
+        reward = scale * normal(seed + 1)(prompts, responses)
         return Case({"ref_logps": ref_logps, "reward": reward, "beta": beta}, words)
 
     return (
@@ -55,14 +51,14 @@ gibbs = chapter.exercise(
         "no_normaliser": lambda ref_logps, reward, beta: ref_logps + reward / beta,
         "times_beta_no_normaliser": lambda ref_logps, reward, beta: ref_logps + beta * reward,
         "over_all_prompts": lambda ref_logps, reward, beta: (
-            (ref_logps + reward / beta).flatten().log_softmax(0).view_as(reward)
+            (ref_logps + reward / beta) - (ref_logps + reward / beta).logsumexp((0, 1))
         ),
         "over_prompts": lambda ref_logps, reward, beta: (ref_logps + reward / beta).log_softmax(0),
         "no_reference": lambda ref_logps, reward, beta: (reward / beta).log_softmax(-1),
         "tempered_reference": lambda ref_logps, reward, beta: ((ref_logps + reward) / beta).log_softmax(-1),
-        "probabilities": lambda ref_logps, reward, beta: _gibbs(ref_logps, reward, beta).exp(),
+        "probabilities": lambda **given: _gibbs(**given).exp(),
         "overflowing_probabilities": _gibbs_by_exp,
-        "overflows": lambda ref_logps, reward, beta: _gibbs_by_exp(ref_logps, reward, beta).log(),
+        "overflows": lambda **given: _gibbs_by_exp(**given).log(),
     },
 )
 
@@ -79,35 +75,33 @@ def _logits_cases() -> tuple[Case, ...]:
         ]
     )
     alone = torch.tensor([[IGNORE, IGNORE, 3, 0, 2, 1, IGNORE]])
-    steep = _normal(1, 7, 5, seed=12, dtype=torch.float32)
+    steep = normal(12, torch.float32)(1, 7, 5)
     steep[0, 3, 2] = steep[0, 3].max() - 120.0  # the token the fourth position has to predict
     return (
-        Case({"logits": _normal(3, 7, 8, seed=10).requires_grad_(), "labels": labels}),
-        Case({"logits": _normal(1, 7, 5, seed=11).requires_grad_(), "labels": alone}, "a single response"),
+        Case({"logits": normal(10)(3, 7, 8).requires_grad_(), "labels": labels}),
+        Case({"logits": normal(11)(1, 7, 5).requires_grad_(), "labels": alone}, "a single response"),
         Case({"logits": steep, "labels": alone}, "a token whose logit lies 120 below the largest"),
     )
 
 
 def _scored(
-    logits: Tensor,
-    labels: Tensor,
     score: Callable[[Tensor], Tensor] = lambda z: z.log_softmax(-1),
     mask: Callable[[Tensor], Tensor] = lambda labels: labels[:, 1:] != IGNORE,
-    shift: int = 1,
-) -> Tensor:
-    """(N, T-1) score of every token, 0 off-mask; score, mask and shift are the parts that people get wrong.
+    ids: Callable[[Tensor], Tensor] = lambda labels: labels[:, 1:],
+    read: Callable[[Tensor], Tensor] = lambda logits: logits[:, :-1],
+    reduce: Callable[[Tensor, Tensor], Tensor] = lambda logps, mask: logps.sum(-1),
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(N,) score of every response; the arguments are the five steps, each of which people get wrong."""
 
-    `shift` says where token t + 1 is looked up: 1 in the logits of position t (right), 0 in those of t + 1. At -1 token t
-    is looked up in the logits of t + 1.
-    """
-    if shift == 1:
-        logits, ids, keep = logits[:, :-1], labels[:, 1:], mask(labels)
-    elif shift == 0:
-        logits, ids, keep = logits[:, 1:], labels[:, 1:], mask(labels)
-    else:
-        logits, ids, keep = logits[:, 1:], labels[:, :-1], labels[:, :-1] != IGNORE
-    per_token = score(logits).gather(-1, ids.clamp_min(0)[..., None])[..., 0]  # (N, T-1)
-    return torch.where(keep, per_token, 0.0)
+    def response_logps(logits: Tensor, labels: Tensor) -> Tensor:
+        logps = score(read(logits)).gather(-1, ids(labels).clamp_min(0)[..., None])[..., 0]  # (N, T-1)
+        return reduce(torch.where(mask(labels), logps, 0.0), mask(labels))
+
+    return response_logps
+
+
+def _unshifted(values: Tensor) -> Tensor:
+    return values[:, :-1] != IGNORE
 
 
 response_logps = chapter.exercise(
@@ -115,20 +109,18 @@ response_logps = chapter.exercise(
     right=lambda logits, labels: stats.token_stats(logits, labels, None).logps.sum(-1),
     cases=_logits_cases,
     mistakes={
-        "mean": lambda logits, labels: _scored(logits, labels).sum(-1) / (labels[:, 1:] != IGNORE).sum(-1),
-        "mean_over_columns": lambda logits, labels: _scored(logits, labels).mean(-1),
-        "no_shift": lambda logits, labels: _scored(logits, labels, shift=0).sum(-1),
-        "shifted_backwards": lambda logits, labels: _scored(logits, labels, shift=-1).sum(-1),
-        "mask_off_by_one": lambda logits, labels: _scored(
-            logits, labels, mask=lambda labels: labels[:, :-1] != IGNORE
-        ).sum(-1),
-        "no_mask": lambda logits, labels: _scored(
-            logits, labels, mask=lambda labels: torch.ones_like(labels[:, 1:], dtype=torch.bool)
-        ).sum(-1),
-        "raw_logits": lambda logits, labels: _scored(logits, labels, score=lambda z: z).sum(-1),
-        "log_of_softmax": lambda logits, labels: _scored(logits, labels, score=lambda z: z.softmax(-1).log()).sum(-1),
-        "over_positions": lambda logits, labels: _scored(logits, labels, score=lambda z: z.log_softmax(1)).sum(-1),
-        "cross_entropy": lambda logits, labels: -_scored(logits, labels).sum(-1),
+        "mean": _scored(reduce=lambda logps, mask: logps.sum(-1) / mask.sum(-1)),
+        "mean_over_columns": _scored(reduce=lambda logps, mask: logps.mean(-1)),
+        "no_shift": _scored(read=lambda logits: logits[:, 1:]),
+        "shifted_backwards": _scored(
+            read=lambda logits: logits[:, 1:], ids=lambda labels: labels[:, :-1], mask=_unshifted
+        ),
+        "mask_off_by_one": _scored(mask=_unshifted),
+        "no_mask": _scored(mask=lambda labels: torch.ones_like(labels[:, 1:], dtype=torch.bool)),
+        "raw_logits": _scored(score=lambda z: z),
+        "log_of_softmax": _scored(score=lambda z: z.softmax(-1).log()),
+        "over_positions": _scored(score=lambda z: z.log_softmax(1)),
+        "cross_entropy": lambda **given: -_scored()(**given),
     },
 )
 
@@ -136,88 +128,73 @@ response_logps = chapter.exercise(
 # ---- 3. DPO's loss
 
 
-def _half(mask: Tensor, seed: int, *, apart: float = 0.5, dtype: torch.dtype = torch.float64) -> TokenStats:
-    """Statistics of some responses whose policy lies `apart` nats a token from the reference."""
-    ref = torch.where(mask, _normal(*mask.shape, seed=seed, dtype=dtype) - 3.0, 0.0)
-    noise = _normal(*mask.shape, seed=seed + 1, dtype=dtype)
-    return TokenStats(logps=torch.where(mask, ref + apart * noise, 0.0), ref_logps=ref, mask=mask)
-
-
-def _mask(*rows: str) -> Tensor:
-    return torch.tensor([[letter == "x" for letter in row] for row in rows])
-
-
-def _padded() -> tuple[TokenStats, TokenStats]:
-    """Three pairs: prompts of different lengths, responses of 4 and 3, 7 and 1, 2 and 5 tokens, one with a hole."""
-    return (
-        _half(_mask("..xx.xx", "xxxxxxx", ".xx...."), seed=20),
-        _half(_mask("..xxx..", "x......", ".xxxxx."), seed=22),
-    )
+def _half(mask: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> TokenStats:
+    """Statistics of some responses whose policy lies half a nat a token from the reference."""
+    ref = torch.where(mask, normal(seed, dtype)(*mask.shape) - 3.0, 0.0)
+    return TokenStats(torch.where(mask, ref + 0.5 * normal(seed + 1, dtype)(*mask.shape), 0.0), ref, mask)
 
 
 def _stats_cases() -> tuple[Case, ...]:
-    chosen, rejected = _padded()
-    far = _mask("xxxxx")
-    case = {"chosen": _half(far, seed=24, dtype=torch.float32), "rejected": _half(far, seed=26, dtype=torch.float32)}
-    case["chosen"] = dataclasses.replace(case["chosen"], logps=case["chosen"].logps - 100.0)  # margin about -150
+    chosen = _half(marks("..xx.xx", "xxxxxxx", ".xx...."), seed=20)  # lengths 4, 7, 2, the first with a hole
+    rejected = _half(marks("..xxx..", "x......", ".xxxxx."), seed=22)  # and 3, 1, 5
+    far = [_half(marks("xxxxx"), seed, torch.float32) for seed in (24, 26)]
+    far[0] = dataclasses.replace(far[0], logps=far[0].logps - 100.0)  # margin about -150
     return (
         Case({"chosen": chosen, "rejected": rejected, "beta": 0.3}),
-        Case(case | {"beta": 0.3}, "a policy that is wrong about the pair by 150 nats"),
+        Case({"chosen": far[0], "rejected": far[1], "beta": 0.3}, "a policy that is wrong about the pair by 150 nats"),
     )
 
 
 def _loss_cases() -> tuple[Case, ...]:
     """As above, and full rows, so that the gradient at padding, which nobody needs, is not asked for."""
-    mask = _mask("xxxxx", "xxxxx")
-    chosen, rejected = (
-        dataclasses.replace(half, logps=half.logps.requires_grad_())
-        for half in (_half(mask, seed=30), _half(mask, seed=32))
-    )
-    return (
-        *_stats_cases(),
-        Case({"chosen": chosen, "rejected": rejected, "beta": 0.7}, "two pairs without padding, with gradients"),
-    )
+    chosen, rejected = (_half(marks("xxxxx", "xxxxx"), seed) for seed in (30, 32))
+    for half in (chosen, rejected):
+        half.logps.requires_grad_()
+    full = {"chosen": chosen, "rejected": rejected, "beta": 0.7}
+    return *_stats_cases(), Case(full, "two pairs without padding, with gradients")
+
+
+def _tokens(s: TokenStats) -> Tensor:
+    return s.logps - s.ref_logps  # (B, T-1), 0 off-mask
 
 
 def _ratio(s: TokenStats) -> Tensor:
-    return (s.logps - s.ref_logps).sum(-1)
+    return _tokens(s).sum(-1)
 
 
-def _mean_ratio(s: TokenStats) -> Tensor:
-    return _ratio(s) / s.mask.sum(-1)
+def _difference(reward: Callable[[TokenStats], Tensor]) -> Callable[..., Tensor]:
+    """-log sigma(beta (reward(chosen) - reward(rejected)))."""
+    return lambda chosen, rejected, beta: -F.logsigmoid(beta * (reward(chosen) - reward(rejected)))
+
+
+def _of_ratios(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The loss as a function of the difference of the log-ratios, (B,), and beta."""
+    return lambda chosen, rejected, beta: loss(_ratio(chosen) - _ratio(rejected), beta)
+
+
+def _dpo(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
+    return losses.dpo(chosen, rejected, beta=beta).loss
 
 
 dpo_loss = chapter.exercise(
     "dpo_loss",
-    right=lambda chosen, rejected, beta: losses.dpo(chosen, rejected, beta=beta).loss,
+    right=_dpo,
     cases=_loss_cases,
     mistakes={
-        "swapped": lambda chosen, rejected, beta: -F.logsigmoid(beta * (_ratio(rejected) - _ratio(chosen))),
-        "no_reference": lambda chosen, rejected, beta: (
-            -F.logsigmoid(beta * (chosen.logps.sum(-1) - rejected.logps.sum(-1)))
-        ),
-        "mean": lambda chosen, rejected, beta: -F.logsigmoid(beta * (_mean_ratio(chosen) - _mean_ratio(rejected))),
-        "mean_over_columns": lambda chosen, rejected, beta: (
-            -F.logsigmoid(
-                beta * ((chosen.logps - chosen.ref_logps).mean(-1) - (rejected.logps - rejected.ref_logps).mean(-1))
-            )
-        ),
-        "beta_outside": lambda chosen, rejected, beta: -beta * F.logsigmoid(_ratio(chosen) - _ratio(rejected)),
-        "divided_by_beta": lambda chosen, rejected, beta: -F.logsigmoid((_ratio(chosen) - _ratio(rejected)) / beta),
+        "swapped": _of_ratios(lambda gap, beta: -F.logsigmoid(-beta * gap)),
+        "no_reference": _difference(lambda s: s.logps.sum(-1)),
+        "mean": _difference(lambda s: _ratio(s) / s.mask.sum(-1)),
+        "mean_over_columns": _difference(lambda s: _tokens(s).mean(-1)),
+        "beta_outside": _of_ratios(lambda gap, beta: -beta * F.logsigmoid(gap)),
+        "divided_by_beta": _of_ratios(lambda gap, beta: -F.logsigmoid(gap / beta)),
         "beta_on_policy_alone": lambda chosen, rejected, beta: (
-            -F.logsigmoid(
-                beta * (chosen.logps - rejected.logps).sum(-1) - (chosen.ref_logps - rejected.ref_logps).sum(-1)
-            )
+            -F.logsigmoid((beta * (chosen.logps - rejected.logps) - (chosen.ref_logps - rejected.ref_logps)).sum(-1))
         ),
-        "no_minus": lambda chosen, rejected, beta: F.logsigmoid(beta * (_ratio(chosen) - _ratio(rejected))),
-        "no_logarithm": lambda chosen, rejected, beta: -torch.sigmoid(beta * (_ratio(chosen) - _ratio(rejected))),
-        "log_of_sigmoid": lambda chosen, rejected, beta: (
-            -torch.log(torch.sigmoid(beta * (_ratio(chosen) - _ratio(rejected))))
-        ),
-        "token_by_token": lambda chosen, rejected, beta: (
-            -F.logsigmoid(beta * ((chosen.logps - chosen.ref_logps) - (rejected.logps - rejected.ref_logps))).sum(-1)
-        ),
-        "detached": lambda chosen, rejected, beta: losses.dpo(chosen, rejected, beta=beta).loss.detach(),
+        "no_minus": _of_ratios(lambda gap, beta: F.logsigmoid(beta * gap)),
+        "no_logarithm": _of_ratios(lambda gap, beta: -torch.sigmoid(beta * gap)),
+        "log_of_sigmoid": _of_ratios(lambda gap, beta: -torch.log(torch.sigmoid(beta * gap))),
+        "token_by_token": lambda **given: _difference(_tokens)(**given).sum(-1),
+        "detached": lambda **given: _dpo(**given).detach(),
     },
 )
 
@@ -227,30 +204,30 @@ dpo_loss = chapter.exercise(
 
 def _slope(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
     """(2B, T-1) derivative of every pair's own loss by its tokens' log-probabilities, from autograd."""
-    leaf = torch.cat([chosen.logps, rejected.logps]).detach().requires_grad_()
-    chosen, rejected = (
-        dataclasses.replace(half, logps=part) for half, part in zip((chosen, rejected), leaf.chunk(2), strict=True)
-    )
-    slope = torch.autograd.grad(losses.dpo(chosen, rejected, beta=beta).loss.sum(), leaf)[0]
-    return torch.where(torch.cat([chosen.mask, rejected.mask]), slope, 0.0)
+    both = [dataclasses.replace(half, logps=half.logps.detach().requires_grad_()) for half in (chosen, rejected)]
+    slopes = torch.autograd.grad(_dpo(*both, beta).sum(), [half.logps for half in both])
+    return torch.where(_both(chosen, rejected), torch.cat(slopes), 0.0)
 
 
-def _pull(chosen: TokenStats, rejected: TokenStats, size: Tensor, *, masked: bool = True) -> Tensor:
-    """(2B, T-1) -size on the chosen tokens, +size on the rejected ones; `size` is (B, 1)."""
-    mask = torch.cat([chosen.mask, rejected.mask])
-    return torch.where(mask | (not masked), torch.cat([-size, size]).expand(mask.shape), 0.0)
+def _both(chosen: TokenStats, rejected: TokenStats) -> Tensor:
+    return torch.cat([chosen.mask, rejected.mask])  # (2B, T-1)
 
 
-def _wrong(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
-    """(B, 1) sigma(-margin)."""
-    return torch.sigmoid(beta * (_ratio(rejected) - _ratio(chosen)))[:, None]
+def _pull(
+    size: Callable[[Tensor, float], Tensor], ratio: Callable = _ratio, masked: bool = True
+) -> Callable[..., Tensor]:
+    """(2B, T-1) -size on the chosen tokens, +size on the rejected ones; `size` sees the (B,) margins and beta."""
+
+    def coefficient(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
+        pull, mask = size(beta * (ratio(chosen) - ratio(rejected)), beta)[:, None], _both(chosen, rejected)
+        return torch.where(mask | (not masked), torch.cat([-pull, pull]).expand(mask.shape), 0.0)
+
+    return coefficient
 
 
 def _per_token(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
-    ratio = torch.cat([chosen.logps - chosen.ref_logps, rejected.ref_logps - rejected.logps])
-    size = beta * torch.sigmoid(-beta * ratio)  # (2B, T-1)
-    sign = torch.cat([-torch.ones_like(chosen.logps), torch.ones_like(rejected.logps)])
-    return torch.where(torch.cat([chosen.mask, rejected.mask]), sign * size, 0.0)
+    chosen_size, rejected_size = (torch.sigmoid(-beta * r) for r in (_tokens(chosen), -_tokens(rejected)))
+    return torch.where(_both(chosen, rejected), beta * torch.cat([-chosen_size, rejected_size]), 0.0)
 
 
 dpo_token_coefficient = chapter.exercise(
@@ -258,23 +235,15 @@ dpo_token_coefficient = chapter.exercise(
     right=_slope,
     cases=_stats_cases,
     mistakes={
-        "weighted_by_confidence": lambda chosen, rejected, beta: _pull(
-            chosen, rejected, beta * (1 - _wrong(chosen, rejected, beta))
-        ),
-        "no_beta": lambda chosen, rejected, beta: _pull(chosen, rejected, _wrong(chosen, rejected, beta)),
-        "signs_swapped": lambda chosen, rejected, beta: -_slope(chosen, rejected, beta),
-        "same_sign": lambda chosen, rejected, beta: -_slope(chosen, rejected, beta).abs(),
-        "no_reference": lambda chosen, rejected, beta: _pull(
-            chosen,
-            rejected,
-            beta * torch.sigmoid(beta * (rejected.logps.sum(-1) - chosen.logps.sum(-1)))[:, None],
-        ),
+        "weighted_by_confidence": _pull(lambda margin, beta: beta * torch.sigmoid(margin)),
+        "no_beta": _pull(lambda margin, beta: torch.sigmoid(-margin)),
+        "signs_swapped": lambda **given: -_slope(**given),
+        "same_sign": lambda **given: -_slope(**given).abs(),
+        "no_reference": _pull(lambda margin, beta: beta * torch.sigmoid(-margin), ratio=lambda s: s.logps.sum(-1)),
         "divided_by_length": lambda chosen, rejected, beta: (
-            _slope(chosen, rejected, beta) / torch.cat([chosen.mask, rejected.mask]).sum(-1, keepdim=True)
+            _slope(chosen, rejected, beta) / _both(chosen, rejected).sum(-1, keepdim=True)
         ),
-        "no_mask": lambda chosen, rejected, beta: _pull(
-            chosen, rejected, beta * _wrong(chosen, rejected, beta), masked=False
-        ),
+        "no_mask": _pull(lambda margin, beta: beta * torch.sigmoid(-margin), masked=False),
         "margin_per_token": _per_token,
         "mean_over_batch": lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),
     },

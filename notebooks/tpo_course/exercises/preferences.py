@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,38 +92,23 @@ def _linear() -> tuple[Case, ...]:
     )
 
 
-def _right_gradient(weights: Tensor, differences: Tensor) -> Tensor:
-    return -(torch.sigmoid(-(differences @ weights))[:, None] * differences).mean(0)
+def _push(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """(d,) gradient of the mean loss, every pair's difference weighed by -weight(margin)."""
+    return lambda weights, differences: -(weight(differences @ weights)[:, None] * differences).mean(0)
 
 
-def _by_confidence(weights: Tensor, differences: Tensor) -> Tensor:
-    return -(torch.sigmoid(differences @ weights)[:, None] * differences).mean(0)
-
-
-def _without_surprise(weights: Tensor, differences: Tensor) -> Tensor:
-    return -differences.mean(0)
-
-
-def _of_probability(weights: Tensor, differences: Tensor) -> Tensor:
-    p = torch.sigmoid(differences @ weights)
-    return -((p * (1 - p))[:, None] * differences).mean(0)
-
-
-def _mean_first(weights: Tensor, differences: Tensor) -> Tensor:
-    return -torch.sigmoid(-(differences @ weights)).mean() * differences.mean(0)
-
-
+_gradient = _push(lambda margin: torch.sigmoid(-margin))
 nll_gradient = chapter.exercise(
     "nll_gradient",
-    right=_right_gradient,
+    right=_gradient,
     cases=_linear,
     mistakes={
-        "sign_reversed": lambda weights, differences: -_right_gradient(weights, differences),
-        "weighted_by_confidence": _by_confidence,
-        "no_factor": _without_surprise,
-        "slope_of_sigmoid": _of_probability,
-        "summed": lambda weights, differences: _right_gradient(weights, differences) * len(differences),
-        "averaged_apart": _mean_first,
+        "sign_reversed": lambda **given: -_gradient(**given),
+        "weighted_by_confidence": _push(torch.sigmoid),
+        "no_factor": _push(torch.ones_like),
+        "slope_of_sigmoid": _push(lambda margin: torch.sigmoid(margin) * torch.sigmoid(-margin)),
+        "summed": lambda weights, differences: _gradient(weights, differences) * len(differences),
+        "averaged_apart": _push(lambda margin: torch.sigmoid(-margin).mean().expand_as(margin)),
     },
 )
 
@@ -147,10 +134,10 @@ def _right_pairs(scores: Tensor, min_gap: float) -> Tensor:
 
 
 def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
-    best, worst = scores.argmax(-1), scores.argmin(-1)
-    picked = torch.zeros_like(_gaps(scores), dtype=torch.bool)
-    picked[torch.arange(len(scores)), best, worst] = True
-    return picked & _right_pairs(scores, min_gap)
+    best, worst = (
+        F.one_hot(place, scores.shape[-1]).bool() for place in (scores.argmax(-1), scores.argmin(-1))
+    )  # (P, K)
+    return best[:, :, None] & worst[:, None, :] & _right_pairs(scores, min_gap)
 
 
 preferred_pairs = chapter.exercise(

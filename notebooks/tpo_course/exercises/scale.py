@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter
+from tpo_course.exercise import Case, Chapter, normal
 
 NOTEBOOK = "08_scale.ipynb"
 chapter = Chapter(__file__)
-
-
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- 1. how many bytes
@@ -35,11 +35,11 @@ vocabulary_bytes = chapter.exercise(
     right=_bytes,
     cases=_bytes_cases,
     mistakes={
-        "half": lambda pairs, length, vocab, with_kl: _bytes(pairs, length, vocab, with_kl) // 2,
+        "half": lambda **given: _bytes(**given) // 2,
         "one_tensor": lambda pairs, length, vocab, with_kl: 2 * pairs * length * vocab * 4,
-        "numbers_not_bytes": lambda pairs, length, vocab, with_kl: _bytes(pairs, length, vocab, with_kl) // 4,
-        "counts_swapped": lambda pairs, length, vocab, with_kl: _bytes(pairs, length, vocab, not with_kl),
-        "always_with_kl": lambda pairs, length, vocab, with_kl: _bytes(pairs, length, vocab, True),
+        "numbers_not_bytes": lambda **given: _bytes(**given) // 4,
+        "counts_swapped": lambda **given: _bytes(**given | {"with_kl": not given["with_kl"]}),
+        "always_with_kl": lambda **given: _bytes(**given | {"with_kl": True}),
     },
 )
 
@@ -49,10 +49,10 @@ vocabulary_bytes = chapter.exercise(
 
 def _gradient_cases() -> tuple[Case, ...]:
     def case(rows: int, vocab: int, seed: int, words: str = "", with_kl: bool = True) -> Case:
-        given = {"logits": _normal(rows, vocab, seed=seed), "ref_logits": _normal(rows, vocab, seed=seed + 1)}
+        given = {"logits": normal(seed)(rows, vocab), "ref_logits": normal(seed + 1)(rows, vocab)}
         given["targets"] = torch.arange(rows) * 3 % vocab
-        given["g"] = _normal(rows, seed=seed + 2)
-        given["k"] = _normal(rows, seed=seed + 3) * with_kl
+        given["g"] = normal(seed + 2)(rows)
+        given["k"] = normal(seed + 3)(rows) * with_kl
         return Case(given, words)
 
     return (
@@ -62,33 +62,31 @@ def _gradient_cases() -> tuple[Case, ...]:
     )
 
 
-def _gradient(logits: Tensor, ref_logits: Tensor, targets: Tensor, g: Tensor, k: Tensor, dim: int = -1) -> Tensor:
-    p, q = logits.softmax(dim), ref_logits.softmax(dim)
-    return g[:, None] * (_one_hot(logits, targets) - p) + k[:, None] * (p - q)
+def _of_parts(gradient: Callable[..., Tensor], dim: int = -1) -> Callable[..., Tensor]:
+    """dL/dz from g and k as columns (R, 1), the one-hot targets e, and the softmaxes p and q, (R, V) each."""
+
+    def answer(logits: Tensor, ref_logits: Tensor, targets: Tensor, g: Tensor, k: Tensor) -> Tensor:
+        e = torch.zeros_like(logits).scatter(-1, targets[:, None], 1.0)
+        return gradient(g[:, None], k[:, None], e, logits.softmax(dim), ref_logits.softmax(dim))
+
+    return answer
 
 
-def _one_hot(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter(-1, targets[:, None], 1.0)
-
-
+_gradient = _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (p - q))
 logit_gradient = chapter.exercise(
     "logit_gradient",
     right=_gradient,
     cases=_gradient_cases,
     mistakes={
-        "first_sign": lambda logits, ref_logits, targets, g, k: _gradient(logits, ref_logits, targets, -g, k),
-        "second_sign": lambda logits, ref_logits, targets, g, k: _gradient(logits, ref_logits, targets, g, -k),
-        "no_target": lambda logits, ref_logits, targets, g, k: (
-            _gradient(logits, ref_logits, targets, g, k) - g[:, None] * _one_hot(logits, targets)
-        ),
-        "no_normaliser": lambda logits, ref_logits, targets, g, k: (
-            _gradient(logits, ref_logits, targets, g, k) + g[:, None] * logits.softmax(-1)
-        ),
-        "no_kl": lambda logits, ref_logits, targets, g, k: _gradient(logits, ref_logits, targets, g, 0 * k),
-        "exchanged": lambda logits, ref_logits, targets, g, k: _gradient(logits, ref_logits, targets, k, g),
-        "over_positions": lambda logits, ref_logits, targets, g, k: _gradient(logits, ref_logits, targets, g, k, dim=0),
-        "logits_for_q": lambda logits, ref_logits, targets, g, k: (
-            _gradient(logits, ref_logits, targets, g, k) + k[:, None] * (ref_logits.softmax(-1) - ref_logits)
+        "first_sign": _of_parts(lambda g, k, e, p, q: g * (p - e) + k * (p - q)),
+        "second_sign": _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (q - p)),
+        "no_target": _of_parts(lambda g, k, e, p, q: -g * p + k * (p - q)),
+        "no_normaliser": _of_parts(lambda g, k, e, p, q: g * e + k * (p - q)),
+        "no_kl": _of_parts(lambda g, k, e, p, q: g * (e - p)),
+        "exchanged": _of_parts(lambda g, k, e, p, q: k * (e - p) + g * (p - q)),
+        "over_positions": _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (p - q), dim=0),
+        "logits_for_q": lambda ref_logits, k, **given: (
+            _gradient(ref_logits=ref_logits, k=k, **given) + k[:, None] * (ref_logits.softmax(-1) - ref_logits)
         ),
     },
 )
@@ -98,33 +96,35 @@ logit_gradient = chapter.exercise(
 
 
 def _lse_cases() -> tuple[Case, ...]:
-    steep = _normal(3, 4, seed=3) * 40
+    steep = normal(3)(3, 4) * 40
     return (
-        Case({"states": _normal(5, 4, seed=1), "weight": _normal(12, 4, seed=2), "columns": 4}),
+        Case({"states": normal(1)(5, 4), "weight": normal(2)(12, 4), "columns": 4}),
         Case(
-            {"states": _normal(5, 4, seed=1), "weight": _normal(11, 4, seed=2), "columns": 4},
+            {"states": normal(1)(5, 4), "weight": normal(2)(11, 4), "columns": 4},
             "a last tile that is not full",
         ),
-        Case({"states": _normal(2, 4, seed=4), "weight": _normal(6, 4, seed=5), "columns": 100}, "a single tile"),
-        Case({"states": steep, "weight": _normal(9, 4, seed=6) * 30, "columns": 3}, "logits in the thousands"),
+        Case({"states": normal(4)(2, 4), "weight": normal(5)(6, 4), "columns": 100}, "a single tile"),
+        Case({"states": steep, "weight": normal(6)(9, 4) * 30, "columns": 3}, "logits in the thousands"),
     )
 
 
-def _tiles(states: Tensor, weight: Tensor, columns: int, whole: bool = True):
-    last = len(weight) if whole else len(weight) // columns * columns
-    return [states @ weight[i : min(i + columns, last)].T for i in range(0, max(last, 1), columns)]
+def _of_tiles(combine: Callable[[list[Tensor]], Tensor], whole: bool = True) -> Callable[..., Tensor]:
+    """What `combine` makes of the logits' tiles, (R, columns) each; one that is not full is left out unless `whole`."""
+
+    def answer(states: Tensor, weight: Tensor, columns: int) -> Tensor:
+        logits = states @ weight[: None if whole else len(weight) // columns * columns].T  # (R, V)
+        return combine(list(logits.split(columns, dim=-1)))
+
+    return answer
 
 
-def _fold(parts: list[Tensor], join) -> Tensor:
-    found = parts[0]
-    for part in parts[1:]:
-        found = join(found, part)
-    return found
+def _lse(tiles: list[Tensor]) -> Tensor:
+    return torch.cat(tiles, dim=-1).logsumexp(-1)
 
 
-def _not_rescaled(states: Tensor, weight: Tensor, columns: int) -> Tensor:
-    peak, total = torch.full((len(states),), -torch.inf, dtype=states.dtype), 0.0
-    for z in _tiles(states, weight, columns):
+def _not_rescaled(tiles: list[Tensor]) -> Tensor:
+    peak, total = torch.full_like(tiles[0][:, 0], -torch.inf), 0.0
+    for z in tiles:
         peak = torch.maximum(peak, z.max(-1).values)
         total = total + (z - peak[:, None]).exp().sum(-1)
     return peak + total.log()
@@ -132,25 +132,16 @@ def _not_rescaled(states: Tensor, weight: Tensor, columns: int) -> Tensor:
 
 tiled_logsumexp = chapter.exercise(
     "tiled_logsumexp",
-    right=lambda states, weight, columns: (states @ weight.T).logsumexp(-1),
+    right=_of_tiles(_lse),
     cases=_lse_cases,
     mistakes={
-        "added": lambda states, weight, columns: sum(z.logsumexp(-1) for z in _tiles(states, weight, columns)),
-        "largest": lambda states, weight, columns: _fold(
-            [z.logsumexp(-1) for z in _tiles(states, weight, columns)], torch.maximum
-        ),
-        "last_tile": lambda states, weight, columns: _tiles(states, weight, columns)[-1].logsumexp(-1),
-        "part_tile_missing": lambda states, weight, columns: _fold(
-            [z.logsumexp(-1) if z.numel() else z.sum(-1) - torch.inf for z in _tiles(states, weight, columns, False)],
-            torch.logaddexp,
-        ),
-        "overflows": lambda states, weight, columns: sum(
-            z.exp().sum(-1) for z in _tiles(states, weight, columns)
-        ).log(),
-        "not_rescaled": _not_rescaled,
-        "averaged": lambda states, weight, columns: (
-            (states @ weight.T).logsumexp(-1) - torch.tensor(float(len(weight)), dtype=states.dtype).log()
-        ),
+        "added": _of_tiles(lambda tiles: sum(z.logsumexp(-1) for z in tiles)),
+        "largest": _of_tiles(lambda tiles: torch.stack([z.logsumexp(-1) for z in tiles]).amax(0)),
+        "last_tile": _of_tiles(lambda tiles: tiles[-1].logsumexp(-1)),
+        "part_tile_missing": _of_tiles(_lse, whole=False),
+        "overflows": _of_tiles(lambda tiles: sum(z.exp().sum(-1) for z in tiles).log()),
+        "not_rescaled": _of_tiles(_not_rescaled),
+        "averaged": _of_tiles(lambda tiles: _lse(tiles) - math.log(sum(z.shape[-1] for z in tiles))),
     },
 )
 
@@ -170,6 +161,12 @@ def _budget(lengths: list[int], max_tokens: int, *, sort=True, sides: int = 2, p
     return found
 
 
+def _downwards(lengths: list[int], max_tokens: int) -> list[int]:
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    numbers = _budget([lengths[i] for i in order], max_tokens, sort=False)
+    return [numbers[order.index(i)] for i in range(len(lengths))]
+
+
 def _budget_cases() -> tuple[Case, ...]:
     return (
         Case({"lengths": [9, 2, 3, 8, 4, 2, 9], "max_tokens": 24}),
@@ -184,20 +181,14 @@ token_batches = chapter.exercise(
     right=_budget,
     cases=_budget_cases,
     mistakes={
-        "not_sorted": lambda lengths, max_tokens: _budget(lengths, max_tokens, sort=False),
-        "one_sequence": lambda lengths, max_tokens: _budget(lengths, max_tokens, sides=1),
-        "no_padding": lambda lengths, max_tokens: _budget(lengths, max_tokens, padded=False),
-        "not_filled": lambda lengths, max_tokens: _budget(lengths, max_tokens, strict=True),
-        "sorted_downwards": lambda lengths, max_tokens: _downwards(lengths, max_tokens),
-        "in_sorted_order": lambda lengths, max_tokens: sorted(_budget(lengths, max_tokens)),
+        "not_sorted": partial(_budget, sort=False),
+        "one_sequence": partial(_budget, sides=1),
+        "no_padding": partial(_budget, padded=False),
+        "not_filled": partial(_budget, strict=True),
+        "sorted_downwards": _downwards,
+        "in_sorted_order": lambda **given: sorted(_budget(**given)),
     },
 )
-
-
-def _downwards(lengths: list[int], max_tokens: int) -> list[int]:
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    numbers = _budget([lengths[i] for i in order], max_tokens, sort=False)
-    return [numbers[order.index(i)] for i in range(len(lengths))]
 
 
 quiz = chapter.quiz()

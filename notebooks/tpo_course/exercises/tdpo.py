@@ -8,25 +8,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter
+from tpo_course.exercise import Case, Chapter, marks, narrow, normal
 from tpo_lib import losses
 from tpo_lib.types import IGNORE, TokenStats
 
 NOTEBOOK = "04_tdpo.ipynb"
 chapter = Chapter(__file__)
-
-
-def _draw(seed: int) -> Callable[..., Tensor]:
-    """A source of standard normal float64 tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 # ---- forward_kl
@@ -42,35 +36,26 @@ def _forward(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
     return _kl(ref_logits, policy_logits)
 
 
-def _of_probabilities(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
-    return (ref * (ref.log() - policy.log())).sum(-1)
+def _of_softmax(log_ratio: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The forward KL from probabilities: the mean under the reference of a log-ratio of (reference, policy)."""
+
+    def kl(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
+        policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
+        return (ref * log_ratio(ref, policy)).sum(-1)
+
+    return kl
 
 
-def _of_a_ratio(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
-    return (ref * (ref / policy).log()).sum(-1)
+def _log_ratio(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return ref_logits.log_softmax(-1) - policy_logits.log_softmax(-1)
 
 
-def _clamped(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    policy, ref = policy_logits.softmax(-1), ref_logits.softmax(-1)
-    return (ref * ((ref + 1e-8).log() - (policy + 1e-8).log())).sum(-1)
-
-
-def _cross_entropy(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    return -(ref_logits.softmax(-1) * policy_logits.log_softmax(-1)).sum(-1)
-
-
-def _unweighted(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    return (ref_logits.log_softmax(-1) - policy_logits.log_softmax(-1)).sum(-1)
-
-
-def _raw_logits(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
-    return (ref_logits.softmax(-1) * (ref_logits - policy_logits)).sum(-1)
+def _at(values: Tensor, ids: Tensor) -> Tensor:
+    return values.gather(-1, ids[..., None])[..., 0]
 
 
 def _kl_cases() -> tuple[Case, ...]:
-    draw = _draw(0)
+    draw = normal(0)
 
     def case(policy: Tensor, ref: Tensor, words: str) -> Case:
         return Case({"policy_logits": policy.requires_grad_(), "ref_logits": ref}, words)
@@ -89,20 +74,20 @@ forward_kl = chapter.exercise(
     cases=_kl_cases,
     mistakes={
         "reverse": lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
-        "log_of_softmax": _of_probabilities,
-        "log_of_ratio": _of_a_ratio,
-        "small_constant": _clamped,
-        "sign_reversed": lambda policy_logits, ref_logits: -_forward(policy_logits, ref_logits),
-        "cross_entropy": _cross_entropy,
-        "no_weights": _unweighted,
-        "raw_logits": _raw_logits,
+        "log_of_softmax": _of_softmax(lambda ref, policy: ref.log() - policy.log()),
+        "log_of_ratio": _of_softmax(lambda ref, policy: (ref / policy).log()),
+        "small_constant": _of_softmax(lambda ref, policy: (ref + 1e-8).log() - (policy + 1e-8).log()),
+        "sign_reversed": lambda **given: -_forward(**given),
+        "cross_entropy": lambda policy_logits, ref_logits: (
+            -(ref_logits.softmax(-1) * policy_logits.log_softmax(-1)).sum(-1)
+        ),
+        "no_weights": lambda **given: _log_ratio(**given).sum(-1),
+        "raw_logits": lambda policy_logits, ref_logits: (ref_logits.softmax(-1) * (ref_logits - policy_logits)).sum(-1),
         "mean_over_vocabulary": lambda policy_logits, ref_logits: (
             _forward(policy_logits, ref_logits) / ref_logits.shape[-1]
         ),
-        "one_token": lambda policy_logits, ref_logits: (
-            (ref_logits.log_softmax(-1) - policy_logits.log_softmax(-1))
-            .gather(-1, ref_logits.argmax(-1, keepdim=True))
-            .squeeze(-1)
+        "one_token": lambda policy_logits, ref_logits: _at(
+            _log_ratio(policy_logits, ref_logits), ref_logits.argmax(-1)
         ),
         "detached": lambda policy_logits, ref_logits: _forward(policy_logits.detach(), ref_logits),
     },
@@ -112,39 +97,35 @@ forward_kl = chapter.exercise(
 # ---- seq_kl
 
 
-def _masked(kl: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, kl, 0.0).sum(-1)
+def _before(values: Tensor) -> Tensor:
+    return values[:, :-1]
 
 
-def _shifted(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The forward KL of the predicting positions, and which of them predict a response token: (N, T-1) each."""
-    return _forward(policy_logits[:, :-1], ref_logits[:, :-1]), labels[:, 1:] != IGNORE
+def _after(values: Tensor) -> Tensor:
+    return values[:, 1:]
 
 
-def _sequence(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    return _masked(*_shifted(policy_logits, ref_logits, labels))
+def _summed(
+    logits: Callable[[Tensor], Tensor] = _before,
+    labels: Callable[[Tensor], Tensor] = _after,
+    mask: Callable[[Tensor], Tensor] = lambda mask: mask,
+) -> Callable[..., Tensor]:
+    """(N,) KL summed where `mask` says so of (N, T-1) response tokens; what is cut off logits and labels may be wrong."""
+
+    def seq_kl(policy_logits: Tensor, ref_logits: Tensor, **given: Tensor) -> Tensor:
+        kl = _forward(logits(policy_logits), logits(ref_logits))
+        return torch.where(mask(labels(given["labels"]) != IGNORE), kl, 0.0).sum(-1)
+
+    return seq_kl
 
 
-def _mean_kl(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    kl, mask = _shifted(policy_logits, ref_logits, labels)
-    return _masked(kl, mask) / mask.sum(-1)
+def _since_first(mask: Tensor) -> Tensor:
+    return mask.long().cumsum(-1) > 0
 
 
 def _sampled_token(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    log_ratio = (ref_logits.log_softmax(-1) - policy_logits.log_softmax(-1))[:, :-1]
-    at_label = log_ratio.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0]  # (N, T-1)
-    return _masked(at_label, labels[:, 1:] != IGNORE)
-
-
-def _hole_counted(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    kl, mask = _shifted(policy_logits, ref_logits, labels)
-    from_first, to_last = mask.long().cumsum(-1) > 0, mask.flip(-1).long().cumsum(-1).flip(-1) > 0
-    return _masked(kl, from_first & to_last)
-
-
-def _padding_counted(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
-    kl, mask = _shifted(policy_logits, ref_logits, labels)
-    return _masked(kl, mask.long().cumsum(-1) > 0)
+    written = _at(_before(_log_ratio(policy_logits, ref_logits)), _after(labels).clamp_min(0))  # (N, T-1)
+    return torch.where(_after(labels) != IGNORE, written, 0.0).sum(-1)
 
 
 def _labels(rows: list[str]) -> Tensor:
@@ -153,7 +134,7 @@ def _labels(rows: list[str]) -> Tensor:
 
 
 def _sequence_cases() -> tuple[Case, ...]:
-    draw = _draw(1)
+    draw = normal(1)
 
     def case(labels: list[str], vocab: int, words: str) -> Case:
         shape = (len(labels), len(labels[0]), vocab)
@@ -167,27 +148,22 @@ def _sequence_cases() -> tuple[Case, ...]:
     )
 
 
+_sequence = _summed()
 seq_kl = chapter.exercise(
     "seq_kl",
     right=_sequence,
     cases=_sequence_cases,
     mistakes={
-        "no_shift": lambda policy_logits, ref_logits, labels: _masked(
-            _forward(policy_logits, ref_logits), labels != IGNORE
-        ),
-        "mask_off_by_one": lambda policy_logits, ref_logits, labels: _masked(
-            _forward(policy_logits[:, :-1], ref_logits[:, :-1]), labels[:, :-1] != IGNORE
-        ),
-        "shifted_backwards": lambda policy_logits, ref_logits, labels: _masked(
-            _forward(policy_logits[:, 1:], ref_logits[:, 1:]), labels[:, :-1] != IGNORE
-        ),
-        "no_mask": lambda policy_logits, ref_logits, labels: _shifted(policy_logits, ref_logits, labels)[0].sum(-1),
-        "padding_counted": _padding_counted,
-        "hole_filled": _hole_counted,
-        "mean": _mean_kl,
+        "no_shift": _summed(logits=torch.clone, labels=torch.clone),
+        "mask_off_by_one": _summed(labels=_before),
+        "shifted_backwards": _summed(logits=_after, labels=_before),
+        "no_mask": _summed(mask=torch.ones_like),
+        "padding_counted": _summed(mask=_since_first),
+        "hole_filled": _summed(mask=lambda mask: _since_first(mask) & _since_first(mask.flip(-1)).flip(-1)),
+        "mean": lambda labels, **given: _sequence(labels=labels, **given) / (_after(labels) != IGNORE).sum(-1),
         "sampled_token": _sampled_token,
-        "reverse": lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels),
-        "detached": lambda policy_logits, ref_logits, labels: _sequence(policy_logits.detach(), ref_logits, labels),
+        "reverse": lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels=labels),
+        "detached": lambda policy_logits, **given: _sequence(policy_logits.detach(), **given),
     },
 )
 
@@ -195,9 +171,8 @@ seq_kl = chapter.exercise(
 # ---- tdpo1_loss and tdpo2_loss: statistics of pairs as cases
 
 
-def _side(rows: list[str], draw: Callable[..., Tensor], drift: float = 0.0) -> TokenStats:
-    """Statistics of responses drawn as "y" for a scored token; policy log-probabilities and KL are leaves with a gradient."""
-    mask = torch.tensor([[letter == "y" for letter in row] for row in rows])  # (B, T-1)
+def _side(mask: Tensor, draw: Callable[..., Tensor], drift: float = 0.0) -> TokenStats:
+    """Statistics of responses; the policy's log-probabilities and the KL are leaves with a gradient."""
 
     def values(raw: Tensor) -> Tensor:
         return torch.where(mask, raw, 0.0)
@@ -208,46 +183,16 @@ def _side(rows: list[str], draw: Callable[..., Tensor], drift: float = 0.0) -> T
 
 
 def _pairs_of(seed: int) -> dict[str, TokenStats]:
-    draw = _draw(seed)
-    chosen = _side([".yyyyy.", "..yyy..", "yy.yy.."], draw)  # the last one has a hole
-    return {"chosen": chosen, "rejected": _side([".yyy...", "..y.yyy", "yyyyyyy"], draw)}
+    draw = normal(seed)
+    chosen = _side(marks(".xxxxx.", "..xxx..", "xx.xx.."), draw)  # the last one has a hole
+    return {"chosen": chosen, "rejected": _side(marks(".xxx...", "..x.xxx", "xxxxxxx"), draw)}
 
 
 def _far_apart() -> dict[str, TokenStats]:
     """One pair that the policy has wrong by hundreds of nats, in float32 as in training."""
-    draw = _draw(4)
-    sides = _side(["yyy.."], draw, drift=-400.0), _side([".yyyy"], draw, drift=2.0)
-
-    def single(stats: TokenStats) -> TokenStats:
-        return TokenStats(
-            stats.logps.detach().float().requires_grad_(),
-            stats.ref_logps.float(),
-            stats.mask,
-            stats.kl.detach().float().requires_grad_(),
-        )
-
-    return {"chosen": single(sides[0]), "rejected": single(sides[1])}
-
-
-def _reward(stats: TokenStats, beta: float, kl: float | Tensor = 0.0) -> Tensor:
-    """beta (sum_t logratio^t + kl), (B,)."""
-    return beta * ((stats.logps - stats.ref_logps).sum(-1) + kl)
-
-
-def _seq(stats: TokenStats) -> Tensor:
-    return stats.kl.sum(-1)  # (B, T-1) -> (B,)
-
-
-def _frozen(stats: TokenStats) -> Tensor:
-    return _seq(stats).detach()
-
-
-def _mean(values: Tensor, stats: TokenStats) -> Tensor:
-    return values.sum(-1) / stats.mask.sum(-1)
-
-
-def _nll(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
-    return -F.logsigmoid(chosen_reward - rejected_reward)
+    draw = normal(4)
+    sides = {"chosen": _side(marks("xxx.."), draw, drift=-400.0), "rejected": _side(marks(".xxxx"), draw, drift=2.0)}
+    return {name: narrow(side) for name, side in sides.items()}
 
 
 def _tdpo1(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
@@ -258,18 +203,37 @@ def _tdpo2(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float) 
     return losses.tdpo2(chosen, rejected, beta=beta, alpha=alpha).loss
 
 
-def _without_reference(stats: TokenStats) -> TokenStats:
-    return dataclasses.replace(stats, ref_logps=torch.zeros_like(stats.ref_logps))
+def _loss(
+    margin: Callable[..., Tensor], log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid
+) -> Callable[..., Tensor]:
+    """-log sigma(margin(u, c, r, ...)) of u and beta SeqKL of chosen and rejected, (B,) each, beta and alpha."""
+
+    def loss(chosen: TokenStats, rejected: TokenStats, **given: float) -> Tensor:
+        won, lost = ((s.logps - s.ref_logps).sum(-1) for s in (chosen, rejected))
+        kl = (given["beta"] * s.kl.sum(-1) for s in (chosen, rejected))
+        return -log_sigmoid(margin(given["beta"] * (won - lost), *kl, **given))
+
+    return loss
 
 
-def _mean_everywhere(stats: TokenStats) -> TokenStats:
+def _means(side: TokenStats) -> TokenStats:
     """Statistics whose sums are the means of the old ones."""
-    count = stats.mask.sum(-1, keepdim=True)
-    return TokenStats(stats.logps / count, stats.ref_logps / count, stats.mask, stats.kl / count)
+    return side.map(lambda field: field / side.mask.sum(-1, keepdim=True) if field.is_floating_point() else field)
 
 
-def _mean_kl_only(stats: TokenStats) -> TokenStats:
-    return dataclasses.replace(stats, kl=stats.kl / stats.mask.sum(-1, keepdim=True))
+def _both(change: Callable[[TokenStats], TokenStats], loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda chosen, rejected, **given: loss(change(chosen), change(rejected), **given)
+
+
+def _in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The mistakes that TDPO1 and TDPO2 share; `margin` is the right one."""
+    return {
+        "means": _both(_means, loss),
+        "mean_kl": _both(lambda side: replace(side, kl=_means(side).kl), loss),
+        "swapped": lambda chosen, rejected, **given: loss(rejected, chosen, **given),
+        "no_minus": lambda **given: -loss(**given),
+        "log_of_sigmoid": _loss(margin, lambda x: torch.sigmoid(x).log()),
+    }
 
 
 def _tdpo1_cases() -> tuple[Case, ...]:
@@ -285,33 +249,15 @@ tdpo1_loss = chapter.exercise(
     right=_tdpo1,
     cases=_tdpo1_cases,
     mistakes={
-        "sign_of_delta": lambda chosen, rejected, beta: _nll(
-            _reward(chosen, beta, -_seq(chosen)), _reward(rejected, beta, -_seq(rejected))
-        ),
-        "no_beta_on_delta": lambda chosen, rejected, beta: _nll(
-            _reward(chosen, beta) + _seq(chosen), _reward(rejected, beta) + _seq(rejected)
-        ),
-        "no_delta": lambda chosen, rejected, beta: losses.dpo(chosen, rejected, beta=beta).loss,
-        "chosen_kl_stopped": lambda chosen, rejected, beta: _tdpo2(chosen, rejected, beta, 1.0),
-        "rejected_kl_stopped": lambda chosen, rejected, beta: _nll(
-            _reward(chosen, beta, _seq(chosen)), _reward(rejected, beta, _frozen(rejected))
-        ),
-        "both_kl_stopped": lambda chosen, rejected, beta: _nll(
-            _reward(chosen, beta, _frozen(chosen)), _reward(rejected, beta, _frozen(rejected))
-        ),
-        "kl_added": lambda chosen, rejected, beta: _nll(
-            _reward(chosen, beta), _reward(rejected, beta, _seq(rejected) + _seq(chosen))
-        ),
-        "means": lambda chosen, rejected, beta: _tdpo1(_mean_everywhere(chosen), _mean_everywhere(rejected), beta),
-        "mean_kl": lambda chosen, rejected, beta: _tdpo1(_mean_kl_only(chosen), _mean_kl_only(rejected), beta),
-        "swapped": lambda chosen, rejected, beta: _tdpo1(rejected, chosen, beta),
-        "no_minus": lambda chosen, rejected, beta: -_tdpo1(chosen, rejected, beta),
-        "no_reference": lambda chosen, rejected, beta: _tdpo1(
-            _without_reference(chosen), _without_reference(rejected), beta
-        ),
-        "log_of_sigmoid": lambda chosen, rejected, beta: (
-            -torch.sigmoid(_reward(chosen, beta, _seq(chosen)) - _reward(rejected, beta, _seq(rejected))).log()
-        ),
+        "sign_of_delta": _loss(lambda u, c, r, beta: u + (r - c)),
+        "no_beta_on_delta": _loss(lambda u, c, r, beta: u - (r - c) / beta),
+        "no_delta": lambda **given: losses.dpo(**given).loss,
+        "chosen_kl_stopped": _loss(lambda u, c, r, beta: u - (r - c.detach())),
+        "rejected_kl_stopped": _loss(lambda u, c, r, beta: u - (r.detach() - c)),
+        "both_kl_stopped": _loss(lambda u, c, r, beta: u - (r - c).detach()),
+        "kl_added": _loss(lambda u, c, r, beta: u - (r + c)),
+        "no_reference": _both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
+        **_in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
     },
 )
 
@@ -330,50 +276,19 @@ tdpo2_loss = chapter.exercise(
     right=_tdpo2,
     cases=_tdpo2_cases,
     mistakes={
-        "nothing_stopped": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, alpha * _seq(chosen)), _reward(rejected, beta, alpha * _seq(rejected))
-        ),
-        "wrong_side_stopped": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, alpha * _seq(chosen)), _reward(rejected, beta, alpha * _frozen(rejected))
-        ),
-        "both_stopped": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, alpha * _frozen(chosen)), _reward(rejected, beta, alpha * _frozen(rejected))
-        ),
-        "chosen_kl_gone": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta), _reward(rejected, beta, alpha * _seq(rejected))
-        ),
-        "chosen_side_detached": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, alpha * _seq(chosen)).detach(), _reward(rejected, beta, alpha * _seq(rejected))
-        ),
-        "no_alpha": lambda chosen, rejected, beta, alpha: _tdpo2(chosen, rejected, beta, 1.0),
-        "alpha_on_log_ratios": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta * alpha) + beta * _frozen(chosen),
-            _reward(rejected, beta * alpha) + beta * _seq(rejected),
-        ),
-        "alpha_on_margin": lambda chosen, rejected, beta, alpha: _tdpo2(chosen, rejected, alpha * beta, 1.0),
-        "alpha_on_rejected_alone": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, _frozen(chosen)), _reward(rejected, beta, alpha * _seq(rejected))
-        ),
-        "alpha_on_chosen_alone": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta, alpha * _frozen(chosen)), _reward(rejected, beta, _seq(rejected))
-        ),
-        "sign_of_delta": lambda chosen, rejected, beta, alpha: _tdpo2(chosen, rejected, beta, -alpha),
-        "no_beta_on_delta": lambda chosen, rejected, beta, alpha: _nll(
-            _reward(chosen, beta) + alpha * _frozen(chosen), _reward(rejected, beta) + alpha * _seq(rejected)
-        ),
-        "means": lambda chosen, rejected, beta, alpha: _tdpo2(
-            _mean_everywhere(chosen), _mean_everywhere(rejected), beta, alpha
-        ),
-        "mean_kl": lambda chosen, rejected, beta, alpha: _tdpo2(
-            _mean_kl_only(chosen), _mean_kl_only(rejected), beta, alpha
-        ),
-        "swapped": lambda chosen, rejected, beta, alpha: _tdpo2(rejected, chosen, beta, alpha),
-        "no_minus": lambda chosen, rejected, beta, alpha: -_tdpo2(chosen, rejected, beta, alpha),
-        "log_of_sigmoid": lambda chosen, rejected, beta, alpha: (
-            -torch.sigmoid(
-                _reward(chosen, beta, alpha * _frozen(chosen)) - _reward(rejected, beta, alpha * _seq(rejected))
-            ).log()
-        ),
+        "nothing_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
+        "wrong_side_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
+        "both_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),
+        "chosen_kl_gone": _loss(lambda u, c, r, beta, alpha: u - alpha * r),
+        "chosen_side_detached": lambda chosen, **given: _tdpo2(chosen.map(Tensor.detach), **given),
+        "no_alpha": _loss(lambda u, c, r, beta, alpha: u - (r - c.detach())),
+        "alpha_on_log_ratios": _loss(lambda u, c, r, beta, alpha: alpha * u - (r - c.detach())),
+        "alpha_on_margin": _loss(lambda u, c, r, beta, alpha: alpha * (u - (r - c.detach()))),
+        "alpha_on_rejected_alone": _loss(lambda u, c, r, beta, alpha: u - (alpha * r - c.detach())),
+        "alpha_on_chosen_alone": _loss(lambda u, c, r, beta, alpha: u - (r - alpha * c.detach())),
+        "sign_of_delta": _loss(lambda u, c, r, beta, alpha: u + alpha * (r - c.detach())),
+        "no_beta_on_delta": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
+        **_in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
     },
 )
 

@@ -14,23 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter
+from tpo_course.exercise import Case, Chapter, marks, narrow, normal
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
 from tpo_lib.types import TokenStats
 
 NOTEBOOK = "05_tgdpo.ipynb"
 chapter = Chapter(__file__)
-
-
-def _draw(seed: int) -> Callable[..., Tensor]:
-    """A source of standard normal float64 tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def _mask(*rows: str) -> Tensor:
-    return torch.tensor([[letter == "x" for letter in row] for row in rows])
 
 
 # ---- r_hat
@@ -40,13 +30,8 @@ def _token_reward(guide_logps: Tensor, ref_logps: Tensor, guide_beta: float) -> 
     return (guide_beta * (guide_logps - ref_logps)).detach()
 
 
-def _evenly(guide_logps: Tensor, ref_logps: Tensor, guide_beta: float) -> Tensor:
-    values = _token_reward(guide_logps, ref_logps, guide_beta)
-    return values.mean(-1, keepdim=True).expand_as(values)
-
-
 def _reward_cases() -> tuple[Case, ...]:
-    draw = _draw(0)
+    draw = normal(0)
 
     def case(mask: Tensor, guide_beta: float, words: str) -> Case:
         ref = torch.where(mask, -draw(*mask.shape).abs() - 0.5, 0.0)
@@ -54,9 +39,13 @@ def _reward_cases() -> tuple[Case, ...]:
         return Case({"guide_logps": guide, "ref_logps": ref, "guide_beta": guide_beta}, words)
 
     return (
-        case(_mask(".xxxx.x", "xx....."), 0.1, "responses of five tokens and of two, guide_beta = 0.1"),
-        case(_mask("xxx"), 2.0, "a single response, guide_beta = 2"),
+        case(marks(".xxxx.x", "xx....."), 0.1, "responses of five tokens and of two, guide_beta = 0.1"),
+        case(marks("xxx"), 2.0, "a single response, guide_beta = 2"),
     )
+
+
+def _mean_of(values: Tensor) -> Tensor:
+    return values.mean(-1, keepdim=True).expand_as(values)
 
 
 r_hat = chapter.exercise(
@@ -65,11 +54,9 @@ r_hat = chapter.exercise(
     cases=_reward_cases,
     mistakes={
         "not_detached": lambda guide_logps, ref_logps, guide_beta: guide_beta * (guide_logps - ref_logps),
-        "sign_reversed": lambda guide_logps, ref_logps, guide_beta: -_token_reward(guide_logps, ref_logps, guide_beta),
-        "no_guide_beta": lambda guide_logps, ref_logps, guide_beta: _token_reward(guide_logps, ref_logps, 1.0),
-        "divided_by_guide_beta": lambda guide_logps, ref_logps, guide_beta: _token_reward(
-            guide_logps, ref_logps, 1 / guide_beta
-        ),
+        "sign_reversed": lambda **given: -_token_reward(**given),
+        "no_guide_beta": lambda **given: _token_reward(**given | {"guide_beta": 1.0}),
+        "divided_by_guide_beta": lambda **given: _token_reward(**given | {"guide_beta": 1 / given["guide_beta"]}),
         "guide_beta_on_guide_alone": lambda guide_logps, ref_logps, guide_beta: (
             guide_beta * guide_logps - ref_logps
         ).detach(),
@@ -77,10 +64,8 @@ r_hat = chapter.exercise(
             guide_logps.exp(), ref_logps.exp(), guide_beta
         ),
         "ratio": lambda guide_logps, ref_logps, guide_beta: (guide_beta * (guide_logps - ref_logps).exp()).detach(),
-        "averaged": _evenly,
-        "centred": lambda guide_logps, ref_logps, guide_beta: (
-            _token_reward(guide_logps, ref_logps, guide_beta) - _evenly(guide_logps, ref_logps, guide_beta)
-        ),
+        "averaged": lambda **given: _mean_of(_token_reward(**given)),
+        "centred": lambda **given: _token_reward(**given) - _mean_of(_token_reward(**given)),
     },
 )
 
@@ -88,24 +73,24 @@ r_hat = chapter.exercise(
 # ---- token_weights
 
 
-def _weights(r_hat: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    return (1 + alpha * r_hat).clamp_min(F_FLOOR), (1 - alpha * r_hat).clamp_min(F_FLOOR)
+def _shaped(shape: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """(f_w, f_l): the shape of alpha r_hat, and of -alpha r_hat."""
+    return lambda r_hat, alpha: (shape(alpha * r_hat), shape(-alpha * r_hat))
 
 
-def _normalised(f: Tensor) -> Tensor:
-    return f / f.mean(-1, keepdim=True)
+def _f(signal: Tensor) -> Tensor:
+    return (1 + signal).clamp_min(F_FLOOR)
 
 
-def _switched_off(f: Tensor) -> Tensor:
-    return torch.where(f < F_FLOOR, 1.0, f)
+_weights = _shaped(_f)
 
 
 def _weights_cases() -> tuple[Case, ...]:
     by_hand = torch.tensor([[0.0, 1.0, -1.0, 1.9, -1.9, 2.5, -7.0]], dtype=torch.float64)  # f = 0.05 at 1.9
     return (
         Case({"r_hat": by_hand, "alpha": 0.5}, "r_hat from -7 to 2.5 and alpha = 0.5"),
-        Case({"r_hat": 0.2 * _draw(1)(3, 5), "alpha": 0.3}, "small r_hat, where no floor is needed"),
-        Case({"r_hat": 3 * _draw(2)(2, 3), "alpha": 2.0}, "alpha = 2"),
+        Case({"r_hat": 0.2 * normal(1)(3, 5), "alpha": 0.3}, "small r_hat, where no floor is needed"),
+        Case({"r_hat": 3 * normal(2)(2, 3), "alpha": 2.0}, "alpha = 2"),
     )
 
 
@@ -114,24 +99,18 @@ token_weights = chapter.exercise(
     right=_weights,
     cases=_weights_cases,
     mistakes={
-        "same_sign": lambda r_hat, alpha: (_weights(r_hat, alpha)[0], _weights(r_hat, alpha)[0]),
+        "same_sign": lambda r_hat, alpha: (_f(alpha * r_hat), _f(alpha * r_hat)),
         "signs_swapped": lambda r_hat, alpha: _weights(r_hat, -alpha),
-        "no_floor": lambda r_hat, alpha: (1 + alpha * r_hat, 1 - alpha * r_hat),
-        "absolute_value": lambda r_hat, alpha: ((1 + alpha * r_hat).abs(), (1 - alpha * r_hat).abs()),
-        "floor_at_zero": lambda r_hat, alpha: ((1 + alpha * r_hat).clamp_min(0.0), (1 - alpha * r_hat).clamp_min(0.0)),
-        "floor_on_chosen_alone": lambda r_hat, alpha: (_weights(r_hat, alpha)[0], 1 - alpha * r_hat),
-        "reset_to_one": lambda r_hat, alpha: (_switched_off(1 + alpha * r_hat), _switched_off(1 - alpha * r_hat)),
-        "floored_r_hat": lambda r_hat, alpha: (
-            1 + alpha * r_hat.clamp_min(F_FLOOR),
-            1 - alpha * r_hat.clamp_min(F_FLOOR),
-        ),
-        "alpha_on_the_one": lambda r_hat, alpha: (
-            (alpha * (1 + r_hat)).clamp_min(F_FLOOR),
-            (alpha * (1 - r_hat)).clamp_min(F_FLOOR),
-        ),
+        "no_floor": _shaped(lambda signal: 1 + signal),
+        "absolute_value": _shaped(lambda signal: (1 + signal).abs()),
+        "floor_at_zero": _shaped(lambda signal: (1 + signal).clamp_min(0.0)),
+        "floor_on_chosen_alone": lambda r_hat, alpha: (_f(alpha * r_hat), 1 - alpha * r_hat),
+        "reset_to_one": _shaped(lambda signal: torch.where(1 + signal < F_FLOOR, 1.0, 1 + signal)),
+        "floored_r_hat": lambda r_hat, alpha: _shaped(lambda signal: 1 + signal)(r_hat.clamp_min(F_FLOOR), alpha),
+        "alpha_on_the_one": lambda r_hat, alpha: (_f(alpha * (1 + r_hat) - 1), _f(alpha * (1 - r_hat) - 1)),
         "no_alpha": lambda r_hat, alpha: _weights(r_hat, 1.0),
-        "normalised": lambda r_hat, alpha: tuple(_normalised(f) for f in _weights(r_hat, alpha)),
-        "exponential": lambda r_hat, alpha: ((alpha * r_hat).exp(), (-alpha * r_hat).exp()),
+        "normalised": _shaped(lambda signal: _f(signal) / _mean_of(_f(signal))),
+        "exponential": _shaped(torch.exp),
     },
 )
 
@@ -153,24 +132,21 @@ def _side(mask: Tensor, draw: Callable[..., Tensor], *, learn: bool = False) -> 
 
 def _far_apart() -> dict[str, TokenStats]:
     """One pair that the policy has wrong by hundreds of nats, in float32 as in training."""
-    draw = _draw(5)
-
-    def single(mask: Tensor, shift: float) -> TokenStats:
-        side = _side(mask, draw)
-        logps, guide = (values.detach().float() for values in (side.logps + shift * mask, side.guide_logps))
-        return TokenStats(logps, side.ref_logps.float(), mask, guide_logps=guide.requires_grad_())
-
-    return {"chosen": single(_mask("xxx."), -300.0), "rejected": single(_mask("xxxx"), 5.0)}
+    draw, sides = normal(5), {}
+    for name, row, shift in (("chosen", "xxx.", -300.0), ("rejected", "xxxx", 5.0)):
+        side = _side(marks(row), draw)
+        sides[name] = narrow(replace(side, logps=side.logps + shift * side.mask))
+    return sides
 
 
 def _loss_cases() -> tuple[Case, ...]:
     """Gradients at the policy are compared on full rows alone: at padding, where nobody needs them, they may differ."""
-    draw = _draw(3)
+    draw = normal(3)
     holes = {
-        "chosen": _side(_mask(".xxxx.", "..xxx.", "xx.xx."), draw),
-        "rejected": _side(_mask(".xx...", "..x.xx", "xxxxxx"), draw),
+        "chosen": _side(marks(".xxxx.", "..xxx.", "xx.xx."), draw),
+        "rejected": _side(marks(".xx...", "..x.xx", "xxxxxx"), draw),
     }
-    full = {name: _side(_mask("xxxxx", "xxxxx"), draw, learn=True) for name in ("chosen", "rejected")}
+    full = {name: _side(marks("xxxxx", "xxxxx"), draw, learn=True) for name in ("chosen", "rejected")}
     return (
         Case({**holes, "beta": 0.1, "alpha": 0.5, "guide_beta": 0.3}, "responses of unequal length"),
         Case({**full, "beta": 0.5, "alpha": 1.5, "guide_beta": 0.8}, "strong guidance, with gradients"),
@@ -188,17 +164,19 @@ def _ratio(side: TokenStats) -> Tensor:
     return side.logps - side.ref_logps  # (B, T-1), 0 off-mask
 
 
-def _f(signal: Tensor) -> Tensor:
-    return (1 + signal.detach()).clamp_min(F_FLOOR)
-
-
 def _per_token(side: TokenStats, values: Tensor) -> Tensor:
     """(B, 1) mean of (B, T-1) values over the tokens of each response."""
     return torch.where(side.mask, values, 0.0).sum(-1, keepdim=True) / side.mask.sum(-1, keepdim=True)
 
 
+def _weighted(side: TokenStats, signal: Tensor) -> Tensor:
+    return _f(signal.detach()) * _ratio(side)
+
+
 def _from_rewards(
-    reward: Callable[[TokenStats, Tensor], Tensor], signs: tuple[int, int] = (1, -1)
+    reward: Callable[[TokenStats, Tensor], Tensor],
+    signs: tuple[int, int] = (1, -1),
+    log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid,
 ) -> Callable[..., Tensor]:
     """-log sigma(beta reward(chosen) - beta reward(rejected)); `reward` sees a side and its +-alpha r_hat, not detached."""
 
@@ -207,25 +185,18 @@ def _from_rewards(
             beta * reward(side, sign * alpha * guide_beta * (side.guide_logps - side.ref_logps)).sum(-1)
             for side, sign in zip((chosen, rejected), signs, strict=True)
         )
-        return -F.logsigmoid(won - lost)
+        return -log_sigmoid(won - lost)
 
     return loss
 
 
-def _weighted_loss(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    f = _f(alpha * guide_beta * (chosen.guide_logps - chosen.ref_logps))
+def _weighted_pair(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
+    f = _f(alpha * guide_beta * (chosen.guide_logps - chosen.ref_logps).detach())
     return _per_token(chosen, f)[:, 0] * losses.dpo(chosen, rejected, beta=beta).loss
 
 
-def _guided_by_itself(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    own = [replace(side, guide_logps=side.logps.detach()) for side in (chosen, rejected)]
-    return _loss(*own, beta, alpha, guide_beta)
-
-
-def _overflowing(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    output = losses.tgdpo(chosen, rejected, beta=beta, alpha=alpha, guide_beta=guide_beta)
-    f_w, f_l = output.token_weights.chunk(2)
-    return -torch.sigmoid(beta * (f_w * _ratio(chosen)).sum(-1) - beta * (f_l * _ratio(rejected)).sum(-1)).log()
+def _guided_by_itself(chosen: TokenStats, rejected: TokenStats, **given: float) -> Tensor:
+    return _loss(*(replace(side, guide_logps=side.logps.detach()) for side in (chosen, rejected)), **given)
 
 
 tgdpo_loss = chapter.exercise(
@@ -233,27 +204,25 @@ tgdpo_loss = chapter.exercise(
     right=_loss,
     cases=_loss_cases,
     mistakes={
-        "wrong_guide_beta": lambda chosen, rejected, beta, alpha, guide_beta: _loss(
-            chosen, rejected, beta, alpha, beta
-        ),
-        "same_sign": _from_rewards(lambda side, signal: _f(signal) * _ratio(side), signs=(1, 1)),
-        "weights_swapped": _from_rewards(lambda side, signal: _f(signal) * _ratio(side), signs=(-1, 1)),
+        "wrong_guide_beta": lambda **given: _loss(**given | {"guide_beta": given["beta"]}),
+        "same_sign": _from_rewards(_weighted, signs=(1, 1)),
+        "weights_swapped": _from_rewards(_weighted, signs=(-1, 1)),
         "no_floor": _from_rewards(lambda side, signal: (1 + signal.detach()) * _ratio(side)),
         "absolute_value": _from_rewards(lambda side, signal: (1 + signal.detach()).abs() * _ratio(side)),
-        "not_detached": _from_rewards(lambda side, signal: (1 + signal).clamp_min(F_FLOOR) * _ratio(side)),
-        "normalised": _from_rewards(lambda side, signal: _f(signal) / _per_token(side, _f(signal)) * _ratio(side)),
-        "weighted_pair": _weighted_loss,
-        "reference_not_weighted": _from_rewards(lambda side, signal: _f(signal) * side.logps - side.ref_logps),
-        "mean": _from_rewards(lambda side, signal: _per_token(side, _f(signal) * _ratio(side))),
-        "detached": lambda chosen, rejected, beta, alpha, guide_beta: _loss(
-            chosen, rejected, beta, alpha, guide_beta
-        ).detach(),
-        "no_weights": lambda chosen, rejected, beta, alpha, guide_beta: losses.dpo(chosen, rejected, beta=beta).loss,
+        "not_detached": _from_rewards(lambda side, signal: _f(signal) * _ratio(side)),
+        "normalised": _from_rewards(
+            lambda side, signal: _weighted(side, signal) / _per_token(side, _f(signal.detach()))
+        ),
+        "weighted_pair": _weighted_pair,
+        "reference_not_weighted": _from_rewards(lambda side, signal: _f(signal.detach()) * side.logps - side.ref_logps),
+        "mean": _from_rewards(lambda side, signal: _per_token(side, _weighted(side, signal))),
+        "detached": lambda **given: _loss(**given).detach(),
+        "no_weights": lambda chosen, rejected, beta, **_: losses.dpo(chosen, rejected, beta=beta).loss,
         "guided_by_itself": _guided_by_itself,
-        "no_beta": lambda chosen, rejected, beta, alpha, guide_beta: _loss(chosen, rejected, 1.0, alpha, guide_beta),
-        "swapped": lambda chosen, rejected, beta, alpha, guide_beta: _loss(rejected, chosen, beta, alpha, guide_beta),
-        "no_minus": lambda chosen, rejected, beta, alpha, guide_beta: -_loss(chosen, rejected, beta, alpha, guide_beta),
-        "log_of_sigmoid": _overflowing,
+        "no_beta": lambda **given: _loss(**given | {"beta": 1.0}),
+        "swapped": lambda chosen, rejected, **given: _loss(rejected, chosen, **given),
+        "no_minus": lambda **given: -_loss(**given),
+        "log_of_sigmoid": _from_rewards(_weighted, log_sigmoid=lambda margin: torch.sigmoid(margin).log()),
     },
 )
 
@@ -267,8 +236,8 @@ def _largest(r_hat: Tensor, mask: Tensor) -> Tensor:
 
 def _alpha_cases() -> tuple[Case, ...]:
     def case(strongest: float, other: float, words: str) -> Case:
-        mask = _mask(".xxxx.x", "xx.....")
-        r_hat = torch.where(mask, 0.1 * _draw(6)(*mask.shape), 9.0)  # prompt and padding hold anything
+        mask = marks(".xxxx.x", "xx.....")
+        r_hat = torch.where(mask, 0.1 * normal(6)(*mask.shape), 9.0)  # prompt and padding hold anything
         r_hat[0, 3], r_hat[1, 1] = strongest, other
         return Case({"r_hat": r_hat, "mask": mask}, words)
 

@@ -11,15 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter
+from tpo_course.exercise import Case, Chapter, marks
 
 NOTEBOOK = "03_token_mdp.ipynb"
 chapter = Chapter(__file__)
-
-
-def _response(rows: list[str]) -> Tensor:
-    """One string a sequence, "y" where a response token stands, "." on prompt and padding -> (N, T) bool."""
-    return torch.tensor([[letter == "y" for letter in row] for row in rows])
 
 
 def _zero(mask: Tensor, values: Tensor) -> Tensor:
@@ -47,32 +42,23 @@ def _to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return _accumulate(rewards, mask, lambda reward, total: reward + gamma * total)
 
 
-def _so_far(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    return _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1)
-
-
-def _whole_return(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    powers = gamma ** (mask.long().cumsum(1) - 1)  # counted from the first response token
-    return _zero(mask, (_zero(mask, rewards) * powers).sum(1, keepdim=True).expand_as(rewards))
-
-
 def _from_the_start(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return _to_go(rewards * gamma ** (mask.long().cumsum(1) - 1), mask, 1.0)
 
 
-def _mean_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    left = _to_go(torch.ones_like(rewards), mask, 1.0).clamp_min(1)  # tokens from here to the end
-    return _to_go(rewards, mask, gamma) / left
+def _first(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, T) everywhere what stands at the first response token."""
+    return values.gather(1, mask.long().argmax(1, keepdim=True)).expand_as(values)
 
 
 def _return_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[9.0, 1.0, -0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 0.75, -3.0, 9.0, 9.0]])
-    mask = _response([".yyyy.", "..yy.."])
+    mask = marks(".xxxx.", "..xx..")
     return (
         Case({"rewards": rewards, "mask": mask, "gamma": 0.9}, "responses of 4 and 2 tokens, gamma = 0.9"),
         Case({"rewards": rewards, "mask": mask, "gamma": 1.0}, "the same without discount"),
         Case(
-            {"rewards": torch.tensor([[-2.0, 0.5, 4.0]]), "mask": _response(["yyy"]), "gamma": 0.5},
+            {"rewards": torch.tensor([[-2.0, 0.5, 4.0]]), "mask": marks("xxx"), "gamma": 0.5},
             "no prompt and no padding, gamma = 0.5",
         ),
     )
@@ -88,10 +74,12 @@ return_to_go = chapter.exercise(
         ),
         "no_discount": lambda rewards, mask, gamma: _to_go(rewards, mask, 1.0),
         "discounted_from_start": _from_the_start,
-        "past": _so_far,
+        "past": lambda rewards, mask, gamma: _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1),
         "without_own_reward": lambda rewards, mask, gamma: _zero(mask, _moved(_to_go(rewards, mask, gamma))),
-        "whole_return": _whole_return,
-        "mean": _mean_to_go,
+        "whole_return": lambda rewards, mask, gamma: _zero(mask, _first(_to_go(rewards, mask, gamma), mask)),
+        "mean": lambda rewards, mask, gamma: (
+            _to_go(rewards, mask, gamma) / _to_go(torch.ones_like(rewards), mask, 1.0).clamp_min(1)  # tokens to the end
+        ),
         "no_mask": lambda rewards, mask, gamma: _zero(mask, _to_go(rewards, torch.ones_like(mask), gamma)),
         "prompt_not_zero": lambda rewards, mask, gamma: _to_go(_zero(mask, rewards), torch.ones_like(mask), gamma),
     },
@@ -101,25 +89,21 @@ return_to_go = chapter.exercise(
 # ---- advantages
 
 
-def _following(values: Tensor, mask: Tensor) -> Tensor:
-    """(N, T) value of the state that each token leads to: 0 after the last response token."""
-    return _moved(_zero(mask, values))
+def _of_values(formula: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """The formula of reward, value of the state, value of the next one (0 after the response) and gamma, 0 off the response."""
+    return lambda rewards, values, mask, gamma: _zero(
+        mask, formula(rewards, values, _moved(_zero(mask, values)), gamma)
+    )
 
 
-def _first(values: Tensor, mask: Tensor) -> Tensor:
-    """(N, 1) value of the state in which the first response token is written."""
-    return values.gather(1, mask.long().argmax(1, keepdim=True))
-
-
-def _advantage(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    return _zero(mask, rewards + gamma * _following(values, mask) - values)
+_advantage = _of_values(lambda reward, now, then, gamma: reward + gamma * then - now)
 
 
 def _advantage_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[7.0, 1.0, -0.5, 2.0, 0.25, 7.0], [7.0, 7.0, 0.75, -3.0, 7.0, 7.0]])
     values = torch.tensor([[5.0, 0.3, 1.2, -0.8, 0.6, 5.0], [5.0, 5.0, -1.1, 0.4, 5.0, 5.0]])
-    mask = _response([".yyyy.", "..yy.."])
-    single = {"rewards": torch.tensor([[2.0, 7.0]]), "values": torch.tensor([[0.5, 5.0]]), "mask": _response(["y."])}
+    mask = marks(".xxxx.", "..xx..")
+    single = {"rewards": torch.tensor([[2.0, 7.0]]), "values": torch.tensor([[0.5, 5.0]]), "mask": marks("x.")}
     return (
         Case(
             {"rewards": rewards, "values": values, "mask": mask, "gamma": 1.0},
@@ -138,20 +122,16 @@ advantages = chapter.exercise(
         "value_after_the_end": lambda rewards, values, mask, gamma: _zero(
             mask, rewards + gamma * _moved(values) - values
         ),
-        "own_value_ahead": lambda rewards, values, mask, gamma: _zero(mask, rewards + gamma * values - values),
-        "values_swapped": lambda rewards, values, mask, gamma: _zero(
-            mask, rewards + values - gamma * _following(values, mask)
-        ),
-        "q_function": lambda rewards, values, mask, gamma: _zero(mask, rewards + gamma * _following(values, mask)),
-        "discount_off_by_one": lambda rewards, values, mask, gamma: _zero(
-            mask, gamma * (rewards + _following(values, mask)) - values
-        ),
-        "no_discount": lambda rewards, values, mask, gamma: _advantage(rewards, values, mask, 1.0),
+        "own_value_ahead": _of_values(lambda reward, now, then, gamma: reward + gamma * now - now),
+        "values_swapped": _of_values(lambda reward, now, then, gamma: reward + now - gamma * then),
+        "q_function": _of_values(lambda reward, now, then, gamma: reward + gamma * then),
+        "discount_off_by_one": _of_values(lambda reward, now, then, gamma: gamma * (reward + then) - now),
+        "no_discount": _of_values(lambda reward, now, then, gamma: reward + then - now),
         "one_sample": lambda rewards, values, mask, gamma: _zero(mask, _to_go(rewards, mask, gamma) - values),
-        "value_of_the_start": lambda rewards, values, mask, gamma: _zero(
-            mask, rewards + gamma * _following(values, mask) - _first(values, mask)
+        "value_of_the_start": lambda rewards, values, mask, gamma: (
+            _advantage(rewards, values, mask, gamma) + _zero(mask, values - _first(values, mask))
         ),
-        "not_zero_outside": lambda rewards, values, mask, gamma: rewards + gamma * _following(values, mask) - values,
+        "not_zero_outside": lambda rewards, values, mask, gamma: rewards + gamma * _moved(_zero(mask, values)) - values,
     },
 )
 
@@ -163,19 +143,17 @@ def _soft_backup(ref_logps: Tensor, q: Tensor, beta: float) -> Tensor:
     return beta * torch.logsumexp(ref_logps + q / beta, dim=-1)
 
 
-def _paid_nothing(ref_logps: Tensor, q: Tensor, beta: float) -> Tensor:
-    return ((ref_logps + q / beta).softmax(-1) * q).sum(-1)
-
-
 def _soft_cases() -> tuple[Case, ...]:
     def case(logits: list, q: list, beta: float, words: str) -> Case:
         ref_logps, q = torch.tensor(logits).log_softmax(-1), torch.tensor(q, requires_grad=True)
         return Case({"ref_logps": ref_logps, "q": q, "beta": beta}, words)
 
+    two = [[0.0, 1.5, -0.5], [2.0, 0.0, -1.0]], [[1.0, -0.5, 0.3], [-0.2, 0.9, 1.4]]  # two states, three tokens
+    steep = [[[0.3, -1.0]], [[0.0, 1.0]]], [[[40.0, 39.8]], [[-40.0, 10.0]]]
     return (
-        case([[0.0, 1.5, -0.5], [2.0, 0.0, -1.0]], [[1.0, -0.5, 0.3], [-0.2, 0.9, 1.4]], 0.5, "beta = 0.5"),
-        case([[0.0, 1.5, -0.5], [2.0, 0.0, -1.0]], [[1.0, -0.5, 0.3], [-0.2, 0.9, 1.4]], 2.0, "beta = 2"),
-        case([[[0.3, -1.0]], [[0.0, 1.0]]], [[[40.0, 39.8]], [[-40.0, 10.0]]], 0.1, "q / beta = 400, beyond exp"),
+        case(*two, 0.5, "beta = 0.5"),
+        case(*two, 2.0, "beta = 2"),
+        case(*steep, 0.1, "q / beta = 400, beyond exp"),
     )
 
 
@@ -190,7 +168,7 @@ soft_backup = chapter.exercise(
         "beta_on_wrong_side": lambda ref_logps, q, beta: torch.logsumexp(ref_logps + beta * q, dim=-1) / beta,
         "no_beta_in_front": lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q / beta, dim=-1),
         "no_beta_inside": lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps + q, dim=-1),
-        "kl_not_paid": _paid_nothing,
+        "kl_not_paid": lambda ref_logps, q, beta: ((ref_logps + q / beta).softmax(-1) * q).sum(-1),
         "overflows": lambda ref_logps, q, beta: beta * (ref_logps.exp() * (q / beta).exp()).sum(-1).log(),
         "probability_in_exponent": lambda ref_logps, q, beta: (
             beta * torch.logsumexp(ref_logps.exp() + q / beta, dim=-1)
@@ -212,16 +190,16 @@ def _spread(logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float) -> Tens
 
 
 def _credit_cases() -> tuple[Case, ...]:
-    logps = torch.tensor([[-9.0, -1.0, -0.5, -2.0, -9.0], [-9.0, -9.0, -0.7, -3.0, -1.5]])
-    ref_logps = torch.tensor([[-4.0, -1.5, -0.2, -2.6, -4.0], [-4.0, -4.0, -1.9, -2.2, -1.6]])
-    mask = _response([".yyy.", "..yyy"])
-    endless = torch.full_like(logps, -torch.inf)
-
-    def case(logps: Tensor, ref_logps: Tensor, words: str) -> Case:
-        return Case({"logps": logps, "ref_logps": ref_logps, "mask": mask, "beta": 0.1}, words)
-
-    hidden = torch.where(mask, logps, endless), torch.where(mask, ref_logps, endless)
-    return case(logps, ref_logps, "beta = 0.1"), case(*hidden, "log-probabilities of -inf on the padding")
+    given = {
+        "logps": torch.tensor([[-9.0, -1.0, -0.5, -2.0, -9.0], [-9.0, -9.0, -0.7, -3.0, -1.5]]),
+        "ref_logps": torch.tensor([[-4.0, -1.5, -0.2, -2.6, -4.0], [-4.0, -4.0, -1.9, -2.2, -1.6]]),
+    }
+    mask = marks(".xxx.", "..xxx")
+    hidden = {name: torch.where(mask, value, -torch.inf) for name, value in given.items()}
+    return (
+        Case({**given, "mask": mask, "beta": 0.1}, "beta = 0.1"),
+        Case({**hidden, "mask": mask, "beta": 0.1}, "log-probabilities of -inf on the padding"),
+    )
 
 
 token_credit = chapter.exercise(
