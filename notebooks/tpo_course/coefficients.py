@@ -72,24 +72,18 @@ def coefficients(objective: str, chosen: TokenStats, rejected: TokenStats, **hyp
     with torch.enable_grad():
         sides = [_leaves(chosen), _leaves(rejected)]
         output = entry.fn(*sides, **hyper)
-        leaves = [tensor for side in sides for tensor in (side.logps, side.kl) if tensor is not None]
+        leaves = [leaf for side in sides for leaf in (side.logps, side.kl) if leaf is not None]
         # A pair's loss depends on its own row only, so one sum gives every pair's gradient.
-        grads = torch.autograd.grad(output.loss.sum(), leaves, allow_unused=True)
-    found = {id(leaf): grad for leaf, grad in zip(leaves, grads, strict=True)}
+        grads = torch.autograd.grad(output.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    slopes = iter(grads)
     weights = (None, None) if output.token_weights is None else output.token_weights.split(len(chosen.mask))
-    reads_kl = "kl" in entry.needs
-
-    def side_of(stats: TokenStats, f: Tensor | None) -> TokenCoefficients:
-        def coefficient(leaf: Tensor) -> Tensor:
-            grad = found[id(leaf)]  # None where no gradient flows: TDPO2's chosen KL
-            return torch.zeros_like(leaf) if grad is None else torch.where(stats.mask, grad, 0.0)
-
-        return TokenCoefficients(coefficient(stats.logps), coefficient(stats.kl) if reads_kl else None, f)
-
-    return PairCoefficients(
-        replace(output, loss=output.loss.detach()),
-        *(side_of(side, f) for side, f in zip(sides, weights, strict=True)),
-    )
+    found = []
+    for side, f in zip(sides, weights, strict=True):
+        logps, kl = (
+            None if leaf is None else torch.where(side.mask, next(slopes), 0.0) for leaf in (side.logps, side.kl)
+        )
+        found.append(TokenCoefficients(logps, kl if "kl" in entry.needs else None, f))
+    return PairCoefficients(replace(output, loss=output.loss.detach()), *found)
 
 
 def margin_terms(objective: str, chosen: TokenStats, rejected: TokenStats, **hyper) -> dict[str, Tensor]:
@@ -101,11 +95,10 @@ def margin_terms(objective: str, chosen: TokenStats, rejected: TokenStats, **hyp
     Args, Raises: as for `coefficients`.
     """
     fn = _entry(objective).fn
-
-    def without_kl(stats: TokenStats) -> TokenStats:
-        return replace(stats, kl=None if stats.kl is None else torch.zeros_like(stats.kl))
-
-    full, bare = fn(chosen, rejected, **hyper), fn(without_kl(chosen), without_kl(rejected), **hyper)
+    without_kl = [
+        replace(side, kl=None if side.kl is None else torch.zeros_like(side.kl)) for side in (chosen, rejected)
+    ]
+    full, bare = fn(chosen, rejected, **hyper), fn(*without_kl, **hyper)
     return {
         "chosen logps": bare.chosen_reward,
         "rejected logps": -bare.rejected_reward,
@@ -117,28 +110,32 @@ def margin_terms(objective: str, chosen: TokenStats, rejected: TokenStats, **hyp
 def loss_at(objective: str, margins: Tensor, **hyper) -> tuple[Tensor, Tensor]:
     """The loss and its slope d loss / d margin as functions of the objective's own margin: (B,) -> (B,), (B,).
 
-    Computed by the objective itself, on responses of one token whose reward is the margin wanted: beta = 1, no KL, f = 1.
+    Computed by the objective itself, on responses of one token whose reward is the margin wanted: no KL, f = 1.
 
     Args:
         objective: a key of `losses.OBJECTIVES` other than "sft", which knows no margin.
         margins: (B,) in the objective's rewards.
-        hyper: as for `coefficients`; only SimPO's gamma moves the curve.
+        hyper: as for `coefficients`, the objective's defaults where they are missing.
 
     Example:
         >>> loss, slope = loss_at("dpo", torch.tensor([0.0]), beta=0.1)
         >>> loss, slope  # log 2, and -sigmoid(-0)
         (tensor([0.6931]), tensor([-0.5000]))
     """
-    if objective == "sft":
-        raise ValueError("'sft' has no margin: its loss reads the chosen response alone")
-    hyper = _entry(objective).settings({**hyper, "beta": 1.0})  # one of your own may have no beta
-    zero = torch.zeros_like(margins)[:, None]  # (B, 1)
+    entry = _entry(objective)
+    if not entry.paired:
+        raise ValueError(f"{objective!r} has no margin: its loss reads the chosen response alone")
+    hyper, zero = entry.settings(hyper), torch.zeros_like(margins)[:, None]  # (B, 1)
 
     def one_token(logps: Tensor) -> TokenStats:
         return TokenStats(logps, zero, torch.ones_like(zero, dtype=torch.bool), kl=zero, guide_logps=zero)
 
-    found = coefficients(objective, one_token(margins[:, None]), one_token(zero), **hyper)
-    return found.output.loss, found.chosen.logps[:, 0]
+    def pair(logps: Tensor) -> PairCoefficients:
+        return coefficients(objective, one_token(logps), one_token(zero), **hyper)
+
+    nat = (pair(zero + 1).margin - pair(zero).margin)[:, None]  # what a nat of log-probability adds to the margin
+    found = pair(margins[:, None] / nat)
+    return found.output.loss, (found.chosen.logps / nat)[:, 0]
 
 
 def spread(
@@ -175,9 +172,6 @@ def _entry(objective: str) -> Objective:
 
 def _leaves(stats: TokenStats) -> TokenStats:
     """The same statistics, log-probabilities and KL as leaves of a new graph."""
-    fresh = {
-        name: getattr(stats, name).detach().clone().requires_grad_()
-        for name in ("logps", "kl")
-        if getattr(stats, name) is not None
-    }
+    there = {"logps": stats.logps, "kl": stats.kl}
+    fresh = {name: t.detach().clone().requires_grad_() for name, t in there.items() if t is not None}
     return replace(stats, **fresh)

@@ -160,16 +160,12 @@ class TokenWorld:
 
     def with_gamma(self, gamma: float) -> TokenWorld:
         """The same world with another discount."""
-        return TokenWorld(
-            self.vocab_size,
-            self.horizon,
-            seed=self.seed,
-            gamma=gamma,
-            eos=self.eos,
-            num_prompts=self.num_prompts,
-            temperature=self.temperature,
-            reward_scale=self.reward_scale,
-        )
+        return self.changed(gamma=gamma)
+
+    def changed(self, **settings) -> TokenWorld:
+        """A world with some of its arguments different."""
+        names = ("vocab_size", "horizon", "seed", "gamma", "eos", "num_prompts", "temperature", "reward_scale")
+        return TokenWorld(**{**{name: getattr(self, name) for name in names}, **settings})
 
     def random_policy(self, seed: int, scale: float = 1.0) -> Tensor:
         """(S, V) log-probabilities of a policy near pi_ref: its logits are moved by scale * N(0, 1)."""

@@ -35,8 +35,12 @@ NODES = {  # how a state looks: shape of its box, colour of the box, width of it
 
 def token_names(world: TokenWorld) -> list[str]:
     """a, b, c, ...; the last one is EOS where the world has it."""
-    names = [ascii_lowercase[i] if i < 26 else f"t{i}" for i in range(world.vocab_size)]
+    names = _letters(world.vocab_size)
     return [*names[:-1], "EOS"] if world.eos else names
+
+
+def _letters(count: int) -> list[str]:
+    return [ascii_lowercase[i] if i < 26 else f"t{i}" for i in range(count)]
 
 
 def kl_and_return(world: TokenWorld, logps: Tensor) -> tuple[float, float]:
@@ -81,7 +85,8 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     ax.plot(*zip(*front, strict=True), color="black", linewidth=2, zorder=3, label="exact front")
     dots = {"color": "black", "marker": "o", "markersize": 5, "linestyle": "none", "label": "betas"}
     ax.plot(*zip(*marks.values(), strict=True), zorder=4, **dots)
-    for at, style in [(front[0], OTHERS["ref"]), *zip(places, _styles(policies), strict=True)]:
+    points = [(front[0], OTHERS["ref"]), *zip(places, _styles(policies), strict=True)]
+    for at, style in points:
         hollow = {"markerfacecolor": "none", "markeredgewidth": 1.8, "markersize": 16}  # what lies below stays visible
         filled = {"markeredgecolor": "white", "markeredgewidth": 0.8, "markersize": 14 if style.marker == "*" else 11}
         look = hollow if style.marker in OTHER_MARKERS else filled
@@ -90,9 +95,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     ax.set(xlabel=AXIS["kl"] + discounted, ylabel=f"expected return, units of reward{discounted}")
     _shade_above(ax, front)
     labels = [(f"β = {beta:.3g}", at, "black", (-1, 1)) for beta, at in marks.items()]
-    for at, style in [(front[0], OTHERS["ref"]), *zip(places, _styles(policies), strict=True)]:
-        labels.append((style.label, at, dark(style.colour), (1, -1)))
-    _label_points(fig, ax, labels)
+    _label_points(fig, ax, labels + [(style.label, at, dark(style.colour), (1, -1)) for at, style in points])
     return fig
 
 
@@ -168,7 +171,7 @@ def kl_directions(p: Tensor, q: Tensor, names: Sequence[str] = ("p", "q")) -> Fi
     for ax in axes[1:]:
         ax.set_ylim(min(limits), max(limits))  # one scale for both directions
     for ax in axes:
-        ax.set_xticks(tokens, [ascii_lowercase[i] if i < 26 else f"t{i}" for i in tokens])
+        ax.set_xticks(tokens, _letters(len(p)))
         ax.set_xlabel("token")
     return fig
 
@@ -184,9 +187,8 @@ def _front(world: TokenWorld, betas: Sequence[float], furthest: float) -> list[t
     front = [kl_and_return(world, world.ref_logps)]
     front += [optimum(beta) for beta in sorted({*betas, *fine.tolist()}, reverse=True)]
     beta, end, gain = betas[-1], 1.08 * max(furthest, front[-1][0]), torch.inf
-    while (
-        front[-1][0] < end and gain > 1e-6
-    ):  # the gain of this loop's steps: two betas above may be equal but for rounding
+    # The gain of this loop's steps: two betas above may be equal but for rounding.
+    while front[-1][0] < end and gain > 1e-6:
         beta /= 1.1
         front.append(optimum(beta))
         gain = front[-1][0] - front[-2][0]
@@ -237,8 +239,7 @@ def _label_points(fig: Figure, ax: Axes, labels: Sequence[tuple]) -> None:
             Bbox.from_bounds(
                 x + dx * right * radius * pixel - (1 - dx * right) / 2 * size.width,
                 y + dy * up * radius * pixel - (1 - dy * up) / 2 * size.height,
-                size.width,
-                size.height,
+                *size.size,
             )
             for radius, (dx, dy) in product((11, 20, 34, 50, 70, 95, 125, 160), steps)
         ]

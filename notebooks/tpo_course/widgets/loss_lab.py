@@ -99,7 +99,7 @@ class LossLab(Lab):
 
 def _controls() -> dict[str, w.Widget]:
     wide = look("150px", "395px")
-    names = [name for name in OBJECTIVES if name != "sft"]  # it has no margin
+    names = [name for name, objective in OBJECTIVES.items() if objective.paired]  # the others have no margin
 
     def slider(description: str, low: float, high: float, step: float, value: float = 0.0) -> w.FloatSlider:
         more = {"readout_format": ".1f", "continuous_update": False}

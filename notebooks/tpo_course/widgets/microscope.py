@@ -11,7 +11,6 @@ import torch
 
 from tpo_course.coefficients import coefficients
 from tpo_course.widgets.parts import beta_and_alpha, bundle, look, on, page, row
-from tpo_lib.evaluation import pair_stats
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs import plots
 from tpo_lib.stats import split
@@ -93,6 +92,8 @@ class TokenMicroscope:
 
     def _values(self) -> dict[str, dict[str, torch.Tensor | None]]:
         """{objective: {quantity: (T_w + T_l,) over chosen then rejected tokens}}."""
+        from tpo_lib.evaluation import pair_stats  # brings datasets, which a stage has loaded
+
         pair, found = self.stage.held_out_pairs[self.pair.value], {}
         self._margins = {}
         for name, policy in self.policies.items():

@@ -9,23 +9,24 @@ import ipywidgets as w
 from tpo_course.widgets.parts import bundle, image, interval, look, on, page, png, samples, still, training
 from tpo_lib.files.store import read_json
 from tpo_lib.runs import plots
-from tpo_lib.runs.sweep import RUNS
 
 SHOWN = 3
 PLANE = [(0.13, 0.275, 0.845, 0.7)]  # as PANELS, of the plane of the frontier
 
 
-def run_browser(path: str | Path = RUNS) -> RunBrowser:
+def run_browser(path: str | Path | None = None) -> RunBrowser:
     """Browse the runs of a sweep.
 
     Args:
-        path: as `tpo_lib.runs.sweep.sweep` writes it.
+        path: as `tpo_lib.runs.sweep.sweep` writes it; None is the one that comes with the course.
 
     Raises:
         OSError: there is no such file.
         checkpoint.CheckpointError: it is damaged.
     """
-    return RunBrowser(read_json(path, "make it anew with `python -m tpo_lib sweep`"))
+    from tpo_lib.runs.sweep import RUNS  # brings what trains and evaluates, which other widgets need not
+
+    return RunBrowser(read_json(path or RUNS, "make it anew with `python -m tpo_lib sweep`"))
 
 
 class RunBrowser:

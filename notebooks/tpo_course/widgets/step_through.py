@@ -148,10 +148,8 @@ class StepThrough:
 
     def _rebuild(self) -> None:
         """A world of the sliders' size; the one place where a size can be refused."""
-        old = self._template
-        settings = {name: getattr(old, name) for name in ("gamma", "eos", "num_prompts", "temperature", "reward_scale")}
         try:
-            self.world = TokenWorld(self.v.value, self.t.value, seed=self.seed, **settings)
+            self.world = self._template.changed(vocab_size=self.v.value, horizon=self.t.value, seed=self.seed)
             _ = self.world.pairs  # every loss needs them: a world that cannot list its pairs is refused here, not later
             self._refusal = ""
         except ValueError as error:

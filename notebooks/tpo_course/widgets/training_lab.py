@@ -66,7 +66,7 @@ class TrainingLab:
 
     def _build(self) -> None:
         wide = look("110px", "430px")
-        labels = [(plots.style_of(name).label, name) for name in OBJECTIVES if name != "sft"]
+        labels = [(plots.style_of(name).label, name) for name in OBJECTIVES if OBJECTIVES[name].paired]
         self.objective = w.Dropdown(options=labels, value="dpo", description="objective", **wide)
         self.chosen = w.Dropdown(description="run", options=[], **wide)
         self.beta, self.alpha = beta_and_alpha(wide)
