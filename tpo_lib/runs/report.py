@@ -1,7 +1,7 @@
 """The report of a comparison: a table for the terminal, report.md with its pictures, and report.html in one file.
 
-A report is a list of blocks (heading, paragraph, list, table, picture, samples), composed once and written twice, as
-Markdown and as HTML. All text that comes from outside (prompts, samples, settings) is escaped in both.
+Its words and their order are in templates/report.j2, once for both; all text that comes from outside (prompts, samples,
+settings) is escaped in both.
 
     summary  {"objectives": {objective: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
               "seed": int, "versions": {...}, "wall_time_s": float,
@@ -18,11 +18,12 @@ import html
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -30,6 +31,7 @@ from tpo_lib.files import store
 from tpo_lib.intervals import paired_differences
 from tpo_lib.runs import plots
 
+TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 6  # samples an objective
 COLUMNS = {  # metric -> heading with its unit, digits after the point
     "reward": ("reward", 2),
@@ -44,62 +46,8 @@ COLUMNS = {  # metric -> heading with its unit, digits after the point
     "seqkl_rejected": ("SeqKL rejected, nats", 1),
     "seqkl_margin": ("SeqKL margin, nats", 1),
 }
-CAPTIONS = {
-    "frontier": "Reward against distance from the start model: at equal KL, the higher curve buys more reward with a nat.",
-    "frontier_judge": "The same against the independent judge, which no objective has seen: where the reward rises and the "
-    "judge does not, the reward is being exploited.",
-    "seqkl": "Where the forward KL goes in training: the margin is the term that TDPO adds to DPO's, and a chosen side that "
-    "stays low is what TDPO2's stop-gradient is for.",
-    "diversity": "What the reward costs: at equal reward, the higher curve keeps more variety (left, middle); the right "
-    "panel shows whether reward is bought with length.",
-    "training": "Loss, margin and accuracy of each run under its own objective: their scales differ, so compare shapes "
-    "and not heights.",
-}
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A section's title."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Plain text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list of plain sentences."""
-
-    items: list[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Plain cells; the first column names the row."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG in the report's folder, with a caption that says what to read off it."""
-
-    path: Path
-    caption: str
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Continuations of one objective before and after training."""
-
-    title: str
-    rows: Sequence[Mapping]
+EQUAL = (("kl", "reward", "Reward at equal KL"), ("reward", "entropy", "Entropy at equal reward"))
+Table = tuple[list[str], list[list[str]]]  # header and rows of plain cells; the first column names the row
 
 
 def summary_table(summary: Mapping, *, width: int = 100) -> str:
@@ -110,8 +58,8 @@ def summary_table(summary: Mapping, *, width: int = 100) -> str:
               reward
         DPO   0.80 [0.78, 0.82]
     """
-    table = _results(summary)
-    columns = list(zip(table.header, *table.rows, strict=True))
+    header, rows = _results(summary)
+    columns = list(zip(header, *rows, strict=True))
     names, *metrics = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     blocks: list[list[list[str]]] = [[]]
     for column in metrics:
@@ -133,15 +81,47 @@ def write_report(
         summary, curves, samples: see the module's docstring.
         training: {objective: rows of metrics.jsonl}, if its picture is wanted.
     """
-    folder = Path(folder)
-    pictures = []
+    folder, pictures = Path(folder), []
     for name, figure in _figures(curves, training).items():
-        store.write_file(folder / f"{name}.png", partial(figure.savefig, dpi=150))
-        pictures.append(Picture(folder / f"{name}.png", CAPTIONS[name]))
-    names = ", ".join(_label(name) for name in summary["objectives"])
-    blocks = _compose(_with_differences(summary, curves), curves, samples, pictures)
-    store.write_file(folder / "report.md", to_markdown(f"{names}: a comparison", blocks))
-    store.write_file(folder / "report.html", to_html(f"{names}: a comparison", blocks))
+        path = folder / f"{name}.png"
+        store.write_file(path, partial(figure.savefig, dpi=150))
+        data = base64.b64encode(path.read_bytes()).decode()
+        pictures.append({"name": name, "file": path.name, "data": data})
+    words = _content(_with_differences(summary, curves), curves, samples) | {"pictures": pictures}
+    for name, escape in (("report.md", _md), ("report.html", html.escape)):
+        store.write_file(folder / name, _templates(escape).get_template(f"{name}.j2").render(words))
+
+
+def _templates(escape) -> Environment:
+    """Templates in which every value goes through `escape`; what a macro made of values has been."""
+
+    def finalize(value):
+        return value if isinstance(value, Markup) else Markup(escape(str(value)))
+
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=finalize, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
+    """What the templates name, pictures excepted."""
+    objectives = [_label(name) for name in summary["objectives"]]
+    units = {metric["n"] for row in summary["objectives"].values() for metric in row.values()}
+    return {
+        "title": f"{', '.join(objectives)}: a comparison",
+        "objectives": objectives,
+        "summary": summary,
+        "duration": _duration(summary["wall_time_s"]),
+        "units": " or ".join(map(str, sorted(units))),
+        "results": _results(summary),
+        "equal": [(title, *found) for x, y, title in EQUAL if (found := _equal(curves, x, y))],
+        "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in ("reward", "judge")},
+        "samples": {_label(name): [row | _scores(row) for row in rows[:SHOWN]] for name, rows in samples.items()},
+        "shown": SHOWN,
+        "count": max(map(len, samples.values()), default=0),
+        "settings": _settings(summary),
+    }
 
 
 def findings(summary: Mapping, metric: str = "reward") -> list[str]:
@@ -184,110 +164,6 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
     return levels, {name: [_first_crossing(points, x, y, level) for level in levels] for name, points in curves.items()}
 
 
-def to_markdown(title: str, blocks: Sequence) -> str:
-    """Blocks -> Markdown with relative picture links."""
-    lines = [f"# {_md(title)}", ""]
-    for block in blocks:
-        match block:
-            case Heading(text):
-                lines += [f"## {_md(text)}", ""]
-            case Paragraph(text):
-                lines += [_md(text), ""]
-            case Bullets(items):
-                lines += [*(f"- {_md(item)}" for item in items), ""]
-            case Table(header, rows):
-                lines += [_md_row(header), _md_row(["---"] * len(header), raw=True), *map(_md_row, rows), ""]
-            case Picture(path, caption):
-                lines += [f"![{_md(caption)}]({path.name})", "", f"*{_md(caption)}*", ""]
-            case Samples(sample_title, rows):
-                cells = [[r["prompt"], *(f"{_scores(r, w)}: {r[w]}" for w in ("before", "after"))] for r in rows]
-                head = ["prompt", "before training", f"after {sample_title}"]
-                lines += [_md_row(head), "|---|---|---|", *map(_md_row, cells), ""]
-    return "\n".join(lines)
-
-
-def to_html(title: str, blocks: Sequence) -> str:
-    """Blocks -> one HTML page that needs no other file, reads on a phone and follows the reader's dark mode."""
-    body = "\n".join(_html_block(block) for block in blocks)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-STYLE_SHEET = """
-:root { color-scheme: light dark; --text: #1f2328; --page: #ffffff; --soft: #f3f4f6; --line: #d0d4da; --dim: #59636e; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --page: #14171a; --soft: #1e2328; --line: #3a4149; --dim: #a3acb5; }
-}
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1.05rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-tbody th { position: sticky; left: 0; background: var(--page); }
-figure { margin: 1.4rem 0; }
-img { display: block; width: 100%; min-width: 36rem; height: auto; background: #ffffff; border-radius: 6px; }
-figcaption, .prompt, .score { color: var(--dim); font-size: 0.9rem; }
-.sample { border: 1px solid var(--line); border-radius: 6px; margin: 0.8rem 0; padding: 0.7rem; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0.7rem; margin-top: 0.5rem; }
-.sides > div { background: var(--soft); border-radius: 6px; padding: 0.6rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-"""
-
-
-def _compose(summary: Mapping, curves: Mapping, samples: Mapping, pictures: Sequence[Picture]) -> list:
-    """Everything the report says, in its order."""
-    units = {metric["n"] for row in summary["objectives"].values() for metric in row.values()}
-    blocks: list = [
-        Paragraph(
-            f"{len(summary['objectives'])} objectives, trained from the same start model, evaluated on the same held-out prompts "
-            f"with the same random numbers. Seed {summary['seed']}, {_duration(summary['wall_time_s'])}."
-        ),
-        Heading("Results"),
-        _results(summary),
-        Paragraph(
-            f"Mean [95% interval] over {' or '.join(map(str, sorted(units)))} held-out prompts or pairs. The intervals cover the "
-            "evaluation alone: one training run each, so a second seed may differ by more than they say."
-        ),
-        *_overlap(summary["config"]),
-    ]
-    for block in pictures:
-        blocks.append(block)
-    blocks += [*_equal_tables(curves), Heading("What the evaluation tells apart")]
-    for metric in ("reward", "judge"):
-        sentences = findings(summary, metric)
-        if sentences:
-            blocks += [Paragraph(f"By {COLUMNS[metric][0]} at the end of training:"), Bullets(sentences)]
-    pairs = len(summary["objectives"]) * (len(summary["objectives"]) - 1) // 2
-    blocks.append(
-        Paragraph(
-            f"Each of the {pairs} comparisons uses a 95% interval, so about one in twenty would exclude 0 by chance if nothing "
-            "differed. The runs end at different KL: for what an objective buys at equal KL, read the frontier."
-        )
-    )
-    if samples:
-        count = max(map(len, samples.values()))
-        which = (
-            f"The first {SHOWN} of {count} held-out prompts, not chosen." if count > SHOWN else "All held-out prompts."
-        )
-        blocks += [Heading("Samples before and after training"), Paragraph(which)]
-        blocks += [Samples(_label(name), rows[:SHOWN]) for name, rows in samples.items()]
-    return [*blocks, Heading("What was run"), *_settings(summary)]
-
-
-def _overlap(config: Mapping) -> list[Paragraph]:
-    if "held_out_prompts_seen" not in config:
-        return []
-    return [
-        Paragraph(
-            f"No held-out prompt is a training prompt; {config['held_out_prompts_seen']} of {config['held_out_prompts']} begin "
-            "or continue one, since both are short and sampled from one model."
-        )
-    ]
-
-
 def _with_differences(summary: Mapping, curves: Mapping) -> dict:
     """The summary, with paired differences of the final evaluations where these kept one number a prompt."""
     final = {name: points[-1].get("by_prompt", {}) for name, points in curves.items()}
@@ -299,22 +175,18 @@ def _with_differences(summary: Mapping, curves: Mapping) -> dict:
     return {**summary, "differences": made | summary.get("differences", {})}
 
 
-def _settings(summary: Mapping) -> list:
+def _settings(summary: Mapping) -> list[Table]:
     """Every setting and version: one table for what all objectives share, one for where they differ."""
     config = dict(summary["config"])
     each = [dict(run) for run in config.pop("objectives", [])]
-    keys = dict.fromkeys(key for run in each for key in run)
-    differing = [key for key in keys if any(run.get(key) != each[0].get(key) for run in each)]
-    config |= {key: each[0][key] for key in keys if key not in differing}
+    names = dict.fromkeys(name for run in each for name in run)
+    differing = [name for name in names if any(run.get(name) != each[0].get(name) for run in each)]
+    config |= {name: each[0][name] for name in names if name not in differing}
     config |= {f"version of {name}": version for name, version in summary["versions"].items()}
-    shared = Table(["setting", "value"], [[key, str(value)] for key, value in config.items() if value is not None])
-    if not differing:
-        return [shared]
-    differing.sort(key=lambda key: key != "loss_type")  # it names the row
-    return [
-        shared,
-        Table(differing, [["-" if run.get(key) is None else str(run[key]) for key in differing] for run in each]),
-    ]
+    shared = ["setting", "value"], [[name, str(value)] for name, value in config.items() if value is not None]
+    differing.sort(key=lambda name: name != "loss_type")  # it names the row
+    rows = [["-" if run.get(name) is None else str(run[name]) for name in differing] for run in each]
+    return [shared, (differing, rows)] if differing else [shared]
 
 
 def _figures(curves: Mapping, training: Mapping | None) -> dict[str, Figure]:
@@ -335,22 +207,16 @@ def _results(summary: Mapping) -> Table:
     rows = ({"start": summary["start"]} if "start" in summary else {}) | dict(summary["objectives"])
     metrics = [metric for metric in COLUMNS if any(metric in row for row in rows.values())]
     body = [[_label(name), *(_cell(row.get(metric), metric) for metric in metrics)] for name, row in rows.items()]
-    return Table(["", *(COLUMNS[metric][0] for metric in metrics)], body)
+    return ["", *(COLUMNS[metric][0] for metric in metrics)], body
 
 
-def _equal_tables(curves: Mapping) -> list:
-    blocks: list = []
-    for x, y, title in (("kl", "reward", "Reward at equal KL"), ("reward", "entropy", "Entropy at equal reward")):
-        levels, rows = at_equal(curves, x, y)
-        if levels:
-            digits = COLUMNS[y][1]
-            body = [
-                [_label(name), *("-" if v is None else f"{v:.{digits}f}" for v in row)] for name, row in rows.items()
-            ]
-            blocks += [Heading(title), Table([COLUMNS[x][0], *(f"{level:g}" for level in levels)], body)]
-    if blocks:
-        blocks.append(Paragraph("Read off the curves by linear interpolation; - where a run never gets there."))
-    return blocks
+def _equal(curves: Mapping, x: str, y: str) -> Table | None:
+    levels, rows = at_equal(curves, x, y)
+    if not levels:
+        return None
+    digits = COLUMNS[y][1]
+    body = [[_label(name), *("-" if v is None else f"{v:.{digits}f}" for v in row)] for name, row in rows.items()]
+    return [COLUMNS[x][0], *(f"{level:g}" for level in levels)], body
 
 
 def _first_crossing(points: Sequence[Mapping], x: str, y: str, level: float) -> float | None:
@@ -373,9 +239,12 @@ def _label(name: str) -> str:
     return plots.style_of(name).label
 
 
-def _scores(row: Mapping, side: str) -> str:
-    judge = row.get(f"{side}_judge")
-    return f"reward {row[f'{side}_reward']:.2f}" + ("" if judge is None else f", judge {judge:.2f}")
+def _scores(row: Mapping) -> dict[str, str]:
+    judges = {when: row.get(f"{when}_judge") for when in ("before", "after")}
+    return {
+        f"{when}_scores": f"reward {row[f'{when}_reward']:.2f}" + ("" if judge is None else f", judge {judge:.2f}")
+        for when, judge in judges.items()
+    }
 
 
 def _duration(seconds: float) -> str:
@@ -387,43 +256,3 @@ def _md(text: str) -> str:
     """Text in which Markdown and HTML find nothing to interpret, on one line."""
     text = re.sub(r"([\\`*_|~#]|\](?=[(\[:]))", r"\\\1", " ".join(str(text).split()))
     return html.escape(text, quote=False)
-
-
-def _md_row(cells: Sequence[str], raw: bool = False) -> str:
-    return "| " + " | ".join(cell if raw else _md(cell) for cell in cells) + " |"
-
-
-def _html_block(block) -> str:
-    escape = html.escape
-    match block:
-        case Heading(text):
-            return f"<h2>{escape(text)}</h2>"
-        case Paragraph(text):
-            return f"<p>{escape(text)}</p>"
-        case Bullets(items):
-            return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
-        case Table(header, rows):
-            head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-            body = "".join(
-                f'<tr><th scope="row">{escape(name)}</th>'
-                + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-                + "</tr>"
-                for name, *cells in rows
-            )
-            return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        case Picture(path, caption):
-            data = base64.b64encode(path.read_bytes()).decode()
-            image = f'<div class="scroll"><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
-            return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-        case Samples(title, rows):
-            return f"<h3>{escape(title)}</h3>" + "".join(_html_sample(row) for row in rows)
-    raise TypeError(f"no rendering for {block!r}")
-
-
-def _html_sample(row: Mapping) -> str:
-    sides = "".join(
-        f'<div><span class="score">{side}, {html.escape(_scores(row, side))}</span>\n{html.escape(row[side].strip())}</div>'
-        for side in ("before", "after")
-    )
-    prompt = f'<span class="prompt">prompt:</span> {html.escape(row["prompt"])}'
-    return f'<div class="sample">{prompt}<div class="sides">{sides}</div></div>'
