@@ -29,6 +29,7 @@ from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.runs import prompts as prompts_from
+from tpo_lib.runs.plots import score_gaps
 from tpo_lib.sampling import Completion, Sampler
 
 EOS = "<|end|>"
@@ -384,7 +385,7 @@ def test_report_draws_the_histogram_as_text_and_figure():
     assert "3 pairs from 3 completions of 1 prompts" in text
     assert "  0.45 to 0.50 " + "█" * 30 + " 1" in text
     assert text.count("█" * 30) == 3
-    (axes,) = report.figure().axes
+    (axes,) = score_gaps(report).axes
     assert "reward units" in axes.get_xlabel()
     assert "pairs" in axes.get_ylabel()
     assert [bar.get_height() for bar in axes.patches] == list(report.gap_counts)
@@ -681,7 +682,7 @@ def test_a_plain_function_is_a_reward_whose_pairs_are_not_cached(build, tmp_path
     assert {row["chosen_score"] - row["rejected_score"] for row in table} <= {10.0 * k for k in range(1, 7)}
     assert report.gap_edges[-1] == max(row["chosen_score"] - row["rejected_score"] for row in table)
     assert sum(report.gap_counts) == report.kept  # none beyond the histogram
-    assert "0 to 1" not in report.figure().axes[0].get_xlabel()
+    assert "0 to 1" not in score_gaps(report).axes[0].get_xlabel()
 
 
 def test_a_reward_that_cannot_score_fails_before_sampling(build, monkeypatch):

@@ -360,6 +360,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     from tpo_lib.files.pairs import save_pairs
     from tpo_lib.models import choose_device, load_model, load_tokenizer
     from tpo_lib.rewards import load_reward
+    from tpo_lib.runs.plots import score_gaps
     from tpo_lib.runs.prompts import training_prompts
 
     _check_names(options)
@@ -386,7 +387,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
     save_pairs(table, output)
-    store.write_file(output.with_suffix(".png"), partial(report.figure().savefig, dpi=110))
+    store.write_file(output.with_suffix(".png"), partial(score_gaps(report).savefig, dpi=110))
     return output
 
 

@@ -26,7 +26,7 @@ from tpo_lib.files import store
 from tpo_lib.files.pairs import load_pairs, pairs_table, save_pairs
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.models import fingerprint, tokenizer_content
-from tpo_lib.rewards import name_of, probe, scores_of
+from tpo_lib.rewards import in_unit_interval, name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
 
 Rule = Literal["all", "best_worst"]
@@ -37,17 +37,10 @@ CACHE_VERSION = 2  # raise it when the meaning of a setting changes: old entries
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a set of preference pairs.
-
-    Attributes:
-        prompts: how many prompts.
-        min_tokens, max_tokens: range of their length in tokens, both included.
-        samples_per_prompt: completions sampled for each.
-        rule: which of them become pairs.
-    """
+    """Settings of a set of preference pairs."""
 
     prompts: int
-    min_tokens: int
+    min_tokens: int  # of a prompt
     max_tokens: int
     samples_per_prompt: int
     rule: Rule
@@ -62,12 +55,8 @@ def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[st
 
     A reward of scope "response" reads the completion alone, one of scope "full" prompt and completion as one text.
 
-    Args:
-        prompts: P texts.
-        completion_texts: P lists of K texts each.
-
     Returns:
-        (P, K) float32, or float64 where the reward computes in it.
+        (P, K) for P prompts and P lists of K texts each: float32, or float64 where the reward computes in it.
 
     Raises:
         ValueError: the lists do not match, or as in `rewards.scores_of`.
@@ -91,9 +80,6 @@ def score_samples(reward, tokenizer, prompts: Sequence[str], completions: Sequen
     Args:
         reward: as for `score`; with `score_ids` and a `tokenizer`, as AdditiveReward has them, it reads tokens.
         tokenizer: the one that the completions were sampled with.
-
-    Returns:
-        (P, K) as from `score`.
     """
     reads_tokens = hasattr(reward, "score_ids") and hasattr(reward, "tokenizer")
     if not reads_tokens or vocabulary_name(reward.tokenizer) != vocabulary_name(tokenizer):
@@ -107,12 +93,10 @@ class PairReport:
     """What became of the samples.
 
     Attributes:
-        prompts, completions: how many were there.
-        kept: pairs in the table.
+        prompts, completions: how many were there; kept: pairs in the table.
         dropped: reason -> candidate pairs that were left out for it.
-        gap_edges: (BARS + 1,) edges of the histogram of score gaps, chosen minus rejected, of the pairs kept: from 0 to 1 if
-            all scores lie in [0, 1], else to the largest gap.
-        gap_counts: (BARS,) pairs in each bar.
+        gap_edges, gap_counts: (BARS + 1,), (BARS,) histogram of the score gaps, chosen minus rejected, of the pairs kept:
+            from 0 to 1 if all scores lie in [0, 1], else to the largest gap.
         score_mean, score_std: of the scores of all completions (standard deviation of the population).
     """
 
@@ -125,6 +109,11 @@ class PairReport:
     score_mean: float
     score_std: float
 
+    @property
+    def bounded(self) -> bool:
+        """All scores lie in [0, 1], as a probability's do."""
+        return self.gap_edges[-1] == 1
+
     def __str__(self) -> str:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count) or "none"
         lines = [
@@ -134,28 +123,10 @@ class PairReport:
             "score gap, chosen - rejected:",
         ]
         most = max(self.gap_counts, default=0)
-        edges, unit = itertools.pairwise(self.gap_edges), self.gap_edges[-1] == 1
-        for (low, high), count in zip(edges, self.gap_counts, strict=True):
-            lines.append(f"  {_edge(low, unit)} to {_edge(high, unit)} {_bar(count / most if most else 0.0)} {count:,}")
+        digits = ".2f" if self.bounded else ".3g"
+        for (low, high), count in zip(itertools.pairwise(self.gap_edges), self.gap_counts, strict=True):
+            lines.append(f"  {low:{digits}} to {high:{digits}} {_bar(count / most if most else 0.0)} {count:,}")
         return "\n".join(lines)
-
-    def figure(self):
-        """Return a matplotlib Figure of the histogram."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        widths = [high - low for low, high in itertools.pairwise(self.gap_edges)]
-        axes.bar(self.gap_edges[:-1], self.gap_counts, width=widths, align="edge", edgecolor="white")
-        axes.set_xlim(self.gap_edges[0], self.gap_edges[-1])
-        axes.set_xlabel(f"score gap, chosen - rejected (reward units{', 0 to 1' if self.gap_edges[-1] == 1 else ''})")
-        axes.set_ylabel("pairs (count)")
-        axes.set_title(f"{self.kept:,} pairs kept, {sum(self.dropped.values()):,} dropped")
-        return figure
-
-
-def _edge(value: float, unit: bool) -> str:
-    return f"{value:.2f}" if unit else f"{value:.3g}"
 
 
 def _bar(share: float, width: int = 30) -> str:
@@ -198,9 +169,8 @@ def pairs_from_scores(
     dropped = dict.fromkeys(REASONS, 0)
     name = None if tokenizer is None else vocabulary_name(tokenizer)
     for prompt, several, values in zip(prompts, completions, scores, strict=True):
-        scored = sorted(
-            zip(map(float, values), several, strict=True), key=lambda pair: -pair[0]
-        )  # stable: ties keep their order
+        scored = list(zip(map(float, values), several, strict=True))
+        scored.sort(key=lambda pair: -pair[0])  # stable: ties keep their order
         for better, worse in _candidates(scored, rule):
             reason = _reason_to_drop(better, worse, min_gap)
             if reason:
@@ -230,22 +200,19 @@ def _reason_to_drop(better: _Scored, worse: _Scored, min_gap: float) -> str | No
 
 
 def _pair_row(prompt: str, better: _Scored, worse: _Scored, tokenizer: str | None) -> dict[str, Any]:
-    sampled = {"chosen_ids": better[1].steps, "rejected_ids": worse[1].steps, "tokenizer": tokenizer}
-    return {
-        "prompt": prompt,
-        "chosen": better[1].text,
-        "rejected": worse[1].text,
-        "chosen_score": better[0],
-        "rejected_score": worse[0],
-        "chosen_complete": better[1].complete,
-        "rejected_complete": worse[1].complete,
-    } | (sampled if tokenizer else {})
+    sides = {"chosen": better, "rejected": worse}
+    row: dict[str, Any] = {"prompt": prompt} | {side: completion.text for side, (_, completion) in sides.items()}
+    row |= {f"{side}_score": score for side, (score, _) in sides.items()}
+    row |= {f"{side}_complete": completion.complete for side, (_, completion) in sides.items()}
+    if tokenizer is None:
+        return row
+    return row | {f"{side}_ids": completion.steps for side, (_, completion) in sides.items()} | {"tokenizer": tokenizer}
 
 
 def _report(rows: list[dict[str, Any]], dropped: dict[str, int], scores: Sequence[Sequence[float]]) -> PairReport:
     gaps = torch.tensor([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=torch.float64)
     flat = torch.tensor([float(value) for values in scores for value in values], dtype=torch.float64)
-    bounded = bool(((flat >= 0) & (flat <= 1)).all()) or not len(gaps)
+    bounded = not len(gaps) or in_unit_interval(flat.tolist())
     counts, edges = torch.histogram(gaps, bins=BARS, range=(0.0, 1.0 if bounded else gaps.max().item()))
     return PairReport(
         prompts=len(scores),
@@ -333,15 +300,9 @@ def sample_cached(
 
 def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    content = {
-        "version": CACHE_VERSION,
-        "weights": fingerprint(model),
-        "config": config,
-        "tokenizer": tokenizer_content(tokenizer),
-        "stops": stop_ids(model, tokenizer),
-        **settings,
-    }
-    return store.content_key(content)
+    content = {"version": CACHE_VERSION, "weights": fingerprint(model), "config": config}
+    content |= {"tokenizer": tokenizer_content(tokenizer), "stops": stop_ids(model, tokenizer)}
+    return store.content_key(content | settings)
 
 
 def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:

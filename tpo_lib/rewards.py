@@ -8,8 +8,6 @@ may: without one, nothing that it scored is cached.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tpo_lib.files import store
+from tpo_lib.files import classifiers, store
 from tpo_lib.models import fingerprint, load_classifier, load_tokenizer, tokenizer_content
 
 
@@ -52,38 +50,33 @@ def scores_of(reward, texts: Sequence[str]) -> Tensor:
     Raises:
         ValueError: its scope is unknown, or what it returned is not one finite number a text.
     """
-    scope = getattr(reward, "scope", "response")
+    name, scope = f"reward {name_of(reward)!r}", getattr(reward, "scope", "response")
     if scope not in ("response", "full"):
-        raise ValueError(f'reward {name_of(reward)!r} has scope {scope!r}; it must be "response" or "full"')
-    found = reward(texts)
+        raise ValueError(f'{name} has scope {scope!r}; it must be "response" or "full"')
+    found, fix = reward(texts), "it must give one number a text"
     try:
         scores = found if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found, dtype=np.float64))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"reward {name_of(reward)!r} returned {type(found).__name__} that is no list of numbers ({error}); "
-            "it must give one number a text"
+            f"{name} returned {type(found).__name__} that is no list of numbers ({error}); {fix}"
         ) from error
     if scores.shape != (len(texts),):
-        raise ValueError(
-            f"reward {name_of(reward)!r} returned shape {tuple(scores.shape)} for {len(texts)} texts; it must give one "
-            "number a text"
-        )
+        raise ValueError(f"{name} returned shape {tuple(scores.shape)} for {len(texts)} texts; {fix}")
     scores = (scores if scores.dtype == torch.float64 else scores.float()).detach().cpu()
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"reward {name_of(reward)!r} gave text {bad[0]} of {len(texts)} the score {scores[bad[0]]}: {texts[bad[0]][:80]!r}; "
-            "every score must be finite"
-        )
+    if not scores.isfinite().all():
+        i = scores.isfinite().tolist().index(False)
+        place = f"text {i} of {len(texts)} the score {scores[i]}"
+        raise ValueError(f"{name} gave {place}: {texts[i][:80]!r}; every score must be finite")
     return scores
 
 
-def probe(*rewards) -> None:
-    """Score two texts with each reward (None is passed over), so that what cannot score fails before anything is sampled.
+def in_unit_interval(scores) -> bool:
+    """Whether all scores lie in [0, 1], as a probability's do: what axes and histograms then span."""
+    return all(0 <= score <= 1 for score in map(float, scores))
 
-    Raises:
-        ValueError: as in `scores_of`.
-    """
+
+def probe(*rewards) -> None:
+    """Score two texts with each reward but None: what cannot score fails as in `scores_of`, before anything is sampled."""
     for reward in rewards:
         if reward is not None:
             scores_of(reward, list(PROBE))
@@ -138,14 +131,7 @@ class AdditiveReward:
         save_file(tables, str(Path(folder) / "reward.safetensors"))
 
     def token_credit(self, ids: Tensor) -> Tensor:
-        """Return w(y^{t-1}, y^t) of every token, in nats of log-odds.
-
-        Args:
-            ids: (..., T) int64 response tokens; the first one's predecessor is token 0.
-
-        Returns:
-            (..., T) float32.
-        """
+        """Return w(y^{t-1}, y^t) of response tokens in nats of log-odds: (..., T) int64 -> (..., T) float32."""
         previous = torch.cat([torch.zeros_like(ids[..., :1]), ids[..., :-1]], dim=-1)
         return self.unigram[ids] + self.bigram[hash_bigrams(previous, ids, len(self.bigram))]
 
@@ -203,11 +189,10 @@ class ClassifierReward:
             )
         # decoders score the last token that is no padding
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.max_length = int(min(max_length, _positions(self.model), self.tokenizer.model_max_length))
-        self.activation, self.positive = _reading(self.model.config, str(name))
+        self.max_length = int(min(max_length, classifiers.positions(self.model), self.tokenizer.model_max_length))
+        self.activation, self.positive = classifiers.reading(self.model.config, str(name))
         content = [fingerprint(self.model), self.activation, self.positive, self.max_length]
-        content.append(tokenizer_content(self.tokenizer))
-        self.fingerprint = store.content_key(content)
+        self.fingerprint = store.content_key([*content, tokenizer_content(self.tokenizer)])
         self._try(str(name))
 
     def _try(self, name: str) -> None:
@@ -236,33 +221,6 @@ class ClassifierReward:
 
 
 ACTIVATIONS = {"none": lambda logits: logits, "sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
-
-
-def _positions(model) -> float:
-    """Tokens that fit into the model's positions; RoBERTa and its kin begin counting after their padding index."""
-    known = getattr(model.config, "max_position_embeddings", None)
-    tables = [
-        m for name, m in model.named_modules() if name.endswith("position_embeddings") and hasattr(m, "padding_idx")
-    ]
-    offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
-    return known - offset if known and known > 0 else math.inf  # XLNet says -1: it has no limit
-
-
-def _reading(config, name: str) -> tuple[str, int]:
-    """How the outputs become a score: the activation, as transformers' pipelines choose it, and the positive class."""
-    labels = {str(label).strip().lower(): int(index) for index, label in config.id2label.items()}
-    regression, single = config.problem_type == "regression", config.num_labels == 1
-    if single and (regression or labels.keys() & {"label_0", "0", "score", "reward"}):
-        return "none", 0
-    sigmoid = single or config.problem_type == "multi_label_classification"
-    activation = "none" if regression else "sigmoid" if sigmoid else "softmax"
-    for known in ("positive", "pos", *(("label_1", "1") if config.num_labels == 2 else ())):
-        if known in labels:
-            return activation, labels[known]
-    raise ValueError(
-        f"classifier {name!r} has the labels {json.dumps(sorted(labels))}; none says which class is positive (positive, pos, "
-        "or LABEL_1 of two): rename it in id2label of its config.json"
-    )
 
 
 def load_reward(name: str | Path, *, device: torch.device | str = "cpu") -> Reward:

@@ -26,7 +26,7 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy, load_model
-from tpo_lib.runs import report
+from tpo_lib.runs import plots, report
 from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps
 
@@ -127,7 +127,7 @@ class _Comparison:
         identity({"config": asdict(config)})  # before the work, and once more with what was loaded
         self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
         identity({"model": fingerprint(self.stage.start), "reward": self.stage.reward.fingerprint})
-        store.write_file(folder / "gaps.png", partial(self.stage.report.figure().savefig, dpi=110))
+        store.write_file(folder / "gaps.png", partial(plots.score_gaps(self.stage.report).savefig, dpi=110))
         self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
         self.every = max(1, self.updates // config.evaluations)
         each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))

@@ -22,6 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.losses import OBJECTIVES
+from tpo_lib.pairing import PairReport
+from tpo_lib.rewards import in_unit_interval
 
 FONT = 11  # points; the smallest text is 10
 GRID = {"color": "#DDDDDD", "linewidth": 0.8}
@@ -81,9 +83,22 @@ def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> s
         >>> label("reward", [{"reward": {"mean": 3.0, "low": 2.0, "high": 4.0}}])
         'mean reward'
     """
-    inside = all(p[metric]["low"] >= 0 and p[metric]["high"] <= 1 for p in points if metric in p)
+    inside = in_unit_interval(p[metric][end] for p in points if metric in p for end in ("low", "high"))
     words = words or AXIS[metric]
     return words if inside else words.removesuffix(" (0 to 1)")
+
+
+def score_gaps(report: PairReport) -> Figure:
+    """The histogram of how far the scores of chosen and rejected are apart."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    edges = report.gap_edges
+    axes.bar(edges[:-1], report.gap_counts, width=np.diff(edges), align="edge", edgecolor="white")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel(f"score gap, chosen - rejected (reward units{', 0 to 1' if report.bounded else ''})")
+    axes.set_ylabel("pairs (count)")
+    axes.set_title(f"{report.kept:,} pairs kept, {sum(report.dropped.values()):,} dropped")
+    return figure
 
 
 def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:

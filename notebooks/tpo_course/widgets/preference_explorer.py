@@ -39,10 +39,12 @@ class PreferenceExplorer:
     """
 
     def __init__(self, stage: Stage) -> None:
+        from tpo_lib.rewards import in_unit_interval  # brings what loads models
+
         self.stage = stage
         table = stage.table
         chosen, rejected = np.array(table["chosen_score"]), np.array(table["rejected_score"])
-        self._gaps, unit = chosen - rejected, bool(rejected.min() >= 0 and chosen.max() <= 1)  # chosen is the larger
+        self._gaps, unit = chosen - rejected, in_unit_interval((rejected.min(), chosen.max()))  # chosen is the larger
         self._widest, self._unit = (1.0, " (0 to 1)") if unit else (float(self._gaps.max()), "")
         wide, widest = look("90px", "420px") | {"continuous_update": False}, self._widest
         gaps = {"min": 0, "max": 0.9 * widest, "step": 0.05 * widest, "description": "smallest gap"}
