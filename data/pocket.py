@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from tpo_data import report
+from tpo_data.progress import load_progress, save_progress
 from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
 from tpo_lib.files import store
 from tpo_lib.files.imdb import SPLITS, load_imdb
@@ -180,7 +181,7 @@ def pretrain(
     """Train the language model; checkpoints and `loss.jsonl` below `work` let a killed run continue."""
     model = build_model(config)
     optimizers = build_optimizers(model, config)
-    state = store.load_progress(work, model, optimizers)
+    state = load_progress(work, model, optimizers)
     step, log = state.get("step", 0), state.get("log", [])
 
     def loss_of(inputs, targets):
@@ -213,7 +214,7 @@ def pretrain(
             if step % (5 * every) == 0 or step == config.steps:
                 log[-1]["valid_loss"] = nats_per_token(model, valid, context=config.context, count=256)[0]
                 bar.write(f"step {step}: {log[-1]}")
-            store.save_progress(work, model, optimizers, step=step, log=log)
+            save_progress(work, model, optimizers, step=step, log=log)
     return model, log
 
 

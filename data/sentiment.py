@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib.files.store import load_progress, save_progress
+from tpo_data.progress import load_progress, save_progress
 from tpo_lib.rewards import AdditiveReward, hash_bigrams
 
 

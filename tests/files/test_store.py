@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from tpo_data.progress import load_progress, save_progress
 from tpo_lib.files import store
 from tpo_lib.files.store import (
     MANIFEST,
@@ -496,19 +497,19 @@ def test_damaged_checkpoints_are_set_aside_and_the_new_ones_kept(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in (900, 1000):
-        store.save_progress(tmp_path, model, [optimizer], step=step)
+        save_progress(tmp_path, model, [optimizer], step=step)
         state = step_folder(tmp_path, step) / "state.safetensors"
         state.write_bytes(state.read_bytes()[:-1])
-    assert store.load_progress(tmp_path, model, [optimizer]) == {}
+    assert load_progress(tmp_path, model, [optimizer]) == {}
     for step in (100, 200, 300):
-        store.save_progress(tmp_path, model, [optimizer], step=step)
+        save_progress(tmp_path, model, [optimizer], step=step)
     kept = [name for name in names(tmp_path) if not name.startswith("damaged-")]
     assert kept == ["step-00000200", "step-00000300"]
     assert [name[:21] for name in names(tmp_path) if name not in kept] == [
         "damaged-step-00000900",
         "damaged-step-00001000",
     ]
-    assert store.load_progress(tmp_path, model, [optimizer])["step"] == 300
+    assert load_progress(tmp_path, model, [optimizer])["step"] == 300
 
 
 def test_documents_may_change_and_files_may_be_added(tmp_path):

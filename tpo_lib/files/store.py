@@ -29,11 +29,7 @@ MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DIGEST = "sha256"
 STATE = 2  # format of state.json; 1 had no number
-WRITTEN = {  # kind of work -> the names it writes into its folder; None: it has the folder to itself
-    "run": ("checkpoints", "final", "metrics.jsonl", "start"),
-    "comparison": None,
-    "build": None,
-}
+WRITTEN = {"run": ("checkpoints", "final", "metrics.jsonl", "start")}  # other kinds of work have a folder to themselves
 DOCUMENTS = (".md", ".png")
 LEFT_OVER = re.compile(r"\..+\.(lock|unfinished|replaced|\d+(\.\w+)?)")  # what a kill leaves, and locks
 
@@ -42,18 +38,23 @@ class CheckpointError(RuntimeError):
     """A checkpoint folder is incomplete or was altered; the message names the folder and the file."""
 
 
+# ---- files
+
+
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    """The SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def content_key(value: Any) -> str:
+    """The SHA-256 of a value as JSON, 64 digits: what a cache entry or a record of some content is named by.
+
+    Example:
+        >>> content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -111,15 +112,10 @@ def read_json(path: str | Path, fix: str) -> dict:
 
 
 def settle(path: Path, facts: dict, fix: str) -> None:
-    """Write down what the work in a folder was begun with, or refuse to go on with something else.
-
-    Args:
-        path: the JSON file for it.
-        facts: name -> value; names that are not in the file yet are added.
-        fix: as in `read_json`.
+    """Write down, in a JSON file, what the work in its folder was begun with; names that are not in it yet are added.
 
     Raises:
-        RuntimeError: a value differs from the one in the file.
+        RuntimeError: a value differs from the one in the file, so that the work would go on with something else.
     """
     known, facts = read_json(path, fix) if path.exists() else {}, json.loads(json.dumps(facts))
     changed = [name for name, value in facts.items() if known.get(name, value) != value]
@@ -129,17 +125,18 @@ def settle(path: Path, facts: dict, fix: str) -> None:
 
 
 def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # in the order of the file
 
 
-def content_key(value: Any) -> str:
-    """The SHA-256 of a value as JSON, 64 digits: what a cache entry or a record of some content is named by.
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    Example:
-        >>> content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
-        True
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+# ---- folders with a manifest
 
 
 def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
@@ -151,7 +148,7 @@ def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
         FileExistsError: `final` is there and not ours (see `prove`).
     """
     prove(final)
-    unfinished = final.with_name(f".{final.name}.unfinished")
+    unfinished, replaced = (final.with_name(f".{final.name}.{word}") for word in ("unfinished", "replaced"))
     shutil.rmtree(unfinished, ignore_errors=True)  # left over from a kill
     unfinished.mkdir(parents=True)
     try:
@@ -159,10 +156,17 @@ def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
         write_manifest(unfinished)
         for path in [*unfinished.rglob("*"), unfinished]:
             _fsync(path)
-        _rename_over(unfinished, final)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a kill too, and no sooner: it may be the only whole one
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(unfinished, final)
     except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # only now that the new one stands in its place
 
 
 def write_manifest(folder: Path) -> None:
@@ -174,22 +178,6 @@ def write_manifest(folder: Path) -> None:
 def _names(folder: Path) -> set[str]:
     """All files and links below `folder`, by their path from there."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-
-
-def _rename_over(unfinished: Path, final: Path) -> None:
-    """Rename a folder; one that already has the name is deleted only once the new one stands in its place."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)  # left over from a kill
-    try:
-        if final.exists():
-            os.rename(final, replaced)
-        os.rename(unfinished, final)
-    except BaseException:
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        raise
-    _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _manifest(folder: Path) -> dict[str, str]:
@@ -241,6 +229,9 @@ def _digest_once(path: Path, *content: int) -> str:
     return sha256_file(path)
 
 
+# ---- what may be replaced
+
+
 def prove(folder: Path) -> None:
     """Raise FileExistsError unless `folder` may be replaced: nothing is in it but what its manifest lists, as written.
 
@@ -248,12 +239,13 @@ def prove(folder: Path) -> None:
     """
     if not os.path.lexists(folder) or re.search(r"(^|-)[0-9a-f]{16,64}$", folder.name):
         return
-    if folder.is_dir() and not folder.is_symlink() and not os.listdir(folder):
+    if folder.is_symlink() or not folder.is_dir():
+        reason = "it is not a folder"
+    elif not os.listdir(folder):
         return
-    reason = "it is not a folder" if folder.is_symlink() or not folder.is_dir() else _foreign(folder)
-    for name, promised in {} if reason else _manifest(folder).items():
-        if sha256_file(folder / name) != promised:
-            reason = f"{name} was altered"
+    elif not (reason := _foreign(folder)):
+        altered = (name for name, promised in _manifest(folder).items() if sha256_file(folder / name) != promised)
+        reason = next((f"{name} was altered" for name in altered), None)
     if reason:
         raise FileExistsError(f"{folder} would be replaced, but is not what was written there ({reason}); move it away")
 
@@ -275,8 +267,8 @@ def mark(kind: str) -> str:
 
 def check_mark(folder: Path, kind: str) -> None:
     """Raise FileExistsError where something that `kind` of work would replace is in a folder without its mark."""
-    ours, names = folder / mark(kind), WRITTEN[kind]
-    for name in () if ours.is_file() else os.listdir(folder) if names is None else names:
+    ours = folder / mark(kind)
+    for name in () if ours.is_file() else WRITTEN.get(kind) or os.listdir(folder):
         if os.path.lexists(folder / name):
             raise FileExistsError(
                 f"{folder / name} was there before, and {ours} is not, which would say that it is of a {kind} of ours: move it "
@@ -306,8 +298,11 @@ def clear(folder: Path, known: re.Pattern) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+# ---- checkpoints
+
+
 def newest(folder: Path, *, warn: Callable[[str], None] = lambda words: print(words, file=sys.stderr)) -> Path | None:
-    """Return the newest checkpoint below `folder` that verifies, telling of every one that had to be passed over."""
+    """The newest checkpoint below `folder` that verifies, telling of every one that had to be passed over; or None."""
     for candidate in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         try:
             verify(candidate)
@@ -356,9 +351,7 @@ def save_state(path: Path, state: dict) -> None:
             return {"__tensor__": name}
         if isinstance(value, dict):
             return {"__dict__": [[key, strip(item)] for key, item in value.items()]}  # keeps integer keys integers
-        if isinstance(value, list | tuple):
-            return [strip(item) for item in value]
-        return value
+        return [strip(item) for item in value] if isinstance(value, list | tuple) else value
 
     tree = strip(state)
     save_file(tensors, str(path.with_suffix(".safetensors")))
@@ -366,11 +359,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def load_state(path: Path) -> dict:
-    """Read what `save_state` wrote.
-
-    Raises:
-        CheckpointError: another version wrote it.
-    """
+    """Read what `save_state` wrote; CheckpointError where another version wrote it."""
     content = json.loads(path.with_suffix(".json").read_text())
     if content.get("format", 1) != STATE or content.keys() != {"format", "tree"}:
         raise CheckpointError(
@@ -384,47 +373,64 @@ def load_state(path: Path) -> dict:
             if "__tensor__" in value:
                 return tensors[value["__tensor__"]]
             return {key: fill(item) for key, item in value["__dict__"]}
-        if isinstance(value, list):
-            return [fill(item) for item in value]
-        return value
+        return [fill(item) for item in value] if isinstance(value, list) else value
 
     return fill(content["tree"])
 
 
-def save_progress(
-    folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], *, step: int, **extra
-) -> None:
-    """Write the checkpoint of `step` below `folder`: weights, optimizers and JSON values; the last two are kept."""
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, **extra}
-    write_atomically(step_folder(folder, step), lambda target: save_state(target / "state", state))
-    keep_last(folder, 2)
+# ---- locks, and what is built once
 
 
-def load_progress(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Continue from the newest sound checkpoint below `folder`; returns its state, {} where there is none."""
-    found = newest(folder)
-    set_aside(folder, found)
-    if found is None:
-        return {}
-    state = load_state(found / "state")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state
+@contextlib.contextmanager
+def _locked(path: Path, mode: str, busy: Callable[[Any], None]) -> Iterator[Any]:
+    """Hold the lock of a file, which dies with the process; where another one has it, `busy(file)` says what then."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy(file)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Build the file or folder `path` alone: other processes wait here, and then find it built."""
-    import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is at work on {path}; waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def busy(_) -> None:
+        print(f"another process is at work on {path}; waiting for it", file=sys.stderr)
+
+    with _locked(path.with_name(f".{path.name}.lock"), "w", busy):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
+    """Hold `folder` for this process and kind of work alone; the lock's file stays, the mark of a folder of ours.
+
+    Raises:
+        FileExistsError: something that would be replaced is there, and not from such work; nothing was changed.
+        RuntimeError: another process holds the folder.
+    """
+
+    def busy(lock) -> None:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        raise RuntimeError(
+            f"{folder} is in use by another run (process {owner}); choose another --output-dir or wait for it to end"
+        ) from None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    check_mark(folder, kind)
+    with _locked(folder / mark(kind), "a+", busy) as lock:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _fsync(folder)
+        prove(folder / "final")  # now, not when the work is done
         yield
 
 
@@ -477,37 +483,3 @@ def cached(
         return found
 
     return found_or_made(entry, read, made)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
-    """Hold `folder` for this process alone; a second run into it is refused. The lock dies with the process.
-
-    The lock's file stays: it is the mark of a folder of ours.
-
-    Args:
-        kind: what is done there, a name in WRITTEN.
-
-    Raises:
-        FileExistsError: something that would be replaced is there, and not from such work; nothing was changed.
-        RuntimeError: another process holds the folder.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    check_mark(folder, kind)
-    with open(folder / mark(kind), "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise RuntimeError(
-                f"{folder} is in use by another run (process {owner}); choose another --output-dir or wait for it to end"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        _fsync(folder)
-        prove(folder / "final")  # now, not when the work is done
-        yield
