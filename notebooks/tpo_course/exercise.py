@@ -4,7 +4,7 @@ A checker calls the learner's function and the right one on the same cases and c
 differ it looks whether the answer is one of the known mistakes, and names it.
 
 To add an exercise, write its functions into a chapter's `exercises/NAME.py` and its words into the `NAME.md` beside it; the
-names must be the same on both sides. The module says `loss = chapter.exercise("loss", right=..., cases=..., mistakes={...})`
+names must be the same on both sides. The module says `loss = chapter.exercise("loss", right, cases, swapped=..., no_beta=...)`
 with one wrong function a mistake; the words are Markdown with inline HTML, and LaTeX between dollars:
 
     ## loss                               the name of the function that the learner writes
@@ -44,7 +44,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -318,11 +317,7 @@ class Chapter:
         self.words = read_words(self.file)
 
     def exercise(
-        self,
-        name: str,
-        right: Any,
-        cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),),
-        mistakes: Mapping[str, Any] = MappingProxyType({}),
+        self, name: str, right: Any, cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),), /, **mistakes: Any
     ) -> Exercise:
         """Join functions and words; `mistakes` are wrong answers by name.
 

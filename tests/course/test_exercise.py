@@ -175,7 +175,7 @@ def _chapter(tmp_path, old: str = "", new: str = "") -> Chapter:
 
 def test_chapter_joins_words_and_functions(tmp_path):
     chapter = _chapter(tmp_path)
-    exercise = chapter.exercise("square", _square, _cases, {"doubled": lambda x: 2 * x})
+    exercise = chapter.exercise("square", _square, _cases, doubled=lambda x: 2 * x)
     assert (exercise.name, exercise.title, exercise.solution) == ("square", "Squares of <code>x</code>", "squares")
     assert (exercise.difficulty, exercise.minutes, exercise.hints) == (2, 5, ("first", "second"))
     assert (exercise.what, exercise.why) == ("Return x * x, <i>not</i> 2 * x.", "y")
@@ -204,7 +204,7 @@ def test_chapter_joins_words_and_functions(tmp_path):
 def test_words_that_do_not_fit_are_refused_with_file_heading_and_fix(tmp_path, old, new, said):
     with pytest.raises(ValueError, match=said):  # noqa: PT012  (which of the three refuses is not the question)
         chapter = _chapter(tmp_path, old, new)
-        chapter.exercise("square", _square, _cases, {"doubled": lambda x: 2 * x})
+        chapter.exercise("square", _square, _cases, doubled=lambda x: 2 * x)
         chapter.quiz()
 
 

@@ -34,18 +34,16 @@ def _bootstrap(values: Tensor, draws: Tensor, cut: float = 0.025) -> Tensor:
 
 bootstrap_interval = chapter.exercise(
     "bootstrap_interval",
-    right=_bootstrap,
-    cases=lambda: (
+    _bootstrap,
+    lambda: (
         Case({"values": _numbers(37, 0), "draws": _draws(37, 1)}),
         Case({"values": _numbers(5, 2, scale=9.0), "draws": _draws(5, 3)}, "five prompts"),
     ),
-    mistakes={
-        "quantiles_of_values": lambda values, draws: _interval_of(values, values.mean()),
-        "over_resamples": lambda values, draws: _interval_of(values[draws].mean(0), values.mean()),
-        "ninety_percent": lambda values, draws: _bootstrap(values, draws, cut=0.05),
-        "smallest_and_largest": lambda values, draws: _bootstrap(values, draws, cut=0.0),
-        "mean_of_means": lambda values, draws: _interval_of(values[draws].mean(-1), values[draws].mean()),
-    },
+    quantiles_of_values=lambda values, draws: _interval_of(values, values.mean()),
+    over_resamples=lambda values, draws: _interval_of(values[draws].mean(0), values.mean()),
+    ninety_percent=lambda values, draws: _bootstrap(values, draws, cut=0.05),
+    smallest_and_largest=lambda values, draws: _bootstrap(values, draws, cut=0.0),
+    mean_of_means=lambda values, draws: _interval_of(values[draws].mean(-1), values[draws].mean()),
 )
 
 
@@ -76,15 +74,13 @@ def _gap_of_intervals(first: Tensor, second: Tensor, draws: Tensor) -> Tensor:
 
 paired_difference = chapter.exercise(
     "paired_difference",
-    right=_paired,
-    cases=_pair_cases,
-    mistakes={
-        "sign_reversed": lambda first, second, draws: _paired(second, first, draws),
-        "resampled_apart": _two_draws,
-        "ends_subtracted": _gap_of_intervals,
-        "absolute_difference": lambda first, second, draws: _bootstrap((first - second).abs(), draws),
-        "share_of_wins": lambda first, second, draws: _bootstrap((first > second).double(), draws),
-    },
+    _paired,
+    _pair_cases,
+    sign_reversed=lambda first, second, draws: _paired(second, first, draws),
+    resampled_apart=_two_draws,
+    ends_subtracted=_gap_of_intervals,
+    absolute_difference=lambda first, second, draws: _bootstrap((first - second).abs(), draws),
+    share_of_wins=lambda first, second, draws: _bootstrap((first > second).double(), draws),
 )
 
 
@@ -130,17 +126,13 @@ def _curves() -> tuple[Case, ...]:
 
 reward_at_kl = chapter.exercise(
     "reward_at_kl",
-    right=_inside(_extrapolated),
-    cases=_curves,
-    mistakes={
-        "nearest": _inside(lambda kl, reward, at: reward[(kl - at).abs().argmin()]),
-        "extrapolated": _extrapolated,
-        "held": lambda kl, reward, at: _extrapolated(kl, reward, min(max(at, float(kl.min())), float(kl.max()))),
-        "unsorted": _inside(_unsorted),
-        "between_the_ends": _inside(
-            lambda kl, reward, at: _between(kl, reward, at, int(kl.argmin()), int(kl.argmax()))
-        ),
-    },
+    _inside(_extrapolated),
+    _curves,
+    nearest=_inside(lambda kl, reward, at: reward[(kl - at).abs().argmin()]),
+    extrapolated=_extrapolated,
+    held=lambda kl, reward, at: _extrapolated(kl, reward, min(max(at, float(kl.min())), float(kl.max()))),
+    unsorted=_inside(_unsorted),
+    between_the_ends=_inside(lambda kl, reward, at: _between(kl, reward, at, int(kl.argmin()), int(kl.argmax()))),
 )
 
 

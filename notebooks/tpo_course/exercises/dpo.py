@@ -44,22 +44,20 @@ def _gibbs_by_exp(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
 
 gibbs = chapter.exercise(
     "gibbs",
-    right=_gibbs,
-    cases=_gibbs_cases,
-    mistakes={
-        "times_beta": lambda ref_logps, reward, beta: (ref_logps + beta * reward).log_softmax(-1),
-        "no_normaliser": lambda ref_logps, reward, beta: ref_logps + reward / beta,
-        "times_beta_no_normaliser": lambda ref_logps, reward, beta: ref_logps + beta * reward,
-        "over_all_prompts": lambda ref_logps, reward, beta: (
-            (ref_logps + reward / beta) - (ref_logps + reward / beta).logsumexp((0, 1))
-        ),
-        "over_prompts": lambda ref_logps, reward, beta: (ref_logps + reward / beta).log_softmax(0),
-        "no_reference": lambda ref_logps, reward, beta: (reward / beta).log_softmax(-1),
-        "tempered_reference": lambda ref_logps, reward, beta: ((ref_logps + reward) / beta).log_softmax(-1),
-        "probabilities": lambda **given: _gibbs(**given).exp(),
-        "overflowing_probabilities": _gibbs_by_exp,
-        "overflows": lambda **given: _gibbs_by_exp(**given).log(),
-    },
+    _gibbs,
+    _gibbs_cases,
+    times_beta=lambda ref_logps, reward, beta: (ref_logps + beta * reward).log_softmax(-1),
+    no_normaliser=lambda ref_logps, reward, beta: ref_logps + reward / beta,
+    times_beta_no_normaliser=lambda ref_logps, reward, beta: ref_logps + beta * reward,
+    over_all_prompts=lambda ref_logps, reward, beta: (
+        (ref_logps + reward / beta) - (ref_logps + reward / beta).logsumexp((0, 1))
+    ),
+    over_prompts=lambda ref_logps, reward, beta: (ref_logps + reward / beta).log_softmax(0),
+    no_reference=lambda ref_logps, reward, beta: (reward / beta).log_softmax(-1),
+    tempered_reference=lambda ref_logps, reward, beta: ((ref_logps + reward) / beta).log_softmax(-1),
+    probabilities=lambda **given: _gibbs(**given).exp(),
+    overflowing_probabilities=_gibbs_by_exp,
+    overflows=lambda **given: _gibbs_by_exp(**given).log(),
 )
 
 
@@ -106,22 +104,18 @@ def _unshifted(values: Tensor) -> Tensor:
 
 response_logps = chapter.exercise(
     "response_logps",
-    right=lambda logits, labels: stats.token_stats(logits, labels, None).logps.sum(-1),
-    cases=_logits_cases,
-    mistakes={
-        "mean": _scored(reduce=lambda logps, mask: logps.sum(-1) / mask.sum(-1)),
-        "mean_over_columns": _scored(reduce=lambda logps, mask: logps.mean(-1)),
-        "no_shift": _scored(read=lambda logits: logits[:, 1:]),
-        "shifted_backwards": _scored(
-            read=lambda logits: logits[:, 1:], ids=lambda labels: labels[:, :-1], mask=_unshifted
-        ),
-        "mask_off_by_one": _scored(mask=_unshifted),
-        "no_mask": _scored(mask=lambda labels: torch.ones_like(labels[:, 1:], dtype=torch.bool)),
-        "raw_logits": _scored(score=lambda z: z),
-        "log_of_softmax": _scored(score=lambda z: z.softmax(-1).log()),
-        "over_positions": _scored(score=lambda z: z.log_softmax(1)),
-        "cross_entropy": lambda **given: -_scored()(**given),
-    },
+    lambda logits, labels: stats.token_stats(logits, labels, None).logps.sum(-1),
+    _logits_cases,
+    mean=_scored(reduce=lambda logps, mask: logps.sum(-1) / mask.sum(-1)),
+    mean_over_columns=_scored(reduce=lambda logps, mask: logps.mean(-1)),
+    no_shift=_scored(read=lambda logits: logits[:, 1:]),
+    shifted_backwards=_scored(read=lambda logits: logits[:, 1:], ids=lambda labels: labels[:, :-1], mask=_unshifted),
+    mask_off_by_one=_scored(mask=_unshifted),
+    no_mask=_scored(mask=lambda labels: torch.ones_like(labels[:, 1:], dtype=torch.bool)),
+    raw_logits=_scored(score=lambda z: z),
+    log_of_softmax=_scored(score=lambda z: z.softmax(-1).log()),
+    over_positions=_scored(score=lambda z: z.log_softmax(1)),
+    cross_entropy=lambda **given: -_scored()(**given),
 )
 
 
@@ -178,24 +172,22 @@ def _dpo(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
 
 dpo_loss = chapter.exercise(
     "dpo_loss",
-    right=_dpo,
-    cases=_loss_cases,
-    mistakes={
-        "swapped": _of_ratios(lambda gap, beta: -F.logsigmoid(-beta * gap)),
-        "no_reference": _difference(lambda s: s.logps.sum(-1)),
-        "mean": _difference(lambda s: _ratio(s) / s.mask.sum(-1)),
-        "mean_over_columns": _difference(lambda s: _tokens(s).mean(-1)),
-        "beta_outside": _of_ratios(lambda gap, beta: -beta * F.logsigmoid(gap)),
-        "divided_by_beta": _of_ratios(lambda gap, beta: -F.logsigmoid(gap / beta)),
-        "beta_on_policy_alone": lambda chosen, rejected, beta: (
-            -F.logsigmoid((beta * (chosen.logps - rejected.logps) - (chosen.ref_logps - rejected.ref_logps)).sum(-1))
-        ),
-        "no_minus": _of_ratios(lambda gap, beta: F.logsigmoid(beta * gap)),
-        "no_logarithm": _of_ratios(lambda gap, beta: -torch.sigmoid(beta * gap)),
-        "log_of_sigmoid": _of_ratios(lambda gap, beta: -torch.log(torch.sigmoid(beta * gap))),
-        "token_by_token": lambda **given: _difference(_tokens)(**given).sum(-1),
-        "detached": lambda **given: _dpo(**given).detach(),
-    },
+    _dpo,
+    _loss_cases,
+    swapped=_of_ratios(lambda gap, beta: -F.logsigmoid(-beta * gap)),
+    no_reference=_difference(lambda s: s.logps.sum(-1)),
+    mean=_difference(lambda s: _ratio(s) / s.mask.sum(-1)),
+    mean_over_columns=_difference(lambda s: _tokens(s).mean(-1)),
+    beta_outside=_of_ratios(lambda gap, beta: -beta * F.logsigmoid(gap)),
+    divided_by_beta=_of_ratios(lambda gap, beta: -F.logsigmoid(gap / beta)),
+    beta_on_policy_alone=lambda chosen, rejected, beta: (
+        -F.logsigmoid((beta * (chosen.logps - rejected.logps) - (chosen.ref_logps - rejected.ref_logps)).sum(-1))
+    ),
+    no_minus=_of_ratios(lambda gap, beta: F.logsigmoid(beta * gap)),
+    no_logarithm=_of_ratios(lambda gap, beta: -torch.sigmoid(beta * gap)),
+    log_of_sigmoid=_of_ratios(lambda gap, beta: -torch.log(torch.sigmoid(beta * gap))),
+    token_by_token=lambda **given: _difference(_tokens)(**given).sum(-1),
+    detached=lambda **given: _dpo(**given).detach(),
 )
 
 
@@ -232,21 +224,19 @@ def _per_token(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
 
 dpo_token_coefficient = chapter.exercise(
     "dpo_token_coefficient",
-    right=_slope,
-    cases=_stats_cases,
-    mistakes={
-        "weighted_by_confidence": _pull(lambda margin, beta: beta * torch.sigmoid(margin)),
-        "no_beta": _pull(lambda margin, beta: torch.sigmoid(-margin)),
-        "signs_swapped": lambda **given: -_slope(**given),
-        "same_sign": lambda **given: -_slope(**given).abs(),
-        "no_reference": _pull(lambda margin, beta: beta * torch.sigmoid(-margin), ratio=lambda s: s.logps.sum(-1)),
-        "divided_by_length": lambda chosen, rejected, beta: (
-            _slope(chosen, rejected, beta) / _both(chosen, rejected).sum(-1, keepdim=True)
-        ),
-        "no_mask": _pull(lambda margin, beta: beta * torch.sigmoid(-margin), masked=False),
-        "margin_per_token": _per_token,
-        "mean_over_batch": lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),
-    },
+    _slope,
+    _stats_cases,
+    weighted_by_confidence=_pull(lambda margin, beta: beta * torch.sigmoid(margin)),
+    no_beta=_pull(lambda margin, beta: torch.sigmoid(-margin)),
+    signs_swapped=lambda **given: -_slope(**given),
+    same_sign=lambda **given: -_slope(**given).abs(),
+    no_reference=_pull(lambda margin, beta: beta * torch.sigmoid(-margin), ratio=lambda s: s.logps.sum(-1)),
+    divided_by_length=lambda chosen, rejected, beta: (
+        _slope(chosen, rejected, beta) / _both(chosen, rejected).sum(-1, keepdim=True)
+    ),
+    no_mask=_pull(lambda margin, beta: beta * torch.sigmoid(-margin), masked=False),
+    margin_per_token=_per_token,
+    mean_over_batch=lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),
 )
 
 

@@ -31,17 +31,15 @@ def _rewards() -> tuple[Case, ...]:
 
 win_probability = chapter.exercise(
     "win_probability",
-    right=lambda reward_w, reward_l: torch.sigmoid(reward_w - reward_l),
-    cases=_rewards,
-    mistakes={
-        "gap_reversed": lambda reward_w, reward_l: torch.sigmoid(reward_l - reward_w),
-        "overflows": lambda reward_w, reward_l: reward_w.exp() / (reward_w.exp() + reward_l.exp()),
-        "ratio_of_rewards": lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
-        "squashed_apart": lambda reward_w, reward_l: reward_w.sigmoid() / (reward_w.sigmoid() + reward_l.sigmoid()),
-        "judged_alone": lambda reward_w, reward_l: reward_w.sigmoid() * (-reward_l).sigmoid(),
-        "logarithm": lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l),
-        "no_noise": lambda reward_w, reward_l: (reward_w > reward_l).double(),
-    },
+    lambda reward_w, reward_l: torch.sigmoid(reward_w - reward_l),
+    _rewards,
+    gap_reversed=lambda reward_w, reward_l: torch.sigmoid(reward_l - reward_w),
+    overflows=lambda reward_w, reward_l: reward_w.exp() / (reward_w.exp() + reward_l.exp()),
+    ratio_of_rewards=lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
+    squashed_apart=lambda reward_w, reward_l: reward_w.sigmoid() / (reward_w.sigmoid() + reward_l.sigmoid()),
+    judged_alone=lambda reward_w, reward_l: reward_w.sigmoid() * (-reward_l).sigmoid(),
+    logarithm=lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l),
+    no_noise=lambda reward_w, reward_l: (reward_w > reward_l).double(),
 )
 
 
@@ -62,17 +60,15 @@ def _batches() -> tuple[Case, ...]:
 
 preference_nll = chapter.exercise(
     "preference_nll",
-    right=lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).mean(),
-    cases=_batches,
-    mistakes={
-        "log_of_sigmoid": lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
-        "small_constant": lambda reward_w, reward_l: -((reward_w - reward_l).sigmoid() + 1e-8).log().mean(),
-        "no_minus": lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
-        "swapped": lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
-        "summed": lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
-        "no_logarithm": lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().mean(),
-        "averaged_first": lambda reward_w, reward_l: -F.logsigmoid((reward_w - reward_l).mean()),
-    },
+    lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).mean(),
+    _batches,
+    log_of_sigmoid=lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
+    small_constant=lambda reward_w, reward_l: -((reward_w - reward_l).sigmoid() + 1e-8).log().mean(),
+    no_minus=lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
+    swapped=lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
+    summed=lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
+    no_logarithm=lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().mean(),
+    averaged_first=lambda reward_w, reward_l: -F.logsigmoid((reward_w - reward_l).mean()),
 )
 
 
@@ -100,16 +96,14 @@ def _push(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 _gradient = _push(lambda margin: torch.sigmoid(-margin))
 nll_gradient = chapter.exercise(
     "nll_gradient",
-    right=_gradient,
-    cases=_linear,
-    mistakes={
-        "sign_reversed": lambda **given: -_gradient(**given),
-        "weighted_by_confidence": _push(torch.sigmoid),
-        "no_factor": _push(torch.ones_like),
-        "slope_of_sigmoid": _push(lambda margin: torch.sigmoid(margin) * torch.sigmoid(-margin)),
-        "summed": lambda weights, differences: _gradient(weights, differences) * len(differences),
-        "averaged_apart": _push(lambda margin: torch.sigmoid(-margin).mean().expand_as(margin)),
-    },
+    _gradient,
+    _linear,
+    sign_reversed=lambda **given: -_gradient(**given),
+    weighted_by_confidence=_push(torch.sigmoid),
+    no_factor=_push(torch.ones_like),
+    slope_of_sigmoid=_push(lambda margin: torch.sigmoid(margin) * torch.sigmoid(-margin)),
+    summed=lambda weights, differences: _gradient(weights, differences) * len(differences),
+    averaged_apart=_push(lambda margin: torch.sigmoid(-margin).mean().expand_as(margin)),
 )
 
 
@@ -142,17 +136,15 @@ def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
 
 preferred_pairs = chapter.exercise(
     "preferred_pairs",
-    right=_right_pairs,
-    cases=_scores,
-    mistakes={
-        "swapped": lambda scores, min_gap: _right_pairs(scores, min_gap).mT,
-        "absolute_gap": lambda scores, min_gap: (_gaps(scores).abs() > 0) & (_gaps(scores).abs() >= min_gap),
-        "ties": lambda scores, min_gap: _gaps(scores) >= min_gap,
-        "gap_equal_to_min_gap": lambda scores, min_gap: _gaps(scores) > min_gap,
-        "no_min_gap": lambda scores, min_gap: _gaps(scores) > 0,
-        "order_of_sampling": lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
-        "best_against_worst": _best_worst,
-    },
+    _right_pairs,
+    _scores,
+    swapped=lambda scores, min_gap: _right_pairs(scores, min_gap).mT,
+    absolute_gap=lambda scores, min_gap: (_gaps(scores).abs() > 0) & (_gaps(scores).abs() >= min_gap),
+    ties=lambda scores, min_gap: _gaps(scores) >= min_gap,
+    gap_equal_to_min_gap=lambda scores, min_gap: _gaps(scores) > min_gap,
+    no_min_gap=lambda scores, min_gap: _gaps(scores) > 0,
+    order_of_sampling=lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
+    best_against_worst=_best_worst,
 )
 
 

@@ -32,15 +32,13 @@ def _bytes(pairs: int, length: int, vocab: int, with_kl: bool) -> int:
 
 vocabulary_bytes = chapter.exercise(
     "vocabulary_bytes",
-    right=_bytes,
-    cases=_bytes_cases,
-    mistakes={
-        "half": lambda **given: _bytes(**given) // 2,
-        "one_tensor": lambda pairs, length, vocab, with_kl: 2 * pairs * length * vocab * 4,
-        "numbers_not_bytes": lambda **given: _bytes(**given) // 4,
-        "counts_swapped": lambda **given: _bytes(**given | {"with_kl": not given["with_kl"]}),
-        "always_with_kl": lambda **given: _bytes(**given | {"with_kl": True}),
-    },
+    _bytes,
+    _bytes_cases,
+    half=lambda **given: _bytes(**given) // 2,
+    one_tensor=lambda pairs, length, vocab, with_kl: 2 * pairs * length * vocab * 4,
+    numbers_not_bytes=lambda **given: _bytes(**given) // 4,
+    counts_swapped=lambda **given: _bytes(**given | {"with_kl": not given["with_kl"]}),
+    always_with_kl=lambda **given: _bytes(**given | {"with_kl": True}),
 )
 
 
@@ -75,20 +73,18 @@ def _of_parts(gradient: Callable[..., Tensor], dim: int = -1) -> Callable[..., T
 _gradient = _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (p - q))
 logit_gradient = chapter.exercise(
     "logit_gradient",
-    right=_gradient,
-    cases=_gradient_cases,
-    mistakes={
-        "first_sign": _of_parts(lambda g, k, e, p, q: g * (p - e) + k * (p - q)),
-        "second_sign": _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (q - p)),
-        "no_target": _of_parts(lambda g, k, e, p, q: -g * p + k * (p - q)),
-        "no_normaliser": _of_parts(lambda g, k, e, p, q: g * e + k * (p - q)),
-        "no_kl": _of_parts(lambda g, k, e, p, q: g * (e - p)),
-        "exchanged": _of_parts(lambda g, k, e, p, q: k * (e - p) + g * (p - q)),
-        "over_positions": _of_parts(lambda g, k, e, p, q: g * (e - p) + k * (p - q), dim=0),
-        "logits_for_q": lambda ref_logits, k, **given: (
-            _gradient(ref_logits=ref_logits, k=k, **given) + k[:, None] * (ref_logits.softmax(-1) - ref_logits)
-        ),
-    },
+    _gradient,
+    _gradient_cases,
+    first_sign=_of_parts(lambda g, k, e, p, q: g * (p - e) + k * (p - q)),
+    second_sign=_of_parts(lambda g, k, e, p, q: g * (e - p) + k * (q - p)),
+    no_target=_of_parts(lambda g, k, e, p, q: -g * p + k * (p - q)),
+    no_normaliser=_of_parts(lambda g, k, e, p, q: g * e + k * (p - q)),
+    no_kl=_of_parts(lambda g, k, e, p, q: g * (e - p)),
+    exchanged=_of_parts(lambda g, k, e, p, q: k * (e - p) + g * (p - q)),
+    over_positions=_of_parts(lambda g, k, e, p, q: g * (e - p) + k * (p - q), dim=0),
+    logits_for_q=lambda ref_logits, k, **given: (
+        _gradient(ref_logits=ref_logits, k=k, **given) + k[:, None] * (ref_logits.softmax(-1) - ref_logits)
+    ),
 )
 
 
@@ -132,17 +128,15 @@ def _not_rescaled(tiles: list[Tensor]) -> Tensor:
 
 tiled_logsumexp = chapter.exercise(
     "tiled_logsumexp",
-    right=_of_tiles(_lse),
-    cases=_lse_cases,
-    mistakes={
-        "added": _of_tiles(lambda tiles: sum(z.logsumexp(-1) for z in tiles)),
-        "largest": _of_tiles(lambda tiles: torch.stack([z.logsumexp(-1) for z in tiles]).amax(0)),
-        "last_tile": _of_tiles(lambda tiles: tiles[-1].logsumexp(-1)),
-        "part_tile_missing": _of_tiles(_lse, whole=False),
-        "overflows": _of_tiles(lambda tiles: sum(z.exp().sum(-1) for z in tiles).log()),
-        "not_rescaled": _of_tiles(_not_rescaled),
-        "averaged": _of_tiles(lambda tiles: _lse(tiles) - math.log(sum(z.shape[-1] for z in tiles))),
-    },
+    _of_tiles(_lse),
+    _lse_cases,
+    added=_of_tiles(lambda tiles: sum(z.logsumexp(-1) for z in tiles)),
+    largest=_of_tiles(lambda tiles: torch.stack([z.logsumexp(-1) for z in tiles]).amax(0)),
+    last_tile=_of_tiles(lambda tiles: tiles[-1].logsumexp(-1)),
+    part_tile_missing=_of_tiles(_lse, whole=False),
+    overflows=_of_tiles(lambda tiles: sum(z.exp().sum(-1) for z in tiles).log()),
+    not_rescaled=_of_tiles(_not_rescaled),
+    averaged=_of_tiles(lambda tiles: _lse(tiles) - math.log(sum(z.shape[-1] for z in tiles))),
 )
 
 
@@ -178,16 +172,14 @@ def _budget_cases() -> tuple[Case, ...]:
 
 token_batches = chapter.exercise(
     "token_batches",
-    right=_budget,
-    cases=_budget_cases,
-    mistakes={
-        "not_sorted": partial(_budget, sort=False),
-        "one_sequence": partial(_budget, sides=1),
-        "no_padding": partial(_budget, padded=False),
-        "not_filled": partial(_budget, strict=True),
-        "sorted_downwards": _downwards,
-        "in_sorted_order": lambda **given: sorted(_budget(**given)),
-    },
+    _budget,
+    _budget_cases,
+    not_sorted=partial(_budget, sort=False),
+    one_sequence=partial(_budget, sides=1),
+    no_padding=partial(_budget, padded=False),
+    not_filled=partial(_budget, strict=True),
+    sorted_downwards=_downwards,
+    in_sorted_order=lambda **given: sorted(_budget(**given)),
 )
 
 

@@ -70,27 +70,19 @@ def _kl_cases() -> tuple[Case, ...]:
 
 forward_kl = chapter.exercise(
     "forward_kl",
-    right=_forward,
-    cases=_kl_cases,
-    mistakes={
-        "reverse": lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
-        "log_of_softmax": _of_softmax(lambda ref, policy: ref.log() - policy.log()),
-        "log_of_ratio": _of_softmax(lambda ref, policy: (ref / policy).log()),
-        "small_constant": _of_softmax(lambda ref, policy: (ref + 1e-8).log() - (policy + 1e-8).log()),
-        "sign_reversed": lambda **given: -_forward(**given),
-        "cross_entropy": lambda policy_logits, ref_logits: (
-            -(ref_logits.softmax(-1) * policy_logits.log_softmax(-1)).sum(-1)
-        ),
-        "no_weights": lambda **given: _log_ratio(**given).sum(-1),
-        "raw_logits": lambda policy_logits, ref_logits: (ref_logits.softmax(-1) * (ref_logits - policy_logits)).sum(-1),
-        "mean_over_vocabulary": lambda policy_logits, ref_logits: (
-            _forward(policy_logits, ref_logits) / ref_logits.shape[-1]
-        ),
-        "one_token": lambda policy_logits, ref_logits: _at(
-            _log_ratio(policy_logits, ref_logits), ref_logits.argmax(-1)
-        ),
-        "detached": lambda policy_logits, ref_logits: _forward(policy_logits.detach(), ref_logits),
-    },
+    _forward,
+    _kl_cases,
+    reverse=lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
+    log_of_softmax=_of_softmax(lambda ref, policy: ref.log() - policy.log()),
+    log_of_ratio=_of_softmax(lambda ref, policy: (ref / policy).log()),
+    small_constant=_of_softmax(lambda ref, policy: (ref + 1e-8).log() - (policy + 1e-8).log()),
+    sign_reversed=lambda **given: -_forward(**given),
+    cross_entropy=lambda policy_logits, ref_logits: -(ref_logits.softmax(-1) * policy_logits.log_softmax(-1)).sum(-1),
+    no_weights=lambda **given: _log_ratio(**given).sum(-1),
+    raw_logits=lambda policy_logits, ref_logits: (ref_logits.softmax(-1) * (ref_logits - policy_logits)).sum(-1),
+    mean_over_vocabulary=lambda policy_logits, ref_logits: _forward(policy_logits, ref_logits) / ref_logits.shape[-1],
+    one_token=lambda policy_logits, ref_logits: _at(_log_ratio(policy_logits, ref_logits), ref_logits.argmax(-1)),
+    detached=lambda policy_logits, ref_logits: _forward(policy_logits.detach(), ref_logits),
 )
 
 
@@ -151,20 +143,18 @@ def _sequence_cases() -> tuple[Case, ...]:
 _sequence = _summed()
 seq_kl = chapter.exercise(
     "seq_kl",
-    right=_sequence,
-    cases=_sequence_cases,
-    mistakes={
-        "no_shift": _summed(logits=torch.clone, labels=torch.clone),
-        "mask_off_by_one": _summed(labels=_before),
-        "shifted_backwards": _summed(logits=_after, labels=_before),
-        "no_mask": _summed(mask=torch.ones_like),
-        "padding_counted": _summed(mask=_since_first),
-        "hole_filled": _summed(mask=lambda mask: _since_first(mask) & _since_first(mask.flip(-1)).flip(-1)),
-        "mean": lambda labels, **given: _sequence(labels=labels, **given) / (_after(labels) != IGNORE).sum(-1),
-        "sampled_token": _sampled_token,
-        "reverse": lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels=labels),
-        "detached": lambda policy_logits, **given: _sequence(policy_logits.detach(), **given),
-    },
+    _sequence,
+    _sequence_cases,
+    no_shift=_summed(logits=torch.clone, labels=torch.clone),
+    mask_off_by_one=_summed(labels=_before),
+    shifted_backwards=_summed(logits=_after, labels=_before),
+    no_mask=_summed(mask=torch.ones_like),
+    padding_counted=_summed(mask=_since_first),
+    hole_filled=_summed(mask=lambda mask: _since_first(mask) & _since_first(mask.flip(-1)).flip(-1)),
+    mean=lambda labels, **given: _sequence(labels=labels, **given) / (_after(labels) != IGNORE).sum(-1),
+    sampled_token=_sampled_token,
+    reverse=lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels=labels),
+    detached=lambda policy_logits, **given: _sequence(policy_logits.detach(), **given),
 )
 
 
@@ -246,19 +236,17 @@ def _tdpo1_cases() -> tuple[Case, ...]:
 
 tdpo1_loss = chapter.exercise(
     "tdpo1_loss",
-    right=_tdpo1,
-    cases=_tdpo1_cases,
-    mistakes={
-        "sign_of_delta": _loss(lambda u, c, r, beta: u + (r - c)),
-        "no_beta_on_delta": _loss(lambda u, c, r, beta: u - (r - c) / beta),
-        "no_delta": lambda **given: losses.dpo(**given).loss,
-        "chosen_kl_stopped": _loss(lambda u, c, r, beta: u - (r - c.detach())),
-        "rejected_kl_stopped": _loss(lambda u, c, r, beta: u - (r.detach() - c)),
-        "both_kl_stopped": _loss(lambda u, c, r, beta: u - (r - c).detach()),
-        "kl_added": _loss(lambda u, c, r, beta: u - (r + c)),
-        "no_reference": _both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
-        **_in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
-    },
+    _tdpo1,
+    _tdpo1_cases,
+    sign_of_delta=_loss(lambda u, c, r, beta: u + (r - c)),
+    no_beta_on_delta=_loss(lambda u, c, r, beta: u - (r - c) / beta),
+    no_delta=lambda **given: losses.dpo(**given).loss,
+    chosen_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c.detach())),
+    rejected_kl_stopped=_loss(lambda u, c, r, beta: u - (r.detach() - c)),
+    both_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c).detach()),
+    kl_added=_loss(lambda u, c, r, beta: u - (r + c)),
+    no_reference=_both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
+    **_in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
 )
 
 
@@ -273,23 +261,21 @@ def _tdpo2_cases() -> tuple[Case, ...]:
 
 tdpo2_loss = chapter.exercise(
     "tdpo2_loss",
-    right=_tdpo2,
-    cases=_tdpo2_cases,
-    mistakes={
-        "nothing_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
-        "wrong_side_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
-        "both_stopped": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),
-        "chosen_kl_gone": _loss(lambda u, c, r, beta, alpha: u - alpha * r),
-        "chosen_side_detached": lambda chosen, **given: _tdpo2(chosen.map(Tensor.detach), **given),
-        "no_alpha": _loss(lambda u, c, r, beta, alpha: u - (r - c.detach())),
-        "alpha_on_log_ratios": _loss(lambda u, c, r, beta, alpha: alpha * u - (r - c.detach())),
-        "alpha_on_margin": _loss(lambda u, c, r, beta, alpha: alpha * (u - (r - c.detach()))),
-        "alpha_on_rejected_alone": _loss(lambda u, c, r, beta, alpha: u - (alpha * r - c.detach())),
-        "alpha_on_chosen_alone": _loss(lambda u, c, r, beta, alpha: u - (r - alpha * c.detach())),
-        "sign_of_delta": _loss(lambda u, c, r, beta, alpha: u + alpha * (r - c.detach())),
-        "no_beta_on_delta": _loss(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
-        **_in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
-    },
+    _tdpo2,
+    _tdpo2_cases,
+    nothing_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
+    wrong_side_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
+    both_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),
+    chosen_kl_gone=_loss(lambda u, c, r, beta, alpha: u - alpha * r),
+    chosen_side_detached=lambda chosen, **given: _tdpo2(chosen.map(Tensor.detach), **given),
+    no_alpha=_loss(lambda u, c, r, beta, alpha: u - (r - c.detach())),
+    alpha_on_log_ratios=_loss(lambda u, c, r, beta, alpha: alpha * u - (r - c.detach())),
+    alpha_on_margin=_loss(lambda u, c, r, beta, alpha: alpha * (u - (r - c.detach()))),
+    alpha_on_rejected_alone=_loss(lambda u, c, r, beta, alpha: u - (alpha * r - c.detach())),
+    alpha_on_chosen_alone=_loss(lambda u, c, r, beta, alpha: u - (r - alpha * c.detach())),
+    sign_of_delta=_loss(lambda u, c, r, beta, alpha: u + alpha * (r - c.detach())),
+    no_beta_on_delta=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
+    **_in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
 )
 
 

@@ -50,23 +50,21 @@ def _mean_of(values: Tensor) -> Tensor:
 
 r_hat = chapter.exercise(
     "r_hat",
-    right=_token_reward,
-    cases=_reward_cases,
-    mistakes={
-        "not_detached": lambda guide_logps, ref_logps, guide_beta: guide_beta * (guide_logps - ref_logps),
-        "sign_reversed": lambda **given: -_token_reward(**given),
-        "no_guide_beta": lambda **given: _token_reward(**given | {"guide_beta": 1.0}),
-        "divided_by_guide_beta": lambda **given: _token_reward(**given | {"guide_beta": 1 / given["guide_beta"]}),
-        "guide_beta_on_guide_alone": lambda guide_logps, ref_logps, guide_beta: (
-            guide_beta * guide_logps - ref_logps
-        ).detach(),
-        "of_probabilities": lambda guide_logps, ref_logps, guide_beta: _token_reward(
-            guide_logps.exp(), ref_logps.exp(), guide_beta
-        ),
-        "ratio": lambda guide_logps, ref_logps, guide_beta: (guide_beta * (guide_logps - ref_logps).exp()).detach(),
-        "averaged": lambda **given: _mean_of(_token_reward(**given)),
-        "centred": lambda **given: _token_reward(**given) - _mean_of(_token_reward(**given)),
-    },
+    _token_reward,
+    _reward_cases,
+    not_detached=lambda guide_logps, ref_logps, guide_beta: guide_beta * (guide_logps - ref_logps),
+    sign_reversed=lambda **given: -_token_reward(**given),
+    no_guide_beta=lambda **given: _token_reward(**given | {"guide_beta": 1.0}),
+    divided_by_guide_beta=lambda **given: _token_reward(**given | {"guide_beta": 1 / given["guide_beta"]}),
+    guide_beta_on_guide_alone=lambda guide_logps, ref_logps, guide_beta: (
+        guide_beta * guide_logps - ref_logps
+    ).detach(),
+    of_probabilities=lambda guide_logps, ref_logps, guide_beta: _token_reward(
+        guide_logps.exp(), ref_logps.exp(), guide_beta
+    ),
+    ratio=lambda guide_logps, ref_logps, guide_beta: (guide_beta * (guide_logps - ref_logps).exp()).detach(),
+    averaged=lambda **given: _mean_of(_token_reward(**given)),
+    centred=lambda **given: _token_reward(**given) - _mean_of(_token_reward(**given)),
 )
 
 
@@ -96,22 +94,20 @@ def _weights_cases() -> tuple[Case, ...]:
 
 token_weights = chapter.exercise(
     "token_weights",
-    right=_weights,
-    cases=_weights_cases,
-    mistakes={
-        "same_sign": lambda r_hat, alpha: (_f(alpha * r_hat), _f(alpha * r_hat)),
-        "signs_swapped": lambda r_hat, alpha: _weights(r_hat, -alpha),
-        "no_floor": _shaped(lambda signal: 1 + signal),
-        "absolute_value": _shaped(lambda signal: (1 + signal).abs()),
-        "floor_at_zero": _shaped(lambda signal: (1 + signal).clamp_min(0.0)),
-        "floor_on_chosen_alone": lambda r_hat, alpha: (_f(alpha * r_hat), 1 - alpha * r_hat),
-        "reset_to_one": _shaped(lambda signal: torch.where(1 + signal < F_FLOOR, 1.0, 1 + signal)),
-        "floored_r_hat": lambda r_hat, alpha: _shaped(lambda signal: 1 + signal)(r_hat.clamp_min(F_FLOOR), alpha),
-        "alpha_on_the_one": lambda r_hat, alpha: (_f(alpha * (1 + r_hat) - 1), _f(alpha * (1 - r_hat) - 1)),
-        "no_alpha": lambda r_hat, alpha: _weights(r_hat, 1.0),
-        "normalised": _shaped(lambda signal: _f(signal) / _mean_of(_f(signal))),
-        "exponential": _shaped(torch.exp),
-    },
+    _weights,
+    _weights_cases,
+    same_sign=lambda r_hat, alpha: (_f(alpha * r_hat), _f(alpha * r_hat)),
+    signs_swapped=lambda r_hat, alpha: _weights(r_hat, -alpha),
+    no_floor=_shaped(lambda signal: 1 + signal),
+    absolute_value=_shaped(lambda signal: (1 + signal).abs()),
+    floor_at_zero=_shaped(lambda signal: (1 + signal).clamp_min(0.0)),
+    floor_on_chosen_alone=lambda r_hat, alpha: (_f(alpha * r_hat), 1 - alpha * r_hat),
+    reset_to_one=_shaped(lambda signal: torch.where(1 + signal < F_FLOOR, 1.0, 1 + signal)),
+    floored_r_hat=lambda r_hat, alpha: _shaped(lambda signal: 1 + signal)(r_hat.clamp_min(F_FLOOR), alpha),
+    alpha_on_the_one=lambda r_hat, alpha: (_f(alpha * (1 + r_hat) - 1), _f(alpha * (1 - r_hat) - 1)),
+    no_alpha=lambda r_hat, alpha: _weights(r_hat, 1.0),
+    normalised=_shaped(lambda signal: _f(signal) / _mean_of(_f(signal))),
+    exponential=_shaped(torch.exp),
 )
 
 
@@ -201,29 +197,25 @@ def _guided_by_itself(chosen: TokenStats, rejected: TokenStats, **given: float) 
 
 tgdpo_loss = chapter.exercise(
     "tgdpo_loss",
-    right=_loss,
-    cases=_loss_cases,
-    mistakes={
-        "wrong_guide_beta": lambda **given: _loss(**given | {"guide_beta": given["beta"]}),
-        "same_sign": _from_rewards(_weighted, signs=(1, 1)),
-        "weights_swapped": _from_rewards(_weighted, signs=(-1, 1)),
-        "no_floor": _from_rewards(lambda side, signal: (1 + signal.detach()) * _ratio(side)),
-        "absolute_value": _from_rewards(lambda side, signal: (1 + signal.detach()).abs() * _ratio(side)),
-        "not_detached": _from_rewards(lambda side, signal: _f(signal) * _ratio(side)),
-        "normalised": _from_rewards(
-            lambda side, signal: _weighted(side, signal) / _per_token(side, _f(signal.detach()))
-        ),
-        "weighted_pair": _weighted_pair,
-        "reference_not_weighted": _from_rewards(lambda side, signal: _f(signal.detach()) * side.logps - side.ref_logps),
-        "mean": _from_rewards(lambda side, signal: _per_token(side, _weighted(side, signal))),
-        "detached": lambda **given: _loss(**given).detach(),
-        "no_weights": lambda chosen, rejected, beta, **_: losses.dpo(chosen, rejected, beta=beta).loss,
-        "guided_by_itself": _guided_by_itself,
-        "no_beta": lambda **given: _loss(**given | {"beta": 1.0}),
-        "swapped": lambda chosen, rejected, **given: _loss(rejected, chosen, **given),
-        "no_minus": lambda **given: -_loss(**given),
-        "log_of_sigmoid": _from_rewards(_weighted, log_sigmoid=lambda margin: torch.sigmoid(margin).log()),
-    },
+    _loss,
+    _loss_cases,
+    wrong_guide_beta=lambda **given: _loss(**given | {"guide_beta": given["beta"]}),
+    same_sign=_from_rewards(_weighted, signs=(1, 1)),
+    weights_swapped=_from_rewards(_weighted, signs=(-1, 1)),
+    no_floor=_from_rewards(lambda side, signal: (1 + signal.detach()) * _ratio(side)),
+    absolute_value=_from_rewards(lambda side, signal: (1 + signal.detach()).abs() * _ratio(side)),
+    not_detached=_from_rewards(lambda side, signal: _f(signal) * _ratio(side)),
+    normalised=_from_rewards(lambda side, signal: _weighted(side, signal) / _per_token(side, _f(signal.detach()))),
+    weighted_pair=_weighted_pair,
+    reference_not_weighted=_from_rewards(lambda side, signal: _f(signal.detach()) * side.logps - side.ref_logps),
+    mean=_from_rewards(lambda side, signal: _per_token(side, _weighted(side, signal))),
+    detached=lambda **given: _loss(**given).detach(),
+    no_weights=lambda chosen, rejected, beta, **_: losses.dpo(chosen, rejected, beta=beta).loss,
+    guided_by_itself=_guided_by_itself,
+    no_beta=lambda **given: _loss(**given | {"beta": 1.0}),
+    swapped=lambda chosen, rejected, **given: _loss(rejected, chosen, **given),
+    no_minus=lambda **given: -_loss(**given),
+    log_of_sigmoid=_from_rewards(_weighted, log_sigmoid=lambda margin: torch.sigmoid(margin).log()),
 )
 
 
@@ -249,17 +241,15 @@ def _alpha_cases() -> tuple[Case, ...]:
 
 largest_alpha = chapter.exercise(
     "largest_alpha",
-    right=_largest,
-    cases=_alpha_cases,
-    mistakes={
-        "no_mask": lambda r_hat, mask: (1 - F_FLOOR) / r_hat.abs().max(),
-        "most_negative": lambda r_hat, mask: (1 - F_FLOOR) / -r_hat[mask].min(),
-        "most_positive": lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].max(),
-        "floor_at_zero": lambda r_hat, mask: 1 / r_hat[mask].abs().max(),
-        "average_token": lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].abs().mean(),
-        "strongest_itself": lambda r_hat, mask: r_hat[mask].abs().max(),
-        "weakest_token": lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].abs().min(),
-    },
+    _largest,
+    _alpha_cases,
+    no_mask=lambda r_hat, mask: (1 - F_FLOOR) / r_hat.abs().max(),
+    most_negative=lambda r_hat, mask: (1 - F_FLOOR) / -r_hat[mask].min(),
+    most_positive=lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].max(),
+    floor_at_zero=lambda r_hat, mask: 1 / r_hat[mask].abs().max(),
+    average_token=lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].abs().mean(),
+    strongest_itself=lambda r_hat, mask: r_hat[mask].abs().max(),
+    weakest_token=lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].abs().min(),
 )
 
 

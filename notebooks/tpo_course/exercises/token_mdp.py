@@ -66,23 +66,21 @@ def _return_cases() -> tuple[Case, ...]:
 
 return_to_go = chapter.exercise(
     "return_to_go",
-    right=_to_go,
-    cases=_return_cases,
-    mistakes={
-        "discount_off_by_one": lambda rewards, mask, gamma: _accumulate(
-            rewards, mask, lambda reward, total: gamma * (reward + total)
-        ),
-        "no_discount": lambda rewards, mask, gamma: _to_go(rewards, mask, 1.0),
-        "discounted_from_start": _from_the_start,
-        "past": lambda rewards, mask, gamma: _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1),
-        "without_own_reward": lambda rewards, mask, gamma: _zero(mask, _moved(_to_go(rewards, mask, gamma))),
-        "whole_return": lambda rewards, mask, gamma: _zero(mask, _first(_to_go(rewards, mask, gamma), mask)),
-        "mean": lambda rewards, mask, gamma: (
-            _to_go(rewards, mask, gamma) / _to_go(torch.ones_like(rewards), mask, 1.0).clamp_min(1)  # tokens to the end
-        ),
-        "no_mask": lambda rewards, mask, gamma: _zero(mask, _to_go(rewards, torch.ones_like(mask), gamma)),
-        "prompt_not_zero": lambda rewards, mask, gamma: _to_go(_zero(mask, rewards), torch.ones_like(mask), gamma),
-    },
+    _to_go,
+    _return_cases,
+    discount_off_by_one=lambda rewards, mask, gamma: _accumulate(
+        rewards, mask, lambda reward, total: gamma * (reward + total)
+    ),
+    no_discount=lambda rewards, mask, gamma: _to_go(rewards, mask, 1.0),
+    discounted_from_start=_from_the_start,
+    past=lambda rewards, mask, gamma: _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1),
+    without_own_reward=lambda rewards, mask, gamma: _zero(mask, _moved(_to_go(rewards, mask, gamma))),
+    whole_return=lambda rewards, mask, gamma: _zero(mask, _first(_to_go(rewards, mask, gamma), mask)),
+    mean=lambda rewards, mask, gamma: (
+        _to_go(rewards, mask, gamma) / _to_go(torch.ones_like(rewards), mask, 1.0).clamp_min(1)  # tokens to the end
+    ),
+    no_mask=lambda rewards, mask, gamma: _zero(mask, _to_go(rewards, torch.ones_like(mask), gamma)),
+    prompt_not_zero=lambda rewards, mask, gamma: _to_go(_zero(mask, rewards), torch.ones_like(mask), gamma),
 )
 
 
@@ -116,23 +114,19 @@ def _advantage_cases() -> tuple[Case, ...]:
 
 advantages = chapter.exercise(
     "advantages",
-    right=_advantage,
-    cases=_advantage_cases,
-    mistakes={
-        "value_after_the_end": lambda rewards, values, mask, gamma: _zero(
-            mask, rewards + gamma * _moved(values) - values
-        ),
-        "own_value_ahead": _of_values(lambda reward, now, then, gamma: reward + gamma * now - now),
-        "values_swapped": _of_values(lambda reward, now, then, gamma: reward + now - gamma * then),
-        "q_function": _of_values(lambda reward, now, then, gamma: reward + gamma * then),
-        "discount_off_by_one": _of_values(lambda reward, now, then, gamma: gamma * (reward + then) - now),
-        "no_discount": _of_values(lambda reward, now, then, gamma: reward + then - now),
-        "one_sample": lambda rewards, values, mask, gamma: _zero(mask, _to_go(rewards, mask, gamma) - values),
-        "value_of_the_start": lambda rewards, values, mask, gamma: (
-            _advantage(rewards, values, mask, gamma) + _zero(mask, values - _first(values, mask))
-        ),
-        "not_zero_outside": lambda rewards, values, mask, gamma: rewards + gamma * _moved(_zero(mask, values)) - values,
-    },
+    _advantage,
+    _advantage_cases,
+    value_after_the_end=lambda rewards, values, mask, gamma: _zero(mask, rewards + gamma * _moved(values) - values),
+    own_value_ahead=_of_values(lambda reward, now, then, gamma: reward + gamma * now - now),
+    values_swapped=_of_values(lambda reward, now, then, gamma: reward + now - gamma * then),
+    q_function=_of_values(lambda reward, now, then, gamma: reward + gamma * then),
+    discount_off_by_one=_of_values(lambda reward, now, then, gamma: gamma * (reward + then) - now),
+    no_discount=_of_values(lambda reward, now, then, gamma: reward + then - now),
+    one_sample=lambda rewards, values, mask, gamma: _zero(mask, _to_go(rewards, mask, gamma) - values),
+    value_of_the_start=lambda rewards, values, mask, gamma: (
+        _advantage(rewards, values, mask, gamma) + _zero(mask, values - _first(values, mask))
+    ),
+    not_zero_outside=lambda rewards, values, mask, gamma: rewards + gamma * _moved(_zero(mask, values)) - values,
 )
 
 
@@ -159,21 +153,17 @@ def _soft_cases() -> tuple[Case, ...]:
 
 soft_backup = chapter.exercise(
     "soft_backup",
-    right=_soft_backup,
-    cases=_soft_cases,
-    mistakes={
-        "maximum": lambda ref_logps, q, beta: q.max(dim=-1).values,
-        "mean_of_q": lambda ref_logps, q, beta: (ref_logps.exp() * q).sum(-1),
-        "no_reference": lambda ref_logps, q, beta: beta * torch.logsumexp(q / beta, dim=-1),
-        "beta_on_wrong_side": lambda ref_logps, q, beta: torch.logsumexp(ref_logps + beta * q, dim=-1) / beta,
-        "no_beta_in_front": lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q / beta, dim=-1),
-        "no_beta_inside": lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps + q, dim=-1),
-        "kl_not_paid": lambda ref_logps, q, beta: ((ref_logps + q / beta).softmax(-1) * q).sum(-1),
-        "overflows": lambda ref_logps, q, beta: beta * (ref_logps.exp() * (q / beta).exp()).sum(-1).log(),
-        "probability_in_exponent": lambda ref_logps, q, beta: (
-            beta * torch.logsumexp(ref_logps.exp() + q / beta, dim=-1)
-        ),
-    },
+    _soft_backup,
+    _soft_cases,
+    maximum=lambda ref_logps, q, beta: q.max(dim=-1).values,
+    mean_of_q=lambda ref_logps, q, beta: (ref_logps.exp() * q).sum(-1),
+    no_reference=lambda ref_logps, q, beta: beta * torch.logsumexp(q / beta, dim=-1),
+    beta_on_wrong_side=lambda ref_logps, q, beta: torch.logsumexp(ref_logps + beta * q, dim=-1) / beta,
+    no_beta_in_front=lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q / beta, dim=-1),
+    no_beta_inside=lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps + q, dim=-1),
+    kl_not_paid=lambda ref_logps, q, beta: ((ref_logps + q / beta).softmax(-1) * q).sum(-1),
+    overflows=lambda ref_logps, q, beta: beta * (ref_logps.exp() * (q / beta).exp()).sum(-1).log(),
+    probability_in_exponent=lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps.exp() + q / beta, dim=-1),
 )
 
 
@@ -204,21 +194,19 @@ def _credit_cases() -> tuple[Case, ...]:
 
 token_credit = chapter.exercise(
     "token_credit",
-    right=_credit,
-    cases=_credit_cases,
-    mistakes={
-        "no_reference": lambda logps, ref_logps, mask, beta: _zero(mask, beta * logps),
-        "swapped": lambda logps, ref_logps, mask, beta: _credit(ref_logps, logps, mask, beta),
-        "divided_by_beta": lambda logps, ref_logps, mask, beta: _zero(mask, (logps - ref_logps) / beta),
-        "no_beta": lambda logps, ref_logps, mask, beta: _credit(logps, ref_logps, mask, 1.0),
-        "ratio": lambda logps, ref_logps, mask, beta: _zero(mask, beta * (logps - ref_logps).exp()),
-        "divided_by_length": lambda logps, ref_logps, mask, beta: (
-            _credit(logps, ref_logps, mask, beta) / mask.sum(1, keepdim=True)
-        ),
-        "spread_evenly": _spread,
-        "times_mask": lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps) * mask,
-        "not_zero_outside": lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps),
-    },
+    _credit,
+    _credit_cases,
+    no_reference=lambda logps, ref_logps, mask, beta: _zero(mask, beta * logps),
+    swapped=lambda logps, ref_logps, mask, beta: _credit(ref_logps, logps, mask, beta),
+    divided_by_beta=lambda logps, ref_logps, mask, beta: _zero(mask, (logps - ref_logps) / beta),
+    no_beta=lambda logps, ref_logps, mask, beta: _credit(logps, ref_logps, mask, 1.0),
+    ratio=lambda logps, ref_logps, mask, beta: _zero(mask, beta * (logps - ref_logps).exp()),
+    divided_by_length=lambda logps, ref_logps, mask, beta: (
+        _credit(logps, ref_logps, mask, beta) / mask.sum(1, keepdim=True)
+    ),
+    spread_evenly=_spread,
+    times_mask=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps) * mask,
+    not_zero_outside=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps),
 )
 
 
