@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpo_lib import stats
-from tpo_lib.fast.fused import token_stats
+from tpo_lib.fast.tiles import response_logps
 from tpo_lib.models import ResponseReader
 from tpo_lib.types import IGNORE, PairBatch, Reading
 
@@ -92,9 +92,7 @@ class Case:
         """(R,) log-probabilities of the response tokens under the frozen models, as a cache holds them."""
         with torch.no_grad():
             return {
-                name: token_stats(self.read(name), self.batch.labels, None).logps[self.mask]
-                for name in self.readers
-                if name != "policy"
+                name: response_logps(self.read(name), self.batch.labels) for name in self.readers if name != "policy"
             }
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ trl-packed  the same kernels fed response positions only, which is kinder than T
 liger       Liger's fused linear DPO loss
 fused       ours, as training uses it: ResponseReader and fused.pair_loss
 logged      ours, at an update whose statistics are logged (where that costs more: TDPO1)
-statistics  ours, fused.token_stats and any loss of them
+statistics  ours, the statistics tile by tile (ladder.token_stats) and any loss of them
 cached      ours, with what the frozen models say known already, as from the second epoch on
 """
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from tpo_course import ladder
 from tpo_lib import losses, stats
 from tpo_lib.fast import fused
 from tpo_lib.types import LossOutput, TokenStats
@@ -71,7 +72,7 @@ def textbook(name: str, case: Case) -> Tensor:
 
 
 def ours(name: str, case: Case, *, cached: bool = False, statistics: bool = False, logged: bool = False) -> Tensor:
-    """Hidden states at response positions and fused.pair_loss (or fused.token_stats)."""
+    """Hidden states at response positions and fused.pair_loss (or ladder.token_stats)."""
     needs = losses.OBJECTIVES[name].needs
     with_kl = "kl" in needs
     policy = case.read("policy")
@@ -80,10 +81,9 @@ def ours(name: str, case: Case, *, cached: bool = False, statistics: bool = Fals
     else:
         ref, guide = case.read("ref"), case.read("guide") if "guide_logps" in needs else None
     if statistics:
-        return mean_loss(name, fused.token_stats(policy, case.batch.labels, ref, guide=guide, with_kl=with_kl))
-    merged = losses.OBJECTIVES[name].merged and not logged
+        return mean_loss(name, ladder.token_stats(policy, case.batch.labels, ref, guide=guide, with_kl=with_kl))
     output, _ = fused.pair_loss(
-        objective(name), policy, case.batch.labels, ref, guide=guide, with_kl=with_kl, merged=merged
+        objective(name), policy, case.batch.labels, ref, guide=guide, with_kl=with_kl, logged=logged
     )
     return output.loss.mean()
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.fast.fused import token_stats
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio
 from tpo_lib.losses import OBJECTIVES
@@ -27,7 +26,7 @@ from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
-from tpo_lib.stats import NotFinite, check_finite, kl_and_entropy, response_mask, split, unpack
+from tpo_lib.stats import NotFinite, check_finite, from_readings, kl_and_entropy, response_mask, split, unpack
 from tpo_lib.types import PairBatch, Reading, TokenStats
 
 
@@ -295,7 +294,7 @@ def pair_stats(
         kept = {"policy": {}, "ref": cache, "guide": cache}  # the policy is another one each time
         read = {name: _read(name, model, batch, kept[name]) for name, model in models.items()}
         guided = {"guide": read.get("guide"), "with_kl": with_kl}
-        tokens = token_stats(read["policy"], batch.labels, read.get("ref"), **guided)
+        tokens = from_readings(read["policy"], batch.labels, read.get("ref"), **guided)
         try:
             check_finite(tokens)
         except NotFinite as error:

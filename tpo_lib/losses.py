@@ -188,7 +188,6 @@ class Objective:
         hyperparameters: what it takes beside the statistics, by name.
         label: in pictures; None is the name of the function.
         look: its colour, marker and dashes in every picture; None takes free ones.
-        merged: it reads logps and kl as their sum alone, which `fused.pair_loss` can make cheaper.
         paired: it has a margin and needs a rejected side; otherwise it is also called with None for it.
     """
 
@@ -197,7 +196,6 @@ class Objective:
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
     label: str | None = None
     look: tuple[str, str, str | tuple] | None = None
-    merged: bool = False
     paired: bool = True
 
     @property
@@ -244,7 +242,7 @@ _SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
 OBJECTIVES = {
     "sft": Objective(sft, (), {}, "SFT", ("#8A8A8A", "P", (0, (4, 1, 1, 1, 1, 1))), paired=False),
     "dpo": Objective(dpo, _REF, {"beta": _BETA}, "DPO", ("#0072B2", "o", "-")),
-    "tdpo1": Objective(tdpo1, _KL, {"beta": _BETA}, "TDPO1", ("#E69F00", "^", (0, (5, 1.5))), merged=True),
+    "tdpo1": Objective(tdpo1, _KL, {"beta": _BETA}, "TDPO1", ("#E69F00", "^", (0, (5, 1.5)))),
     "tdpo2": Objective(
         tdpo2, _KL, {"beta": _BETA, "alpha": _KL_WEIGHT}, "TDPO2", ("#D55E00", "s", (0, (6, 1.5, 1, 1.5)))
     ),

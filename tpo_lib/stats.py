@@ -7,10 +7,15 @@ one logit lies about 104 below the largest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tpo_lib.types import IGNORE, TokenStats
+from tpo_lib.types import IGNORE, LossOutput, Reading, TokenStats
+
+KL_NEEDS_READING = "with_kl=True needs ref as a Reading: the KL is taken over the reference's distribution"
 
 
 def response_mask(labels: Tensor) -> Tensor:
@@ -131,17 +136,73 @@ def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, T
     return torch.cat(kl), torch.cat(entropy)
 
 
+def from_readings(
+    policy: Reading,
+    labels: Tensor,
+    ref: Reading | Tensor | None = None,
+    *,
+    guide: Reading | Tensor | None = None,
+    with_kl: bool = False,
+) -> TokenStats:
+    """`token_stats` of what the models said; a frozen one may be (R,) log-probabilities where they are known already.
+
+    Raises:
+        ValueError: as `token_stats`; or with_kl is asked for and ref is no Reading.
+    """
+    if with_kl and not isinstance(ref, Reading):
+        raise ValueError(KL_NEEDS_READING)
+    logits = [said.logits() if isinstance(said, Reading) else None for said in (ref, guide)]
+    tokens = token_stats(policy.logits(), labels, logits[0], guide_logits=logits[1], with_kl=with_kl)
+    known = {"ref_logps": ref, "guide_logps": guide}
+    known = {name: unpack(said.detach(), tokens.mask) for name, said in known.items() if isinstance(said, Tensor)}
+    return replace(tokens, **known)
+
+
+def pair_loss(
+    objective: Callable[[TokenStats, TokenStats | None], LossOutput],
+    policy: Reading,
+    labels: Tensor,
+    ref: Reading | Tensor | None = None,
+    *,
+    guide: Reading | Tensor | None = None,
+    with_kl: bool = False,
+    paired: bool = True,
+    logged: bool = True,
+) -> tuple[LossOutput, TokenStats | None]:
+    """The step from what the models said to the loss, as a textbook has it: all logits, their statistics, the objective.
+
+    `fast.pair_loss` is the same without keeping the logits.
+
+    Args:
+        objective: (chosen, rejected) -> LossOutput, its hyperparameters filled in.
+        policy, labels, ref, guide, with_kl: as in `from_readings`, all chosen sequences first.
+        paired: there is a rejected side; otherwise the objective gets None for it.
+        logged: the statistics will be read. Where they will not, a faster path may leave them out and return None for them.
+
+    Raises:
+        NotFinite: see `check_finite`.
+        ValueError: as `from_readings` and `split`.
+    """
+    tokens = from_readings(policy, labels, ref, guide=guide, with_kl=with_kl)
+    check_finite(tokens)
+    return objective(*(split(tokens) if paired else (tokens, None))), tokens
+
+
 def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:
     """Cut the statistics of N = 2B sequences into those of the B chosen and the B rejected ones.
 
     Raises:
         ValueError: N is odd.
     """
-    n = len(stats.mask)
+    chosen, rejected = halves(len(stats.mask))
+    return stats.map(lambda field: field[chosen]), stats.map(lambda field: field[rejected])
+
+
+def halves(n: int) -> tuple[slice, slice]:
+    """The chosen and the rejected ones of n sequences; ValueError where n is odd."""
     if n % 2:
         raise ValueError(f"{n} sequences cannot be split into pairs; stack all chosen first, then all rejected")
-
-    return stats.map(lambda field: field[: n // 2]), stats.map(lambda field: field[n // 2 :])
+    return slice(0, n // 2), slice(n // 2, n)
 
 
 def check_finite(tokens: TokenStats) -> None:

@@ -250,7 +250,7 @@ class PairScorer(torch.nn.Module):
         self.policy, self.fused = ResponseReader(policy, share_prefix=config.share_prefix), config.fused
         objective = losses.OBJECTIVES[config.loss_type]
         self.objective = partial(objective.fn, **config.hyperparameters())
-        self.needs_kl, self.merged = "kl" in objective.needs, objective.merged
+        self.needs_kl = "kl" in objective.needs
         if config.fused and not self.policy.understood:
             print(
                 f"{type(policy).__name__}: what follows its head is not understood; all logits are made",
@@ -262,18 +262,13 @@ class PairScorer(torch.nn.Module):
     ) -> tuple[LossOutput, TokenStats | None]:
         """Loss and statistics of B pairs.
 
-        with_kl asks for the KL also where the objective does not need it; without it an objective that reads log-probability
-        and KL as their sum alone (TDPO1) gets just that, and the statistics are None.
+        with_kl asks for the KL also where the objective does not need it; without it the statistics may be None.
         """
         read = self.policy(batch.input_ids, batch.attention_mask, batch.labels)
         read = read if self.fused else Reading(read.logits(), None)
         ref, guide = frozen.get("ref"), frozen.get("guide")
-        merged = self.merged and not with_kl
-        with_kl = self.needs_kl or (with_kl and isinstance(ref, Reading))
-        if not batch.paired:
-            tokens = fused.token_stats(read, batch.labels, ref, with_kl=with_kl)
-            return self.objective(tokens, None), tokens
-        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, with_kl=with_kl, merged=merged)
+        asked = {"with_kl": self.needs_kl or (with_kl and isinstance(ref, Reading)), "logged": with_kl}
+        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, paired=batch.paired, **asked)
 
 
 def score(
@@ -301,7 +296,7 @@ def score(
 def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | None) -> dict[str, tuple]:
     """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch.
 
-    Without statistics (a merged reading) logps/* and kl/* are left out, without a rejected side all that speaks of one.
+    Where statistics were left out, logps/* and kl/* are left out, without a rejected side all that speaks of one.
     """
     values = {"loss": output.loss.detach(), "rewards/chosen": output.chosen_reward}
     paired = output.rejected_reward is not None

@@ -21,12 +21,14 @@ from multiprocessing import get_context
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.fast import fused
+from tpo_lib.fast.tiles import Asked, Gradients, Tiles
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.types import IGNORE, LossOutput, PairBatch, Reading, TokenStats
 
@@ -136,7 +138,7 @@ def response_positions(scene: Scene) -> LossOutput:
 def tiles_twice(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
     """Tile by tile, nothing kept: backward makes every tile a second time."""
     policy, labels, frozen = _read(scene)
-    tokens = fused.token_stats(
+    tokens = token_stats(
         policy, labels, frozen.get("ref"), guide=frozen.get("guide"), with_kl=scene.with_kl, tile_bytes=tile_bytes
     )
     return scene.objective(*stats.split(tokens))
@@ -147,6 +149,51 @@ def tiles_once(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
     policy, labels, frozen = _read(scene)
     settings = {"guide": frozen.get("guide"), "with_kl": scene.with_kl, "tile_bytes": tile_bytes}
     return fused.pair_loss(scene.objective, policy, labels, frozen.get("ref"), **settings)[0]
+
+
+def token_stats(
+    policy: Reading,
+    labels: Tensor,
+    ref: Reading | Tensor | None,
+    *,
+    guide: Reading | Tensor | None = None,
+    with_kl: bool = False,
+    tile_bytes: int | None = None,
+) -> TokenStats:
+    """`stats.from_readings`, which any loss may differentiate, without a vocabulary-sized tensor.
+
+    Matrix products with the vocabulary: policy 1 + reference 1 forward, the same again and 2 for h and W backward.
+    """
+    if policy.head is None:
+        return stats.from_readings(policy, labels, ref, guide=guide, with_kl=with_kl)
+    tiles, numbers = fused.prepare(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile_bytes)
+    logps, kl = _Statistics.apply(policy.states, policy.head.weight, policy.head.bias, tiles, numbers)
+    return numbers.token_stats(logps=logps, kl=kl if with_kl else None)
+
+
+class _Statistics(torch.autograd.Function):
+    """Hidden states and head -> (R,) log-probabilities and KL; backward makes every tile once more."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, tiles: Tiles, numbers: fused.Numbers):
+        ctx.tiles, ctx.with_kl = tiles, numbers.kl is not None
+        ctx.save_for_backward(states, weight, bias)
+        for index in tiles.slices():
+            numbers.put(index, tiles.read(index))
+        tiles.free()
+        return numbers.logps, numbers.kl if ctx.with_kl else torch.zeros_like(numbers.logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, k):
+        tiles, _ = ctx.tiles, ctx.saved_tensors  # which asks whether they are what they were
+        gradients = Gradients(tiles, ctx.needs_input_grad[:3])
+        for index in tiles.slices():
+            asked = Asked(slice(0, index.stop - index.start), g[index], k[index] if ctx.with_kl else None)
+            _, dz, _ = tiles.read(index).gradient([asked])
+            gradients.add(index, dz)
+        tiles.free()
+        return *gradients.take(), None, None
 
 
 STEPS = {

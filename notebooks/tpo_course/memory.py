@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpo_lib.fast.fused import TILE_BYTES
+from tpo_lib.fast.tiles import TILE_BYTES
 from tpo_lib.losses import OBJECTIVES
 
 FULL, HALF = 4, 2  # bytes of a number

@@ -18,10 +18,10 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import losses, train
+from tpo_lib import losses, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
-from tpo_lib.fast import caches, fused
+from tpo_lib.fast import caches
 from tpo_lib.files.store import MANIFEST
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.types import Reading
@@ -69,7 +69,7 @@ def test_cached_values_are_the_models_own_in_any_batch(build, tmp_path):
     logps, states = (cached(tmp_path, build(), kind=kind) for kind in ("logps", "states"))
     for rows in ([3], [8, 0, 5], range(9)):
         batch = collate([PAIRS[i] for i in rows], 0)
-        expected = fused.token_stats(live(build(), batch), batch.labels, None)
+        expected = stats.from_readings(live(build(), batch), batch.labels)
         torch.testing.assert_close(logps.read(batch), expected.logps[expected.mask], rtol=1e-6, atol=1e-6)
         found = states.read(batch)
         torch.testing.assert_close(found.states, live(build(), batch).states, rtol=1e-6, atol=1e-6)
@@ -86,7 +86,7 @@ def test_short_types_come_back_as_they_were(weights, tmp_path):
     )
     with bf16():
         said = live(reader.model, batch)
-        expected = fused.token_stats(said, batch.labels, None)
+        expected = stats.from_readings(said, batch.labels)
     assert states.values.dtype == weights
     assert torch.equal(states.read(batch).states, said.states)  # bit for bit
     assert logps.values.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_short_types_agree_as_two_batchings_do(tmp_path):
     def said(rows) -> torch.Tensor:
         batch = collate([PAIRS[i] for i in rows], 0)
         with bf16():
-            tokens = fused.token_stats(live(reader.model, batch), batch.labels, None)
+            tokens = stats.from_readings(live(reader.model, batch), batch.labels)
         return tokens.logps[tokens.mask]
 
     def read(rows) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_a_head_that_is_not_understood_can_still_be_cached_as_log_probs(tmp_path
     model.register_forward_hook(lambda _, __, output: {"logits": 2 * output.logits})
     reader, batch = ResponseReader(model), collate(PAIRS, 0)
     assert not reader.understood
-    expected = fused.token_stats(live(model, batch), batch.labels, None)
+    expected = stats.from_readings(live(model, batch), batch.labels)
     torch.testing.assert_close(
         cached(tmp_path, reader).read(batch), expected.logps[expected.mask], rtol=1e-6, atol=1e-6
     )

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpo_course.ladder import token_stats
 from tpo_lib import losses, stats
-from tpo_lib.fast import fused
+from tpo_lib.fast import fused, tiles
 from tpo_lib.types import IGNORE, Head, Reading
 
 HYPERPARAMETERS = {"beta": 0.3, "alpha": 0.5, "gamma": 0.2, "guide_beta": 0.4, "shaping": "linear", "floor": 0.01}
@@ -72,9 +73,7 @@ def textbook(case: Case, name: str):
 
 
 def by_statistics(case: Case, name: str, tile_bytes: int):
-    tokens = fused.token_stats(
-        case.policy, case.labels, case.ref, guide=case.guide, with_kl=True, tile_bytes=tile_bytes
-    )
+    tokens = token_stats(case.policy, case.labels, case.ref, guide=case.guide, with_kl=True, tile_bytes=tile_bytes)
     return objective(name)(*stats.split(tokens)), tokens
 
 
@@ -87,7 +86,7 @@ def by_pairs(case: Case, name: str, tile_bytes: int):
 def by_merged_pairs(case: Case, name: str, tile_bytes: int):
     """log pi(y) + KL without the policy's logits."""
     return fused.pair_loss(
-        objective(name), case.policy, case.labels, case.ref, with_kl=True, merged=True, tile_bytes=tile_bytes
+        objective(name), case.policy, case.labels, case.ref, with_kl=True, logged=False, tile_bytes=tile_bytes
     )
 
 
@@ -181,12 +180,20 @@ def test_the_merged_path_reads_soft_capped_logits_in_full():
     assert_same(everything(case, output, tokens), everything(case, *by_pairs(case, "tdpo1", 400)), 1e-12)
 
 
-def test_the_merged_path_refuses_an_objective_that_weighs_the_two_apart():
+@pytest.mark.parametrize("name", [name for name in losses.OBJECTIVES if name != "tdpo1"])
+def test_no_other_objective_reads_the_two_as_their_sum(name):
     case = make_case()
-    assert losses.OBJECTIVES["tdpo1"].merged
-    assert not losses.OBJECTIVES["tdpo2"].merged
-    with pytest.raises(ValueError, match="weighs them differently"):
-        by_merged_pairs(case, "tdpo2", 400)
+    found = fused.pair_loss(
+        objective(name),
+        case.policy,
+        case.labels,
+        case.ref,
+        guide=case.guide,
+        with_kl=True,
+        logged=False,
+        tile_bytes=400,
+    )
+    assert_same(everything(case, *found), everything(case, *by_pairs(case, name, 400)), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -332,7 +339,7 @@ def test_known_log_probabilities_stand_for_a_model(path):
     if path is by_pairs:
         output, found = fused.pair_loss(objective("tgdpo"), known.policy, known.labels, known.ref, guide=known.guide)
     else:
-        found = fused.token_stats(known.policy, known.labels, known.ref, guide=known.guide)
+        found = token_stats(known.policy, known.labels, known.ref, guide=known.guide)
         output = objective("tgdpo")(*stats.split(found))
     expected.pop("stats.kl")
     assert_same(everything(known, output, found), expected, 1e-12)
@@ -482,21 +489,21 @@ def test_bad_input_is_named():
     case = make_case()
     count = len(case.policy.states)
     with pytest.raises(ValueError, match=f"ref was read at {count - 1} positions, but labels have {count}"):
-        fused.token_stats(case.policy, case.labels, Reading(case.ref.states[1:], case.ref.head))
+        token_stats(case.policy, case.labels, Reading(case.ref.states[1:], case.ref.head))
     with pytest.raises(ValueError, match="guide has 5 vocabulary entries, the policy 23"):
-        fused.token_stats(case.policy, case.labels, None, guide=Reading(torch.zeros(count, 5), None))
+        token_stats(case.policy, case.labels, None, guide=Reading(torch.zeros(count, 5), None))
     with pytest.raises(ValueError, match="needs ref as a Reading"):
-        fused.token_stats(case.policy, case.labels, torch.zeros(count), with_kl=True)
+        token_stats(case.policy, case.labels, torch.zeros(count), with_kl=True)
     with pytest.raises(ValueError, match="5 sequences cannot be split into pairs"):
         fused.pair_loss(objective("sft"), case.policy, case.labels[:5])
     bad = case.labels.clone()
     bad[bad != IGNORE] = 23
     with pytest.raises(ValueError, match="outside the vocabulary of 23"):
-        fused.token_stats(case.policy, bad, None)
+        token_stats(case.policy, bad, None)
 
 
 def test_a_tile_is_chosen_from_the_device(monkeypatch):
-    assert fused.choose_tile_bytes(torch.device("cpu")) == fused.TILE_BYTES
-    for free, chosen in ((1 << 20, fused.TILE_BYTES), (8 << 30, 1 << 29), (140 << 30, 1 << 30)):
+    assert tiles.choose_tile_bytes(torch.device("cpu")) == tiles.TILE_BYTES
+    for free, chosen in ((1 << 20, tiles.TILE_BYTES), (8 << 30, 1 << 29), (140 << 30, 1 << 30)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert fused.choose_tile_bytes(torch.device("cuda")) == chosen
+        assert tiles.choose_tile_bytes(torch.device("cuda")) == chosen

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
-from tpo_lib.fast import fused
+from tpo_lib.fast import tiles
 from tpo_lib.files.store import CheckpointError, found_or_made, write_atomically
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint
 from tpo_lib.types import Head, PairBatch, Reading
@@ -260,8 +260,7 @@ def _values(reader: ResponseReader, kind: str, autocast: Callable, batch: PairBa
         if kind == "states":
             return reading.states
         exact = reading.states.to(torch.promote_types(reading.states.dtype, torch.float32))  # as the policy's are
-        tokens = fused.token_stats(Reading(exact, reading.head), batch.labels, None)
-    return tokens.logps[tokens.mask]
+        return tiles.response_logps(Reading(exact, reading.head), batch.labels)
 
 
 def _build(

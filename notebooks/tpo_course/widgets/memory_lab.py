@@ -32,7 +32,7 @@ LOOKS = {
 STEPS = {"textbook": False, "fused": True}  # name -> step_memory's `fused`
 SHOWN = {"both steps": ("textbook", "fused"), "textbook alone": ("textbook",), "fused alone": ("fused",)}
 PRECISIONS = {"float32": "no", "bf16 (autocast)": "bf16", "fp16 (autocast)": "fp16"}
-GPU_TILE = 1 << 30  # the largest tile that fused.choose_tile_bytes takes on a GPU
+GPU_TILE = 1 << 30  # the largest tile that tiles.choose_tile_bytes takes on a GPU
 
 
 def memory_lab() -> MemoryLab:
