@@ -93,6 +93,15 @@ def underflowing_stats(
     return TokenStats(*(torch.where(keep, s, 0.0) for s in scored), mask=keep)
 
 
+def _logratio(s: TokenStats) -> Tensor:
+    return s.logps - s.ref_logps
+
+
+def _pairwise(chosen_reward: Tensor, rejected_reward: Tensor) -> LossOutput:
+    loss = -F.logsigmoid(chosen_reward - rejected_reward)
+    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
+
+
 def mean_dpo(chosen: TokenStats, rejected: TokenStats) -> LossOutput:
     """Bug 1: DPO on the mean log-ratio of a token."""
     return _pairwise(*(BETA * _logratio(s).sum(-1) / s.mask.sum(-1) for s in (chosen, rejected)))
@@ -130,7 +139,6 @@ class _ForgetfulReference:
         return self.model(**inputs)
 
 
-_DPO = partial(losses.dpo, beta=BETA)
 _TGDPO = partial(losses.tgdpo, beta=BETA, alpha=ALPHA)
 
 
@@ -149,7 +157,7 @@ class Recipe:
     bug: int = 0
     objective: str = "dpo"
     statistics: Statistics = library_stats
-    loss: Loss = _DPO
+    loss: Loss = partial(losses.dpo, beta=BETA)
     reference: Callable = lambda policy, start: start
 
 
@@ -268,15 +276,6 @@ def _truth(logits: Tensor, batch: PairBatch, start_logits: Tensor) -> dict[str, 
     return row
 
 
-def _logratio(s: TokenStats) -> Tensor:
-    return s.logps - s.ref_logps
-
-
-def _pairwise(chosen_reward: Tensor, rejected_reward: Tensor) -> LossOutput:
-    loss = -F.logsigmoid(chosen_reward - rejected_reward)
-    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
-
-
 DIALS = {
     "loss": "loss, nats",
     "rewards/chosen": "reward of the chosen, nats",
@@ -299,18 +298,11 @@ def dials(
     figure = Figure(figsize=(max(4.2, 2.7 * len(names)), 2.8), dpi=85, layout="constrained", facecolor="white")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for run in runs:
+            look = {"color": "black", "marker": "x", "linestyle": "--", "linewidth": 1.5, "label": f"run {run.case}"}
             if run.case in losses.OBJECTIVES:
                 style = style_of(run.case)
                 look = {"color": style.colour, "marker": style.marker, "linestyle": style.linestyle, "linewidth": 3.5}
                 look |= {"label": f"{style.label}, healthy", "markersize": 7}
-            else:
-                look = {
-                    "color": "black",
-                    "marker": "x",
-                    "linestyle": "--",
-                    "linewidth": 1.5,
-                    "label": f"run {run.case}",
-                }
             axes.plot(run[name], **look)
         axes.set(xlabel="update")
         axes.set_title(DIALS[name], fontsize=FONT - 1)
@@ -320,9 +312,8 @@ def dials(
         if name == "grad_norm":
             axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=FONT, handlelength=3.5
-    )
+    look = {"frameon": False, "fontsize": FONT, "handlelength": 3.5}
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), **look)
     return figure
 
 

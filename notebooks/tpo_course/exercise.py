@@ -16,7 +16,7 @@ with one wrong function a mistake; the words are Markdown with inline HTML, and 
     - [x] the right one                   "- [ ]" for the others; below it, indented by two spaces, why
 
 >>> import torch
->>> case = Case({"logps": torch.tensor([[-1.0, -3.0]])})
+>>> case = Case(logps=torch.tensor([[-1.0, -3.0]]))
 >>> exercise = Exercise(
 ...     name="response_logp",
 ...     title="From tokens to a response",
@@ -56,17 +56,16 @@ SOLUTIONS = next(p for p in (HERE.parent / "solutions", HERE / "solutions") if p
 RTOL, ATOL = 1e-5, 1e-8
 
 
-@dataclass(frozen=True)
 class Case:
     """One set of arguments; tensors among them (also inside dataclasses) that require a gradient have it compared.
 
-    Attributes:
-        arguments: by name, as the learner's function takes them.
+    Args:
         words: what is special about this case, for the message ("a response of one token"); "" if nothing is.
+        arguments: by name, as the learner's function takes them.
     """
 
-    arguments: Mapping[str, Any]
-    words: str = ""
+    def __init__(self, words: str = "", /, **arguments: Any) -> None:
+        self.words, self.arguments = words, arguments
 
 
 def normal(seed: int, dtype: torch.dtype = torch.float64) -> Callable[..., Tensor]:
@@ -146,7 +145,7 @@ class Exercise:
     minutes: int
     hints: tuple[str, ...]
     right: Any
-    cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),)
+    cases: Callable[[], tuple[Case, ...]] = lambda: (Case(),)
     mistakes: tuple[Mistake, ...] = ()
     solution: str = ""
 
@@ -317,7 +316,7 @@ class Chapter:
         self.words = read_words(self.file)
 
     def exercise(
-        self, name: str, right: Any, cases: Callable[[], tuple[Case, ...]] = lambda: (Case({}),), /, **mistakes: Any
+        self, name: str, right: Any, cases: Callable[[], tuple[Case, ...]] = lambda: (Case(),), /, **mistakes: Any
     ) -> Exercise:
         """Join functions and words; `mistakes` are wrong answers by name.
 

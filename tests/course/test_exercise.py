@@ -11,8 +11,8 @@ from tpo_course.exercise import Case, Chapter, Exercise, Mistake, Option, Questi
 
 def _cases() -> tuple[Case, ...]:
     return (
-        Case({"x": torch.tensor([1.0, 2.0], requires_grad=True)}),
-        Case({"x": torch.tensor([3.0], requires_grad=True)}, "a single entry"),
+        Case(x=torch.tensor([1.0, 2.0], requires_grad=True)),
+        Case("a single entry", x=torch.tensor([3.0], requires_grad=True)),
     )
 
 

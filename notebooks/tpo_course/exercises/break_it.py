@@ -25,8 +25,7 @@ chapter = Chapter(__file__)
 def _named_cases() -> tuple[Case, ...]:
     def case(loss: Loss, beta: float, words: str, factor: float = 1.0) -> Case:
         chosen, rejected = hand_worked(5, 3)
-        arguments = {"chosen": chosen, "rejected": rejected, "beta": beta}
-        return Case({"loss": lambda *pair: factor * loss(*pair).loss, **arguments}, words)
+        return Case(words, loss=lambda *pair: factor * loss(*pair).loss, chosen=chosen, rejected=rejected, beta=beta)
 
     def dpo(beta: float) -> Loss:
         return partial(losses.dpo, beta=beta)
@@ -103,22 +102,17 @@ def _padding_cases() -> tuple[Case, ...]:
         labels = torch.randint(1, 7, (len(ends), 6), generator=draw)
         column = torch.arange(6)
         labels = torch.where((column >= 3) & (column < ends[:, None]), labels, IGNORE)
-        arguments = {"loss_of": _padding_loss(reduce), "logits": logits, "ref_logits": ref_logits, "labels": labels}
-        return Case(arguments, words)
+        return Case(words, loss_of=_padding_loss(reduce), logits=logits, ref_logits=ref_logits, labels=labels)
 
     def kept(ratio: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, ratio, 0.0)
 
+    many = {"repeat": 8, "dtype": torch.float32}
     return (
         case(lambda r, m: kept(r, m).sum(-1), "DPO as it should be, on responses of one token", ends=(4, 4, 4, 4)),
         case(lambda r, m: kept(r, m.cumsum(1) > 0).sum(-1), "a loss that counts padding"),
         case(lambda r, m: kept(r, m).mean(-1), "a loss that divides by the width of the batch"),
-        case(
-            lambda r, m: kept(r, m).mean(-1) * r.shape[-1],
-            "a right loss in float32, with its rounding",
-            repeat=8,
-            dtype=torch.float32,
-        ),
+        case(lambda r, m: kept(r, m).mean(-1) * r.shape[-1], "a right loss in float32, with its rounding", **many),
         case(lambda r, m: r.sum(-1), "a loss that has no mask at all"),
         case(lambda r, m: kept(r, F.pad(m[:, :-1], (1, 0))).sum(-1), "a loss whose mask is off by one"),
     )
@@ -170,11 +164,10 @@ def lab_report() -> dict[int, float]:
     ids = torch.randint(1, 6, (2, 8), generator=draw)
     report = {}
     for columns in (0, 1, 2, 5):
-        padded = F.pad(ids, (0, columns))  # (2, 8 + columns)
+        padded, attention = (F.pad(t, (0, columns)) for t in (ids, torch.ones_like(ids)))  # (2, 8 + columns)
         labels = F.pad(torch.where(torch.arange(8) < 3, IGNORE, ids), (0, columns), value=IGNORE)
-        batch = PairBatch(padded, F.pad(torch.ones_like(ids), (0, columns)), labels, torch.tensor([0]))
-        width = 8 + columns
-        tokens = masked_stats(unshifted_mask)(logits[:, :width], batch, ref_logits[:, :width])
+        batch = PairBatch(padded, attention, labels, torch.tensor([0]))
+        tokens = masked_stats(unshifted_mask)(logits[:, : 8 + columns], batch, ref_logits[:, : 8 + columns])
         report[columns] = losses.dpo(*stats.split(tokens), beta=BETA).loss.item()
     return report
 
@@ -234,8 +227,8 @@ def _repair_cases() -> tuple[Case, ...]:
     for value in steep.values():
         value[rows[:1], columns[:1], labels[rows[:1], columns[:1] + 1]] -= 130.0
     return (
-        Case({**both, "labels": labels, "beta": 0.3}),
-        Case({**steep, "labels": labels, "beta": 0.3}, "a token whose logit lies 130 below the largest"),
+        Case(**both, labels=labels, beta=0.3),
+        Case("a token whose logit lies 130 below the largest", **steep, labels=labels, beta=0.3),
     )
 
 

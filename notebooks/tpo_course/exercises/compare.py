@@ -36,8 +36,8 @@ bootstrap_interval = chapter.exercise(
     "bootstrap_interval",
     _bootstrap,
     lambda: (
-        Case({"values": _numbers(37, 0), "draws": _draws(37, 1)}),
-        Case({"values": _numbers(5, 2, scale=9.0), "draws": _draws(5, 3)}, "five prompts"),
+        Case(values=_numbers(37, 0), draws=_draws(37, 1)),
+        Case("five prompts", values=_numbers(5, 2, scale=9.0), draws=_draws(5, 3)),
     ),
     quantiles_of_values=lambda values, draws: _interval_of(values, values.mean()),
     over_resamples=lambda values, draws: _interval_of(values[draws].mean(0), values.mean()),
@@ -57,8 +57,8 @@ def _paired(first: Tensor, second: Tensor, draws: Tensor) -> Tensor:
 def _pair_cases() -> tuple[Case, ...]:
     shared = _numbers(41, 5, scale=3.0)  # what a hard prompt does to both
     return (
-        Case({"first": shared + _numbers(41, 6), "second": shared, "draws": _draws(41, 7)}),
-        Case({"first": _numbers(6, 8), "second": _numbers(6, 9), "draws": _draws(6, 10)}, "unrelated policies"),
+        Case(first=shared + _numbers(41, 6), second=shared, draws=_draws(41, 7)),
+        Case("unrelated policies", first=_numbers(6, 8), second=_numbers(6, 9), draws=_draws(6, 10)),
     )
 
 
@@ -118,9 +118,9 @@ def _curves() -> tuple[Case, ...]:
     kl, reward = torch.tensor([0.0, 3.0, 8.0, 21.0]).double(), torch.tensor([0.5, 0.71, 0.8, 0.93]).double()
     mixed = torch.tensor([2, 0, 3, 1])
     return (
-        Case({"kl": kl, "reward": reward, "at": 5.0}),
-        Case({"kl": kl[mixed], "reward": reward[mixed], "at": 9.0}, "points that are not sorted by KL"),
-        Case({"kl": kl, "reward": reward, "at": 30.0}, "a KL that the run never reached (answer nan)"),
+        Case(kl=kl, reward=reward, at=5.0),
+        Case("points that are not sorted by KL", kl=kl[mixed], reward=reward[mixed], at=9.0),
+        Case("a KL that the run never reached (answer nan)", kl=kl, reward=reward, at=30.0),
     )
 
 

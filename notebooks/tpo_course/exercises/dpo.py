@@ -24,7 +24,7 @@ def _gibbs_cases() -> tuple[Case, ...]:
     def case(prompts: int, responses: int, beta: float, seed: int, words: str = "", scale: float = 1.0) -> Case:
         ref_logps = normal(seed)(prompts, responses).log_softmax(-1)
         reward = scale * normal(seed + 1)(prompts, responses)
-        return Case({"ref_logps": ref_logps, "reward": reward, "beta": beta}, words)
+        return Case(words, ref_logps=ref_logps, reward=reward, beta=beta)
 
     return (
         case(3, 7, 0.5, seed=0),
@@ -76,9 +76,9 @@ def _logits_cases() -> tuple[Case, ...]:
     steep = normal(12, torch.float32)(1, 7, 5)
     steep[0, 3, 2] = steep[0, 3].max() - 120.0  # the token the fourth position has to predict
     return (
-        Case({"logits": normal(10)(3, 7, 8).requires_grad_(), "labels": labels}),
-        Case({"logits": normal(11)(1, 7, 5).requires_grad_(), "labels": alone}, "a single response"),
-        Case({"logits": steep, "labels": alone}, "a token whose logit lies 120 below the largest"),
+        Case(logits=normal(10)(3, 7, 8).requires_grad_(), labels=labels),
+        Case("a single response", logits=normal(11)(1, 7, 5).requires_grad_(), labels=alone),
+        Case("a token whose logit lies 120 below the largest", logits=steep, labels=alone),
     )
 
 
@@ -134,8 +134,8 @@ def _stats_cases() -> tuple[Case, ...]:
     far = [_half(marks("xxxxx"), seed, torch.float32) for seed in (24, 26)]
     far[0] = dataclasses.replace(far[0], logps=far[0].logps - 100.0)  # margin about -150
     return (
-        Case({"chosen": chosen, "rejected": rejected, "beta": 0.3}),
-        Case({"chosen": far[0], "rejected": far[1], "beta": 0.3}, "a policy that is wrong about the pair by 150 nats"),
+        Case(chosen=chosen, rejected=rejected, beta=0.3),
+        Case("a policy that is wrong about the pair by 150 nats", chosen=far[0], rejected=far[1], beta=0.3),
     )
 
 
@@ -145,7 +145,7 @@ def _loss_cases() -> tuple[Case, ...]:
     for half in (chosen, rejected):
         half.logps.requires_grad_()
     full = {"chosen": chosen, "rejected": rejected, "beta": 0.7}
-    return *_stats_cases(), Case(full, "two pairs without padding, with gradients")
+    return *_stats_cases(), Case("two pairs without padding, with gradients", **full)
 
 
 def _tokens(s: TokenStats) -> Tensor:

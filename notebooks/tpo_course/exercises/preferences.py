@@ -21,18 +21,14 @@ def _leaf(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
 # ---- 1. two rewards -> a probability
 
 
-def _rewards() -> tuple[Case, ...]:
-    return (
-        Case({"reward_w": _leaf([1.2, -0.4, 0.7, -2.5, 0.3]), "reward_l": _leaf([0.5, 0.9, 0.7, -3.0, -1.1])}),
-        Case({"reward_w": _leaf([-0.8]), "reward_l": _leaf([1.7])}, "a single pair"),
-        Case({"reward_w": _leaf([1001.0, 900.0]), "reward_l": _leaf([1000.0, 902.0])}, "rewards near 1,000"),
-    )
-
-
 win_probability = chapter.exercise(
     "win_probability",
     lambda reward_w, reward_l: torch.sigmoid(reward_w - reward_l),
-    _rewards,
+    lambda: (
+        Case(reward_w=_leaf([1.2, -0.4, 0.7, -2.5, 0.3]), reward_l=_leaf([0.5, 0.9, 0.7, -3.0, -1.1])),
+        Case("a single pair", reward_w=_leaf([-0.8]), reward_l=_leaf([1.7])),
+        Case("rewards near 1,000", reward_w=_leaf([1001.0, 900.0]), reward_l=_leaf([1000.0, 902.0])),
+    ),
     gap_reversed=lambda reward_w, reward_l: torch.sigmoid(reward_l - reward_w),
     overflows=lambda reward_w, reward_l: reward_w.exp() / (reward_w.exp() + reward_l.exp()),
     ratio_of_rewards=lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
@@ -49,11 +45,12 @@ win_probability = chapter.exercise(
 def _batches() -> tuple[Case, ...]:
     narrow = torch.float32
     return (
-        Case({"reward_w": _leaf([0.9, -1.3, 2.0, 0.1, -0.6]), "reward_l": _leaf([0.2, 0.4, -1.5, 0.1, -0.9])}),
-        Case({"reward_w": _leaf([-0.3]), "reward_l": _leaf([1.1])}, "a single pair"),
+        Case(reward_w=_leaf([0.9, -1.3, 2.0, 0.1, -0.6]), reward_l=_leaf([0.2, 0.4, -1.5, 0.1, -0.9])),
+        Case("a single pair", reward_w=_leaf([-0.3]), reward_l=_leaf([1.1])),
         Case(
-            {"reward_w": _leaf([0.5, -90.0, 80.0], narrow), "reward_l": _leaf([1.0, 60.0, -70.0], narrow)},
             "gaps of 150 nats in float32",
+            reward_w=_leaf([0.5, -90.0, 80.0], narrow),
+            reward_l=_leaf([1.0, 60.0, -70.0], narrow),
         ),
     )
 
@@ -82,9 +79,9 @@ def _linear() -> tuple[Case, ...]:
         return torch.randint(-2, 3, (rows, columns), generator=draw).double()
 
     return (
-        Case({"weights": torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64), "differences": counts(5, 3)}),
-        Case({"weights": torch.tensor([1.5, 0.0, -0.3, 0.8], dtype=torch.float64), "differences": counts(3, 4)}),
-        Case({"weights": torch.zeros(2, dtype=torch.float64), "differences": counts(7, 2)}, "weights that are still 0"),
+        Case(weights=torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64), differences=counts(5, 3)),
+        Case(weights=torch.tensor([1.5, 0.0, -0.3, 0.8], dtype=torch.float64), differences=counts(3, 4)),
+        Case("weights that are still 0", weights=torch.zeros(2, dtype=torch.float64), differences=counts(7, 2)),
     )
 
 
@@ -113,9 +110,9 @@ nll_gradient = chapter.exercise(
 def _scores() -> tuple[Case, ...]:
     exact = torch.tensor([[0.25, 0.75, 0.5, 0.5], [0.125, 0.125, 1.0, 0.0]])  # gaps that floats hold exactly
     return (
-        Case({"scores": exact, "min_gap": 0.25}, "gaps that equal min_gap exactly"),
-        Case({"scores": exact, "min_gap": 0.0}, "min_gap = 0 and equal scores"),
-        Case({"scores": torch.tensor([[0.9, 0.1, 0.4]]), "min_gap": 0.45}, "three completions of one prompt"),
+        Case("gaps that equal min_gap exactly", scores=exact, min_gap=0.25),
+        Case("min_gap = 0 and equal scores", scores=exact, min_gap=0.0),
+        Case("three completions of one prompt", scores=torch.tensor([[0.9, 0.1, 0.4]]), min_gap=0.45),
     )
 
 

@@ -18,14 +18,6 @@ chapter = Chapter(__file__)
 # ---- 1. how many bytes
 
 
-def _bytes_cases() -> tuple[Case, ...]:
-    return (
-        Case({"pairs": 8, "length": 128, "vocab": 50257, "with_kl": True}, "TDPO on GPT-2's vocabulary"),
-        Case({"pairs": 32, "length": 512, "vocab": 128256, "with_kl": False}, "DPO on Llama 3's vocabulary"),
-        Case({"pairs": 1, "length": 2, "vocab": 3, "with_kl": True}, "a tiny batch"),
-    )
-
-
 def _bytes(pairs: int, length: int, vocab: int, with_kl: bool) -> int:
     return (7 if with_kl else 3) * 2 * pairs * length * vocab * 4
 
@@ -33,7 +25,11 @@ def _bytes(pairs: int, length: int, vocab: int, with_kl: bool) -> int:
 vocabulary_bytes = chapter.exercise(
     "vocabulary_bytes",
     _bytes,
-    _bytes_cases,
+    lambda: (
+        Case("TDPO on GPT-2's vocabulary", pairs=8, length=128, vocab=50257, with_kl=True),
+        Case("DPO on Llama 3's vocabulary", pairs=32, length=512, vocab=128256, with_kl=False),
+        Case("a tiny batch", pairs=1, length=2, vocab=3, with_kl=True),
+    ),
     half=lambda **given: _bytes(**given) // 2,
     one_tensor=lambda pairs, length, vocab, with_kl: 2 * pairs * length * vocab * 4,
     numbers_not_bytes=lambda **given: _bytes(**given) // 4,
@@ -51,7 +47,7 @@ def _gradient_cases() -> tuple[Case, ...]:
         given["targets"] = torch.arange(rows) * 3 % vocab
         given["g"] = normal(seed + 2)(rows)
         given["k"] = normal(seed + 3)(rows) * with_kl
-        return Case(given, words)
+        return Case(words, **given)
 
     return (
         case(4, 7, 0),
@@ -94,13 +90,10 @@ logit_gradient = chapter.exercise(
 def _lse_cases() -> tuple[Case, ...]:
     steep = normal(3)(3, 4) * 40
     return (
-        Case({"states": normal(1)(5, 4), "weight": normal(2)(12, 4), "columns": 4}),
-        Case(
-            {"states": normal(1)(5, 4), "weight": normal(2)(11, 4), "columns": 4},
-            "a last tile that is not full",
-        ),
-        Case({"states": normal(4)(2, 4), "weight": normal(5)(6, 4), "columns": 100}, "a single tile"),
-        Case({"states": steep, "weight": normal(6)(9, 4) * 30, "columns": 3}, "logits in the thousands"),
+        Case(states=normal(1)(5, 4), weight=normal(2)(12, 4), columns=4),
+        Case("a last tile that is not full", states=normal(1)(5, 4), weight=normal(2)(11, 4), columns=4),
+        Case("a single tile", states=normal(4)(2, 4), weight=normal(5)(6, 4), columns=100),
+        Case("logits in the thousands", states=steep, weight=normal(6)(9, 4) * 30, columns=3),
     )
 
 
@@ -161,19 +154,15 @@ def _downwards(lengths: list[int], max_tokens: int) -> list[int]:
     return [numbers[order.index(i)] for i in range(len(lengths))]
 
 
-def _budget_cases() -> tuple[Case, ...]:
-    return (
-        Case({"lengths": [9, 2, 3, 8, 4, 2, 9], "max_tokens": 24}),
-        Case({"lengths": [5, 5, 5, 5], "max_tokens": 20}, "a batch that fills the budget exactly"),
-        Case({"lengths": [10, 1, 1, 1, 1, 1, 1, 10], "max_tokens": 20}, "two long pairs among short ones"),
-        Case({"lengths": [6], "max_tokens": 12}, "a single pair"),
-    )
-
-
 token_batches = chapter.exercise(
     "token_batches",
     _budget,
-    _budget_cases,
+    lambda: (
+        Case(lengths=[9, 2, 3, 8, 4, 2, 9], max_tokens=24),
+        Case("a batch that fills the budget exactly", lengths=[5, 5, 5, 5], max_tokens=20),
+        Case("two long pairs among short ones", lengths=[10, 1, 1, 1, 1, 1, 1, 10], max_tokens=20),
+        Case("a single pair", lengths=[6], max_tokens=12),
+    ),
     not_sorted=partial(_budget, sort=False),
     one_sequence=partial(_budget, sides=1),
     no_padding=partial(_budget, padded=False),

@@ -58,7 +58,7 @@ def _kl_cases() -> tuple[Case, ...]:
     draw = normal(0)
 
     def case(policy: Tensor, ref: Tensor, words: str) -> Case:
-        return Case({"policy_logits": policy.requires_grad_(), "ref_logits": ref}, words)
+        return Case(words, policy_logits=policy.requires_grad_(), ref_logits=ref)
 
     far = torch.tensor([[0.0, 1.0, -150.0], [2.0, 0.0, -1.0]])
     return (
@@ -98,15 +98,15 @@ def _after(values: Tensor) -> Tensor:
 
 
 def _summed(
-    logits: Callable[[Tensor], Tensor] = _before,
-    labels: Callable[[Tensor], Tensor] = _after,
-    mask: Callable[[Tensor], Tensor] = lambda mask: mask,
+    cut_logits: Callable[[Tensor], Tensor] = _before,
+    cut_labels: Callable[[Tensor], Tensor] = _after,
+    mask: Callable[[Tensor], Tensor] = lambda response: response,
 ) -> Callable[..., Tensor]:
-    """(N,) KL summed where `mask` says so of (N, T-1) response tokens; what is cut off logits and labels may be wrong."""
+    """(N,) KL summed where `mask` says so of (N, T-1) response tokens; the arguments are what people get wrong."""
 
-    def seq_kl(policy_logits: Tensor, ref_logits: Tensor, **given: Tensor) -> Tensor:
-        kl = _forward(logits(policy_logits), logits(ref_logits))
-        return torch.where(mask(labels(given["labels"]) != IGNORE), kl, 0.0).sum(-1)
+    def seq_kl(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
+        kl = _forward(cut_logits(policy_logits), cut_logits(ref_logits))
+        return torch.where(mask(cut_labels(labels) != IGNORE), kl, 0.0).sum(-1)
 
     return seq_kl
 
@@ -131,7 +131,7 @@ def _sequence_cases() -> tuple[Case, ...]:
     def case(labels: list[str], vocab: int, words: str) -> Case:
         shape = (len(labels), len(labels[0]), vocab)
         logits = draw(*shape).requires_grad_()
-        return Case({"policy_logits": logits, "ref_logits": draw(*shape), "labels": _labels(labels)}, words)
+        return Case(words, policy_logits=logits, ref_logits=draw(*shape), labels=_labels(labels))
 
     return (
         case(["..0312.", ".2....."], 4, "responses of four tokens and of one"),
@@ -145,15 +145,15 @@ seq_kl = chapter.exercise(
     "seq_kl",
     _sequence,
     _sequence_cases,
-    no_shift=_summed(logits=torch.clone, labels=torch.clone),
-    mask_off_by_one=_summed(labels=_before),
-    shifted_backwards=_summed(logits=_after, labels=_before),
+    no_shift=_summed(torch.clone, torch.clone),
+    mask_off_by_one=_summed(cut_labels=_before),
+    shifted_backwards=_summed(_after, _before),
     no_mask=_summed(mask=torch.ones_like),
     padding_counted=_summed(mask=_since_first),
     hole_filled=_summed(mask=lambda mask: _since_first(mask) & _since_first(mask.flip(-1)).flip(-1)),
     mean=lambda labels, **given: _sequence(labels=labels, **given) / (_after(labels) != IGNORE).sum(-1),
     sampled_token=_sampled_token,
-    reverse=lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels=labels),
+    reverse=lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels),
     detached=lambda policy_logits, **given: _sequence(policy_logits.detach(), **given),
 )
 
@@ -226,18 +226,14 @@ def _in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict
     }
 
 
-def _tdpo1_cases() -> tuple[Case, ...]:
-    return (
-        Case({**_pairs_of(2), "beta": 0.1}, "responses of unequal length, beta = 0.1"),
-        Case({**_pairs_of(3), "beta": 0.7}, "beta = 0.7"),
-        Case({**_far_apart(), "beta": 0.5}, "a pair that is wrong by hundreds of nats, in float32"),
-    )
-
-
 tdpo1_loss = chapter.exercise(
     "tdpo1_loss",
     _tdpo1,
-    _tdpo1_cases,
+    lambda: (
+        Case("responses of unequal length, beta = 0.1", **_pairs_of(2), beta=0.1),
+        Case("beta = 0.7", **_pairs_of(3), beta=0.7),
+        Case("a pair that is wrong by hundreds of nats, in float32", **_far_apart(), beta=0.5),
+    ),
     sign_of_delta=_loss(lambda u, c, r, beta: u + (r - c)),
     no_beta_on_delta=_loss(lambda u, c, r, beta: u - (r - c) / beta),
     no_delta=lambda **given: losses.dpo(**given).loss,
@@ -250,19 +246,15 @@ tdpo1_loss = chapter.exercise(
 )
 
 
-def _tdpo2_cases() -> tuple[Case, ...]:
-    return (
-        Case({**_pairs_of(5), "beta": 0.1, "alpha": 0.5}, "responses of unequal length, beta = 0.1, alpha = 0.5"),
-        Case({**_pairs_of(6), "beta": 0.7, "alpha": 0.2}, "beta = 0.7, alpha = 0.2"),
-        Case({**_pairs_of(7), "beta": 0.3, "alpha": 1.0}, "alpha = 1, where the value is TDPO1's"),
-        Case({**_far_apart(), "beta": 0.5, "alpha": 0.5}, "a pair that is wrong by hundreds of nats, in float32"),
-    )
-
-
 tdpo2_loss = chapter.exercise(
     "tdpo2_loss",
     _tdpo2,
-    _tdpo2_cases,
+    lambda: (
+        Case("responses of unequal length, beta = 0.1, alpha = 0.5", **_pairs_of(5), beta=0.1, alpha=0.5),
+        Case("beta = 0.7, alpha = 0.2", **_pairs_of(6), beta=0.7, alpha=0.2),
+        Case("alpha = 1, where the value is TDPO1's", **_pairs_of(7), beta=0.3, alpha=1.0),
+        Case("a pair that is wrong by hundreds of nats, in float32", **_far_apart(), beta=0.5, alpha=0.5),
+    ),
     nothing_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
     wrong_side_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
     both_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),

@@ -36,7 +36,7 @@ def _reward_cases() -> tuple[Case, ...]:
     def case(mask: Tensor, guide_beta: float, words: str) -> Case:
         ref = torch.where(mask, -draw(*mask.shape).abs() - 0.5, 0.0)
         guide = torch.where(mask, ref + draw(*mask.shape), 0.0).requires_grad_()
-        return Case({"guide_logps": guide, "ref_logps": ref, "guide_beta": guide_beta}, words)
+        return Case(words, guide_logps=guide, ref_logps=ref, guide_beta=guide_beta)
 
     return (
         case(marks(".xxxx.x", "xx....."), 0.1, "responses of five tokens and of two, guide_beta = 0.1"),
@@ -86,9 +86,9 @@ _weights = _shaped(_f)
 def _weights_cases() -> tuple[Case, ...]:
     by_hand = torch.tensor([[0.0, 1.0, -1.0, 1.9, -1.9, 2.5, -7.0]], dtype=torch.float64)  # f = 0.05 at 1.9
     return (
-        Case({"r_hat": by_hand, "alpha": 0.5}, "r_hat from -7 to 2.5 and alpha = 0.5"),
-        Case({"r_hat": 0.2 * normal(1)(3, 5), "alpha": 0.3}, "small r_hat, where no floor is needed"),
-        Case({"r_hat": 3 * normal(2)(2, 3), "alpha": 2.0}, "alpha = 2"),
+        Case("r_hat from -7 to 2.5 and alpha = 0.5", r_hat=by_hand, alpha=0.5),
+        Case("small r_hat, where no floor is needed", r_hat=0.2 * normal(1)(3, 5), alpha=0.3),
+        Case("alpha = 2", r_hat=3 * normal(2)(2, 3), alpha=2.0),
     )
 
 
@@ -144,11 +144,9 @@ def _loss_cases() -> tuple[Case, ...]:
     }
     full = {name: _side(marks("xxxxx", "xxxxx"), draw, learn=True) for name in ("chosen", "rejected")}
     return (
-        Case({**holes, "beta": 0.1, "alpha": 0.5, "guide_beta": 0.3}, "responses of unequal length"),
-        Case({**full, "beta": 0.5, "alpha": 1.5, "guide_beta": 0.8}, "strong guidance, with gradients"),
-        Case(
-            {**_far_apart(), "beta": 0.7, "alpha": 0.5, "guide_beta": 0.2}, "a pair that is wrong by hundreds of nats"
-        ),
+        Case("responses of unequal length", **holes, beta=0.1, alpha=0.5, guide_beta=0.3),
+        Case("strong guidance, with gradients", **full, beta=0.5, alpha=1.5, guide_beta=0.8),
+        Case("a pair that is wrong by hundreds of nats", **_far_apart(), beta=0.7, alpha=0.5, guide_beta=0.2),
     )
 
 
@@ -231,7 +229,7 @@ def _alpha_cases() -> tuple[Case, ...]:
         mask = marks(".xxxx.x", "xx.....")
         r_hat = torch.where(mask, 0.1 * normal(6)(*mask.shape), 9.0)  # prompt and padding hold anything
         r_hat[0, 3], r_hat[1, 1] = strongest, other
-        return Case({"r_hat": r_hat, "mask": mask}, words)
+        return Case(words, r_hat=r_hat, mask=mask)
 
     return (
         case(-2.5, 1.25, "a token that the guide dislikes most of all"),

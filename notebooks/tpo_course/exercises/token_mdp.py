@@ -55,11 +55,13 @@ def _return_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[9.0, 1.0, -0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 0.75, -3.0, 9.0, 9.0]])
     mask = marks(".xxxx.", "..xx..")
     return (
-        Case({"rewards": rewards, "mask": mask, "gamma": 0.9}, "responses of 4 and 2 tokens, gamma = 0.9"),
-        Case({"rewards": rewards, "mask": mask, "gamma": 1.0}, "the same without discount"),
+        Case("responses of 4 and 2 tokens, gamma = 0.9", rewards=rewards, mask=mask, gamma=0.9),
+        Case("the same without discount", rewards=rewards, mask=mask, gamma=1.0),
         Case(
-            {"rewards": torch.tensor([[-2.0, 0.5, 4.0]]), "mask": marks("xxx"), "gamma": 0.5},
             "no prompt and no padding, gamma = 0.5",
+            rewards=torch.tensor([[-2.0, 0.5, 4.0]]),
+            mask=marks("xxx"),
+            gamma=0.5,
         ),
     )
 
@@ -103,12 +105,9 @@ def _advantage_cases() -> tuple[Case, ...]:
     mask = marks(".xxxx.", "..xx..")
     single = {"rewards": torch.tensor([[2.0, 7.0]]), "values": torch.tensor([[0.5, 5.0]]), "mask": marks("x.")}
     return (
-        Case(
-            {"rewards": rewards, "values": values, "mask": mask, "gamma": 1.0},
-            "responses of 4 and 2 tokens, no discount",
-        ),
-        Case({"rewards": rewards, "values": values, "mask": mask, "gamma": 0.9}, "the same with gamma = 0.9"),
-        Case({**single, "gamma": 0.9}, "a response of one token"),
+        Case("responses of 4 and 2 tokens, no discount", rewards=rewards, values=values, mask=mask, gamma=1.0),
+        Case("the same with gamma = 0.9", rewards=rewards, values=values, mask=mask, gamma=0.9),
+        Case("a response of one token", **single, gamma=0.9),
     )
 
 
@@ -140,7 +139,7 @@ def _soft_backup(ref_logps: Tensor, q: Tensor, beta: float) -> Tensor:
 def _soft_cases() -> tuple[Case, ...]:
     def case(logits: list, q: list, beta: float, words: str) -> Case:
         ref_logps, q = torch.tensor(logits).log_softmax(-1), torch.tensor(q, requires_grad=True)
-        return Case({"ref_logps": ref_logps, "q": q, "beta": beta}, words)
+        return Case(words, ref_logps=ref_logps, q=q, beta=beta)
 
     two = [[0.0, 1.5, -0.5], [2.0, 0.0, -1.0]], [[1.0, -0.5, 0.3], [-0.2, 0.9, 1.4]]  # two states, three tokens
     steep = [[[0.3, -1.0]], [[0.0, 1.0]]], [[[40.0, 39.8]], [[-40.0, 10.0]]]
@@ -187,8 +186,8 @@ def _credit_cases() -> tuple[Case, ...]:
     mask = marks(".xxx.", "..xxx")
     hidden = {name: torch.where(mask, value, -torch.inf) for name, value in given.items()}
     return (
-        Case({**given, "mask": mask, "beta": 0.1}, "beta = 0.1"),
-        Case({**hidden, "mask": mask, "beta": 0.1}, "log-probabilities of -inf on the padding"),
+        Case("beta = 0.1", **given, mask=mask, beta=0.1),
+        Case("log-probabilities of -inf on the padding", **hidden, mask=mask, beta=0.1),
     )
 
 
