@@ -139,6 +139,7 @@ class _ForgetfulReference:
         return self.model(**inputs)
 
 
+_DPO = partial(losses.dpo, beta=BETA)
 _TGDPO = partial(losses.tgdpo, beta=BETA, alpha=ALPHA)
 
 
@@ -157,7 +158,7 @@ class Recipe:
     bug: int = 0
     objective: str = "dpo"
     statistics: Statistics = library_stats
-    loss: Loss = partial(losses.dpo, beta=BETA)
+    loss: Loss = _DPO
     reference: Callable = lambda policy, start: start
 
 
