@@ -43,7 +43,7 @@ lab: setup  ## JupyterLab on the course
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
 
 notebooks: setup  ## execute and clean every notebook of the course, in place
-	$(BIN)/python -m tpo_lib notebooks
+	$(BIN)/python -m tpo_course.notebooks
 
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
@@ -51,7 +51,7 @@ pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 bench:  ## time and memory beside TRL and Liger, 40 minutes (QUICK=1: three); the peers get an environment of their own
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
-	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m tpo_lib bench $(if $(QUICK),--quick)
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick)
 
 clean:  ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) $(FLOOR) $(BENCH) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""What a training step costs, beside every peer that can be installed: `python -m tpo_lib bench`.
+"""What a training step costs, beside every peer that can be installed: `python -m benchmarks`.
 
 cases.py        models and batches of a given shape
 contestants.py  one function a contestant: the same loss, computed its way

@@ -239,7 +239,7 @@ def _what(rest: str) -> str:
 
 INTRODUCTION = """# What a training step costs
 
-This file is written by `python -m tpo_lib bench` (or `make bench`) from `results.json`, in about forty minutes; `--quick`
+This file is written by `python -m benchmarks` (or `make bench`) from `results.json`, in about forty minutes; `--quick`
 takes three, `--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
 
 A step is forward and backward of the mean loss over the pairs, with every frozen model's forward pass unless it is

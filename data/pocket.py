@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from argparse import BooleanOptionalAction
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from tpo_data.progress import load_progress, save_progress
 from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
 from tpo_lib.files import store
 from tpo_lib.files.imdb import SPLITS, load_imdb
-from tpo_lib.models import load_model, load_tokenizer
+from tpo_lib.models import POCKET, load_model, load_tokenizer
 from tpo_lib.pairing import score
+from tpo_lib.parser import COUNT, Parser
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
 from tpo_lib.runs.prompts import sample_prompts
 from tpo_lib.sampling import generate
@@ -262,6 +264,25 @@ def build(
             report.write(folder, measure(folder, imdb, test, log, config, sentiment) | facts)
 
         store.write_atomically(output, write)
+
+
+def add_flags(command: Parser) -> None:
+    """The flags of `python -m tpo_lib pocket`."""
+    words = "folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)"
+    command.add_argument("--imdb", help=words)
+    command.add_argument("--output-dir", default=str(POCKET), help="where model, reward and judge go")
+    words = "checkpoints; a killed build continues from here"
+    command.add_argument("--work-dir", default="runs/pocket-model", help=words)
+    words = "training steps of the language model, a number for every cycle"
+    command.add_argument("--steps", type=COUNT, nargs="+", help=words)
+    command.add_argument("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
+
+
+def from_flags(options) -> None:
+    """Build what the flags ask for."""
+    config = PocketConfig(cycles=tuple(options.steps)) if options.steps else PocketConfig()
+    output, work = Path(options.output_dir), Path(options.work_dir)
+    build(options.imdb, output, work, config, SentimentConfig(), compile=options.compile)
 
 
 def _write_models(folder: Path, model, imdb: dict, sentiment: SentimentConfig, work: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from tpo_data.pocket import train_tokenizer
-from tpo_lib import cli
 from tpo_lib.cli import main
 from tpo_lib.files.pairs import load_pairs
+from tpo_lib.runs import commands
 
 PAIRS = [
     {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(12)
@@ -54,11 +54,11 @@ def test_simpo_takes_its_own_defaults_a_long_warm_up_is_said_and_its_run_is_no_g
 ):
     train(files, "--loss-type", "simpo", "--warmup-steps", "9")
     record = json.loads((tmp_path / "out" / "final" / "training.json").read_text())
-    assert (record["beta"], record["gamma"], record["alpha"]) == (2.0, 0.5, None)
+    assert (record["beta"], record["gamma"], record.get("alpha")) == (2.0, 0.5, None)
     assert capsys.readouterr().err.count("the warm-up of 9 updates is longer than the run of 3: ") == 1
     guide, files["out"] = files["out"], files["out"] + "2"
     with monkeypatch.context() as early:
-        early.setattr(cli, "_encoded", lambda *_: pytest.fail("the pairs were read first"))
+        early.setattr(commands, "_encoded", lambda *_: pytest.fail("the pairs were read first"))
         with pytest.raises(SystemExit, match="2"):
             train(files, "--loss-type", "tgdpo", "--guide", guide)
     assert "final is a run of simpo, which reads no reference" in capsys.readouterr().err

@@ -6,16 +6,20 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import tiny
 
+import benchmarks.__main__
+import tpo_lib
+from tpo_course import notebooks
 from tpo_lib import cli, flags
 from tpo_lib.config import TrainConfig
 from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
-
-COMMANDS = ("run", "train", "pairs", "evaluate", "pocket", "derive", "notebooks", "sweep", "bench")
+from tpo_lib.runs import named
 
 
 def refused(capsys, *arguments) -> str:
@@ -121,8 +125,6 @@ JUDGED = [
     (train("--pairs", "a\0b"), "--pairs 'a\\x00b' names nothing"),
     (["train", "--output-dir", " "], "--output-dir ' ' names nothing"),
     (["derive", ""], "--name '' names nothing"),
-    (["bench", "--repetitions", "0"], "--repetitions: 0 must be at least 1"),
-    (["bench", "--output", "file"], "--output file cannot be made: "),
 ]
 
 
@@ -201,9 +203,6 @@ FILES = [
     *(f"pocket --output-dir out --work-dir out --imdb {name}" for name in ("missing", "pairs.jsonl", "nothing")),
     _PAIRS.format("model", "reward") + " --prompts imdb --imdb nothing",
     "derive nobody",
-    "notebooks 00 99",
-    "bench --only nobody",
-    "bench --contestants nobody",
     "run --name ../elsewhere",
 ]
 
@@ -223,15 +222,38 @@ def test_spoilt_and_missing_files_end_in_one_sentence(shelf, monkeypatch, capsys
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize(
+    ("main", "line", "sentence"),
+    [
+        (benchmarks.__main__.main, "--repetitions 0", "--repetitions: 0 must be at least 1"),
+        (benchmarks.__main__.main, "--output file", "--output file cannot be made: "),
+        (benchmarks.__main__.main, "--only nobody", "ValueError: no section is called nobody; there are "),
+        (benchmarks.__main__.main, "--contestants nobody", "ValueError: no contestant is called nobody; there are "),
+        (notebooks.main, "00 99", "ValueError: no notebook is called 99; there are 00_start_here.ipynb, "),
+    ],
+)
+def test_commands_of_their_own_refuse_alike(capsys, tmp_path, monkeypatch, main, line, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "main", main)
+    assert sentence in refused(capsys, *line.split())
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = "import sys; from tpo_lib import cli\ntry: cli.main([{!r}])\nfinally: assert 'torch' not in sys.modules"
+    for flag, words in (("--version", tpo_lib.__version__), ("--help", "evaluate")):
+        assert words in subprocess.check_output([sys.executable, "-c", code.format(flag)], text=True)
+
+
 def _flags(command: str) -> list[argparse.Action]:
-    return [action for action in cli.build_parser().commands[command]._actions if action.dest != "help"]
+    return [action for action in cli.build_parser(command).commands[command]._actions if action.dest != "help"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_flag_of_every_command_has_words(command):
     for action in _flags(command):
         assert action.help, action.option_strings or action.dest
-    assert cli.build_parser().commands[command].format_help()
+    assert cli.build_parser(command).commands[command].format_help()
 
 
 def test_the_words_of_a_flag_are_the_records_and_the_presets_defaults():
@@ -241,7 +263,7 @@ def test_the_words_of_a_flag_are_the_records_and_the_presets_defaults():
 
 
 def _config(*arguments) -> TrainConfig:
-    return flags.read_config(cli.build_parser().parse_args(["train", *arguments]))
+    return flags.read_config(cli.build_parser("train").parse_args(["train", *arguments]))
 
 
 def test_a_flag_takes_the_objectives_own_default():
@@ -291,10 +313,10 @@ def test_long_words_of_libraries_are_cut_and_a_full_memory_names_what_to_lower(m
 
 def test_a_guide_is_a_run_that_read_a_reference(tmp_path):
     record = tmp_path / "training.json"
-    options, config = argparse.Namespace(guide=str(tmp_path)), TrainConfig(loss_type="tgdpo")
+    config = TrainConfig(loss_type="tgdpo")
     for content, beta in (({"loss_type": "dpo", "beta": 0.3}, 0.3), ({"loss_type": "tdpo2"}, 0.1)):
         record.write_text(json.dumps(content))
-        assert cli._guided(options, config).guide_beta == beta
+        assert named.guided(config, str(tmp_path)).guide_beta == beta
     for content, words in (
         ({"loss_type": "sft"}, "is a run of sft, which reads no reference"),
         ({"loss_type": "simpo", "beta": 2.0}, "is a run of simpo, which reads no reference"),
@@ -303,8 +325,8 @@ def test_a_guide_is_a_run_that_read_a_reference(tmp_path):
     ):
         record.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=words):
-            cli._guided(options, config)
-        assert cli._guided(options, replace(config, guide_beta=0.2)).guide_beta == 0.2  # it was said
+            named.guided(config, str(tmp_path))
+        assert named.guided(replace(config, guide_beta=0.2), str(tmp_path)).guide_beta == 0.2  # it was said
 
 
 def test_a_folder_without_permission_is_named_before_anything_loads(nothing_loads, monkeypatch, capsys, tmp_path):

@@ -26,7 +26,8 @@ _HOME = {  # module: what it gives
     "fast.fused": ("pair_loss",),
     "config": ("TrainConfig", "PRESETS"),
     "train": ("fit",),
-    "evaluation": ("evaluate", "bootstrap", "paired_differences"),
+    "evaluation": ("evaluate",),
+    "intervals": ("bootstrap", "paired_differences"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = list(_MODULE)

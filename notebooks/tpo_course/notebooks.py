@@ -1,17 +1,27 @@
 """Keep the course's notebooks as they are committed: executed, timed, clean, and with one address in all of them.
 
-python -m tpo_lib notebooks [NAME ...]      # = make notebooks
+python -m tpo_course.notebooks [NAME ...]      # = make notebooks
 """
 
 from __future__ import annotations
 
+import re
 import time
+from argparse import BooleanOptionalAction
+from collections.abc import Sequence
 from pathlib import Path
 
+import tpo_lib
+from tpo_lib.cli import call
 from tpo_lib.files import store
+from tpo_lib.parser import Parser
 
 FOLDER = Path(__file__).parents[1]
-REPO_SLUG = "tpo-lib/tpo-lib"  # owner/name on GitHub; `python -m tpo_lib notebooks --no-execute` writes it everywhere
+ROOT = FOLDER.parent
+REPO_SLUG = (
+    "tpo-lib/tpo-lib"  # owner/name on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
+)
+PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml")  # the other files that name it
 TAG = "setup"
 SET_UP = """\
 # On Colab this fetches the course; anywhere else it does nothing.
@@ -21,7 +31,8 @@ if "google.colab" in sys.modules:
     import importlib.metadata
 
     torch_before = importlib.metadata.version("torch")
-    !git clone -q --depth 1 https://github.com/{slug} /content/course
+    repository, version = "https://github.com/{slug}", "v{version}"  # while there is no such tag, the newest
+    !git clone -q --depth 1 -b $version $repository /content/course || git clone -q --depth 1 $repository /content/course
     %pip install -q -e /content/course
     sys.path[:0] = ["/content/course", "/content/course/notebooks"]
     assert importlib.metadata.version("torch") == torch_before, "Colab's torch was replaced: restart the runtime\""""
@@ -30,6 +41,11 @@ if "google.colab" in sys.modules:
 def course() -> list[Path]:
     """The notebooks of the course, in order."""
     return sorted(path for path in FOLDER.glob("*.ipynb") if not path.name.startswith("."))
+
+
+def set_up() -> str:
+    """The cell that fetches on Colab the version that the notebook was executed with."""
+    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__)
 
 
 def badge(name: str) -> str:
@@ -67,6 +83,12 @@ def refresh(path: Path, *, execute: bool = True) -> float | None:
     return seconds
 
 
+def set_address(page: Path) -> None:
+    """Let every address of a repository on GitHub in a page be ours."""
+    text = re.sub(r"github\.com/[\w-]+/[\w-]+", f"github.com/{REPO_SLUG}", page.read_text(encoding="utf-8"))
+    store.write_file(page, text)
+
+
 def _set_address(notebook, name: str) -> None:
     import nbformat
 
@@ -75,7 +97,7 @@ def _set_address(notebook, name: str) -> None:
     if lines[0].startswith("[![Open in Colab]"):
         lines = lines[2:]
     cells[0].source = "\n".join([badge(name), "", *lines])
-    source = SET_UP.format(slug=REPO_SLUG)
+    source = set_up()
     found = [cell for cell in cells if TAG in cell.metadata.get("tags", [])]
     if not found:
         first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code")
@@ -93,3 +115,30 @@ def _clean(notebook) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(prog="python -m tpo_course.notebooks", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="file names, or beginnings of them (default: all)")
+    parser.add_argument("--execute", action=BooleanOptionalAction, default=True, help="or only tidy them")
+    parser.set_defaults(function=_refresh_all)
+    call(parser, arguments)
+
+
+def _refresh_all(options) -> None:
+    there = [path.name for path in course()]
+    unknown = [name for name in options.names if not any(each.startswith(name) for each in there)]
+    if unknown or not there:
+        what = " or ".join(unknown) or "anything, outside a checkout of the repository"
+        raise ValueError(f"no notebook is called {what}; there are {', '.join(there) or 'none'}")
+    for path in course():
+        if path.name.startswith(tuple(options.names or [""])):
+            seconds = refresh(path, execute=options.execute)
+            print(f"{path.name}: {'tidied' if seconds is None else f'{seconds:.0f} s'}", flush=True)
+    for page in PAGES:
+        set_address(ROOT / page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""python -m benchmarks: time and memory beside TRL and Liger (= make bench)."""
+
+from __future__ import annotations
+
+from argparse import BooleanOptionalAction
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import run
+from tpo_lib.cli import call
+from tpo_lib.parser import COUNT, Parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(prog="python -m benchmarks", description="Time and memory beside TRL and Liger (40 minutes).")
+    parser.add_argument("--quick", action="store_true", help="fewer sections and pairs, about three minutes")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="sections whose names begin so")
+    parser.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; nothing is written")
+    parser.add_argument("--memory", action=BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--repetitions", type=COUNT, help="rounds of timing (default: 4, quick: 2)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: benchmarks, quick: runs/bench)")
+    parser.set_defaults(function=_run)
+    call(parser, arguments)
+
+
+def _run(options) -> None:
+    run.run(
+        options.output,
+        quick=options.quick,
+        only=options.only,
+        labels=options.contestants,
+        memory=options.memory,
+        repetitions=options.repetitions,
+    )
+
+
+if __name__ == "__main__":
+    main()

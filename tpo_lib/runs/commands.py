@@ -1,0 +1,212 @@
+"""What the commands run, train, pairs, evaluate and sweep do, once their flags are read and judged (cli.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import accelerate
+
+from tpo_lib import pairing
+from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.data import encode_pairs
+from tpo_lib.evaluation import evaluate as evaluate_policy
+from tpo_lib.files import store
+from tpo_lib.files.pairs import load_pairs, save_pairs
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import choose_device, load_model, load_tokenizer
+from tpo_lib.rewards import load_reward
+from tpo_lib.runs import compare, named, report
+from tpo_lib.runs.plots import score_gaps
+from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
+from tpo_lib.runs.run import read_run, shared_prompts
+from tpo_lib.runs.sweep import RUNS
+from tpo_lib.runs.sweep import sweep as sweep_runs
+from tpo_lib.train import fit
+
+NO_JUDGE = "none"
+
+
+def run(options) -> None:
+    config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
+    name = ("quick" if options.quick else "pocket") if options.name is None else options.name
+    folder = compare.run_folder(options.runs, name)
+    summary = compare.run(config, folder, fresh=options.fresh)
+    print(report.summary_table(summary))
+    minutes = summary["wall_time_s"] / 60
+    print(f"\n{minutes:.1f} minutes; report: {folder / 'report.html'} (also {folder / 'report.md'})")
+
+
+def sweep(options) -> None:
+    path = Path(options.output or RUNS)
+    print(f"{len(sweep_runs(path)['runs'])} runs in {path}")
+
+
+def train(options) -> None:
+    config = options.training
+    name, device = named.model_name(options), choose_device(config.device)
+    named.check_names(options)
+    named.check_rank(config, name)
+    config = named.guided(config, options.guide)
+    tokenizer = load_tokenizer(name)
+    with _main_process_first(device):  # of several processes one samples, the others read its cache
+        source = options.pairs or PRESETS[options.preset].pairs or str(_sampled_pairs(options))
+        pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
+    eval_pairs = None
+    if options.eval_pairs:
+        eval_pairs = _encoded(options.eval_pairs, options.eval_split, options.eval_config, tokenizer, config, options)
+    guide = options.guide
+    if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
+        config, guide = _own_guide(config, name, tokenizer, pairs)
+    result = fit(
+        config,
+        named.policy(config, name),
+        named.frozen(name, device),
+        pairs,
+        eval_pairs=eval_pairs,
+        guide=guide and named.frozen(guide, device),
+        tokenizer=tokenizer,
+        resume=options.resume,
+    )
+    print(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
+    folder = result.output_dir
+    print(f"trained {result.steps} updates; model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}")
+
+
+def _main_process_first(device):
+    """Under `accelerate launch` the other processes wait for the main one; alone, nothing."""
+    if "LOCAL_RANK" not in os.environ:
+        return nullcontext()
+    return accelerate.PartialState(cpu=device.type == "cpu").main_process_first()
+
+
+def _own_guide(config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path]:
+    """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
+    folder = Path(config.output_dir) / "guide"
+    beta = config.guide_beta or config.hyperparameters()["beta"]
+    print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
+    stage = override(config, loss_type="dpo", beta=beta, output_dir=str(folder))
+    reference = named.frozen(name, choose_device(config.device))
+    fit(stage, named.policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
+    return replace(config, guide_beta=beta), folder
+
+
+def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
+    paired = OBJECTIVES[config.loss_type].paired
+    table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows, paired=paired)
+    encoded, encoding = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows=options.on_bad_rows)
+    for row in (*skipped, *encoding.skipped):
+        print(f"skipped {row}", file=sys.stderr)
+    print(f"{name}: {encoding}", file=sys.stderr)
+    return encoded
+
+
+def pairs(options) -> None:
+    output = Path(options.output)
+    picture = output.with_suffix(".png")
+    if picture.exists() and not output.exists():
+        raise FileExistsError(f"{picture} is there, where the histogram beside --output goes; choose another name")
+    print(f"wrote {_sampled_pairs(options, output)} and {picture}")
+
+
+def _sampled_pairs(options, output: Path | None = None) -> Path:
+    """Sample, score and pair; returns the file written (the cache's own if no output is named)."""
+    named.check_names(options)
+    name, folder = named.model_name(options), Path(options.cache_dir or "runs/pairs")
+    device, seed = choose_device(options.device), options.seed or 0
+    scorer = named.reward_name(options, name)
+    reward = load_reward(scorer, device=device)  # first: what cannot score shall not cost a model
+    model, tokenizer = load_model(name, device=device), load_tokenizer(name)
+    prompts = training_prompts(options.prompts, options.num_prompts, model, tokenizer, seed=seed, imdb=options.imdb)
+    _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
+    settings = ("samples_per_prompt", "max_new_tokens", "temperature", "rule", "min_gap")
+    table, made = pairing.build_pairs(
+        model,
+        tokenizer,
+        reward,
+        prompts=prompts.texts,
+        seed=seed,
+        cache_dir=folder,
+        **{setting: getattr(options, setting) for setting in settings},
+    )
+    print(made)
+    if output is None:  # named by its content: another run may sample into the same folder
+        output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
+    save_pairs(table, output)
+    store.write_file(output.with_suffix(".png"), partial(score_gaps(made).savefig, dpi=110))
+    return output
+
+
+def evaluate(options) -> None:
+    named.check_names(options)
+    device, record = choose_device(options.device), read_run(options.policy)
+    name, source = named.reference(options, record)
+    scorers = {"reward": named.reward_name(options, name), "judge": named.judge_name(options, name)}
+    # the scorers first: what cannot score shall not cost a model
+    reward, judge = (scorer and load_reward(scorer, device=device) for scorer in scorers.values())
+    tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
+    named.check_reference(options, record, reference, tokenizer)
+    seen = recorded_prompts(record, tokenizer)
+    prompts = held_out_prompts(
+        options.prompts, options.num_prompts, reference, tokenizer, seed=options.seed, imdb=options.imdb, seen=seen
+    )
+    ranking, words = _held_out_pairs(options, record, tokenizer, seen, device)
+    sources = {"model": options.policy, "reference": f"{name} ({source})"}
+    sources["reward"] = _scorer_words(reward, scorers["reward"])
+    same = judge and judge.fingerprint == reward.fingerprint
+    sources["judge"] = _scorer_words(judge, scorers["judge"]) + ("; it is the reward once more" if same else "")
+    sources |= {"prompts": prompts.words, **words}
+    _say(sources)
+    result = evaluate_policy(
+        load_model(options.policy, device=device),
+        reference,
+        tokenizer,
+        prompts.texts,
+        reward,
+        judge=judge,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        cache_dir=Path(options.cache_dir),
+        **ranking,
+    )
+    for metric, value in result.metrics.items():
+        print(f"{metric:16s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
+    if options.output:
+        metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
+        content = {"sources": sources, "metrics": metrics, "samples": [asdict(sample) for sample in result.samples]}
+        store.write_file(options.output, json.dumps(content, indent=1) + "\n")
+
+
+def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dict[str, str]]:
+    """Arguments of `evaluate` for --pairs, and the line that says how they rank; by what the run was trained with."""
+    if not options.pairs:
+        return {}, {}
+    config = record.config if record else PRESETS[options.preset].train
+    pairs = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
+    own = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
+    shared = overlap(None if seen is None else len(shared_prompts(seen, own)))
+    words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by", {"pairs": pairs}
+    if not record:
+        return ranking, {"pairs": f"{words} the plain log-ratio (no record of an objective)"}
+    if "guide_logps" in OBJECTIVES[config.loss_type].needs:
+        ranking["guide"] = named.recorded_guide(record, device)
+        if ranking["guide"] is None:
+            return ranking, {"pairs": f"{words} the plain log-ratio ({config.loss_type}'s guide is not where it was)"}
+    ranking |= {"objective": config.loss_type, "hyperparameters": config.hyperparameters()}
+    return ranking, {"pairs": f"{words} {config.loss_type}'s implicit reward, as trained"}
+
+
+def _scorer_words(scorer, name: str | None) -> str:
+    reads = {"full": "prompt and response", "response": "the response"}
+    return f"{scorer.name} ({name}), reads {reads[scorer.scope]}" if scorer else NO_JUDGE
+
+
+def _say(sources: dict[str, str]) -> None:
+    """The head of an output: what it was made with."""
+    for what, words in sources.items():
+        print(f"{what:10s} {words}")

@@ -1,0 +1,145 @@
+"""What a name on the command line stands for: a preset's models, the reward that fits one, what a run's record leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tpo_lib.config import PRESETS, TrainConfig
+from tpo_lib.files import adapters, folders
+from tpo_lib.files.tokens import vocabulary_name
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import POCKET, choose_device, load_config, load_model, load_tokenizer
+from tpo_lib.runs.run import RunRecord, origin, read_run
+
+
+def check_names(options) -> None:
+    """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
+    for kind in ("model", "policy", "guide", "reward", "judge"):
+        if name := getattr(options, kind, None):
+            folders.find(kind, name)
+    for kind in ("pairs", "eval_pairs"):
+        name = getattr(options, kind, None)
+        if name and folders.is_path(name) and not Path(name).exists():
+            raise folders.no_such_path(f"--{kind.replace('_', '-')}", name)
+
+
+def model_name(options) -> str:
+    """--model, or the preset's."""
+    return options.model or PRESETS[options.preset].model or str(POCKET)
+
+
+def reward_name(options, model: str) -> str:
+    """The reward to score with: the preset's own scores what comes of the preset's model, and nothing else unasked."""
+    preset = PRESETS[options.preset]
+    own, made_for = preset.reward or str(POCKET), preset.model or str(POCKET)
+    if not options.reward and not _same(_start(model), made_for):
+        raise ValueError(
+            f"--reward is missing: {own} was made for {made_for} and may say nothing about {model}; name a reward (any text "
+            "classifier), or that one if it is meant"
+        )
+    return options.reward or own
+
+
+def judge_name(options, model: str) -> str | None:
+    """--judge, or the preset's where the model is the preset's too."""
+    preset = PRESETS[options.preset]
+    if options.judge or not _same(_start(model), preset.model or str(POCKET)):
+        return options.judge
+    return preset.judge if preset.model else str(POCKET / "judge")
+
+
+def _start(model: str) -> str:
+    """What a run's model was trained from; any other model itself."""
+    record = read_run(model)
+    return (record and record.model and record.model["name"]) or model
+
+
+def _same(a: str, b: str) -> bool:
+    return a == b or Path(a).resolve() == Path(b).resolve()
+
+
+def policy(config, name: str):
+    """What is trained: the start model, or fresh adapters on it."""
+    model = load_model(name, device=choose_device(config.device))
+    return adapters.add_lora(model, config.lora_rank, seed=config.seed) if config.lora_rank else model
+
+
+def check_rank(config, name: str) -> None:
+    """Refuse a rank that the start model's layers do not take, before it is loaded."""
+    if config.lora_rank:
+        adapters.check_rank(config.lora_rank, load_config(name))
+
+
+def frozen(name: str | Path, device) -> Callable:
+    """A function that loads a reference or guide; `fit` calls it when it needs the model, and may let it go."""
+    return lambda: load_model(name, device=device).requires_grad_(False)
+
+
+def guided(config: TrainConfig, guide: str | None) -> TrainConfig:
+    """The settings with the beta that --guide was trained with, by its record.
+
+    It has to be a run against a reference: there log pi_guide - log pi_ref is a reward.
+    """
+    if not guide or "guide_beta" in config.hyper:
+        return config
+    try:
+        record = read_run(guide)
+    except ValueError as error:
+        raise ValueError(f"{error}: pass --guide-beta") from error
+    if record and "ref_logps" not in OBJECTIVES[record.config.loss_type].needs:
+        raise ValueError(
+            f"--guide {record.folder} is a run of {record.config.loss_type}, which reads no reference, so that it holds no "
+            "token rewards: guide with a run of dpo, or say with --guide-beta how its log-ratio is to be read"
+        )
+    beta = record and record.config.hyperparameters().get("beta")
+    if beta is None:
+        raise ValueError(f"--guide {guide} does not say which beta it was trained with; pass it as --guide-beta")
+    return replace(config, guide_beta=beta)
+
+
+def reference(options, record: RunRecord | None) -> tuple[str, str]:
+    """The reference of an evaluation and, in words, who said so: --model, the run's record, or else the preset."""
+    known = record and record.reference
+    if options.model:
+        differs = f"; the run was started from {known['name'] or 'a model in memory'}" if known else ""
+        return options.model, f"--model{differs}"
+    if not known:
+        return model_name(options), "the preset's: there is no record of what the model was started from"
+    if not known["name"]:
+        raise ValueError(
+            f"the run in {record.folder} was started from a model in memory: name its reference with --model FOLDER"
+        )
+    if folders.is_path(known["name"]) and not Path(known["name"]).exists():
+        raise FileNotFoundError(
+            f"{known['name']}, which the run in {record.folder} was started from, is not there any more: put it back, or name "
+            "the reference with --model"
+        )
+    return known["name"], "what the run was started from"
+
+
+def check_reference(options, record: RunRecord | None, model, tokenizer) -> None:
+    """Refuse a reference that has changed since the run, and a policy of another vocabulary."""
+    # of the base of adapters that no reference was read beside, the record has a digest of another kind
+    known = record and (record.start.get("reference") or record.start.get("start model"))
+    if known and not options.model and origin(model)["sha256"] != known["sha256"]:
+        raise ValueError(
+            f"{known['name']} is not what the run in {record.folder} was started from: its weights have changed since; name "
+            "the reference with --model"
+        )
+    with suppress(OSError):  # a policy without a tokenizer of its own has the reference's
+        if vocabulary_name(load_tokenizer(options.policy)) != vocabulary_name(tokenizer):
+            raise ValueError(
+                f"{options.policy} has another vocabulary than the reference {tokenizer.name_or_path}: there is no KL between "
+                "them; name the model that it was trained from with --model"
+            )
+
+
+def recorded_guide(record: RunRecord, device):
+    """The guide of a run, or None where its record does not lead to the same model any more."""
+    known = record.start.get("guide") or {"name": None}
+    with suppress(OSError):
+        guide = known["name"] and load_model(known["name"], device=device)
+        return guide if guide and origin(guide)["sha256"] == known["sha256"] else None
