@@ -107,9 +107,8 @@ class Verdict:
         return f"{self.status}: {self.message}"
 
     def _repr_html_(self) -> str:
-        sign, colour = {"correct": ("✓", "#007a55"), "wrong": ("✗", "#b03a00"), "not attempted": ("○", "#555555")}[
-            self.status
-        ]
+        looks = {"correct": ("✓", "#007a55"), "wrong": ("✗", "#b03a00"), "not attempted": ("○", "#555555")}
+        sign, colour = looks[self.status]
         return (
             f'<div style="border-left:4px solid {colour};padding:.4em .8em"><b style="color:{colour}">'
             f"{sign} {self.status}</b><br>{self.message}</div>"
@@ -161,15 +160,16 @@ class Exercise:
             try:
                 given.append(_observe(answer, case))
             except Exception as error:  # the learner's code may raise anything; the verdict repeats it
-                return Verdict(
-                    "wrong", f"Your code raised {type(error).__name__}: {html.escape(str(error))}{_at(case)}"
-                )
+                said = f"{type(error).__name__}: {html.escape(str(error))}"
+                return Verdict("wrong", f"Your code raised {said}{_at(case)}")
             if given[-1].values is None:
                 return Verdict("not attempted", f"Hint: {self.hints[0]}")
             if (problem := _unlike(given[-1], want)) is not None:
                 return Verdict("wrong", f"{problem}{_at(case)}")
         if all(_agree(got, want) for got, want in zip(given, expected, strict=True)):
-            return Verdict("correct", f"{self.title}: values{_and_gradients(expected)} agree in {_count(len(given))}.")
+            gradients = " and gradients" if any(seen.gradients for seen in expected) else ""
+            cases = "the only case" if len(given) == 1 else f"all {len(given)} cases"
+            return Verdict("correct", f"{self.title}: values{gradients} agree in {cases}.")
         for mistake in self.mistakes:
             same = [_observe(mistake.wrong, case) for case in self.cases()]
             if all(_agree(got, want) for got, want in zip(given, same, strict=True)):
@@ -456,11 +456,3 @@ def _difference(got: _Observation, want: _Observation) -> str:
 
 def _at(case: Case) -> str:
     return f", in the case of {case.words}." if case.words else "."
-
-
-def _and_gradients(expected: list[_Observation]) -> str:
-    return " and gradients" if any(o.gradients for o in expected) else ""
-
-
-def _count(cases: int) -> str:
-    return "the only case" if cases == 1 else f"all {cases} cases"
