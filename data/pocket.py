@@ -25,7 +25,7 @@ from tpo_data.progress import load_progress, save_progress
 from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
 from tpo_lib.files import store
 from tpo_lib.files.imdb import SPLITS, load_imdb
-from tpo_lib.models import POCKET, load_model, load_tokenizer
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.pairing import score
 from tpo_lib.parser import COUNT, Parser
 from tpo_lib.rewards import AdditiveReward, ClassifierReward

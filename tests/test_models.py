@@ -14,6 +14,7 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.evaluation import evaluate, pair_stats, sequence_kl
 from tpo_lib.files import store
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.store import CheckpointError
 from tpo_lib.sampling import Completion
 from tpo_lib.train import fit
@@ -70,10 +71,10 @@ def test_a_reader_registers_every_weight_once():
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_load_model_from_a_folder(build, tmp_path):
     folder = tiny.checkpoint_folder(tmp_path, build)
-    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     assert not model.training
     assert model.dtype == torch.float32
-    assert models.fingerprint(model) == models.fingerprint(models.load_model(folder))
+    assert models.fingerprint(model) == models.fingerprint(load_model(folder))
     assert tokenizer("good")["input_ids"][0] == 0  # BOS leads every text
 
 
@@ -87,16 +88,16 @@ def test_fingerprint_sees_every_weight():
 
 def test_pickled_weights_are_refused(tmp_path):
     folder = tiny.checkpoint_folder(tmp_path)
-    torch.save(models.load_model(folder).state_dict(), folder / "pytorch_model.bin")
+    torch.save(load_model(folder).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         OSError, match=r"could not be loaded: it has no model.safetensors but pytorch_model.bin, pickled"
     ):
-        models.load_model(folder)
+        load_model(folder)
 
 
 def test_missing_names_point_to_the_pocket_preset():
-    for kind, load in (("model", models.load_model), ("tokenizer", models.load_tokenizer)):
+    for kind, load in (("model", load_model), ("tokenizer", load_tokenizer)):
         with pytest.raises(OSError, match=f"{kind} 'nobody/nothing' could not be loaded.*--preset pocket"):
             load("nobody/nothing")
 
@@ -120,7 +121,7 @@ def test_precision_is_chosen_from_the_device():
 
 def test_final_model_of_a_run_is_found_in_its_folder(tmp_path):
     tiny.checkpoint_folder(tmp_path / "final")
-    assert models.fingerprint(models.load_model(tmp_path)) == models.fingerprint(models.load_model(tmp_path / "final"))
+    assert models.fingerprint(load_model(tmp_path)) == models.fingerprint(load_model(tmp_path / "final"))
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -252,9 +253,9 @@ def flip(path) -> None:
 
 
 LOADS = {
-    "model": ("model.safetensors", lambda folder: models.load_model(folder)),
-    "configuration": ("config.json", lambda folder: models.load_model(folder)),
-    "tokenizer": ("tokenizer.json", lambda folder: models.load_tokenizer(folder)),
+    "model": ("model.safetensors", lambda folder: load_model(folder)),
+    "configuration": ("config.json", lambda folder: load_model(folder)),
+    "tokenizer": ("tokenizer.json", lambda folder: load_tokenizer(folder)),
     "reward": ("reward.safetensors", lambda folder: rewards.load_reward(folder)),
     "judge": ("model.safetensors", lambda folder: rewards.load_reward(folder / "judge")),
 }
@@ -263,7 +264,7 @@ LOADS = {
 @pytest.mark.parametrize("kind", LOADS)
 def test_a_flipped_bit_in_what_is_bundled_is_noticed(tmp_path, kind):
     name, load = LOADS[kind]
-    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    folder = shutil.copytree(POCKET, tmp_path / "pocket")
     load(folder)
     flip(folder / "judge" / name if kind == "judge" else folder / name)
     place = "pocket/judge" if kind == "judge" else "pocket"
@@ -278,17 +279,17 @@ def test_a_flipped_bit_in_what_is_bundled_is_noticed(tmp_path, kind):
 
 
 def test_what_is_bundled_is_what_its_manifests_list():
-    for folder in (models.POCKET, models.POCKET / "judge"):
+    for folder in (POCKET, POCKET / "judge"):
         store.prove(folder)
 
 
 def test_a_file_is_hashed_once_for_each_content(tmp_path, monkeypatch):
-    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    folder = shutil.copytree(POCKET, tmp_path / "pocket")
     real, hashed = store.sha256_file, []
     monkeypatch.setattr(store, "sha256_file", lambda path: (hashed.append(path.name), real(path))[1])
     for _ in range(2):
-        models.load_model(folder)
-        models.load_tokenizer(folder)
+        load_model(folder)
+        load_tokenizer(folder)
     assert len(hashed) == len(set(hashed)) + 4  # four names are in the judge's folder too
     assert "README.md" not in hashed
 
@@ -296,19 +297,19 @@ def test_a_file_is_hashed_once_for_each_content(tmp_path, monkeypatch):
 def test_a_manifest_of_another_kind_and_files_of_the_users_are_nothing_to_us(tmp_path):
     folder = tiny.checkpoint_folder(tmp_path / "other")
     (folder / "MANIFEST.json").write_text('{"files": ["model.safetensors"], "version": 2}')
-    models.load_model(folder)
+    load_model(folder)
     store.write_atomically(tmp_path / "final", lambda to: tiny.llama(vocab=300).save_pretrained(to))
     tiny.tokenizer(tmp_path / "final")  # saved beside the weights by hand
-    models.load_model(tmp_path / "final")
-    models.load_tokenizer(tmp_path / "final")
+    load_model(tmp_path / "final")
+    load_tokenizer(tmp_path / "final")
     (tmp_path / "final" / "MANIFEST.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"final has no readable MANIFEST\.json"):
-        models.load_model(tmp_path / "final")
+        load_model(tmp_path / "final")
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "missing"])
 def test_a_reward_does_not_become_one_of_another_kind(tmp_path, kind):
-    folder = shutil.copytree(models.POCKET, tmp_path / "pocket")
+    folder = shutil.copytree(POCKET, tmp_path / "pocket")
     path = folder / "reward.safetensors"
     path.unlink()
     if kind == "folder":

@@ -16,6 +16,7 @@ from tpo_data import pocket, sentiment
 from tpo_lib import models
 from tpo_lib.files import store
 from tpo_lib.files.imdb import clean_review
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
 
 CONFIG = pocket.PocketConfig(
@@ -130,7 +131,7 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
         with pytest.raises(RuntimeError, match=rf"work was begun with another {what}; .*--work-dir"):
             pocket.build(*arguments[:3], *changed, compile=False)
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert facts["parameters"] == sum(p.numel() for p in models.load_model(tmp_path / "out").parameters())
+    assert facts["parameters"] == sum(p.numel() for p in load_model(tmp_path / "out").parameters())
     assert 0 < facts["nats_per_token"] < np.log(300)
     readme = (tmp_path / "out" / "README.md").read_text()
     for needed in (
@@ -205,21 +206,21 @@ def test_cut_windows():
 
 
 def test_what_is_bundled():
-    facts = json.loads((models.POCKET / "provenance.json").read_text())
-    assert sum(path.stat().st_size for path in models.POCKET.rglob("*") if path.is_file()) <= 20e6
+    facts = json.loads((POCKET / "provenance.json").read_text())
+    assert sum(path.stat().st_size for path in POCKET.rglob("*") if path.is_file()) <= 20e6
     assert facts["parameters"] <= 6_000_000
     assert facts["nats_per_token"] <= 3.75
     assert facts["start"]["reward"]["std"] >= 0.2
     assert facts["config"] == json.loads(json.dumps(vars(pocket.PocketConfig())))  # the defaults rebuild it
     assert facts["sentiment"] == json.loads(json.dumps(vars(sentiment.SentimentConfig())))
-    model = models.load_model(models.POCKET)
+    model = load_model(POCKET)
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
-    assert len(models.load_tokenizer(models.POCKET)) == model.config.vocab_size == 4096
+    assert len(load_tokenizer(POCKET)) == model.config.vocab_size == 4096
 
 
 def test_bundled_judge_and_reward_tell_good_from_bad():
     texts = [" is a wonderful film, one of the best I have seen.", " is awful, boring and a complete waste of time."]
-    for scorer in (AdditiveReward.load(models.POCKET), ClassifierReward(models.POCKET / "judge")):
+    for scorer in (AdditiveReward.load(POCKET), ClassifierReward(POCKET / "judge")):
         good, bad = scorer(texts)
         assert good > 0.7
         assert bad < 0.3

@@ -25,11 +25,12 @@ import tpo_lib
 from tpo_course import widgets
 from tpo_course.exercises import dpo as check
 from tpo_data import pocket
-from tpo_lib import losses, models
+from tpo_lib.files.load import POCKET
+from tpo_lib import losses
 from tpo_lib.runs import compare, sweep
 
 here = pathlib.Path(tpo_lib.__file__).parent.parent
-assert here == pathlib.Path(pocket.__file__).parent.parent == models.POCKET.parent.parent, here
+assert here == pathlib.Path(pocket.__file__).parent.parent == POCKET.parent.parent, here
 assert importlib.metadata.version("tpo-lib") == tpo_lib.__version__
 assert "notebooks" not in str(here)
 

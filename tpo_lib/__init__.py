@@ -13,7 +13,8 @@ from importlib import import_module
 __version__ = "0.2.0"
 
 _HOME = {  # module: what it gives
-    "models": ("load_model", "load_tokenizer", "frozen_copy"),
+    "files.load": ("load_model", "load_tokenizer"),
+    "models": ("frozen_copy",),
     "rewards": ("load_reward",),
     "runs.prompts": ("sample_prompts",),
     "sampling": ("generate",),

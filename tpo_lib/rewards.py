@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tpo_lib.files import classifiers, store
-from tpo_lib.models import fingerprint, load_classifier, load_tokenizer, tokenizer_content
+from tpo_lib.files.load import load_classifier, load_tokenizer
+from tpo_lib.models import fingerprint, tokenizer_content
 
 
 class Reward(Protocol):

@@ -10,8 +10,8 @@ import transformers
 
 from tpo_course import ladder, memory
 from tpo_course.memory import SHAPES, ModelShape, from_config, step_memory
+from tpo_lib.files.load import POCKET
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import POCKET
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}

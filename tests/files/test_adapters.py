@@ -14,6 +14,7 @@ import torch
 
 from tpo_lib import cli, models
 from tpo_lib.files import adapters
+from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.runs.run import origin, read_run
 
 peft = pytest.importorskip("peft", reason="extra peft is not installed")
@@ -26,7 +27,7 @@ IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules
 
 def adapted(folder, base, *, seed=3, config=LORA, prepare=lambda model: model):
     """Save an adapter of `base` with random weights, and a tokenizer; returns it unmerged, in eval mode."""
-    model = peft.get_peft_model(prepare(models.load_model(base)), copy.deepcopy(config)).eval()
+    model = peft.get_peft_model(prepare(load_model(base)), copy.deepcopy(config)).eval()
     torch.manual_seed(seed)
     for weight in model.parameters():
         if weight.requires_grad:
@@ -62,12 +63,12 @@ def logits(model):
 def test_an_adapter_loads_as_its_base_with_it_merged(build, config, tmp_path):
     base = tiny.checkpoint_folder(tmp_path / "base", build)
     unmerged = adapted(tmp_path / "sft", base, config=config)
-    model = models.load_model(tmp_path / "sft")
+    model = load_model(tmp_path / "sft")
     torch.testing.assert_close(logits(model), logits(unmerged), rtol=1e-4, atol=1e-4)
-    assert (logits(model) - logits(models.load_model(base))).abs().max() > 0.1
-    assert type(model) is type(models.load_model(base))
+    assert (logits(model) - logits(load_model(base))).abs().max() > 0.1
+    assert type(model) is type(load_model(base))
     assert all(p.requires_grad for p in model.parameters())
-    assert len(models.load_tokenizer(tmp_path / "sft")) == 300  # its base's
+    assert len(load_tokenizer(tmp_path / "sft")) == 300  # its base's
 
 
 @pytest.mark.parametrize("more", [(), ("--lora-rank", "2")])
@@ -76,13 +77,13 @@ def test_training_starts_from_the_adapter_that_was_named(files, more):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["kl/chosen"] == first["kl/rejected"] == 0
     assert first["grad_norm"] > 0
-    start = models.load_model(files / "sft")
+    start = load_model(files / "sft")
     record = read_run(files / "out")
     assert record.model["name"] == str(files / "sft")  # not the adapter's base
     assert record.reference == origin(start)  # which `evaluate` measures against
     shutil.rmtree(files / "sft")  # what was saved needs neither adapter nor base
     (files / "base").rename(files / "elsewhere")
-    trained = dict(models.load_model(files / "out").named_parameters())
+    trained = dict(load_model(files / "out").named_parameters())
     assert 0 < max((trained[name] - weight).abs().max() for name, weight in start.named_parameters()) < 1e-3
 
 
@@ -91,26 +92,26 @@ def test_an_adapter_on_an_adapter_finds_its_way(files):
     train(files, "--lora-rank", "2", "--save-every", "1")
     last = max((files / "out" / "checkpoints").iterdir())
     assert (last / "adapter_config.json").is_file()
-    torch.testing.assert_close(logits(models.load_model(last)), logits(models.load_model(files / "out")))
+    torch.testing.assert_close(logits(load_model(last)), logits(load_model(files / "out")))
 
 
 def test_the_same_command_twice_gives_the_same_bits(files):
     def weights(out, *more):
         torch.rand(len(out))  # the generator is elsewhere each time
         train(files, "--lora-rank", "2", *more, out=out)
-        return models.fingerprint(models.load_model(files / out))
+        return models.fingerprint(load_model(files / out))
 
     assert weights("a") == weights("bb") != weights("ccc", "--seed", "1")
 
 
 def test_a_run_on_adapters_resumes_bit_for_bit(files):
     train(files, "--lora-rank", "2", "--save-every", "1", "--keep", "9")
-    whole = models.fingerprint(models.load_model(files / "out"))
+    whole = models.fingerprint(load_model(files / "out"))
     for late in sorted((files / "out" / "checkpoints").iterdir())[1:]:
         shutil.rmtree(late)
     shutil.rmtree(files / "out" / "final")
     train(files, "--lora-rank", "2", "--save-every", "1", "--keep", "9", "--resume")
-    assert models.fingerprint(models.load_model(files / "out")) == whole
+    assert models.fingerprint(load_model(files / "out")) == whole
 
 
 def test_a_guide_is_made_like_the_policy(files):
@@ -118,7 +119,7 @@ def test_a_guide_is_made_like_the_policy(files):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     last = max((files / "out" / "guide" / "checkpoints").iterdir())
     assert (last / "adapter_model.safetensors").is_file()
-    start, guide = models.load_model(files / "sft"), models.load_model(files / "out" / "guide")
+    start, guide = load_model(files / "sft"), load_model(files / "out" / "guide")
     changed = {
         name for (name, a), b in zip(start.named_parameters(), guide.parameters(), strict=True) if (a != b).any()
     }
@@ -127,7 +128,7 @@ def test_a_guide_is_made_like_the_policy(files):
 
 
 def test_weights_are_saved_whole_and_the_policy_stays_as_it_is(files):
-    policy = adapters.add_lora(models.load_model(files / "base"), 2, seed=0)
+    policy = adapters.add_lora(load_model(files / "base"), 2, seed=0)
     before = models.fingerprint(policy)
     plain = adapters.whole(policy)
     assert models.fingerprint(policy) == before
@@ -141,7 +142,7 @@ def test_weights_are_saved_whole_and_the_policy_stays_as_it_is(files):
 
 def test_a_policy_whose_adapters_cannot_be_merged_is_saved_as_it_is(files, capsys):
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-    policy = peft.get_peft_model(models.load_model(files / "base"), config)
+    policy = peft.get_peft_model(load_model(files / "base"), config)
     assert adapters.whole(policy) is policy
     assert "saved as an adapter: merging its adapter into the weights changes its logits" in capsys.readouterr().err
 
@@ -149,7 +150,7 @@ def test_a_policy_whose_adapters_cannot_be_merged_is_saved_as_it_is(files, capsy
 def test_a_policy_with_a_prompt_of_its_own_is_refused(files):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="PeftModelForCausalLM gives logits at 6 positions for 4 tokens"):
-        models.ResponseReader(peft.get_peft_model(models.load_model(files / "base"), config))
+        models.ResponseReader(peft.get_peft_model(load_model(files / "base"), config))
 
 
 def edit(path, **values):
@@ -158,29 +159,29 @@ def edit(path, **values):
 
 def test_a_base_is_found_beside_its_adapter_or_named_when_it_is_missing(files, monkeypatch):
     monkeypatch.chdir(files)  # a base may lie beside the working folder too
-    expected = models.fingerprint(models.load_model(files / "sft"))
+    expected = models.fingerprint(load_model(files / "sft"))
     edit(files / "sft" / "adapter_config.json", base_model_name_or_path="../base")
-    assert models.fingerprint(models.load_model(files / "sft")) == expected
+    assert models.fingerprint(load_model(files / "sft")) == expected
     (files / "base").rename(files / "away")
     with pytest.raises(
         OSError, match=r"sft' could not be loaded: its base model '../base' is not there; .*name where it is"
     ):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     edit(files / "sft" / "adapter_config.json", base_model_name_or_path="nobody/nothing")
-    for load in (models.load_model, models.load_tokenizer):
+    for load in (load_model, load_tokenizer):
         with pytest.raises(OSError, match=r"sft' could not be loaded: (model|tokenizer) 'nobody/nothing' could not be"):
             load(files / "sft")
     edit(files / "sft" / "adapter_config.json", revision="v2")
     with pytest.raises(OSError, match="its base is revision v2 of nobody/nothing; download that"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     edit(files / "sft" / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(OSError, match=r"adapter_config.json names no base model"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     edit(files / "sft" / "adapter_config.json", base_model_name_or_path="same")
     for place in (files, files / "sft"):
         shutil.copytree(files / "away", place / "same")
     with pytest.raises(OSError, match=r"its base model may be .*same or .*same; write one of them into"):
-        models.load_model("sft")
+        load_model("sft")
 
 
 def test_adapters_that_bring_modules_and_embeddings_of_their_own(tmp_path):
@@ -191,18 +192,18 @@ def test_adapters_that_bring_modules_and_embeddings_of_their_own(tmp_path):
         return model
 
     unmerged = adapted(tmp_path / "grown", base, prepare=grow)
-    model = models.load_model(tmp_path / "grown")
+    model = load_model(tmp_path / "grown")
     assert model.config.vocab_size == 310
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     torch.testing.assert_close(logits(model), logits(unmerged), rtol=1e-4, atol=1e-4)
 
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     unmerged = adapted(tmp_path / "untied", base, config=config)
-    model = models.load_model(tmp_path / "untied")
+    model = load_model(tmp_path / "untied")
     assert model.config.tie_word_embeddings is False
     torch.testing.assert_close(logits(model), logits(unmerged), rtol=1e-4, atol=1e-4)
     model.save_pretrained(str(tmp_path / "again"))
-    torch.testing.assert_close(logits(models.load_model(tmp_path / "again")), logits(model))
+    torch.testing.assert_close(logits(load_model(tmp_path / "again")), logits(model))
 
 
 def test_a_reward_may_be_an_adapter(tmp_path):
@@ -221,7 +222,7 @@ def test_a_reward_may_be_an_adapter(tmp_path):
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(reward.model(input_ids=ids).logits, expected)
     with pytest.raises(OSError, match=r"does not fit its base: it has \['.*score.*'\], which the base lacks"):
-        models.load_model(tmp_path / "reward")
+        load_model(tmp_path / "reward")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path, config, message):
     base = tiny.checkpoint_folder(tmp_path / "base")
     adapted(tmp_path / "other", base, config=config())
     with pytest.raises(OSError, match=f"other' could not be loaded: .*{message}"):
-        models.load_model(tmp_path / "other")
+        load_model(tmp_path / "other")
 
 
 def test_a_merge_is_judged_by_the_logits_of_tokens_that_are_not_forbidden():
@@ -269,23 +270,23 @@ def test_damaged_or_foreign_adapters_are_refused(files):
     ):
         edit(place, **change)
         with pytest.raises(OSError, match=message):
-            models.load_model(files / "sft")
+            load_model(files / "sft")
         place.write_text(good)
     shutil.copy(files / "base" / "model.safetensors", files / "sft")
     with pytest.raises(OSError, match="holds a whole model and an adapter, which may or may not be merged"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     (files / "sft" / "model.safetensors").unlink()
     weights.write_bytes(whole[:-8])
     with pytest.raises(OSError, match=r"adapter_model.safetensors was truncated or altered"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     weights.unlink()
     torch.save({}, weights.with_suffix(".bin"))
     with pytest.raises(OSError, match=r"no adapter_model.safetensors but adapter_model.bin, pickled"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
 
 
 def test_rank_above_the_width_is_refused_before_anything_is_loaded(files, capsys, monkeypatch):
-    monkeypatch.setattr(models, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tpo_lib.files.load._load", lambda *_: pytest.fail("a model was loaded"))
     for model in ("base", "sft"):
         with pytest.raises(SystemExit):
             train(files, "--lora-rank", "17", model=model)
@@ -295,6 +296,6 @@ def test_rank_above_the_width_is_refused_before_anything_is_loaded(files, capsys
 def test_without_peft_an_adapter_is_refused_with_the_way_to_get_it(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"the adapter .*sft needs peft: pip install -e '\.\[peft\]'"):
-        models.load_model(files / "sft")
+        load_model(files / "sft")
     with pytest.raises(ImportError, match=r"--lora-rank 2 needs peft"):
         adapters.add_lora(tiny.llama(), 2, seed=0)

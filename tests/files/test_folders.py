@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tpo_lib import cli, models
+from tpo_lib.files.load import POCKET, load_classifier, load_config, load_model, load_tokenizer
 from tpo_lib.runs.run import origin
 
 
@@ -26,14 +27,12 @@ def change(folder, **values):
 
 def test_fingerprint_sees_what_the_configuration_changes(tmp_path):
     folder = tiny.checkpoint_folder(tmp_path / "a")
-    before = models.fingerprint(models.load_model(folder))
+    before = models.fingerprint(load_model(folder))
     change(folder, pad_token_id=3, use_cache=False)
     folder = folder.rename(tmp_path / "b")
-    assert (
-        models.fingerprint(models.load_model(folder)) == before
-    )  # another place, other special tokens: the same model
+    assert models.fingerprint(load_model(folder)) == before  # another place, other special tokens: the same model
     change(folder, rms_norm_eps=1e-3)
-    assert models.fingerprint(models.load_model(folder)) != before
+    assert models.fingerprint(load_model(folder)) != before
 
 
 CODE = """open({mark!r}, "w").write("it ran")
@@ -62,7 +61,7 @@ def foreign(tmp_path, monkeypatch):
     assert len(sys.stdin.read()) == 2 * 99  # nor was anything asked
 
 
-LOADERS = [models.load_model, models.load_tokenizer, models.load_config, models.load_classifier]
+LOADERS = [load_model, load_tokenizer, load_config, load_classifier]
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -82,15 +81,15 @@ def test_no_code_of_a_tokenizer_ever_runs(foreign):
     said = {"auto_map": {"AutoTokenizer": [None, "mine.MyTokenizer"]}, "tokenizer_class": "MyTokenizer"}
     path.write_text(json.dumps(json.loads(path.read_text()) | said))
     with pytest.raises(OSError, match=r"its tokenizer_config.json asks for code of its own"):
-        models.load_tokenizer(foreign)
+        load_tokenizer(foreign)
 
 
 def test_code_that_transformers_has_taken_over_is_left_alone(foreign, capsys):
     """Phi-3 and others still name the files they once needed; what is used is said, once."""
     shutil.rmtree(foreign / "custom_generate")
-    expected = models.fingerprint(models.load_model(foreign))
+    expected = models.fingerprint(load_model(foreign))
     change(foreign, auto_map={"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"})
-    assert [models.fingerprint(models.load_model(foreign)) for _ in range(2)] == [expected] * 2
+    assert [models.fingerprint(load_model(foreign)) for _ in range(2)] == [expected] * 2
     assert capsys.readouterr().err.count("is not run; transformers' own ['LlamaForCausalLM'] is used") == 1
 
 
@@ -124,13 +123,13 @@ def test_a_typo_is_answered_with_what_is_called_alike(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match=r"model 'runs/dop' does not exist: did you mean runs/dpo"):
-        models.load_model("runs/dop")
+        load_model("runs/dop")
     with pytest.raises(OSError, match=r"'rnus/dpo/final' does not exist: did you mean runs\?"):
-        models.load_model("rnus/dpo/final")
+        load_model("rnus/dpo/final")
     with pytest.raises(
         OSError, match=r"'run' could not be loaded: it is not a local folder \(did you mean ./runs\?\), and the hub"
     ):
-        models.load_model("run")
+        load_model("run")
 
 
 DAMAGED = [
@@ -155,7 +154,7 @@ def test_a_configuration_that_does_not_fit_its_weights_is_refused(values, messag
     folder = tiny.checkpoint_folder(tmp_path)
     change(folder, **values)
     with pytest.raises(OSError, match="could not be loaded: .*" + message) as caught:
-        models.load_model(folder)
+        load_model(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +174,7 @@ def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
     folder = tiny.checkpoint_folder(tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(OSError, match="could not be loaded: .*" + message):
-        models.load_model(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_named(content, tmp_path):
     (tiny.checkpoint_folder(tmp_path) / "tokenizer.json").write_text(content)
     with pytest.raises(OSError, match=r"tokenizer '.*' could not be loaded: ") as caught:
-        models.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -195,13 +194,13 @@ def test_a_folder_of_another_kind_says_what_is_there_instead(tmp_path):
     ):
         (tmp_path / name).write_text("")
         with pytest.raises(OSError, match=message):
-            models.load_model(tmp_path)
+            load_model(tmp_path)
         (tmp_path / name).unlink()
     tiny.checkpoint_folder(tmp_path / "checkpoints" / "step-00000001")
     with pytest.raises(OSError, match=r"no config.json; the folders checkpoints/step-00000001 in it have"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(OSError, match=r"it is a file; pass the folder it lies in"):
-        models.load_model(tmp_path / "checkpoints" / "step-00000001" / "model.safetensors")
+        load_model(tmp_path / "checkpoints" / "step-00000001" / "model.safetensors")
 
 
 def test_layers_that_would_be_left_out_are_refused_and_other_weights_told(tmp_path, capsys):
@@ -209,14 +208,14 @@ def test_layers_that_would_be_left_out_are_refused_and_other_weights_told(tmp_pa
     held = load_file(folder / "model.safetensors")
     more = {"v_head.weight": torch.zeros(1, 16)}
     save_file(held | more, folder / "model.safetensors", metadata={"format": "pt"})
-    models.load_model(folder)
+    load_model(folder)
     assert "LlamaForCausalLM has no use for 1 weights: v_head.weight" in capsys.readouterr().err
     deeper = {
         name.replace("layers.0", "layers.1"): weight.clone() for name, weight in held.items() if "layers.0" in name
     }
     save_file(held | deeper, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"have layers that its config.json leaves out: model.layers.1"):
-        models.load_model(folder)
+        load_model(folder)
 
 
 def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
@@ -225,15 +224,15 @@ def test_a_model_that_reads_both_ways_is_no_language_model(tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=300, **shape)).save_pretrained(str(tmp_path))
     with pytest.raises(OSError, match="it is a BertForMaskedLM, and a causal language model is needed"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_half_precision_on_disk_is_float32_in_memory(tmp_path):
     folder = tiny.checkpoint_folder(tmp_path)
-    kept = models.load_model(folder).bfloat16()
+    kept = load_model(folder).bfloat16()
     kept.save_pretrained(str(folder))
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = models.load_model(folder)
+    loaded = load_model(folder)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(p, q.float()) for p, q in zip(loaded.parameters(), kept.parameters(), strict=True))
 
@@ -255,29 +254,29 @@ def hub(tmp_path, monkeypatch):
 def test_a_model_of_the_hub_is_checked_and_loaded_from_its_snapshot(tmp_path, hub):
     folder = tiny.checkpoint_folder(tmp_path / "local")
     hub(folder, "owner/good")
-    model = models.load_model("owner/good")
-    assert models.fingerprint(model) == models.fingerprint(models.load_model(folder))
+    model = load_model("owner/good")
+    assert models.fingerprint(model) == models.fingerprint(load_model(folder))
     assert origin(model)["name"] == "owner/good"  # not the snapshot's folder: a preset's model is known by its name
-    assert len(models.load_tokenizer("owner/good")) == 300
+    assert len(load_tokenizer("owner/good")) == 300
     change(hub(folder, "owner/deep"), num_hidden_layers=10**7)
     with pytest.raises(OSError, match=r"model 'owner/deep' could not be loaded: its config.json has num_hidden_layers"):
-        models.load_model("owner/deep")
+        load_model("owner/deep")
     (hub(folder, "owner/pickled") / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="model 'owner/pickled' could not be loaded: "):
-        models.load_model("owner/pickled")
+        load_model("owner/pickled")
 
 
 def test_an_adapter_of_the_hub_finds_its_base_there(tmp_path, hub):
     peft = pytest.importorskip("peft", reason="extra peft is not installed")
     hub(tiny.checkpoint_folder(tmp_path / "local"), "owner/base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    unmerged = peft.get_peft_model(models.load_model("owner/base"), config).eval()
+    unmerged = peft.get_peft_model(load_model("owner/base"), config).eval()
     unmerged.save_pretrained(str(tmp_path / "adapter"))
     hub(tmp_path / "adapter", "owner/adapter")
-    model, ids = models.load_model("owner/adapter"), torch.arange(9)[None]
+    model, ids = load_model("owner/adapter"), torch.arange(9)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, unmerged(input_ids=ids).logits)
-    assert len(models.load_tokenizer("owner/adapter")) == 300
-    assert models.load_config("owner/adapter").hidden_size == 16
+    assert len(load_tokenizer("owner/adapter")) == 300
+    assert load_config("owner/adapter").hidden_size == 16
 
 
 def test_every_call_of_the_library_that_could_run_code_forbids_it():
@@ -297,11 +296,11 @@ def test_every_call_of_the_library_that_could_run_code_forbids_it():
         (["train", "--eval-pairs", "./nope.jsonl"], "--eval-pairs './nope.jsonl' does not exist"),
         (["pairs", "--output", "x.jsonl", "--reward", "./nope"], "reward './nope' does not exist"),
         (["evaluate", "./nope"], "policy './nope' does not exist"),
-        (["evaluate", str(models.POCKET), "--judge", "./nope"], "judge './nope' does not exist"),
+        (["evaluate", str(POCKET), "--judge", "./nope"], "judge './nope' does not exist"),
     ],
 )
 def test_a_typo_is_refused_before_anything_is_loaded(command, message, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(models, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tpo_lib.files.load._load", lambda *_: pytest.fail("a model was loaded"))
     more = ["--output-dir", str(tmp_path)] if command[0] == "train" else []
     with pytest.raises(SystemExit) as left:
         cli.main([*command, *more])

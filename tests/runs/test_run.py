@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from tpo_lib import cli, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
-from tpo_lib.models import frozen_copy, load_model, load_tokenizer
+from tpo_lib.files.load import load_model, load_tokenizer
+from tpo_lib.models import frozen_copy
 from tpo_lib.runs import run
 from tpo_lib.runs.run import FORMAT, origin, read_run, shared_prompts
 

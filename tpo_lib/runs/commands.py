@@ -17,9 +17,10 @@ from tpo_lib.config import PRESETS, TrainConfig, override
 from tpo_lib.data import encode_pairs
 from tpo_lib.evaluation import evaluate as evaluate_policy
 from tpo_lib.files import store
+from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import choose_device, load_model, load_tokenizer
+from tpo_lib.models import choose_device
 from tpo_lib.rewards import load_reward
 from tpo_lib.runs import compare, named, report
 from tpo_lib.runs.plots import score_gaps

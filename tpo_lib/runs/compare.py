@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
+from tpo_lib.files.load import load_model
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import fingerprint, frozen_copy, load_model
+from tpo_lib.models import fingerprint, frozen_copy
 from tpo_lib.runs import plots, report
 from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import fit, planned_steps

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tpo_lib.config import PRESETS, TrainConfig
 from tpo_lib.files import adapters, folders
+from tpo_lib.files.load import POCKET, load_config, load_model, load_tokenizer
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import POCKET, choose_device, load_config, load_model, load_tokenizer
+from tpo_lib.models import choose_device
 from tpo_lib.runs.run import RunRecord, origin, read_run
 
 

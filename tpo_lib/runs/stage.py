@@ -19,7 +19,8 @@ from datasets import Dataset
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.evaluation import Evaluation, evaluate
-from tpo_lib.models import POCKET, choose_device, frozen_copy, load_model, load_tokenizer
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
+from tpo_lib.models import choose_device, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.rewards import load_reward
 from tpo_lib.runs.prompts import sample_prompts

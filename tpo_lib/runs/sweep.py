@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from tpo_lib.files import store
+from tpo_lib.files.load import POCKET
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import POCKET
 from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.stage import pocket_stage
 
