@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tpo_lib
+from tpo_course import notebooks
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,3 +51,24 @@ def test_the_page_is_complete_and_current():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert page == _api().page(), "write it anew: python docs/api.py"
     assert set(re.findall(r"^### `(\w+)", page, re.MULTILINE)) == set(tpo_lib.__all__)
+
+
+def test_one_version_everywhere():
+    version = tpo_lib.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert f'"v{version}"' in notebooks.set_up()
+
+
+@pytest.mark.parametrize("page", notebooks.PAGES)
+def test_one_address_everywhere(page, tmp_path, monkeypatch):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"github\.com/([\w-]+/[\w-]+)", text)) == {notebooks.REPO_SLUG}
+    copy = tmp_path / page
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(notebooks, "REPO_SLUG", "somebody/else")
+    notebooks.set_address(copy)
+    assert "somebody/else" in copy.read_text(encoding="utf-8")
+    monkeypatch.undo()
+    notebooks.set_address(copy)
+    assert copy.read_text(encoding="utf-8") == text  # and nothing else is touched
