@@ -111,9 +111,9 @@ def test_bad_settings_are_refused_by_name(lab):
 
 def test_the_widget_trains_lists_renames_removes_and_exports(lab, tmp_path):
     ui = training_lab(lab, folder=tmp_path)
-    assert ui.alpha.disabled
+    assert ui.hyper["alpha"].disabled
     ui.objective.value = "tdpo2"
-    assert not ui.alpha.disabled
+    assert not ui.hyper["alpha"].disabled
     assert "No run yet" in ui.samples.value
     empty = bytes(ui.points.value)
     ui.updates.value, ui.name.value = 2, "mine"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.config import PRESETS, TrainConfig, known_hyperparameters, override
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
@@ -62,22 +62,23 @@ class Laboratory:
         self.start = stage.evaluate(stage.start)
         self._guides: dict[TrainConfig, torch.nn.Module] = {}
 
-    def config(self, loss_type: str, *, beta: float, alpha: float, lr: float, updates: int, **more) -> TrainConfig:
+    def config(self, loss_type: str, *, lr: float, updates: int, **settings) -> TrainConfig:
         """Settings of a run of so many updates on the stage's pairs.
 
         Args:
-            more: other settings of TrainConfig, such as hyperparameters of an objective of your own.
+            settings: hyperparameters of any objective, of which this one takes its own, and other settings of TrainConfig.
 
         Raises:
             ValueError: a value is out of range (it is named).
         """
         base = PRESETS["pocket"].train
         per_epoch = len(self.stage.pairs) // base.batch_size
-        given = {"beta": beta, "alpha": alpha, "guide_beta": base.beta}
-        taken = {name: value for name, value in given.items() if name in OBJECTIVES[loss_type].hyperparameters}
+        idle = known_hyperparameters().keys() - OBJECTIVES[loss_type].hyperparameters.keys()
+        given = {"guide_beta": base.beta} | settings
+        taken = {name: value for name, value in given.items() if name not in idle}
         return override(
             base, loss_type=loss_type, lr=lr, warmup_steps=min(5, updates // 2), max_length=self.stage.config.max_length,
-            max_steps=updates, epochs=-(-updates // per_epoch), log_every=1, **(taken | more),
+            max_steps=updates, epochs=-(-updates // per_epoch), log_every=1, **taken,
         )  # fmt: skip
 
     def train(
@@ -142,8 +143,9 @@ class Laboratory:
 
     def free_name(self, config: TrainConfig) -> str:
         """A short name that no run has, such as "tdpo2 β.1 α.5"."""
-        used = config.hyperparameters()
-        shown = (f" {sign}{used[name]:.3g}" for name, sign in (("beta", "β"), ("alpha", "α")) if name in used)
+        known = OBJECTIVES[config.loss_type].hyperparameters
+        used = ((known[name], value) for name, value in config.hyperparameters().items())
+        shown = (f" {h.symbol}{value:.3g}" for h, value in used if h.swept)
         base = config.loss_type + "".join(shown)
         names = [base, *(f"{base} ({i})" for i in range(2, len(self.runs) + 3))]
         return next(name for name in names if name not in self.runs)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_course.coefficients import PairCoefficients, coefficients, loss_at, margin_terms, spread
-from tpo_course.widgets.parts import BEHIND, LAB_DPI, Lab, frame, knob, look
+from tpo_course.widgets.parts import BEHIND, LAB_DPI, Lab, frame, knob, look, movable, with_a_margin
 from tpo_lib.losses import F_FLOOR, OBJECTIVES, floor_share
 from tpo_lib.runs.plots import FONT, style_of
 from tpo_lib.types import TokenStats
@@ -99,26 +99,21 @@ class LossLab(Lab):
 
 def _controls() -> dict[str, w.Widget]:
     wide = look("150px", "395px")
-    names = [name for name, objective in OBJECTIVES.items() if objective.paired]  # the others have no margin
+    objectives = with_a_margin()
 
     def slider(description: str, low: float, high: float, step: float, value: float = 0.0) -> w.FloatSlider:
         more = {"readout_format": ".1f", "continuous_update": False}
         return w.FloatSlider(value=value, min=low, max=high, step=step, description=description, **more, **wide)
 
-    def hyperparameter(name: str) -> w.Widget:
-        readers = [n for n in names if name in OBJECTIVES[n].hyperparameters]
+    def hyperparameter(name: str, readers: list[str]) -> w.Widget:
         record = OBJECTIVES[readers[0]].hyperparameters[name]
-        whose = "" if readers == names else f" ({', '.join(style_of(n).label for n in readers)})"
+        whose = "" if len(readers) == len(objectives) else f" ({', '.join(style_of(n).label for n in readers)})"
         format = {} if record.choices else {"readout_format": ".3f" if record.above == 0 else ".2f"}
         return knob(record, record.symbol + whose, steps=20, **format, **wide)
 
-    labels = [(style_of(n).label, n) for n in names]
-    taken = dict.fromkeys(name for n in names for name in OBJECTIVES[n].hyperparameters)
     return {
-        "objective": w.Dropdown(options=labels, value="dpo", description="objective", **wide),
-        **{
-            name: hyperparameter(name) for name in taken if name not in ("guide_beta", "floor")
-        },  # these stay as they are
+        "objective": w.Dropdown(options=objectives, value="dpo", description="objective", **wide),
+        **{name: hyperparameter(name, readers) for name, readers in movable().items()},
         "guide": slider("guide's largest r̂ (nats)", 0.0, 4.0, 0.1, value=1.0),
         "situation": w.Dropdown(options=[*SITUATIONS, BY_HAND], description="situation", **wide),
         "chosen_logratio": slider("log-ratio chosen (nats)", -40.0, 40.0, 0.5),
@@ -261,7 +256,7 @@ def _loss_panel(ax: Axes, objective: str, hyper: Mapping, found: PairCoefficient
 
 def _terms_panel(ax: Axes, objective: str, found: PairCoefficients, terms: Mapping) -> None:
     """Bars for what the margin is made of; the margin itself at the bottom."""
-    style, score = style_of(objective), "mean log π" if objective == "simpo" else "log-ratio"
+    style, score = style_of(objective), "log-ratio" if "ref_logps" in OBJECTIVES[objective].needs else "mean log π"
     bars = [*terms.values(), found.margin.item()]
     notes = [_signed(value, 3) for value in bars]
     if found.chosen.kl is None:

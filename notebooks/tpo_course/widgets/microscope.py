@@ -48,8 +48,9 @@ def token_microscope(
         raise ValueError(
             f"policies {unknown or dict(policies)}: name each by an objective, one of {', '.join(OBJECTIVES)}"
         )
-    if "tgdpo" in policies and guide is None:
-        raise ValueError("the row tgdpo needs guide=, the frozen DPO model that its weights come from")
+    guided = [name for name in policies if "guide_logps" in OBJECTIVES[name].needs]
+    if guided and guide is None:
+        raise ValueError(f"the row {guided[0]} needs guide=, the frozen DPO model that its weights come from")
     return TokenMicroscope(stage, policies, guide, {"guide_beta": guide_beta, "gamma": gamma, "shaping": "linear"})
 
 

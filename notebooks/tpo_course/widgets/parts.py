@@ -40,15 +40,30 @@ def knob(record: Hyperparameter, description: str, *, steps: int, value: float |
         return w.Dropdown(options=list(record.choices), value=start, description=description, **given)
     given |= {"description": description, "continuous_update": False}
     if record.above == 0:
-        return w.FloatLogSlider(value=start, min=-2, max=1, step=1 / steps, **given)
+        return w.FloatLogSlider(value=start, min=-2, max=1, step=1 / steps, **{"readout_format": ".2g"} | given)
     most = 4 * (record.default or 0.5)
     return w.FloatSlider(value=start, min=0.0, max=most, step=most / (2 * steps), **given)
+
+
+def with_a_margin() -> list[tuple[str, str]]:
+    """(label, name) of every objective but those that read one side alone, as a Dropdown takes them."""
+    return [(plots.style_of(name).label, name) for name, entry in OBJECTIVES.items() if entry.paired]
+
+
+def movable() -> dict[str, list[str]]:
+    """{hyperparameter: the objectives with a margin that take it}; what has no default, and TGDPO's floor, stay as they are."""
+    found: dict[str, list[str]] = {}
+    for _, objective in with_a_margin():
+        for name, record in OBJECTIVES[objective].hyperparameters.items():
+            if record.default is not None and name != "floor":
+                found.setdefault(name, []).append(objective)
+    return found
 
 
 def beta_and_alpha(wide: Mapping) -> tuple[w.FloatLogSlider, w.FloatSlider]:
     """The two that several objectives share, their ranges from TDPO2's record."""
     records = OBJECTIVES["tdpo2"].hyperparameters
-    beta = knob(records["beta"], "beta", steps=10, readout_format=".2g", **wide)
+    beta = knob(records["beta"], "beta", steps=10, **wide)
     return beta, knob(records["alpha"], "alpha", steps=10, **wide)
 
 

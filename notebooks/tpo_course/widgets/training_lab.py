@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 
 from tpo_course.widgets.parts import (
-    beta_and_alpha,
     bundle,
     image,
     interval,
+    knob,
     look,
+    movable,
     on,
     png,
     row,
     samples,
     table,
     training,
+    with_a_margin,
 )
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import plots
@@ -45,7 +47,7 @@ class TrainingLab:
     """What `training_lab` returns. In a cell: set the controls, `train_button.click()`, `wait()`.
 
     Attributes:
-        objective, beta, alpha, lr, updates, name: settings of the next run.
+        objective, hyper ({name: control}), lr, updates, name: settings of the next run.
         train_button, stop_button, bar, status: training.
         curve, points, table, samples: what came of it (PNG images and HTML).
         chosen, new_name, rename_button, remove_button, export_button: the runs made so far.
@@ -66,10 +68,12 @@ class TrainingLab:
 
     def _build(self) -> None:
         wide = look("110px", "430px")
-        labels = [(plots.style_of(name).label, name) for name in OBJECTIVES if OBJECTIVES[name].paired]
-        self.objective = w.Dropdown(options=labels, value="dpo", description="objective", **wide)
+        self.objective = w.Dropdown(options=with_a_margin(), value="dpo", description="objective", **wide)
         self.chosen = w.Dropdown(description="run", options=[], **wide)
-        self.beta, self.alpha = beta_and_alpha(wide)
+        self.hyper = {
+            name: knob(OBJECTIVES[readers[0]].hyperparameters[name], name, steps=10, **wide)
+            for name, readers in movable().items()
+        }
         wide["continuous_update"] = False
         rates = {"min": -5, "max": -2.5, "step": 0.1, "description": "learning rate", "readout_format": ".1e"}
         self.lr = w.FloatLogSlider(10**-3.5, **rates, **wide)
@@ -87,7 +91,7 @@ class TrainingLab:
         self.export_button = w.Button(description="Export all", icon="download")
         self.box = w.VBox(
             [
-                row(w.VBox([self.objective, self.beta, self.alpha]), w.VBox([self.lr, self.updates, self.name])),
+                row(w.VBox([self.objective, *self.hyper.values()]), w.VBox([self.lr, self.updates, self.name])),
                 w.HBox([self.train_button, self.stop_button, self.bar]),
                 self.status,
                 self.curve,
@@ -120,7 +124,8 @@ class TrainingLab:
             raise error
 
     def _settings_changed(self) -> None:
-        self.alpha.disabled = "alpha" not in OBJECTIVES[self.objective.value].hyperparameters
+        for name, control in self.hyper.items():
+            control.disabled = name not in OBJECTIVES[self.objective.value].hyperparameters
 
     def _train(self) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -131,8 +136,9 @@ class TrainingLab:
             return
         self._error = None
         try:
-            knobs = {name: getattr(self, name).value for name in ("beta", "alpha", "lr", "updates")}
-            config = self.lab.config(self.objective.value, **knobs)
+            knobs = {"lr": self.lr, "updates": self.updates, **self.hyper}
+            values = {name: control.value for name, control in knobs.items()}
+            config = self.lab.config(self.objective.value, **values)
         except Exception as error:
             self._failed(error)
             return
