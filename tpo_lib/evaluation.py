@@ -193,7 +193,7 @@ def sequence_kl(
     kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows], 0).to(policy.device)  # any id may pad
+        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows]).to(policy.device)
         logits = [model(batch.input_ids, batch.attention_mask, batch.labels).logits() for model in models]  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)
         for total, per_step in zip((kl, entropy), kl_and_entropy(*logits), strict=True):

@@ -1,4 +1,4 @@
-"""Prompts and completions, sampled from the model itself at its own distribution."""
+"""Completions of prompts, sampled from the model at its own distribution."""
 
 from __future__ import annotations
 
@@ -196,12 +196,11 @@ def _check_padding(model) -> None:
     config = GenerationConfig(
         max_new_tokens=1, pad_token_id=PAD, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    said = []
-    for left in (0, 3):
-        ids = torch.tensor([[PAD] * left + [1, 2]], device=model.device)  # (1, left + 2)
-        mask = torch.tensor([[0] * left + [1, 1]], device=model.device)  # (1, left + 2)
-        said.append(model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits[0].float())
-    if not stats.close(*reversed(said), 64 * torch.finfo(model.dtype).eps):
+    padded, alone = (
+        model.generate(**_left_padded([[1, 2]], width, model.device), generation_config=config).logits[0].float()
+        for width in (5, 2)
+    )
+    if not stats.close(padded, alone, 64 * torch.finfo(model.dtype).eps):
         raise ValueError(
             f"{type(model).__name__} reads the padding before a prompt, so prompts of several lengths cannot be sampled "
             "together; give prompts of one length, or another model"
@@ -228,8 +227,6 @@ def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[in
     from transformers import GenerationConfig, LogitsProcessorList
 
     width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=model.device)  # (n, width)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)  # (n, width)
     config = GenerationConfig(
         do_sample=False,  # the sampler has drawn already
         max_new_tokens=sampler.max_new_tokens,
@@ -238,6 +235,16 @@ def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[in
         use_cache=True,
     )
     output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([sampler])
+        **_left_padded(rows, width, model.device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([sampler]),
     )  # (n, width + new)
     return output[:, width:].tolist()
+
+
+def _left_padded(rows: list[list[int]], width: int, device) -> dict[str, Tensor]:
+    ids = [[PAD] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))
+    }  # (n, width)

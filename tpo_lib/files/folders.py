@@ -83,7 +83,7 @@ def tell(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def read_json(path: Path) -> dict:
+def read_settings(path: Path) -> dict:
     """Read a JSON object of at most 32 MB.
 
     Raises:
@@ -121,7 +121,7 @@ def find(kind: str, name: str | Path) -> Source:
             raise ValueError("it is a file; pass the folder it lies in")
         _refuse_code(folder)
         adapter = folder / "adapter_config.json"
-        settings = read_json(adapter) if adapter.is_file() else None
+        settings = read_settings(adapter) if adapter.is_file() else None
         if settings is not None and list(folder.glob("model*.safetensors")):
             raise ValueError(
                 "it holds a whole model and an adapter, which may or may not be merged already; keep one of them"
@@ -187,7 +187,7 @@ def _refuse_code(folder: Path) -> None:
         )
     keys = {"config.json": "architectures", "tokenizer_config.json": "tokenizer_class", "generation_config.json": ""}
     for name, key in keys.items():
-        settings = read_json(folder / name) if (folder / name).is_file() else {}
+        settings = read_settings(folder / name) if (folder / name).is_file() else {}
         named = settings.get(key) or []
         known = [hasattr(transformers, str(each)) for each in (named if isinstance(named, list) else [named])]
         if "auto_map" in settings and not (known and all(known)):
@@ -213,7 +213,7 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
     stem = "model" if whole else "adapter_model"
     names, index = {f"{stem}.safetensors"}, folder / f"{stem}.safetensors.index.json"
     if not (folder / f"{stem}.safetensors").is_file() and index.is_file():
-        names = set(map(str, read_json(index).get("weight_map", {}).values()))
+        names = set(map(str, read_settings(index).get("weight_map", {}).values()))
     missing = [name for name in sorted(names) if not (folder / name).is_file()]
     if missing and (source.name == str(folder) or not whole):
         raise ValueError(_what_is_there_instead(folder, missing[0]))
@@ -232,7 +232,7 @@ def _check_config(source: Source) -> dict:
     """The configuration of a whole model, whose weights are here afterwards; raises ValueError if it cannot be trained."""
     if not (source.folder / "config.json").is_file():
         raise ValueError(_what_is_there_instead(source.folder))
-    config = read_json(source.folder / "config.json")
+    config = read_settings(source.folder / "config.json")
     how = config.get("quantization_config")
     if how is not None:
         how = how.get("quant_method") if isinstance(how, dict) else how
