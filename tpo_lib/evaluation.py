@@ -73,6 +73,7 @@ def evaluate(
     max_new_tokens: int = 40,
     samples_per_prompt: int = 1,
     batch_size: int = 128,
+    sampled_together: int = 256,
     seed: int = 0,
     reference_cache: dict | None = None,
     cache_dir: Path | None = None,
@@ -89,6 +90,8 @@ def evaluate(
         pairs: held-out pairs, tokenized.
         objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
         batch_size: sequences whose logits are alive at a time.
+        sampled_together: sequences that are sampled at a time; a GPU takes a thousand of 135 M parameters as fast as ten. The
+            samples depend on it.
         reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
         cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
@@ -106,7 +109,9 @@ def evaluate(
     probe(reward, judge)
     sizes = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     with _eval_mode(policy, reference, guide):
-        drawn = sample_cached(policy, tokenizer, prompts, cache_dir=cache_dir, seed=seed, **sizes)
+        drawn = sample_cached(
+            policy, tokenizer, prompts, cache_dir=cache_dir, seed=seed, batch_size=sampled_together, **sizes
+        )
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         flat = [completion for group in drawn for completion in group]
         stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
