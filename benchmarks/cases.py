@@ -29,6 +29,7 @@ class Shape:
         family: "gpt2" or "llama".
         spread: standard deviation of the embeddings; 0.06 gives logits of about 1, a large one makes softmax underflow.
         device: "cpu" or "cuda"; on CUDA a step runs under bfloat16 autocast.
+        inner, kv_heads: a Llama's width between its two projections and its heads for keys; None is 4 d and d / 256.
     """
 
     vocab: int
@@ -40,6 +41,8 @@ class Shape:
     family: str = "gpt2"
     spread: float = 0.06
     device: str = "cpu"
+    inner: int | None = None
+    kv_heads: int | None = None
 
     def describe(self) -> str:
         """One line for people."""
@@ -107,7 +110,8 @@ class Case:
 def build(shape: Shape, *, guide: bool = False) -> Case:
     """Make models and batch; the same shape gives the same numbers in every process."""
     device = torch.device(shape.device)
-    models = [_model(shape, seed).to(device) for seed in range(3 if guide else 2)]
+    with device:  # a billion random numbers take a CPU half a minute
+        models = [_model(shape, seed) for seed in range(3 if guide else 2)]
     for frozen in models[1:]:
         frozen.requires_grad_(False)
     names = ("policy", "ref", "guide")
@@ -147,10 +151,10 @@ def _model(shape: Shape, seed: int) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
-        intermediate_size=4 * shape.width,
+        intermediate_size=shape.inner or 4 * shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=max(1, shape.width // 64),
-        num_key_value_heads=max(1, shape.width // 256),
+        num_key_value_heads=shape.kv_heads or max(1, shape.width // 256),
         max_position_embeddings=max(shape.length, 16),
         initializer_range=shape.spread / 2,
         tie_word_embeddings=True,
