@@ -205,6 +205,34 @@ def test_half_precision_scores_in_float32(path, dtype):
     assert_same(found, everything(case, *textbook(case, "tdpo2")), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("states", [torch.float32, torch.float16])
+@pytest.mark.parametrize("path", [by_statistics, by_pairs])
+def test_float16_keeps_small_gradients_though_the_loss_scale_comes_after_them(path, states):
+    """A pair that is decided has weights of 1e-4 or less, times a probability: below what float16 can hold."""
+    case = make_case(vocab=4096, dtype=torch.float32, spread=0.3, bias=False)
+    fn = partial(losses.dpo, beta=1e-4)
+    exact = pair_loss_of(case, fn, path, torch.float64)
+    with torch.autocast("cpu", torch.float16):
+        found = pair_loss_of(case, fn, path, states)
+    for ours, truth in zip(found, exact, strict=True):
+        assert ((ours - truth).norm() / truth.norm()).item() < 2e-3
+
+
+def pair_loss_of(case: Case, fn, path, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of states and weight, in float64, after a loss scale of 2^16."""
+    leaves = [case.policy.states.detach().to(dtype), case.policy.head.weight.detach()]
+    leaves[1] = leaves[1].double() if dtype == torch.float64 else leaves[1]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    policy = Reading(leaves[0], replace(case.policy.head, weight=leaves[1]))
+    if path is by_pairs:
+        loss = fused.pair_loss(fn, policy, case.labels, case.ref)[0].loss
+    else:
+        loss = fn(*stats.split(fused.token_stats(policy, case.labels, case.ref))).loss
+    (loss.sum() * 2.0**16).backward()
+    return [leaf.grad.double() / 2.0**16 for leaf in leaves]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(path):
     case = make_case(dtype=torch.float32)

@@ -269,7 +269,8 @@ class Gradients:
         states, head = tiles.policy.states, tiles.policy.head
         self.inputs = [x if x is None else x.detach() for x in (states, head.weight, head.bias)]
         self.weight = tiles.weight(head)
-        kinds = (states.dtype, tiles.exact, tiles.exact)
+        half = states.dtype == torch.float16  # the loss scale multiplies what is kept before it may be rounded
+        kinds = (tiles.exact if half else states.dtype, tiles.exact, tiles.exact)
         self.sums = [
             torch.zeros_like(x, dtype=kind) if need and x is not None else None
             for x, need, kind in zip(self.inputs, needs, kinds, strict=True)
@@ -280,6 +281,8 @@ class Gradients:
         (states, *_), (to_states, to_weight, to_bias) = self.inputs, self.sums
         if to_bias is not None:
             to_bias += dz.sum(0)
+        if self.weight.dtype == torch.float16:
+            return self._add_half(index, dz, dh)
         dz = dz.to(self.weight.dtype)
         if to_states is not None:
             to_states[index] = (dz @ self.weight if dh is None else dh).to(states.dtype)
@@ -287,6 +290,18 @@ class Gradients:
             to_weight.addmm_(dz.T, states[index].to(dz.dtype))
         elif to_weight is not None:
             to_weight += dz.T @ states[index].to(dz.dtype)
+
+    def _add_half(self, index: slice | Tensor, dz: Tensor, dh: Tensor | None) -> None:
+        """The same by float16 products: scaled here, for the loss scale comes in backward, after small entries became 0."""
+        (states, *_), (to_states, to_weight, _) = self.inputs, self.sums
+        scale = _power(16, dz)
+        dz = (dz * scale).half()  # (rows, V)
+        if to_states is not None:
+            to_states[index] = ((dz @ self.weight).float() / scale if dh is None else dh).to(to_states.dtype)
+        if to_weight is not None:
+            h = states[index].float()
+            large = _power(1, h)  # a sum over rows of 16 x 1 stays within float16
+            to_weight += (dz.T @ (h * large).half()).float() / (scale * large)
 
     def take(self, factor: Tensor | None = None) -> list[Tensor | None]:
         """The sums, times a factor, in the types of their tensors; they are given away once."""
@@ -298,6 +313,12 @@ class Gradients:
         if factor is not None:
             sums = [x if x is None else x.mul_(factor) for x in sums]
         return [x if x is None else x.to(like.dtype) for x, like in zip(sums, self.inputs, strict=True)]
+
+
+def _power(most: float, values: Tensor) -> Tensor:
+    """The power of two, as a float32 scalar, that brings the largest absolute value to about `most`; no synchronisation."""
+    largest = values.detach().abs().amax().float().clamp(2.0**-100, 2.0**100)
+    return torch.exp2(torch.floor(torch.log2(most / largest)))
 
 
 def _may_forbid(reading: Reading) -> bool:
