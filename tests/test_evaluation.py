@@ -348,6 +348,14 @@ def test_what_must_fail_fails_before_anything_is_sampled(llamas, tokenizer, monk
         run(models, tokenizer, **changes)
 
 
+def test_it_samples_as_many_together_as_it_is_told(llamas, tokenizer, monkeypatch):
+    asked, real = [], ev.sample_cached
+    monkeypatch.setattr(ev, "sample_cached", lambda *a, **how: asked.append(how["batch_size"]) or real(*a, **how))
+    for settings in ({}, {"sampled_together": 2}):
+        ev.evaluate(*llamas[:2], tokenizer, PROMPTS, Shouting(), max_new_tokens=2, **settings)
+    assert asked == [256, 2]
+
+
 def test_samples_are_kept_when_scoring_fails(llamas, tokenizer, monkeypatch, tmp_path):
     def broken(texts):
         return [0.5] * len(texts) if texts[0] == PROBE[0] else [math.nan] * len(texts)

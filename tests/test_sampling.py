@@ -727,3 +727,21 @@ def test_a_tokenizer_without_ends_is_refused(llama, tokenizer):
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="neither tokenizer nor model has an EOS token, so no text would end"):
         sampling.stop_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize(("moved", "refused"), [(1e-5, False), (1e-2, True)])
+def test_rounding_is_no_reading_of_the_padding(moved, refused):
+    """Thirty layers round a little otherwise beside padding; what reads it moves its logits far more."""
+
+    class Deep:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def generate(self, input_ids, **_):
+            logits = torch.tensor([[10.0, -3.0, 1.0]]) + (10 * moved if input_ids.shape[1] > 2 else 0.0)
+            return type("Output", (), {"logits": [logits]})
+
+    if refused:
+        with pytest.raises(ValueError, match="reads the padding before a prompt"):
+            sampling._check_padding(Deep())
+    else:
+        sampling._check_padding(Deep())
