@@ -8,7 +8,7 @@ BENCH := .venv-bench
 ALONE := tests/browser tests/course/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
-.PHONY: setup run quick test floor lint lab notebooks pocket bench clean
+.PHONY: setup run quick test floor lint lab notebooks pocket bench gpu clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,9 @@ bench:  ## time and memory beside TRL and Liger, 40 minutes (QUICK=1: three); th
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick)
+
+gpu: setup  ## numerics, steps and the papers' experiment on one GPU, ten minutes; on a CPU SMALL=1. MODEL=folder of SmolLM2-135M, IMDB=folder
+	$(BIN)/python -m benchmarks.gpu $(if $(SMALL),--small) $(if $(MODEL),--model $(MODEL)) $(if $(IMDB),--imdb $(IMDB))
 
 clean:  ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) $(FLOOR) $(BENCH) .pytest_cache .ruff_cache .hypothesis *.egg-info

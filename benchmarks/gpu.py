@@ -107,6 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
                         help="of numerics, bench, experiment, page")  # fmt: skip
     parser.add_argument("--model", help="folder of SmolLM2-135M; without it the bundled model is trained")
     parser.add_argument("--imdb", help="folder with train.parquet and test.parquet; without it there is no SFT")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="of the experiment, 0 and 1; two processes may share a GPU"
+    )
     parser.add_argument("--parts", type=Path, default=RUNS, help="where each part's results go (%(default)s)")
     parser.add_argument("--out", type=Path, help="where the page goes (benchmarks/gpu; with --small runs/gpu/page)")
     parser.add_argument("--seconds", type=float, help="time of each part, instead of " + str(SECONDS))
@@ -120,7 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     parts = {"numerics": numerics, "bench": gpu_bench.run, "experiment": gpu_experiment.run}
     for name, rows in parts.items():
         if name in options.only:
-            more = {"model": options.model, "imdb": options.imdb} if name == "experiment" else {}
+            more = (
+                {"model": options.model, "imdb": options.imdb, "seeds": options.seeds} if name == "experiment" else {}
+            )
             run_part(
                 name, rows, options.parts, seconds=options.seconds or SECONDS[name], fresh=options.fresh,
                 device=device, small=options.small, **more,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,24 +45,24 @@ class Size:
         batch: pairs of an update, and reviews of one of SFT.
         updates: of every run, at most; fewer where the time would not do for all runs.
         evaluations: of every run, evenly spaced.
-        seeds: of the order of the pairs.
+        seeds: each a replication of the whole recipe.
         lr, sft_lr: peak learning rates.
     """
 
-    reviews: int = 12_000
+    reviews: int = 6_000
     review_tokens: int = 96
-    prompts: int = 4_000
-    held_out: int = 512
+    prompts: int = 2_000
+    held_out: int = 256
     new_tokens: int = 48
     pairs: int = 12_800
     held_out_pairs: int = 256
     batch: int = 64
     updates: int = 200
-    evaluations: int = 4
+    evaluations: int = 3
     seeds: tuple[int, ...] = (0, 1)
-    lr: float = 3e-5
+    lr: float = 7e-5
     sft_lr: float = 1e-4
-    sampled_together: int = 1024
+    sampled_together: int = 2048
 
 
 SMALL = Size(reviews=16, review_tokens=24, prompts=12, held_out=6, new_tokens=8, pairs=32, held_out_pairs=4, batch=8,
@@ -71,35 +71,62 @@ SAMPLES = 4  # completions of the first held-out prompts that are kept
 
 
 def run(
-    *, device: str, small: bool, left: Callable[[], float], model: str | None = None, imdb: str | None = None
+    *,
+    device: str,
+    small: bool,
+    left: Callable[[], float],
+    model: str | None = None,
+    imdb: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[dict]:
-    """Rows: sft, pairs, agreement, start, plan, and one of every run; stops where no time is left."""
-    size, clock = SMALL if small else Size(), time.perf_counter()
+    """Rows of every seed: sft, pairs, start, plan, one of every run, agreement; stops where no time is left."""
+    size = SMALL if small else Size()
+    seeds = seeds or size.seeds
+    plan = None
+    for number, seed in enumerate(seeds):
+        later = left() * (len(seeds) - number - 1) / (len(seeds) - number)
+        for found in replication(size, seed, device, lambda later=later: left() - later, model, imdb, plan):
+            yield found | {"seed": seed}
+            plan = found if found["kind"] == "plan" else plan  # later seeds make as many updates as the first
+
+
+def replication(
+    size: Size,
+    seed: int,
+    device: str,
+    left: Callable[[], float],
+    model: str | None,
+    imdb: str | None,
+    plan: dict | None = None,
+) -> Iterator[dict]:
+    """The whole recipe once: the seed orders the reviews, samples prompts and completions, and orders the pairs."""
+    clock = time.perf_counter()
     start, tokenizer = load_model(model or POCKET, device=device), load_tokenizer(model or POCKET)
     texts = read_reviews(imdb) if imdb else None
     if texts:
-        yield sft(start, tokenizer, texts, size, device)
-    stage = build(start, tokenizer, texts, size, "SmolLM2-135M" if model else "pocket")
+        yield sft(start, tokenizer, texts, size, seed, device)
+    stage = build(start, tokenizer, texts, size, seed, "SmolLM2-135M" if model else "pocket")
     yield {"kind": "pairs", "seconds": time.perf_counter() - clock, "report": str(stage.report),
            "pairs": len(stage.pairs), "held_out_pairs": len(stage.held_out_pairs), "seen_prompts": stage.seen_prompts,
            "size": dict(vars(size)), "model": stage.config.model, "reviews": bool(texts),
            "score_mean": stage.report.score_mean, "score_std": stage.report.score_std}  # fmt: skip
-    yield {"kind": "agreement", "rows": list(agreement(stage, device))}
-    common = TrainConfig(lr=size.lr, batch_size=size.batch, warmup_steps=10, max_length=128, log_every=5, device=device)
+    common = TrainConfig(lr=size.lr, batch_size=size.batch, warmup_steps=5, max_length=128, log_every=5, device=device)
+    common = replace(common, seed=seed)
     clock = time.perf_counter()
     before = evaluation(stage, stage.start, 0, None)
     yield {"kind": "start"} | before
-    plan = planned(stage, size, common, time.perf_counter() - clock, left())
+    plan = plan or planned(stage, size, common, time.perf_counter() - clock, left)
     yield {"kind": "plan"} | plan
-    for seed in size.seeds:
-        guide = None
-        for config in objectives(replace(common, seed=seed, max_steps=plan["updates"])):
-            if left() <= 0:
-                return
-            made, policy = one_run(stage, config, plan["every"], guide)
-            if config.loss_type == "dpo":
-                guide = frozen_copy(policy)
-            yield made
+    guide = None
+    for config in objectives(replace(common, max_steps=plan["updates"])):
+        if left() <= 0:
+            return
+        made, policy = one_run(stage, config, plan["every"], guide)
+        if config.loss_type == "dpo":
+            guide = frozen_copy(policy)
+        yield made
+    if left() > 0:
+        yield {"kind": "agreement", "rows": list(agreement(stage, device))}
 
 
 def objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
@@ -131,13 +158,13 @@ def review_rows(texts: list[str], tokenizer, most: int) -> list[EncodedPair]:
     return rows
 
 
-def sft(model, tokenizer, texts: dict[str, list[str]], size: Size, device: str) -> dict:
+def sft(model, tokenizer, texts: dict[str, list[str]], size: Size, seed: int, device: str) -> dict:
     """One epoch on reviews, in place; perplexity of held-out reviews before and after."""
     rows = review_rows(texts["train"][: size.reviews], tokenizer, size.review_tokens)
     held_out = review_rows(texts["test"][-min(500, size.reviews) :], tokenizer, size.review_tokens)
     before, clock = perplexity(model, held_out), time.perf_counter()
     config = TrainConfig(loss_type="sft", lr=size.sft_lr, batch_size=size.batch if len(rows) >= size.batch else 4,
-                         warmup_steps=10, max_length=size.review_tokens, log_every=10, device=device)  # fmt: skip
+                         warmup_steps=10, max_length=size.review_tokens, log_every=10, seed=seed, device=device)  # fmt: skip
     result = fit(config, model, None, rows, progress=False)
     synchronise(device)
     seconds = time.perf_counter() - clock
@@ -161,7 +188,7 @@ def perplexity(model, rows: list[EncodedPair]) -> float:
 # ---- prompts and pairs
 
 
-def build(start, tokenizer, texts: dict[str, list[str]] | None, size: Size, name: str) -> Stage:
+def build(start, tokenizer, texts: dict[str, list[str]] | None, size: Size, seed: int, name: str) -> Stage:
     """Prompts, completions, scores and pairs, as a stage that every run shares."""
     start, device = frozen_copy(start), start.device
     count = size.prompts + size.held_out
@@ -181,8 +208,8 @@ def build(start, tokenizer, texts: dict[str, list[str]] | None, size: Size, name
         table = table.shuffle(seed=seed).select(range(min(most, len(table))))
         return table, encode_pairs(table, tokenizer, max_length=128, on_bad_rows="skip")[0], report
 
-    table, pairs, report = make(train, 2, size.pairs)
-    _, held_out_pairs, _ = make(held_out, 3, size.held_out_pairs)
+    table, pairs, report = make(train, 10 * seed + 2, size.pairs)
+    _, held_out_pairs, _ = make(held_out, 10 * seed + 3, size.held_out_pairs)
     config = StageConfig(
         model=name, reward="pocket", judge="pocket judge", train_prompts=size.prompts, held_out_prompts=size.held_out,
         samples_per_prompt=4, held_out_samples=4, max_new_tokens=size.new_tokens, min_gap=0.2, max_pairs=size.pairs,
@@ -251,26 +278,21 @@ def evaluation(stage: Stage, policy, step: int, config: TrainConfig | None, guid
     return point | {"seconds": time.perf_counter() - clock}
 
 
-def planned(stage: Stage, size: Size, common: TrainConfig, evaluation_s: float, left_s: float) -> dict:
+def planned(stage: Stage, size: Size, common: TrainConfig, evaluation_s: float, left: Callable[[], float]) -> dict:
     """As many updates as the time allows for all runs, from the time of a few of DPO; the same number for every run."""
     times: list[float] = []
-    few = max(1, min(8, len(stage.pairs) // common.batch_size))
-    probe = replace(common, loss_type="dpo", max_steps=few, log_every=1)
-    fit(
-        probe,
-        stage.policy(),
-        stage.start,
-        stage.pairs,
-        progress=False,
-        on_log=lambda row: times.append(time.perf_counter()),
-    )
-    gaps = sorted(b - a for a, b in itertools.pairwise(times)) or [1.0]
-    update_s, runs = gaps[len(gaps) // 2], 5 * len(size.seeds)
-    room = left_s / runs - size.evaluations * evaluation_s
-    most = min(
-        size.updates, len(stage.pairs) // common.batch_size, max(size.evaluations, int(room / (1.25 * update_s)))
-    )
-    every = max(1, most // size.evaluations)
+
+    def callback(step: int, policy) -> None:
+        synchronise(common.device)
+        times.append(time.perf_counter())
+
+    few = max(1, min(6, len(stage.pairs) // common.batch_size))
+    probe = replace(common, loss_type="dpo", max_steps=few, log_every=few, eval_every=1, warmup_steps=1)
+    fit(probe, stage.policy(), stage.start, stage.pairs, progress=False, callbacks=[callback])
+    gaps = sorted(b - a for a, b in itertools.pairwise(times[1:])) or [1.0]
+    update_s, runs = gaps[len(gaps) // 2], len(objectives(common))
+    room = (left() / runs - size.evaluations * evaluation_s) / (1.1 * update_s)
+    every = max(1, int(min(size.updates, len(stage.pairs) // common.batch_size, room) / size.evaluations))
     return {"updates": every * size.evaluations, "every": every, "update_s": update_s, "evaluation_s": evaluation_s}
 
 
