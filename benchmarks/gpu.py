@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import gpu_bench, gpu_device, gpu_experiment, gpu_machinery, gpu_numerics
 from benchmarks.run import about
-from tpo_lib.checkpoint import write_file
+from tpo_lib.files.store import write_file
 
 SECONDS = {"numerics": 100, "bench": 180, "experiment": 340}
 HERE = Path(__file__).resolve().parent

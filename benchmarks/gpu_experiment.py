@@ -19,18 +19,19 @@ import torch
 
 from benchmarks.gpu_device import autocast, synchronise
 from benchmarks.gpu_numerics import error, objective_of, row
-from tpo_lib import fused, losses, sampling
-from tpo_lib.compare import pocket_objectives
+from tpo_lib import losses, sampling
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, encode_pairs
-from tpo_lib.evaluate import evaluate
-from tpo_lib.fused import Reading
+from tpo_lib.evaluation import evaluate
+from tpo_lib.fast import fused
 from tpo_lib.models import POCKET, ResponseReader, frozen_copy, load_model, load_tokenizer
 from tpo_lib.pairing import build_pairs
 from tpo_lib.rewards import load_reward
-from tpo_lib.run import shared_prompts
-from tpo_lib.stage import Stage, StageConfig
+from tpo_lib.runs.compare import pocket_objectives
+from tpo_lib.runs.run import shared_prompts
+from tpo_lib.runs.stage import Stage, StageConfig
 from tpo_lib.train import fit
+from tpo_lib.types import Reading
 
 
 @dataclass(frozen=True)

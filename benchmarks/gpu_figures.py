@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tpo_lib.plots import AXIS, FONT, STYLE, mean, panels, style_of
+from tpo_lib.runs.plots import AXIS, FONT, STYLE, mean, panels, style_of
 
 BARS = {  # contestant -> label, colour, hatch: they stay apart in greyscale
     "textbook": ("textbook", "#999999", ""),

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_device import autocast
 from benchmarks.gpu_numerics import error, row
-from tpo_lib import fused, losses, sampling
+from tpo_lib import losses, sampling
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast import fused
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.train import fit
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device import autocast
-from tpo_lib import fused, losses, stats
-from tpo_lib.fused import Head, Reading
-from tpo_lib.types import IGNORE
+from tpo_lib import losses, stats
+from tpo_lib.fast import fused
+from tpo_lib.types import IGNORE, Head, Reading
 
 HYPERPARAMETERS = {"beta": 0.1, "alpha": 0.5, "gamma": 0.2, "guide_beta": 0.1, "shaping": "linear", "floor": 0.01}
 # ||found - exact|| / ||exact||. 16-bit products are rounded to 2^-9 (bf16) or 2^-12 (fp16) of each logit, and a sum of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks import gpu_figures
 from benchmarks.gpu_device import best
-from tpo_lib.checkpoint import write_file
-from tpo_lib.plots import style_of
+from tpo_lib.files.store import write_file
+from tpo_lib.runs.plots import style_of
 
 LABELS = {"textbook": "textbook", "trl": "TRL", "liger": "Liger", "fused": "ours", "cached": "ours, cached"}
 NOTES = "notes.md"  # what people make of the figures; kept, and put into the page
