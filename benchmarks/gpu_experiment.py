@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu_device import autocast, synchronise
 from benchmarks.gpu_numerics import error, objective_of, row
-from tpo_lib import losses, sampling
+from tpo_lib import losses
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, encode_pairs
 from tpo_lib.evaluation import evaluate
@@ -28,6 +28,7 @@ from tpo_lib.models import POCKET, ResponseReader, frozen_copy, load_model, load
 from tpo_lib.pairing import build_pairs
 from tpo_lib.rewards import load_reward
 from tpo_lib.runs.compare import pocket_objectives
+from tpo_lib.runs.prompts import imdb_prompts, sample_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.stage import Stage, StageConfig
 from tpo_lib.train import fit
@@ -194,10 +195,10 @@ def build(start, tokenizer, texts: dict[str, list[str]] | None, size: Size, seed
     start, device = frozen_copy(start), start.device
     count = size.prompts + size.held_out
     if texts:
-        prompts = sampling.imdb_prompts(texts["test"], tokenizer, count, seed=1)
+        prompts = imdb_prompts(texts["test"], tokenizer, count, seed=1)
     else:
         pocket = load_model(POCKET, device=device)
-        prompts = sampling.sample_prompts(pocket, load_tokenizer(POCKET), count, seed=1)
+        prompts = sample_prompts(pocket, load_tokenizer(POCKET), count, seed=1)
     train, held_out = prompts[: size.prompts], prompts[size.prompts :]
     reward, judge = load_reward(POCKET), load_reward(POCKET / "judge", device=device)
 

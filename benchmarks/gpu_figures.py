@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tpo_lib.runs.plots import AXIS, FONT, STYLE, mean, panels, style_of
+from tpo_lib.runs.plots import AXIS, FONT, mean, panels, style_of
 
 BARS = {  # contestant -> label, colour, hatch: they stay apart in greyscale
     "textbook": ("textbook", "#999999", ""),
@@ -64,7 +64,7 @@ def frontier(rows: Sequence[Mapping]) -> Figure:
             for row in rows:
                 if row["seed"] == seed and row["kind"] == "run":
                     _curve(ax, [start, *row["points"]], row["objective"], metric, thin=seed != seeds[0])
-            star = STYLE["start"]
+            star = style_of("start")
             ax.plot(mean(start, "kl"), mean(start, metric), "*", color=star.colour, markersize=12, zorder=5)
         ax.set_xlabel(AXIS["kl"], fontsize=FONT)
         ax.set_ylabel(AXIS[metric], fontsize=FONT)
