@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.gpu_device import autocast, synchronise
 from benchmarks.gpu_numerics import error, objective_of, row
+from tpo_course import ladder
 from tpo_lib import losses
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, encode_pairs
@@ -182,7 +183,7 @@ def perplexity(model, rows: list[EncodedPair]) -> float:
     for start in range(0, len(rows), 64):
         batch = collate(rows[start : start + 64], 0).to(model.device)
         read = reader(batch.input_ids, batch.attention_mask, batch.labels)
-        tokens = fused.token_stats(read, batch.labels, None)
+        tokens = ladder.token_stats(read, batch.labels, None)
         total, count = total + tokens.logps.double().sum().item(), count + int(tokens.mask.sum())
     return float(torch.tensor(-total / count).exp())
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_device import autocast
 from benchmarks.gpu_numerics import error, row
+from tpo_course import ladder
 from tpo_lib import losses, sampling
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.fast import fused
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.train import fit
 
@@ -147,7 +147,7 @@ def shared_prompts(family: str, precision: str, device: str) -> Iterator[dict]:
         body.zero_grad(set_to_none=True)
         reader = ResponseReader(body, share_prefix=share)
         with autocast(device, precision):
-            tokens = fused.token_stats(reader(batch.input_ids, batch.attention_mask, batch.labels), batch.labels, None)
+            tokens = ladder.token_stats(reader(batch.input_ids, batch.attention_mask, batch.labels), batch.labels, None)
         tokens.logps.sum().backward()
         return tokens.logps.detach(), torch.cat([p.grad.flatten() for p in body.parameters() if p.grad is not None])
 
@@ -182,7 +182,7 @@ def sampled_is_scored(device: str) -> Iterator[dict]:
         batch = batch.to(torch.device(device))
         with torch.no_grad():
             read = ResponseReader(body)(batch.input_ids, batch.attention_mask, batch.labels)
-            tokens = fused.token_stats(read, batch.labels, None)
+            tokens = ladder.token_stats(read, batch.labels, None)
         scored = tokens.logps[tokens.mask].view(len(prompts), new)
         yield row("log-probabilities", f"{family}, sampled against scored", "float32", error(logps, scored), 1e-5)
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]], device=device).repeat(200_000, 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device import autocast
+from tpo_course import ladder
 from tpo_lib import losses, stats
 from tpo_lib.fast import fused
 from tpo_lib.types import IGNORE, Head, Reading
@@ -114,10 +115,10 @@ def ours(name: str, case: dict, *, way: str) -> Tensor:
     policy, labels, ref, guide = (case[key] for key in ("policy", "labels", "ref", "guide"))
     tile = 4 * policy.vocab * 64
     if way == "statistics":
-        tokens = fused.token_stats(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile)
+        tokens = ladder.token_stats(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile)
         return objective_of(name)(*stats.split(tokens)).loss
     return fused.pair_loss(
-        objective_of(name), policy, labels, ref, guide=guide, with_kl=with_kl, merged=way == "merged", tile_bytes=tile
+        objective_of(name), policy, labels, ref, guide=guide, with_kl=with_kl, logged=way != "merged", tile_bytes=tile
     )[0].loss
 
 
@@ -145,7 +146,7 @@ def losses_agree(shape_name: str, shape: tuple, objective: str, precision: str, 
     single = to_type(case, torch.float32)
     scale = 2.0**12 if precision == "fp16" else 1.0  # fp16 is trained with a loss scale; this is a modest one
     peer = evaluated(partial(textbook, objective), single, precision, device, scale)
-    ways = ["pair_loss", "statistics"] + ["merged"] * losses.OBJECTIVES[objective].merged
+    ways = ["pair_loss", "statistics"] + ["merged"] * (objective == "tdpo1")
     for way in ways:
         found = evaluated(partial(ours, objective, way=way), single, precision, device, scale)
         for what in exact:

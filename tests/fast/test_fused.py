@@ -228,7 +228,7 @@ def pair_loss_of(case: Case, fn, path, dtype: torch.dtype) -> list[Tensor]:
     if path is by_pairs:
         loss = fused.pair_loss(fn, policy, case.labels, case.ref)[0].loss
     else:
-        loss = fn(*stats.split(fused.token_stats(policy, case.labels, case.ref))).loss
+        loss = fn(*stats.split(token_stats(policy, case.labels, case.ref))).loss
     (loss.sum() * 2.0**16).backward()
     return [leaf.grad.double() / 2.0**16 for leaf in leaves]
 
