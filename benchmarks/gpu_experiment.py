@@ -25,7 +25,8 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, encode_pairs
 from tpo_lib.evaluation import evaluate
 from tpo_lib.fast import fused
-from tpo_lib.models import POCKET, ResponseReader, frozen_copy, load_model, load_tokenizer
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
+from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.pairing import build_pairs
 from tpo_lib.rewards import load_reward
 from tpo_lib.runs.compare import pocket_objectives
