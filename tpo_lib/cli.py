@@ -10,11 +10,13 @@ import pkgutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import tpo_lib
+from tpo_lib.files.own_code import is_own, title
 from tpo_lib.parser import COUNT, GAP, SEVERAL, TEMPERATURE, Parser, check_room
 from tpo_lib.runs.interrupts import Terminated, leave_at_once, on_sigterm, raise_terminated
 
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with leave_at_once():
+        _load_objective(arguments)
         parser = build_parser(*[word for word in arguments if word in COMMANDS][:1])
     call(parser, arguments)
 
@@ -62,13 +65,19 @@ def call(parser: Parser, arguments: Sequence[str] | None = None) -> None:
     """
     parser.add_argument("--traceback", action="store_true", help="show errors as Python does")
     options = parser.parse_args(arguments)
+    with _told(options.traceback), on_sigterm(raise_terminated):
+        with leave_at_once():
+            _judge(options, getattr(parser, "commands", {}).get(vars(options).get("command"), parser))
+            _one_bar_only()
+            function = options.function if callable(options.function) else pkgutil.resolve_name(options.function)
+        function(options)
+
+
+@contextmanager
+def _told(show_traceback: bool) -> Iterator[None]:
+    """Errors as one line on stderr and status 2, interruptions with what to do next."""
     try:
-        with on_sigterm(raise_terminated):
-            with leave_at_once():
-                _judge(options, getattr(parser, "commands", {}).get(vars(options).get("command"), parser))
-                _one_bar_only()
-                function = options.function if callable(options.function) else pkgutil.resolve_name(options.function)
-            function(options)
+        yield
     except (KeyboardInterrupt, Terminated) as stop:
         traceback.clear_frames(stop.__traceback__)
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
@@ -76,12 +85,23 @@ def call(parser: Parser, arguments: Sequence[str] | None = None) -> None:
         print(f"{word}; {advice}", file=sys.stderr)
         sys.exit(status)
     except Exception as error:
-        if options.traceback:
+        if show_traceback:
             raise
         said = _sentence(error)
         traceback.clear_frames(error.__traceback__)  # a bar that is still open there would be drawn around the sentence
         print(said, file=sys.stderr)
         sys.exit(2)
+
+
+def _load_objective(arguments: Sequence[str]) -> None:
+    """Execute the file of --loss-type FILE.py:NAME before the flags are built: its hyperparameters have flags too."""
+    scan = Parser(add_help=False)
+    scan.add_argument("--loss-type")
+    if is_own(spec := scan.parse_known_args(arguments)[0].loss_type):
+        from tpo_lib.runs.own import load_objective
+
+        with _told("--traceback" in arguments):
+            load_objective(spec)
 
 
 def _judge(options, parser: Parser) -> None:
@@ -207,6 +227,7 @@ def _add_train(command: Parser) -> None:
 
 def _add_pairs(command: Parser) -> None:
     _add_models(command)
+    _add_objective(command)
     _add_sampling(command)
     _add_device(command)
     _add_seed(command, "of prompts and samples")
@@ -216,8 +237,9 @@ def _add_pairs(command: Parser) -> None:
 
 def _add_evaluate(command: Parser) -> None:
     _add_models(command)
+    _add_objective(command)
     command.add_argument("policy", help="folder or name of the trained model")
-    command.add_argument("--judge", help="second classifier, for reporting only")
+    command.add_argument("--judge", help="second reward, for reporting only")
     _add_prompts(command, 192)
     command.add_argument("--pairs", help="held-out preference pairs: accuracy, reward margin and sequential KL on them")
     _add_table(command)
@@ -254,6 +276,11 @@ def _add_seed(command: Parser, words: str) -> None:
     command.add_argument("--seed", type=SEED, default=0, help=words)
 
 
+def _add_objective(command: Parser) -> None:
+    words = "FILE.py:NAME of the objective of your own that the run was trained with"
+    command.add_argument("--loss-type", type=title, metavar="FILE.py:NAME", help=words)
+
+
 def _add_device(command: Parser) -> None:
     command.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
 
@@ -271,7 +298,9 @@ def _add_models(command: Parser) -> None:
     words = "where everything not given comes from"
     command.add_argument("--preset", choices=tuple(PRESETS), default="pocket", help=words)
     command.add_argument("--model", help="start model: folder or hub name (default: the preset's)")
-    command.add_argument("--reward", help="reward: folder or hub name of a text classifier (default: the preset's)")
+    command.add_argument(
+        "--reward", help="reward: folder or hub name of a text classifier, or FILE.py:NAME (default: the preset's)"
+    )
 
 
 def _add_prompts(command: Parser, count: int) -> None:

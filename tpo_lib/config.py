@@ -30,7 +30,7 @@ class TrainConfig:
         ({'alpha': 0.3}, 0.1)
     """
 
-    loss_type: str = _setting("dpo", "the objective", choices=OBJECTIVES)
+    loss_type: str = _setting("dpo", "the objective, or FILE.py:NAME of your own", choices=OBJECTIVES)
     hyper: Mapping[str, float | str] = field(default_factory=dict, hash=False)
     optimizer: str = _setting("adamw", "what makes the updates", choices=("adamw", "rmsprop"))
     lr: float = _setting(1e-4, "peak learning rate", above=0)
@@ -163,7 +163,9 @@ def _check_setting(setting: Field, value) -> None:
     if value is None and setting.type.endswith("| None"):
         return
     if "choices" in bounds and value not in tuple(bounds["choices"]):
-        raise ValueError(f"{name} is unknown; choose one of {', '.join(bounds['choices'])}")
+        file = kind == "str" and str(value).rpartition(":")[0]
+        fix = f", or say where {file} lies: --loss-type FOLDER/{value}" if str(file).endswith(".py") else ""
+        raise ValueError(f"{name} is unknown; choose one of {', '.join(bounds['choices'])}{fix}")
     if kind == "str":
         return
     if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):

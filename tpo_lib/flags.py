@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tpo_lib.config import PRESETS, TrainConfig, kind_of, known_hyperparameters, override, run_settings
+from tpo_lib.files.own_code import title
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.parser import number
 
@@ -37,7 +38,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         if kind == "bool":
             more = {"action": argparse.BooleanOptionalAction}
         elif "choices" in setting.metadata:
-            more = {"choices": tuple(setting.metadata["choices"])}
+            more = {"choices": tuple(setting.metadata["choices"]), "type": title if name == "loss_type" else str}
         group.add_argument(_flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
 
 

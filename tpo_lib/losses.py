@@ -189,6 +189,7 @@ class Objective:
         label: in pictures; None is the name of the function.
         look: its colour, marker and dashes in every picture; None takes free ones.
         paired: it has a margin and needs a rejected side; otherwise it is also called with None for it.
+        source: SHA-256 of the file of your own that it was loaded from.
     """
 
     fn: Callable[..., LossOutput]
@@ -197,6 +198,7 @@ class Objective:
     label: str | None = None
     look: tuple[str, str, str | tuple] | None = None
     paired: bool = True
+    source: str | None = None
 
     @property
     def words(self) -> str:
@@ -255,19 +257,26 @@ def register(objective: Objective, name: str | None = None) -> str:
     """Add an objective of your own; returns its name, which is that of its function unless one is given.
 
     Raises:
-        ValueError: there is another objective of that name, or hyperparameters and keywords of the function differ.
+        ValueError: there is another objective of that name, or as `check_record`.
     """
     name = name or objective.fn.__name__
     if OBJECTIVES.get(name, objective) != objective:
         raise ValueError(f"there is an objective {name!r} already; give yours another name")
+    check_record(name, objective)
+    OBJECTIVES[name] = objective
+    return name
+
+
+def check_record(name: str, objective: Objective) -> None:
+    """Raise ValueError where hyperparameters and keywords of the function differ, or a need is none."""
     keywords = [p.name for p in inspect.signature(objective.fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if keywords != list(objective.hyperparameters):
         raise ValueError(
             f"objective {name!r} takes {', '.join(keywords) or 'nothing'} beside the statistics, its record says "
             f"{', '.join(objective.hyperparameters) or 'nothing'}; they must be the same, after a * in the signature"
         )
-    OBJECTIVES[name] = objective
-    return name
+    if unknown := set(objective.needs) - _HOW_TO_GET.keys():
+        raise ValueError(f"objective {name!r} needs {', '.join(sorted(unknown))}; there is {', '.join(_HOW_TO_GET)}")
 
 
 def _need(stats: TokenStats, field: str) -> Tensor:

@@ -21,8 +21,7 @@ from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.rewards import load_reward
-from tpo_lib.runs import compare, named, report
+from tpo_lib.runs import compare, named, own, report
 from tpo_lib.runs.plots import score_gaps
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import read_run, shared_prompts
@@ -89,8 +88,8 @@ def _main_process_first(device):
 def _own_guide(config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path]:
     """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
     folder = Path(config.output_dir) / "guide"
-    beta = config.guide_beta or config.hyperparameters()["beta"]
-    print(f"tgdpo needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
+    beta = config.hyper.get("guide_beta") or config.hyperparameters().get("beta")
+    print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     stage = override(config, loss_type="dpo", beta=beta, output_dir=str(folder))
     reference = named.frozen(name, choose_device(config.device))
     fit(stage, named.policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
@@ -121,7 +120,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     name, folder = named.model_name(options), Path(options.cache_dir or "runs/pairs")
     device, seed = choose_device(options.device), options.seed or 0
     scorer = named.reward_name(options, name)
-    reward = load_reward(scorer, device=device)  # first: what cannot score shall not cost a model
+    reward = named.scorer(scorer, device)  # first: what cannot score shall not cost a model
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
     prompts = training_prompts(options.prompts, options.num_prompts, model, tokenizer, seed=seed, imdb=options.imdb)
     _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
@@ -149,7 +148,7 @@ def evaluate(options) -> None:
     name, source = named.reference(options, record)
     scorers = {"reward": named.reward_name(options, name), "judge": named.judge_name(options, name)}
     # the scorers first: what cannot score shall not cost a model
-    reward, judge = (scorer and load_reward(scorer, device=device) for scorer in scorers.values())
+    reward, judge = (scorer and named.scorer(scorer, device) for scorer in scorers.values())
     tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
     named.check_reference(options, record, reference, tokenizer)
     seen = recorded_prompts(record, tokenizer)
@@ -189,11 +188,12 @@ def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dic
         return {}, {}
     config = record.config if record else PRESETS[options.preset].train
     pairs = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
-    own = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
-    shared = overlap(None if seen is None else len(shared_prompts(seen, own)))
+    mine = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
+    shared = overlap(None if seen is None else len(shared_prompts(seen, mine)))
     words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by", {"pairs": pairs}
     if not record:
         return ranking, {"pairs": f"{words} the plain log-ratio (no record of an objective)"}
+    own.check_unchanged(config.loss_type, record.start.get("objective"))
     if "guide_logps" in OBJECTIVES[config.loss_type].needs:
         ranking["guide"] = named.recorded_guide(record, device)
         if ranking["guide"] is None:

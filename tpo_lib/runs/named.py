@@ -10,16 +10,20 @@ from pathlib import Path
 from tpo_lib.config import PRESETS, TrainConfig
 from tpo_lib.files import adapters, folders
 from tpo_lib.files.load import POCKET, load_config, load_model, load_tokenizer
+from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
+from tpo_lib.rewards import Reward, load_reward
+from tpo_lib.runs import own
 from tpo_lib.runs.run import RunRecord, origin, read_run
 
 
 def check_names(options) -> None:
     """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
     for kind in ("model", "policy", "guide", "reward", "judge"):
-        if name := getattr(options, kind, None):
+        name = getattr(options, kind, None)
+        if name and not (kind in ("reward", "judge") and is_own(name)):
             folders.find(kind, name)
     for kind in ("pairs", "eval_pairs"):
         name = getattr(options, kind, None)
@@ -35,13 +39,13 @@ def model_name(options) -> str:
 def reward_name(options, model: str) -> str:
     """The reward to score with: the preset's own scores what comes of the preset's model, and nothing else unasked."""
     preset = PRESETS[options.preset]
-    own, made_for = preset.reward or str(POCKET), preset.model or str(POCKET)
+    usual, made_for = preset.reward or str(POCKET), preset.model or str(POCKET)
     if not options.reward and not _same(_start(model), made_for):
         raise ValueError(
-            f"--reward is missing: {own} was made for {made_for} and may say nothing about {model}; name a reward (any text "
+            f"--reward is missing: {usual} was made for {made_for} and may say nothing about {model}; name a reward (any text "
             "classifier), or that one if it is meant"
         )
-    return options.reward or own
+    return options.reward or usual
 
 
 def judge_name(options, model: str) -> str | None:
@@ -50,6 +54,11 @@ def judge_name(options, model: str) -> str | None:
     if options.judge or not _same(_start(model), preset.model or str(POCKET)):
         return options.judge
     return preset.judge if preset.model else str(POCKET / "judge")
+
+
+def scorer(name: str, device) -> Reward:
+    """A reward by folder or hub name, or one of your own by FILE.py:NAME."""
+    return own.load_reward(name) if is_own(name) else load_reward(name, device=device)
 
 
 def _start(model: str) -> str:

@@ -45,8 +45,8 @@ class RunRecord:
         config: its settings.
         start: what it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference",
             "guide" and "tokenizer" as {"name": folder or hub name or None, "sha256": `origin`'s}; "training pairs",
-            "held-out pairs", "training prompts" as {"count", "sha256"}. What a run did not have is not there. Empty for a
-            run that is older than this record.
+            "held-out pairs", "training prompts" as {"count", "sha256"}; an "objective" of your own. What a run did not have
+            is not there. Empty for a run that is older than this record.
     """
 
     folder: Path
@@ -213,6 +213,8 @@ class Run:
         checkpoints = checkpoints_in(self.folder, resume=resume)
         self.start = _identity(policy, self.tokenizer, pairs, eval_pairs)
         self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
+        if source := OBJECTIVES[self.config.loss_type].source:
+            self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
         if checkpoints:
             self._continue(policy, optimizer, frozen, checkpoints)
         elif self.writes:

@@ -1,0 +1,116 @@
+"""Objectives and rewards from files of your own, tried before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import torch
+
+from tpo_lib import losses
+from tpo_lib.files.own_code import guarded, load, title
+from tpo_lib.files.store import content_key
+from tpo_lib.losses import Hyperparameter, Objective
+from tpo_lib.rewards import Reward, probe
+from tpo_lib.types import LossOutput, TokenStats
+
+
+def load_objective(spec: str) -> str:
+    """Execute the file and register its objective, a function (chosen, rejected, *, ...) or a record; returns its `title`.
+
+    A function's record is made from it: `needs` is what it reads in a trial, hyperparameters are its keywords.
+
+    Raises:
+        OSError, ValueError: there is no such file or name, or what stands there is no objective; the trial says why.
+    """
+    found, digest = load(spec)
+    record = found if isinstance(found, Objective) else _record(spec, found)
+    record = replace(record, fn=guarded(spec, record.fn), label=record.label or title(spec), source=digest)
+    try:
+        losses.check_record(title(spec), record)
+        read = _try(spec, record)
+    except TypeError as error:
+        raise ValueError(f"{spec} cannot be called as (chosen, rejected, *, ...): {error}") from error
+    if record.needs == () and not isinstance(found, Objective):
+        record = replace(record, needs=tuple(name for name in ("ref_logps", "kl", "guide_logps") if name in read))
+    losses.OBJECTIVES[title(spec)] = record  # a second time where the file has changed since
+    return title(spec)
+
+
+def load_reward(spec: str) -> Reward:
+    """Execute the file and take its function texts -> scores as a reward; it may have a `name`, a `scope` and a `fingerprint`.
+
+    The fingerprint is the file's otherwise: give it one of its own where scores depend on more than the file.
+
+    Raises:
+        OSError, ValueError: there is no such file or name, or what stands there does not score two texts.
+    """
+    found, digest = load(spec)
+    if not callable(found):
+        raise ValueError(f"{spec} is a {type(found).__name__}, not a function texts -> scores")
+    reward = guarded(spec, found)
+    reward.name = getattr(found, "name", title(spec))
+    reward.scope = getattr(found, "scope", "response")
+    reward.fingerprint = getattr(found, "fingerprint", content_key({"file": digest, "name": title(spec)}))
+    probe(reward)
+    return reward
+
+
+def check_unchanged(objective: str, recorded: dict | None) -> None:
+    """Refuse an objective whose file has changed since a run was trained with it."""
+    now = losses.OBJECTIVES[objective].source
+    if recorded and recorded["sha256"] != now:
+        raise ValueError(
+            f"{objective} has changed since the run was trained with it (sha256 {recorded['sha256'][:12]}, now {now[:12]}): "
+            "bring that file back"
+        )
+
+
+def _record(spec: str, fn: object) -> Objective:
+    if not inspect.isfunction(fn):
+        raise ValueError(
+            f"{spec} is a {type(fn).__name__}, neither a function (chosen, rejected, *, ...) nor an Objective"
+        )
+    hyper = {}
+    for name, keyword in inspect.signature(fn).parameters.items():
+        if keyword.kind is keyword.KEYWORD_ONLY:
+            default = None if keyword.default is keyword.empty else keyword.default
+            hyper[name] = Hyperparameter(default, name, f"of {title(spec)}")
+            if default is not None:
+                hyper[name].check(f"{spec}: the default of {name}", default)
+    return Objective(fn, hyperparameters=hyper)
+
+
+def _try(spec: str, record: Objective) -> set[str]:
+    """Call it on two pairs of three tokens; returns the fields it read."""
+    read: set[str] = set()
+
+    class Watched(TokenStats):
+        def __getattribute__(self, name: str):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+
+    def side(seed: int) -> TokenStats:
+        draws = -torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(seed)) * mask
+        return Watched(draws[0].requires_grad_(), draws[1], mask, -draws[2], draws[3])
+
+    defaults = {name: 1.0 if h.default is None else h.default for name, h in record.hyperparameters.items()}
+    output = record.fn(side(0), side(1), **defaults)
+    if not isinstance(output, LossOutput):
+        raise ValueError(
+            f"{spec} returned a {type(output).__name__}, not a LossOutput(loss, chosen_reward, rejected_reward)"
+        )
+    for name in ("loss", "chosen_reward", "rejected_reward"):
+        value = getattr(output, name)
+        if not isinstance(value, torch.Tensor) or value.shape != (2,):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{spec} gave {name} as {found} for 2 pairs; it must be one number a pair, (2,), without a mean"
+            )
+    if not output.loss.requires_grad:
+        raise ValueError(f"{spec}: no gradient reaches logps from its loss")
+    if output.chosen_reward.requires_grad or output.rejected_reward.requires_grad:
+        raise ValueError(f"{spec}: detach the rewards, which are logged alone")
+    return read
