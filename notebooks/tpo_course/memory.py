@@ -2,7 +2,7 @@
 
 Symbols: P parameters, L layers, d hidden size, f size of the MLP, V vocabulary, N = 2B sequences of T tokens, R response
 positions. Everything is what `train.fit` keeps: weights, gradients and optimizer state in float32, whatever the precision;
-"bf16" and "fp16" are autocast, which shortens activations and adds a 16-bit copy of every matrix. `tests/test_memory.py`
+"bf16" and "fp16" are autocast, which shortens activations and adds a 16-bit copy of every matrix. `tests/course/test_memory.py`
 holds the numbers against what was measured.
 """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +34,11 @@ def lab(small_stage) -> Laboratory:
 def microscope(lab):
     dpo, tdpo2 = (run.policy for run in lab.runs.values())
     return token_microscope(lab.stage, {"dpo": dpo, "tdpo2": tdpo2, "tgdpo": dpo}, guide=dpo)
+
+
+def test_widgets_load_without_what_trains():
+    code = "import sys; from tpo_course import widgets; print({'datasets', 'transformers', 'accelerate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def _line(text: str, label: str) -> str:

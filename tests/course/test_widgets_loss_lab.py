@@ -17,7 +17,8 @@ from matplotlib.text import Text
 from tpo_course.coefficients import coefficients, loss_at, spread
 from tpo_course.widgets import loss_lab as exported
 from tpo_course.widgets.loss_lab import BY_HAND, CHOSEN, GUIDE_BETA, PAIR, REJECTED, SITUATIONS, loss_lab
-from tpo_lib.losses import F_FLOOR, OBJECTIVES
+from tpo_course.widgets.parts import knob
+from tpo_lib.losses import F_FLOOR, OBJECTIVES, Hyperparameter
 from tpo_lib.runs.plots import style_of
 
 LABS = [name for name in OBJECTIVES if name != "sft"]
@@ -219,6 +220,17 @@ def test_a_control_that_is_not_read_is_greyed_out_and_changes_nothing(lab):
     before = lab.result.output.loss.item()
     put(lab, alpha=2.0, chosen_kl=30.0, guide=4.0)
     assert lab.result.output.loss.item() == before
+
+
+def test_a_hyperparameter_gets_the_control_that_its_record_asks_for():
+    scale = knob(Hyperparameter(2.0, "s", "scale", above=0), "s", steps=20)
+    assert (scale.value, scale.min, scale.max, scale.step) == (2.0, -2.0, pytest.approx(math.log10(20)), 0.05)
+    must = knob(Hyperparameter(None, "m", "to be given", above=0), "m", steps=10)
+    assert (must.value, must.min, must.max, must.step) == (0.1, -2.0, 1.0, 0.1)
+    weight = knob(Hyperparameter(0.5, "α", "weight", least=0), "α", steps=10)
+    assert (weight.value, weight.min, weight.max, weight.step) == (0.5, 0.0, 2.0, 0.1)
+    word = knob(Hyperparameter("exp", "f", "form", choices=("linear", "exp")), "f", steps=20)
+    assert (word.value, word.options) == ("exp", ("linear", "exp"))
 
 
 def test_a_situation_sets_the_four_sliders_with_one_drawing(lab, monkeypatch):

@@ -104,7 +104,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A chain of steps that answers one question."""
+    """A chain of steps that answers one question; its words come from Markdown, as the steps' do."""
 
     name: str
     title: str
@@ -156,20 +156,13 @@ def join(module: ModuleType) -> Derivation:
 
 @dataclass(frozen=True)
 class Check:
-    """A step's result.
-
-    Attributes:
-        residual: the worst one over the worlds.
-        worlds: how many worlds it ran in (steps that need gamma = 1 pass over the others).
-        symbolic: True if the symbolic check gave exactly 0, None if the step has none.
-        measured: the step's numbers in the first of those worlds.
-    """
+    """A step's result."""
 
     step: Step
-    residual: float
-    worlds: int
-    symbolic: bool | None
-    measured: dict[str, float]
+    residual: float  # the worst one over the worlds
+    worlds: int  # how many it ran in: steps that need gamma = 1 pass over the others
+    symbolic: bool | None  # whether the symbolic check gave exactly 0, None if the step has none
+    measured: dict[str, float]  # the step's numbers in the first of those worlds
 
     @property
     def holds(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping
 from html import escape
 
@@ -33,15 +34,17 @@ def look(label: str, width: str) -> dict:
     return {"style": {"description_width": label}, "layout": w.Layout(width=width)}
 
 
-def knob(record: Hyperparameter, description: str, *, steps: int, value: float | None = None, **given) -> w.Widget:
+def knob(record: Hyperparameter, description: str, *, steps: int, **given) -> w.Widget:
     """The control of a hyperparameter, its range made from its record; `steps` a decade, or as fine where it may be 0."""
-    start = record.default if value is None else value
+    start = 0.1 if record.default is None else record.default
     if record.choices:
         return w.Dropdown(options=list(record.choices), value=start, description=description, **given)
     given |= {"description": description, "continuous_update": False}
     if record.above == 0:
-        return w.FloatLogSlider(value=start, min=-2, max=1, step=1 / steps, **{"readout_format": ".2g"} | given)
-    most = 4 * (record.default or 0.5)
+        given = {"readout_format": ".2g"} | given
+        low, high = math.log10(min(0.01, start / 10)), math.log10(max(10, 10 * start))
+        return w.FloatLogSlider(value=start, min=low, max=high, step=1 / steps, **given)
+    most = 4 * (start or 0.5)
     return w.FloatSlider(value=start, min=0.0, max=most, step=most / (2 * steps), **given)
 
 
