@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -22,8 +22,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.pairing import PairReport
 from tpo_lib.rewards import in_unit_interval
+
+if TYPE_CHECKING:  # pairing brings datasets; whoever draws a slider's picture needs it not
+    from tpo_lib.pairing import PairReport
 
 FONT = 11  # points; the smallest text is 10
 GRID = {"color": "#DDDDDD", "linewidth": 0.8}
