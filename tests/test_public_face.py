@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tpo_lib
 from tpo_course import notebooks
@@ -72,3 +73,27 @@ def test_one_address_everywhere(page, tmp_path, monkeypatch):
     monkeypatch.undo()
     notebooks.set_address(copy)
     assert copy.read_text(encoding="utf-8") == text  # and nothing else is touched
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", re.sub("`[^`]*`", "", text)):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:tpo_lib|notebooks|data|docs|tests|benchmarks)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_example_runs(monkeypatch):
+    monkeypatch.setattr(tpo_lib.losses, "OBJECTIVES", dict(tpo_lib.OBJECTIVES))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    made = {}
+    exec(code, made)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    sides = [tpo_lib.TokenStats(torch.tensor([[-1.0, value]]), None, mask) for value in (-1.0, -1.5)]
+    output = made["hinge"](*sides, **tpo_lib.losses.OBJECTIVES["hinge"].settings({}))
+    assert output.loss.tolist() == [0.5]  # 1 - (-2 + 2.5)
+    assert made["score"](["!!", ""]) == [2, 0]
