@@ -3,7 +3,7 @@
 The fixtures `lab` and `notebook` (conftest.py) hand this out; a test of a widget is as short as
 
     def test_next(notebook):
-        page = notebook("name.ipynb", ["from tpo_lib import widgets", "widgets.something()"])
+        page = notebook("name.ipynb", ["from tpo_course import widgets", "widgets.something()"])
         page.run_all()
         page.click("Next")
         page.press("beta", "ArrowRight")

@@ -16,7 +16,7 @@ PICTURE = ".widget-html-content img"
 def labs(browser, lab):
     """Cell 1: chapter 4's, on TDPO1; cell 2: chapter 5's, on TGDPO."""
     chosen = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
-    lab.write("loss_labs.ipynb", ["from tpo_lib import widgets", *chosen])
+    lab.write("loss_labs.ipynb", ["from tpo_course import widgets", *chosen])
     page = open_notebook(browser, lab, "loss_labs.ipynb", height=1300)
     page.run_all()
     yield page

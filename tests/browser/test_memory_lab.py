@@ -13,7 +13,7 @@ PICTURE = ".widget-html-content img"
 @pytest.fixture(scope="module")
 def page(browser, lab):
     """Cell 1: the lab, on Llama-3.2-1B."""
-    lab.write("memory_lab.ipynb", ["from tpo_lib import widgets", *cells("08_scale", "widgets.memory_lab()")])
+    lab.write("memory_lab.ipynb", ["from tpo_course import widgets", *cells("08_scale", "widgets.memory_lab()")])
     page = open_notebook(browser, lab, "memory_lab.ipynb", height=1300)
     page.run_all()
     yield page.output(1)

@@ -29,7 +29,7 @@ def walk(runs: list[dict]) -> list[tuple[str, str, dict]]:
 def test_run_browser(notebook, tmp_path):
     runs = json.loads(RUNS.read_text(encoding="utf-8"))["runs"]
     chapter = cells("00_start_here", "widgets.run_browser()")
-    shown = notebook("runs.ipynb", ["from tpo_lib import widgets", *chapter], height=1700)
+    shown = notebook("runs.ipynb", ["from tpo_course import widgets", *chapter], height=1700)
     shown.run_all()
     page = shown.output(1)
     pictures = page.wait_for_pictures(["", ""])
