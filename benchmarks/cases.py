@@ -83,7 +83,7 @@ class Case:
         """Hidden states of "policy", "ref" or "guide" at the response positions; frozen models leave no graph."""
         reader = self.readers[name]
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
-            return reader(self.batch.input_ids, self.batch.attention_mask, self.batch.labels)
+            return reader(self.batch)
 
     @cached_property
     def known_states(self) -> Reading:

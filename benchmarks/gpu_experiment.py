@@ -31,9 +31,8 @@ from tpo_lib.pairing import build_pairs
 from tpo_lib.rewards import load_reward
 from tpo_lib.runs.compare import pocket_objectives
 from tpo_lib.runs.prompts import imdb_prompts, sample_prompts
-from tpo_lib.runs.run import shared_prompts
+from tpo_lib.runs.run import fit, shared_prompts
 from tpo_lib.runs.stage import Stage, StageConfig
-from tpo_lib.train import fit
 from tpo_lib.types import Reading
 
 
@@ -183,7 +182,7 @@ def perplexity(model, rows: list[EncodedPair]) -> float:
     reader, total, count = ResponseReader(model), 0.0, 0
     for start in range(0, len(rows), 64):
         batch = collate(rows[start : start + 64], 0).to(model.device)
-        read = reader(batch.input_ids, batch.attention_mask, batch.labels)
+        read = reader(batch)
         tokens = ladder.token_stats(read, batch.labels, None)
         total, count = total + tokens.logps.double().sum().item(), count + int(tokens.mask.sum())
     return float(torch.tensor(-total / count).exp())
@@ -228,15 +227,14 @@ def agreement(stage: Stage, device: str) -> Iterator[dict]:
     batch = collate(stage.pairs[:8], 0).to(torch.device(device))
     policy = stage.policy()
     reader, ref = ResponseReader(policy), ResponseReader(stage.start)
-    place = (batch.input_ids, batch.attention_mask, batch.labels)
 
     def measured(objective: str, precision: str, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad(set_to_none=True)
         with autocast(device, precision):
             with torch.no_grad():
-                said = ref(*place)
+                said = ref(batch)
                 said = replace(said, states=said.states + 0.01 * said.states.std())  # else every KL is 0
-            read = reader(*place)
+            read = reader(batch)
             if whole:
                 read, said = Reading(read.logits(), None), Reading(said.logits(), None)
             loss = fused.pair_loss(objective_of(objective), read, batch.labels, said, guide=said,

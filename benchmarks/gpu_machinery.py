@@ -21,8 +21,9 @@ from tpo_course import ladder
 from tpo_lib import losses, sampling
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast import FastPath
 from tpo_lib.models import ResponseReader, frozen_copy
-from tpo_lib.train import fit
+from tpo_lib.runs.run import fit
 
 VOCAB, UPDATES, PAIRS = 1031, 4, 8
 # of a loss: rounding differs with the order of sums, and four updates of AdamW carry it on
@@ -81,7 +82,7 @@ class Stopped(Exception):
     """Ends a run in the middle."""
 
 
-def one_run(objective: str, precision: str, device: str, *, stop: bool = False, resume: bool = False, **settings):
+def one_run(objective: str, precision: str, device: str, *, stop=False, resume=False, fast=None, **settings):
     """Train a small Llama for UPDATES updates; returns the weights and the metrics rows (None where it was stopped)."""
     start = model("llama")
     reference, guide = frozen_copy(start), frozen_copy(model("llama", seed=1))
@@ -101,7 +102,7 @@ def one_run(objective: str, precision: str, device: str, *, stop: bool = False, 
             result = fit(
                 config, start.to(device), reference.to(device), random_pairs(UPDATES * PAIRS),
                 guide=guide.to(device) if "guide_logps" in needs else None,
-                callbacks=[callback], resume=resume, progress=False,
+                callbacks=[callback], fast=fast, resume=resume, progress=False,
             )  # fmt: skip
         except Stopped:
             return None
@@ -118,7 +119,7 @@ def trained(objective: str, precision: str, device: str) -> Iterator[dict]:
         yield row(
             f"{objective}: losses of fit", "against the CPU in float32", precision, error(loss, expected), tolerance
         )
-    _, plain = one_run(objective, precision, device, fused=False)
+    _, plain = one_run(objective, precision, device, fast=FastPath(fused=False))
     yield row(f"{objective}: losses of fit", "against all logits at once", precision, error(loss, plain), tolerance)
     with tempfile.TemporaryDirectory() as folder:
         where = {"output_dir": str(Path(folder) / "run")}
@@ -132,7 +133,7 @@ def trained(objective: str, precision: str, device: str) -> Iterator[dict]:
         )  # fmt: skip
         if objective == "simpo" or objective == "sft":
             return
-        _, cached = one_run(objective, precision, device, cache_dir=str(Path(folder) / "cache"))
+        _, cached = one_run(objective, precision, device, fast=FastPath(cache_dir=str(Path(folder) / "cache")))
         yield row(
             f"{objective}: losses of fit", "with caches against without", precision, error(cached, loss), tolerance
         )
@@ -145,9 +146,9 @@ def shared_prompts(family: str, precision: str, device: str) -> Iterator[dict]:
 
     def read(share: bool) -> tuple[Tensor, Tensor]:
         body.zero_grad(set_to_none=True)
-        reader = ResponseReader(body, share_prefix=share)
+        reader = FastPath(share_prefix=share).reader(body)
         with autocast(device, precision):
-            tokens = ladder.token_stats(reader(batch.input_ids, batch.attention_mask, batch.labels), batch.labels, None)
+            tokens = ladder.token_stats(reader(batch), batch.labels, None)
         tokens.logps.sum().backward()
         return tokens.logps.detach(), torch.cat([p.grad.flatten() for p in body.parameters() if p.grad is not None])
 
@@ -181,7 +182,7 @@ def sampled_is_scored(device: str) -> Iterator[dict]:
         batch = collate([EncodedPair(i, p, d.tolist()) for i, (p, d) in enumerate(zip(prompts, drawn, strict=True))], 0)
         batch = batch.to(torch.device(device))
         with torch.no_grad():
-            read = ResponseReader(body)(batch.input_ids, batch.attention_mask, batch.labels)
+            read = ResponseReader(body)(batch)
             tokens = ladder.token_stats(read, batch.labels, None)
         scored = tokens.logps[tokens.mask].view(len(prompts), new)
         yield row("log-probabilities", f"{family}, sampled against scored", "float32", error(logps, scored), 1e-5)

@@ -8,9 +8,10 @@ from functools import partial
 
 from benchmarks import measure
 from tpo_lib.config import PRESETS
+from tpo_lib.fast import FastPath
 from tpo_lib.losses import OBJECTIVES
+from tpo_lib.runs.run import fit
 from tpo_lib.runs.stage import Stage, pocket_stage
-from tpo_lib.train import fit
 
 # AdamW divides by the size of a gradient, so where one is nearly 0 its rounding decides the step
 TOLERANCE = 1e-3
@@ -44,8 +45,16 @@ def whole_runs(
 
     def run(objective: str, path: str) -> None:
         policy = stage.policy()
-        config = replace(base, loss_type=objective, fused=path == "default")
-        fit(config, policy, stage.start, stage.pairs, guide=guide if objective == "tgdpo" else None, progress=False)
+        config, fast = replace(base, loss_type=objective), FastPath(fused=path == "default")
+        fit(
+            config,
+            policy,
+            stage.start,
+            stage.pairs,
+            guide=guide if objective == "tgdpo" else None,
+            fast=fast,
+            progress=False,
+        )
         ends[objective, path] = policy
 
     steps = {f"{name}/{path}": partial(run, name, path) for name in objectives for path in ("textbook", "default")}

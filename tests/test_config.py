@@ -42,7 +42,6 @@ from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
         ("warmup_steps", 2**31, "must be at most 2147483647"),
         ("batch_size", 2.5, r"batch_size=2\.5 must be a number \(int\)"),
         ("batch_size", True, "batch_size=True must be a number"),
-        ("fused", 1, "fused=1 must be True or False"),
         ("epochs", None, "epochs=None must be a number"),
         ("max_tokens", 3, "max_tokens=3 must be greater than 3"),
         ("seed", -1, "seed=-1 must be at least 0"),

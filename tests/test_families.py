@@ -17,7 +17,9 @@ from tpo_lib import losses, models, sampling, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
 from tpo_lib.evaluation import sequence_kl
+from tpo_lib.fast import FastPath
 from tpo_lib.files import adapters
+from tpo_lib.runs.run import fit
 from tpo_lib.sampling import Completion, Sampler
 
 SHARING = list(tiny.FAMILIES)
@@ -78,21 +80,20 @@ def plain_training(name: str, loss_type: str) -> list[float]:
     return found
 
 
-def losses_of(name: str, loss_type: str, **settings) -> list[float]:
-    config = replace(CONFIG, loss_type=loss_type, **settings)
-    result = train.fit(config, policy(name), frozen(name)["reference"], PAIRS, guide=family(name, 2), progress=False)
+def losses_of(name: str, loss_type: str, **fast) -> list[float]:
+    settings = {"guide": family(name, 2), "fast": FastPath(**fast), "progress": False}
+    result = fit(replace(CONFIG, loss_type=loss_type), policy(name), frozen(name)["reference"], PAIRS, **settings)
     return [row["loss"] for row in result.metrics]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_the_models_own_whatever_pads(name):
     model, batch = family(name), collate(tiny.pairs(8), 999)  # no model has that id
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
     with torch.no_grad():
-        expected = plain_logits(model, batch.labels, *inputs[:2])
+        expected = plain_logits(model, batch.labels, batch.input_ids, batch.attention_mask)
         reader = models.ResponseReader(model)
         assert reader.understood
-        torch.testing.assert_close(reader(*inputs).logits(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reader(batch).logits(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "loss_type"), [
@@ -153,8 +154,9 @@ def test_samples_are_scored_as_they_were_drawn(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_adapters_resumes_bit_for_bit(name, tmp_path):
     def run(folder: str, model, **settings):
-        config = replace(CONFIG, output_dir=str(tmp_path / folder), save_every=1, share_prefix=name in SHARING)
-        return train.fit(config, model, family(name), PAIRS, progress=False, **settings)
+        config = replace(CONFIG, output_dir=str(tmp_path / folder), save_every=1)
+        fast = FastPath(share_prefix=name in SHARING)
+        return fit(config, model, family(name), PAIRS, fast=fast, progress=False, **settings)
 
     def adapted():
         return adapters.add_lora(policy(name), 2, seed=3)

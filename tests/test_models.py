@@ -13,11 +13,12 @@ from tpo_lib import models, rewards, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.evaluation import evaluate, pair_stats, sequence_kl
+from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.store import CheckpointError
+from tpo_lib.runs.run import fit
 from tpo_lib.sampling import Completion
-from tpo_lib.train import fit
 
 BUILDS = [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.cohere, tiny.granite, tiny.gptj]
 
@@ -30,7 +31,7 @@ def test_logits_at_response_positions_are_the_models_own(build):
     batch = collate(tiny.pairs(5), 0)
     mask = stats.response_mask(batch.labels)
     full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1][mask]
-    read = reader(batch.input_ids, batch.attention_mask, batch.labels)
+    read = reader(batch)
     assert read.states.shape[1] == model.config.hidden_size
     torch.testing.assert_close(read.logits(), full)
 
@@ -39,14 +40,13 @@ def test_a_head_that_is_not_understood_is_left_to_the_model():
     model = tiny.llama()
     plain = models.ResponseReader(model)
     batch = collate(tiny.pairs(5), 0)
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
     model.register_forward_hook(lambda _, __, output: {"logits": 2 * output.logits})  # something no config tells
     reader = models.ResponseReader(model)
     assert plain.understood
     assert not reader.understood
-    read = reader(*inputs)
+    read = reader(batch)
     assert read.head is None
-    torch.testing.assert_close(read.logits(), 2 * plain(*inputs).logits())
+    torch.testing.assert_close(read.logits(), 2 * plain(batch).logits())
 
 
 @pytest.mark.parametrize("bad", [-math.inf, math.nan])
@@ -64,7 +64,7 @@ def test_a_reader_registers_every_weight_once():
     reader = models.ResponseReader(model)
     assert len(list(reader.parameters())) == len(list(model.parameters()))
     batch = collate(tiny.pairs(3), 0)
-    reader(batch.input_ids, batch.attention_mask, batch.labels).logits().sum().backward()
+    reader(batch).logits().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -131,7 +131,7 @@ def test_padding_is_not_read_on_a_cpu(build):
     model.base_model.register_forward_pre_hook(
         lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True
     )
-    states = reader(batch.input_ids, batch.attention_mask, batch.labels).states
+    states = reader(batch).states
     rows, longest = batch.input_ids.shape
     assert sum(shape[0] for shape in read) == rows
     assert sum(shape.numel() for shape in read) < 0.8 * rows * longest
@@ -143,9 +143,9 @@ def test_padding_is_not_read_on_a_cpu(build):
 
 
 def train_on(pairs: list[EncodedPair], policy, reference=None, eval_pairs=None, **settings):
-    config = TrainConfig(loss_type="dpo", beta=0.1, batch_size=2, device="cpu", **settings)
+    config = TrainConfig(loss_type="dpo", beta=0.1, batch_size=2, device="cpu")
     reference = reference or models.frozen_copy(policy)
-    return fit(config, policy, reference, pairs, eval_pairs=eval_pairs, progress=False)
+    return fit(config, policy, reference, pairs, eval_pairs=eval_pairs, progress=False, **settings)
 
 
 @pytest.mark.parametrize("pad", [-1, 63, 64, 2**40])
@@ -155,7 +155,7 @@ def test_any_id_may_pad(build, pad):
     read = []
     for token in (0, pad):
         batch = collate(pairs, token)
-        read.append(models.ResponseReader(model)(batch.input_ids, batch.attention_mask, batch.labels).logits())
+        read.append(models.ResponseReader(model)(batch).logits())
     assert torch.equal(*read)
 
 
@@ -190,9 +190,9 @@ def test_readers_name_the_sequence():
     long, wrong = (collate(two(**given), 0) for given in ({"prompt": [1] * 127}, {"prompt": (64,)}))
     reader = models.ResponseReader(tiny.gpt2())
     with pytest.raises(ValueError, match="sequence 0 has 129 tokens, but the model has 128 positions"):
-        reader(long.input_ids, long.attention_mask, long.labels)
+        reader(long)
     with pytest.raises(ValueError, match="sequence 2, column 0 holds token id 64, but the model has the ids 0 to 63"):
-        reader(wrong.input_ids, wrong.attention_mask, wrong.labels)
+        reader(wrong)
     with pytest.raises(ValueError, match="sequence 2, column 0 holds token id 64"):
         pair_stats(tiny.gpt2(), tiny.gpt2(seed=1), two(prompt=(64,)), 0)
 
@@ -208,14 +208,14 @@ def test_longrope_ends_where_a_batch_would_turn_its_positions_otherwise():
 @pytest.mark.parametrize("vocab", [60, 72])
 def test_another_vocabulary_is_refused_with_a_sentence(vocab, cached, tmp_path):
     other = tiny.gpt2(vocab=vocab)
-    settings = {"cache_dir": str(tmp_path)} if cached else {}
+    settings = {"fast": FastPath(cache_dir=str(tmp_path))} if cached else {}
     with pytest.raises(
         ValueError, match=f"the reference has a vocabulary of {vocab}, the policy of 64; there is no KL"
     ):
         train_on(tiny.pairs(2), tiny.gpt2(), other, **settings)
-    config = TrainConfig(loss_type="tgdpo", guide_beta=0.1, beta=0.1, batch_size=2, device="cpu", **settings)
+    config = TrainConfig(loss_type="tgdpo", guide_beta=0.1, beta=0.1, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match=f"the guide has a vocabulary of {vocab}, the policy of 64"):
-        fit(config, tiny.gpt2(), tiny.gpt2(), tiny.pairs(2), guide=other, progress=False)
+        fit(config, tiny.gpt2(), tiny.gpt2(), tiny.pairs(2), guide=other, progress=False, **settings)
     with pytest.raises(ValueError, match=f"the reference has a vocabulary of {vocab}, the policy of 64"):
         evaluate(tiny.gpt2(), other, None, ["a"], None)
 

@@ -20,11 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tpo_lib import fast as fast_package
 from tpo_lib import losses, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import frozen_copy
+from tpo_lib.runs import accelerated
+from tpo_lib.runs.run import fit
 
 CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device="cpu", save_every=1)
 
@@ -41,7 +45,7 @@ def trained(config: TrainConfig, count: int = 8, build=tiny.llama, **kwargs):
     policy = build()
     reference = frozen_copy(policy)
     guide = frozen_copy(build(seed=1)) if config.loss_type == "tgdpo" else None
-    return train.fit(config, policy, reference, tiny.pairs(count), guide=guide, progress=False, **kwargs)
+    return fit(config, policy, reference, tiny.pairs(count), guide=guide, progress=False, **kwargs)
 
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.gemma2])
@@ -74,7 +78,7 @@ def test_metrics_are_those_of_the_textbook_computation():
         logits = [m(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for m in (policy, reference)]
     chosen, rejected = stats.split(stats.token_stats(logits[0], batch.labels, logits[1], with_kl=True))
     output = losses.tdpo2(chosen, rejected, **config.hyperparameters())
-    row = train.fit(config, policy, reference, pairs, progress=False).metrics[0]
+    row = fit(config, policy, reference, pairs, progress=False).metrics[0]
     expected = {
         "loss": output.loss.mean(),
         "rewards/chosen": output.chosen_reward.mean(),
@@ -148,7 +152,7 @@ def test_dropout_is_off():
 def test_reference_and_guide_stay_as_they_were():
     policy, reference, guide = tiny.llama(), frozen_copy(tiny.llama()), frozen_copy(tiny.llama(seed=1))
     before = weights(reference), weights(guide)
-    train.fit(
+    fit(
         replace(CONFIG, loss_type="tgdpo", guide_beta=0.1),
         policy,
         reference,
@@ -163,33 +167,49 @@ def test_reference_and_guide_stay_as_they_were():
 
 def test_missing_models_are_named():
     with pytest.raises(ValueError, match="dpo needs a reference model"):
-        train.fit(CONFIG, tiny.llama(), None, tiny.pairs(8))
+        fit(CONFIG, tiny.llama(), None, tiny.pairs(8))
     with pytest.raises(ValueError, match="tgdpo needs guide="):
-        train.fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8))
+        fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8))
     with pytest.raises(ValueError, match="guide_beta"):
-        train.fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8), guide=tiny.llama())
+        fit(replace(CONFIG, loss_type="tgdpo"), tiny.llama(), tiny.llama(), tiny.pairs(8), guide=tiny.llama())
 
 
 def test_frozen_models_may_be_given_as_functions_that_load_them():
     config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1)
-    found = train.fit(config, tiny.llama(), tiny.llama, tiny.pairs(8), guide=lambda: tiny.llama(seed=1), progress=False)
+    found = fit(config, tiny.llama(), tiny.llama, tiny.pairs(8), guide=lambda: tiny.llama(seed=1), progress=False)
     assert found.metrics == trained(config).metrics
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "tgdpo"])
+def test_the_loop_alone_is_the_textbook_in_memory(name, tmp_path):
+    config, pairs = replace(CONFIG, loss_type=name, guide_beta=0.1, eval_every=1), tiny.pairs(8)
+    guide = tiny.llama(seed=1) if name == "tgdpo" else None
+    models = {"reference": tiny.llama(seed=3), "guide": guide, "pairs": pairs, "eval_pairs": pairs, "progress": False}
+    alone = train.fit(config, tiny.llama(), **models)
+    plain = fit(config, tiny.llama(), **models, fast=FastPath(fused=False))
+    assert alone.metrics == plain.metrics
+    assert same(weights(alone.policy), weights(plain.policy))
+    with pytest.raises(
+        ValueError, match=r"output_dir='.*': this loop keeps a run in memory; tpo_lib\.fit writes one there"
+    ):
+        train.fit(replace(config, output_dir=str(tmp_path)), tiny.llama(), **models)
 
 
 def test_objectives_without_reference_train_without_one():
     for name in ("sft", "simpo"):
-        result = train.fit(replace(CONFIG, loss_type=name), tiny.llama(), None, tiny.pairs(8), progress=False)
+        result = fit(replace(CONFIG, loss_type=name), tiny.llama(), None, tiny.pairs(8), progress=False)
         assert "kl/chosen" not in result.metrics[-1]
 
 
 def test_sft_without_a_rejected_side_is_sft_on_the_chosen_one(tmp_path):
     pairs = tiny.pairs(8)
     bare = [replace(pair, rejected_ids=[]) for pair in pairs]
-    for more in ({}, {"fused": False}, {"cache_dir": str(tmp_path)}, {"max_tokens": 60}):
+    for fast, more in (({}, {}), ({"fused": False}, {}), ({"cache_dir": str(tmp_path)}, {}), ({}, {"max_tokens": 60})):
         config = replace(CONFIG, loss_type="sft", schedule="constant", eval_every=1, **more)
+        settings = {"fast": FastPath(**fast), "progress": False}
         policies = tiny.llama(), tiny.llama()
         rows = [
-            train.fit(config, policy, tiny.llama(seed=3), table, eval_pairs=table, progress=False).metrics
+            fit(config, policy, tiny.llama(seed=3), table, eval_pairs=table, **settings).metrics
             for policy, table in zip(
                 policies, ([replace(p, rejected_ids=p.chosen_ids) for p in pairs], bare), strict=True
             )
@@ -207,18 +227,16 @@ def test_sft_without_a_rejected_side_is_sft_on_the_chosen_one(tmp_path):
 def test_rows_without_a_rejected_side_are_refused_where_one_is_needed():
     pairs = tiny.pairs(8)
     bare = [*pairs[:3], replace(pairs[3], rejected_ids=[]), *pairs[4:]]
-    for config, message in (
-        (CONFIG, "dpo needs a rejected side, which row 3 of pairs lacks"),
-        (replace(CONFIG, loss_type="sft"), "row 3 of pairs has no rejected side and others have one"),
-        (
-            replace(CONFIG, loss_type="sft", share_prefix=True),
-            "no pair to share a prompt in; train without share_prefix",
-        ),
+    sft, sharing = replace(CONFIG, loss_type="sft"), FastPath(share_prefix=True)
+    for config, fast, message in (
+        (CONFIG, None, "dpo needs a rejected side, which row 3 of pairs lacks"),
+        (sft, None, "row 3 of pairs has no rejected side and others have one"),
+        (sft, sharing, "no pair to share a prompt in; train without share_prefix"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.fit(config, tiny.llama(), tiny.llama, bare, progress=False)
+            fit(config, tiny.llama(), tiny.llama, bare, fast=fast, progress=False)
     with pytest.raises(ValueError, match="which row 3 of eval_pairs lacks"):
-        train.fit(CONFIG, tiny.llama(), tiny.llama, pairs, eval_pairs=bare, progress=False)
+        fit(CONFIG, tiny.llama(), tiny.llama, pairs, eval_pairs=bare, progress=False)
 
 
 def test_held_out_pairs_are_scored():
@@ -247,7 +265,7 @@ def test_non_finite_loss_stops_and_names_rows(tmp_path):
         train.NonFiniteLoss,
         match=r"step 4: no finite loss in row \d+ \((chosen|rejected)\), column \d+: the policy.s log-probability",
     ):
-        train.fit(
+        fit(
             replace(config, eval_every=1, save_every=2),
             policy,
             frozen_copy(policy),
@@ -273,9 +291,10 @@ def test_forbidden_tokens_train_alike_on_both_paths_and_leave_json(name, tmp_pat
     pairs, rows = tiny.pairs(8, vocab=60), []  # no response holds tokens 60 to 63
     for fused in (True, False):
         folder = tmp_path / str(fused)
-        config = replace(CONFIG, loss_type=name, output_dir=str(folder), fused=fused, eval_every=1, guide_beta=0.1)
+        config = replace(CONFIG, loss_type=name, output_dir=str(folder), eval_every=1, guide_beta=0.1)
         models = forbidding(61), forbidding(61, 62)
-        train.fit(config, *models, pairs, guide=forbidding(60), eval_pairs=pairs, progress=False)
+        more = {"guide": forbidding(60), "eval_pairs": pairs, "fast": FastPath(fused=fused)}
+        fit(config, *models, pairs, **more, progress=False)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rows.append([json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in lines])
     assert len(rows[0]) > 2
@@ -294,9 +313,11 @@ def test_forbidden_tokens_in_a_response_are_refused_with_the_place(name, policy,
     good = [replace(pair, row=row) for row, pair in enumerate(tiny.pairs(4, vocab=5))]
     bad = [*good[:3], EncodedPair(9, [0, 1], [2, 3], [4, 5])]
     models = forbidding(*policy), forbidding(*reference)
-    config = replace(CONFIG, loss_type=name, fused=fused, eval_every=1, batch_size=4)
+    config = replace(CONFIG, loss_type=name, eval_every=1, batch_size=4)
+    bad, good = (bad, good) if not held_out else (good, bad)
+    more = {"eval_pairs": good if held_out else None, "fast": FastPath(fused=fused)}
     with pytest.raises(train.NonFiniteLoss, match=message):
-        train.fit(config, *models, good if held_out else bad, eval_pairs=bad if held_out else None, progress=False)
+        fit(config, *models, bad, **more, progress=False)
 
 
 def test_checkpoints_are_model_folders(tmp_path):
@@ -345,10 +366,9 @@ CHILD = """
     sys.path.insert(0, {tests!r})
     import tiny, torch
     torch.set_num_threads(1)
-    from tpo_lib import train
     from tpo_lib.files import store
     from tpo_lib.models import frozen_copy
-    from test_train import CONFIG, replace
+    from test_train import CONFIG, fit, replace
 
     def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -369,7 +389,7 @@ CHILD = """
         os.rename = rename
     policy = tiny.llama()
     config = replace(CONFIG, epochs=3, loss_type="tdpo2", output_dir={folder!r}, eval_every=1, save_every=2)
-    train.fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False, resume={resume},
+    fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False, resume={resume},
               callbacks=[lambda step, _: die() if point == step else None])
 """
 
@@ -418,13 +438,13 @@ def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
 @pytest.mark.parametrize("cached_first", [True, False])
 def test_caches_may_come_and_go_on_a_resume(cached_first, tmp_path):
     config = replace(CONFIG, loss_type="tdpo2", epochs=3, lr=1e-4, output_dir=str(tmp_path / "run"), keep=9)
-    settings = [replace(config, cache_dir=str(tmp_path / "caches")), config]
+    settings = [FastPath(cache_dir=str(tmp_path / "caches")), None]
     first, second = settings if cached_first else settings[::-1]
-    trained(first)
+    trained(config, fast=first)
     shutil.rmtree(tmp_path / "run" / "final")
     for late in sorted((tmp_path / "run" / "checkpoints").iterdir())[3:]:
         shutil.rmtree(late)
-    resumed, whole = trained(second, resume=True), trained(replace(config, output_dir=None))
+    resumed, whole = trained(config, fast=second, resume=True), trained(replace(config, output_dir=None))
     assert (tmp_path / "caches").exists()
     for name, value in weights(whole.policy).items():
         torch.testing.assert_close(weights(resumed.policy)[name], value, rtol=1e-6, atol=1e-6)
@@ -486,12 +506,11 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import tiny, torch
         torch.set_num_threads(1)
-        from tpo_lib import train
         from tpo_lib.models import frozen_copy
-        from test_train import CONFIG, replace
+        from test_train import CONFIG, fit, replace
         policy = tiny.llama()
         config = replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=2, output_dir={str(tmp_path / "two")!r})
-        train.fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False)
+        fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False)
     """
     (tmp_path / "child.py").write_text(textwrap.dedent(code))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -519,6 +538,7 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
         from torch.distributed.fsdp import fully_shard
         from test_train import CONFIG, replace
         from tpo_lib import data, train
+        from tpo_lib.fast import pair_loss
         from tpo_lib.models import ResponseReader
 
         torch.set_num_threads(1)
@@ -532,16 +552,19 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
                     x += 0.05 * torch.arange(x.numel(), dtype=x.dtype).sin().view_as(x)
             return model
 
+        def scorer_of(config, model):
+            return train.PairScorer(config, ResponseReader(model), pair_loss)
+
         def backward(scorer, pairs):
             batch = data.collate(pairs, 0)
             with torch.no_grad():
-                said = ref(batch.input_ids, batch.attention_mask, batch.labels)
+                said = ref(batch)
             scorer(batch, {{"ref": said}}, False)[0].loss.mean().backward()
 
         for loss_type in ("dpo", "tdpo1", "tdpo2"):
             config, whole, sharded = replace(CONFIG, loss_type=loss_type), moved(), moved()
-            backward(train.PairScorer(config, whole), tiny.pairs(8))
-            scorer = train.PairScorer(config, sharded)
+            backward(scorer_of(config, whole), tiny.pairs(8))
+            scorer = scorer_of(config, sharded)
             for module in [*sharded.model.layers, scorer]:
                 fully_shard(module, mesh=mesh)
             backward(scorer, tiny.pairs(8)[4 * mine : 4 * mine + 4])
@@ -558,14 +581,14 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
 
 @pytest.mark.parametrize(("name", "expected"), [("tdpo1", [True, False, True, False]), ("tdpo2", [False] * 4)])
 def test_statistics_are_left_out_between_logged_updates_where_the_loss_can_do_without(name, expected, monkeypatch):
-    asked, pair_loss = [], train.fused.pair_loss
+    asked, pair_loss = [], fast_package.pair_loss
 
     def watched(*args, **kwargs):
         output, tokens = pair_loss(*args, **kwargs)
         asked.append(tokens is None)
         return output, tokens
 
-    monkeypatch.setattr(train.fused, "pair_loss", watched)
+    monkeypatch.setattr(fast_package, "pair_loss", watched)
     result = trained(replace(CONFIG, loss_type=name, batch_size=2, accumulation=1, epochs=1, log_every=2))
     assert asked == expected
     assert all({"logps/chosen", "kl/rejected"} <= row.keys() for row in result.metrics)
@@ -573,7 +596,7 @@ def test_statistics_are_left_out_between_logged_updates_where_the_loss_can_do_wi
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch):
-    monkeypatch.setattr(train.Accelerator, "distributed_type", train.DistributedType[kind])
+    monkeypatch.setattr(accelerated.Accelerator, "distributed_type", accelerated.DistributedType[kind])
     with pytest.raises(ValueError, match=f"accelerate is set to {kind}.* --lora-rank"):
         trained(CONFIG)
 
@@ -584,7 +607,7 @@ def test_lora_trains_adapters_alone_and_resumes(tmp_path):
 
     def run(config, **kwargs):
         policy = add_lora(tiny.llama(), 2, seed=1)
-        return train.fit(config, policy, tiny.llama(), tiny.pairs(8), progress=False, **kwargs)
+        return fit(config, policy, tiny.llama(), tiny.pairs(8), progress=False, **kwargs)
 
     config = replace(CONFIG, lora_rank=2, epochs=2)
     whole = run(config)
@@ -599,19 +622,21 @@ def test_lora_trains_adapters_alone_and_resumes(tmp_path):
 def test_on_log_sees_every_row_and_ends_the_run():
     seen = []
     config = replace(CONFIG, log_every=1, epochs=4)
-    result = train.fit(
+    result = fit(
         config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False,
         on_log=lambda row: seen.append(row) or len(seen) == 3,
     )  # fmt: skip
     assert result.steps == 3
     assert seen == result.metrics
-    assert train.fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3
+    assert fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3
 
 
-@pytest.mark.parametrize("changes", [{"share_prefix": True}, {"fused": False}, {"max_tokens": 50}])
-def test_how_a_batch_is_read_does_not_change_the_run(changes):
+@pytest.mark.parametrize(
+    ("fast", "changes"), [({"share_prefix": True}, {}), ({"fused": False}, {}), ({}, {"max_tokens": 50})]
+)
+def test_how_a_batch_is_read_does_not_change_the_run(fast, changes):
     config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, epochs=2)
-    plain, other = trained(config), trained(replace(config, **changes))
+    plain, other = trained(config), trained(replace(config, **changes), fast=FastPath(**fast))
     for name, value in weights(plain.policy).items():
         torch.testing.assert_close(weights(other.policy)[name], value, rtol=1e-3, atol=1e-4)
     for row, again in zip(plain.metrics, other.metrics, strict=True):

@@ -37,7 +37,8 @@ _HOME = {  # module: what it gives
     ),
     "fast.fused": ("pair_loss",),
     "config": ("TrainConfig", "PRESETS"),
-    "train": ("fit",),
+    "runs.run": ("fit",),
+    "fast": ("FastPath",),
     "evaluation": ("evaluate",),
     "intervals": ("bootstrap", "paired_differences"),
 }
@@ -49,7 +50,7 @@ def home(name: str) -> str:
     """The module that a name comes from.
 
     >>> home("fit")
-    'tpo_lib.train'
+    'tpo_lib.runs.run'
     """
     return f"{__name__}.{_MODULE[name]}"
 

@@ -141,7 +141,8 @@ def _judge_training(options) -> None:
     from tpo_lib.models import choose_device, choose_precision
     from tpo_lib.runs.run import checkpoints_in
 
-    config = options.training = flags.read_config(options)
+    config, options.fast = flags.read_config(options), flags.read_fast(options)
+    options.training = config
     if config.output_dir is None:
         raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
     if options.guide and "guide_logps" not in OBJECTIVES[config.loss_type].needs:

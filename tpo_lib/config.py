@@ -12,7 +12,7 @@ from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter
 KINDS = {"int": Integral, "float": Real, "bool": bool, "str": str}
 
 
-def _setting(default, words: str, **bounds):
+def setting(default, words: str, **bounds):
     """A field with the words of its flag and what it may be: `choices`, or greater than `above` and at most `most`."""
     return field(default=default, metadata={"words": words, **bounds})
 
@@ -30,58 +30,47 @@ class TrainConfig:
         ({'alpha': 0.3}, 0.1)
     """
 
-    loss_type: str = _setting("dpo", "the objective, or FILE.py:NAME of your own", choices=OBJECTIVES)
+    loss_type: str = setting("dpo", "the objective, or FILE.py:NAME of your own", choices=OBJECTIVES)
     hyper: Mapping[str, float | str] = field(default_factory=dict, hash=False)
-    optimizer: str = _setting("adamw", "what makes the updates", choices=("adamw", "rmsprop"))
-    lr: float = _setting(1e-4, "peak learning rate", above=0)
-    schedule: str = _setting("cosine", "after the warm-up: to 0, or constant", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = _setting(10, "updates over which the learning rate rises to its peak")
-    weight_decay: float = _setting(0.0, "AdamW's; RMSprop takes none")
-    clip: float = _setting(10.0, "largest gradient norm", above=0)
-    batch_size: int = _setting(32, "pairs in one forward pass and process", above=0)
-    accumulation: int = _setting(
+    optimizer: str = setting("adamw", "what makes the updates", choices=("adamw", "rmsprop"))
+    lr: float = setting(1e-4, "peak learning rate", above=0)
+    schedule: str = setting("cosine", "after the warm-up: to 0, or constant", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = setting(10, "updates over which the learning rate rises to its peak")
+    weight_decay: float = setting(0.0, "AdamW's; RMSprop takes none")
+    clip: float = setting(10.0, "largest gradient norm", above=0)
+    batch_size: int = setting(32, "pairs in one forward pass and process", above=0)
+    accumulation: int = setting(
         1, "forward passes an update; incomplete windows at the end of an epoch are left out", above=0
     )
-    max_tokens: int | None = _setting(
+    max_tokens: int | None = setting(
         None,
         "most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x accumulation pairs as "
         "ever, but is cut into forward passes by tokens instead of by pairs",
         above=3,  # the shortest pair is two rows of two tokens
     )
-    share_prefix: bool = _setting(
-        False, "read the prompt of a pair once instead of twice (prefix.py), which pays where prompts are long"
-    )
-    fused: bool = _setting(
-        True, "head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once"
-    )
-    epochs: int = _setting(1, "passes over the pairs", above=0)
-    max_steps: int | None = _setting(
+    epochs: int = setting(1, "passes over the pairs", above=0)
+    max_steps: int | None = setting(
         None, "updates after which the run ends, if that is earlier; None sets no bound", above=0
     )
-    max_length: int = _setting(
+    max_length: int = setting(
         128, "tokens of prompt and response together; longer responses are cut and counted", above=1
     )
-    precision: str | None = _setting(
+    precision: str | None = setting(
         None, "no (float32), bf16 or fp16 autocast; None chooses from the device", choices=("no", "bf16", "fp16")
     )
-    device: str | None = _setting(None, "cpu, cuda or mps; None chooses")
-    lora_rank: int = _setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
-    seed: int = _setting(
+    device: str | None = setting(None, "cpu, cuda or mps; None chooses")
+    lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
+    seed: int = setting(
         0,
         "orders the data; with the same seed, machine and thread count a run repeats bit for bit",
         most=2**32 - 1,  # numpy's bound
     )
-    log_every: int = _setting(5, "updates between two rows of metrics", above=0)
-    eval_every: int = _setting(0, "updates between two evaluations on held-out pairs; 0 makes none on the way")
-    save_every: int = _setting(100, "updates between two checkpoints", above=0)
-    keep: int = _setting(2, "checkpoints kept", above=0)
-    output_dir: str | None = _setting(None, "where checkpoints and metrics.jsonl go; None keeps everything in memory")
-    report_to: str | None = _setting(None, "a tracker of the metrics", choices=("tensorboard",))
-    cache_dir: str | None = _setting(
-        None,
-        "where what the frozen models say is kept on disk, to be read instead of them (caches.py); None reads them anew for "
-        "every batch. It may come and go on a resume",
-    )
+    log_every: int = setting(5, "updates between two rows of metrics", above=0)
+    eval_every: int = setting(0, "updates between two evaluations on held-out pairs; 0 makes none on the way")
+    save_every: int = setting(100, "updates between two checkpoints", above=0)
+    keep: int = setting(2, "checkpoints kept", above=0)
+    output_dir: str | None = setting(None, "where checkpoints and metrics.jsonl go; None keeps everything in memory")
+    report_to: str | None = setting(None, "a tracker of the metrics", choices=("tensorboard",))
 
     def __init__(self, **given) -> None:
         settings = {name: f.default for name, f in run_settings().items()}
@@ -98,8 +87,8 @@ class TrainConfig:
         return used[name]
 
     def _check(self) -> None:
-        for name, setting in run_settings().items():
-            _check_setting(setting, getattr(self, name))
+        for name, each in run_settings().items():
+            check_setting(each, getattr(self, name))
         known = known_hyperparameters(self.loss_type)
         for name, value in self.hyper.items():
             if name not in known:
@@ -157,7 +146,7 @@ def known_hyperparameters(loss_type: str | None = None) -> dict[str, Hyperparame
     return {name: h for entry in reversed(entries) for name, h in entry.hyperparameters.items()}
 
 
-def _check_setting(setting: Field, value) -> None:
+def check_setting(setting: Field, value) -> None:
     """Raise ValueError, naming the value, where it is none that the setting may have."""
     name, kind, bounds = f"{setting.name}={value!r}", kind_of(setting), setting.metadata
     if value is None and setting.type.endswith("| None"):

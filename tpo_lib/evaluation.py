@@ -199,7 +199,7 @@ def sequence_kl(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows]).to(policy.device)
-        logits = [model(batch.input_ids, batch.attention_mask, batch.labels).logits() for model in models]  # (R, V)
+        logits = [model(batch).logits() for model in models]  # (R, V)
         mask = response_mask(batch.labels)  # (N, T-1)
         for total, per_step in zip((kl, entropy), kl_and_entropy(*logits), strict=True):
             total[rows] = unpack(per_step.double(), mask).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
@@ -347,5 +347,5 @@ def _read(name: str, model: ResponseReader, batch: PairBatch, cache: dict | None
     cache = {} if cache is None else cache
     key = name, *(ids.cpu().numpy().tobytes() for ids in (batch.input_ids, batch.labels))
     if key not in cache:
-        cache[key] = model(batch.input_ids, batch.attention_mask, batch.labels)
+        cache[key] = model(batch)
     return cache[key]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import Field, fields
 
 from tpo_lib.config import PRESETS, TrainConfig, kind_of, known_hyperparameters, override, run_settings
+from tpo_lib.fast import FastPath
 from tpo_lib.files.own_code import title
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.parser import number
@@ -30,7 +32,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         choices = known_hyperparameters()[name].choices
         kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
         group.add_argument(_flag(name), help=words.replace("%", "%%"), **kind)
-    for name, setting in run_settings().items():
+    for name, setting in {**run_settings(), **fast_settings()}.items():
         if name == "cache_dir":  # one flag for every cache, among those of sampling
             continue
         kind, words = kind_of(setting), setting.metadata["words"]
@@ -63,12 +65,25 @@ def read_config(options: argparse.Namespace) -> TrainConfig:
     return config
 
 
+def read_fast(options: argparse.Namespace) -> FastPath:
+    """How the run reads its models, by the flags of `add_config` and --cache-dir."""
+    given = {name: getattr(options, name) for name in fast_settings()}
+    return FastPath(**{name: value for name, value in given.items() if value is not None})
+
+
+def fast_settings() -> dict[str, Field]:
+    """The fields of FastPath, as `run_settings` has those of TrainConfig."""
+    return {field.name: field for field in fields(FastPath)}
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _default(name: str) -> str:
     """The presets' values of a field; nothing where they set none."""
+    if name in fast_settings():
+        return f"(default: {fast_settings()[name].default})"
     values = {preset: getattr(PRESETS[preset].train, name) for preset in PRESETS}
     if set(values.values()) == {None}:
         return ""

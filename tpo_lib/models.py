@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tpo_lib import stats
-from tpo_lib.fast import prefix
 from tpo_lib.files import adapters
-from tpo_lib.types import IGNORE, Head, Reading
+from tpo_lib.types import Head, PairBatch, Reading
 
 MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
 NO_MATHEMATICS = (
@@ -180,11 +180,9 @@ class ResponseReader(nn.Module):
     What a model does to its logits after the head is read from its config (Gemma 2 caps them, Cohere and Granite scale
     them) and then tried on four tokens. Where that does not give the model's own logits, `understood` is False and the
     model's full forward is used.
-
-    With `share_prefix` a pair is read as one sequence with one prompt (prefix.py), which pays where prompts are long.
     """
 
-    def __init__(self, model, *, share_prefix: bool = False):
+    def __init__(self, model):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
@@ -197,8 +195,6 @@ class ResponseReader(nn.Module):
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.vocab, self.most_tokens = vocabulary(inner), most_tokens(config)
         self.understood = self._probe()
-        self._windows = prefix.layer_windows(config) if share_prefix else {}
-        self.share_prefix = share_prefix and self._check_sharing()
 
     @property
     def head(self) -> Head:
@@ -232,58 +228,27 @@ class ResponseReader(nn.Module):
             return False
         return close(self.head.logits(body(input_ids=ids, use_cache=False)[0]).float(), expected)
 
-    @torch.no_grad()
-    def _check_sharing(self) -> bool:
-        """Whether this architecture gives the same hidden states when the two responses of a pair share their prompt.
-
-        Five tokens, against what a version of transformers might change: windows are taken from the configuration.
-
-        Raises:
-            ValueError: it does not.
-        """
-        ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 5, 6, 7]], device=self.model.device)
-        mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], device=self.model.device)
-        labels = ids.masked_fill(mask == 0, IGNORE).index_fill(1, torch.tensor([0, 1], device=ids.device), IGNORE)
-        plain = self._states(ids, mask)
-        try:
-            shared = prefix.shared_states(self._parts[0], self._windows, ids, mask, labels)
-            same = self.understood and torch.allclose(plain[mask == 1], shared[mask == 1], rtol=1e-3, atol=1e-3)
-        except (TypeError, ValueError, RuntimeError) as error:
-            same, reason = False, f"{type(error).__name__}: {error}"
-        else:
-            reason = "its hidden states come out different"
-        if not same:
-            raise ValueError(
-                f"share_prefix does not work with {type(self.model).__name__} ({reason}); train without it"
-            )
-        return True
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Reading:
-        """Read the R positions of `stats.response_mask(labels)`, in its order.
-
-        Args:
-            input_ids, attention_mask, labels: (N, T) int64, as in PairBatch. Whatever id stands where attention_mask is 0
-                is not read.
+    def forward(self, batch: PairBatch) -> Reading:
+        """Read the R positions of `stats.response_mask(batch.labels)`, in its order; ids where attention_mask is 0 are not read.
 
         Raises:
             ValueError: as `check_sequences` and `stats.response_mask`.
         """
-        mask = stats.response_mask(labels)  # (N, T-1)
-        input_ids = input_ids.masked_fill(attention_mask == 0, 0)  # padding may be an id that the model does not have
+        mask = stats.response_mask(batch.labels)  # (N, T-1)
+        # padding may be an id that the model does not have
+        input_ids = batch.input_ids.masked_fill(batch.attention_mask == 0, 0)
         low, high = torch.stack(input_ids.aminmax()).tolist()
         if low < 0 or high >= self.vocab or input_ids.shape[1] > self.most_tokens:
             check_sequences(self.model, ((f"sequence {i}", ids) for i, ids in enumerate(input_ids.tolist())))
         if not self.understood:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False)
             return Reading(output["logits"][:, :-1][mask], None)
-        if self.share_prefix:
-            states = prefix.shared_states(self._parts[0], self._windows, input_ids, attention_mask, labels)
-        else:
-            states = self._states(input_ids, attention_mask)
+        states = self.states(replace(batch, input_ids=input_ids))
         return Reading(states[:, :-1][mask], self.head)
 
-    def _states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def states(self, batch: PairBatch) -> Tensor:
         """(N, T, d) hidden states; on a CPU, much padded batches are read in quarters of similar length."""
+        input_ids, attention_mask = batch.input_ids, batch.attention_mask
         body, (n, t) = self._parts[0], input_ids.shape
         lengths = attention_mask.sum(1)
         order = lengths.argsort()

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
-from tpo_lib.fast import caches, fused
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
-from tpo_lib.runs.run import NonFiniteLoss, Run, Sums
 from tpo_lib.types import LossOutput, PairBatch, Reading, TokenStats
 
 Callback = Callable[[int, torch.nn.Module], None]
 OnLog = Callable[[dict], bool | None]
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+Read = Callable[[PairBatch], Reading | Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -50,241 +44,246 @@ def fit(
     *,
     eval_pairs: Sequence[EncodedPair] | None = None,
     guide=None,
-    tokenizer=None,
+    pair_loss: Callable = stats.pair_loss,
+    run: Progress | None = None,
     callbacks: Sequence[Callback] = (),
     on_log: OnLog | None = None,
-    resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train `policy` in place on preference pairs.
+    """Train `policy` in place on preference pairs, in memory; `tpo_lib.fit` adds speed and a folder that survives a kill.
 
     Args:
         config: the run; `config.batch_size * config.accumulation * processes` pairs make one update.
-        policy: causal language model in float32, trained in place. Dropout stays off.
-        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then). It
-            may also be a function without arguments that loads one: with `config.cache_dir` it is let go of once it is read.
+        policy: causal language model in float32 (or a ResponseReader of one), trained in place. Dropout stays off.
+        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then). It may
+            also be a reader: batch -> a Reading, or (R,) log-probabilities where no KL is wanted. What its attribute
+            `held_out` reads, if it has one, are the held-out pairs.
         pairs: encoded training pairs (data.encode_pairs).
         eval_pairs: held-out pairs, scored every `config.eval_every` updates and at the end (metrics `eval_*`).
-        guide: frozen DPO model or a function that loads it, needed by tgdpo alone.
-        tokenizer: saved beside the weights, so that checkpoints load on their own.
+        guide: frozen DPO model, or a reader of it, needed by tgdpo alone.
+        pair_loss: the step from what the models said to the loss, see `stats.pair_loss`.
+        run: where the run stands; None begins one in memory.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
         on_log: called with every metrics row of training as it is made; returns True to end the run after that update.
-        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit. A run leaves one also where an
-            error, Ctrl-C or SIGTERM ends it.
-        progress: show a progress bar.
 
     Raises:
-        ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update
-            takes; accelerate is set to what checkpoints do not gather (`accelerated`).
-        NonFiniteLoss: names step and rows, or the weights; checkpoints keep the last good state.
-        RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
+        ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update takes.
+        NonFiniteLoss: names step and rows, or the weights.
 
     A training row averages over the updates since the last one, but for what is computed at that update alone, since the
-    loss can do without: kl/* of DPO, TGDPO and SimPO, kl/* and logps/* of TDPO1.
-
-    With `config.cache_dir` the frozen models are read once (caches.py). Nothing else changes, except that the training rows
-    of DPO, TGDPO and SimPO then have no kl/*: log-probabilities are cached there, not distributions.
+    loss can do without: kl/* of DPO, TGDPO and SimPO, and with `fast.pair_loss` kl/* and logps/* of TDPO1.
     """
-    _check_models(config, reference, guide)
-    _check_sides(config, pairs=pairs, eval_pairs=eval_pairs or ())
-    check_pairs(policy, [*pairs, *(eval_pairs or [])], name="policy")
-    with accelerated(config) as accelerator:
-        scorer = PairScorer(config, policy.eval())
-        scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
-        per_update = config.batch_size * config.accumulation * accelerator.num_processes
-        steps = planned_steps(config, len(pairs), per_update)
-        for remark in config.remarks(steps) if accelerator.is_main_process else ():
-            print(remark, file=sys.stderr)
-        run = Run(config, tokenizer, accelerator)
-        with run.owned():
-            models = {"reference": reference, "guide": guide}
-            run.begin(policy, optimizer, models, pairs, eval_pairs, per_update, resume=resume)
-            frozen, frozen_eval = caches.frozen_readers(
-                config,
-                {"ref": run.noting("reference", reference), "guide": run.noting("guide", guide)},
-                policy,
-                pairs,
-                eval_pairs,
-                accelerator=accelerator,
-                progress=progress,
-            )
-            run.record(pairs)
-            bar = tqdm(
-                total=steps,
-                initial=run.step,
-                desc=config.loss_type,
-                disable=not (progress and accelerator.is_main_process),
-                unit="update",
-            )
-            for callback in callbacks if run.step == 0 else ():
-                callback(0, policy)
+    check(config, reference, guide, pairs, eval_pairs or ())
+    if run is None and config.output_dir:
+        raise ValueError(
+            f"output_dir={config.output_dir!r}: this loop keeps a run in memory; tpo_lib.fit writes one there"
+        )
+    reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
+    policy, run = reader.model.eval(), run or Progress(config)
+    check_pairs(policy, [*pairs, *(eval_pairs or ())], name="policy")
+    accelerator = run.accelerator
+    frozen = {"ref": ("reference", reference), "guide": ("guide", guide)}
+    frozen = {
+        key: _reader(name, model, policy, [*pairs, *(eval_pairs or ())], accelerator.device)
+        for key, (name, model) in frozen.items()
+        if model is not None
+    }
+    scorer, optimizer = accelerator.prepare(PairScorer(config, reader, pair_loss), build_optimizer(config, policy))
+    per_update = config.batch_size * config.accumulation * accelerator.num_processes
+    steps = planned_steps(config, len(pairs), per_update)
+    shown = progress and accelerator.is_main_process
+    for remark in config.remarks(steps) if accelerator.is_main_process else ():
+        print(remark, file=sys.stderr)
+    run.begin(policy, optimizer, per_update)
+    bar = tqdm(total=steps, initial=run.step, desc=config.loss_type, disable=not shown, unit="update")
+    for callback in callbacks if run.step == 0 else ():
+        callback(0, policy)
 
-            def follow_up() -> bool:
-                """What an update entails: its row, an evaluation, the callbacks, a checkpoint. True ends the run."""
-                stop, logged = False, run.step % config.log_every == 0 or run.step == steps
-                if logged:
-                    row = {"step": run.step, "pairs_seen": run.step * per_update}
-                    row |= {
-                        "lr": learning_rate(config, run.step - 1, steps),
-                        "grad_norm": run.norm if math.isfinite(run.norm) else None,
-                    }
-                    _log(run, row | run.sums.means(accelerator), bar)
-                    stop = bool(on_log and on_log(run.rows[-1]))
-                last = stop or run.step == steps
-                if last or (config.eval_every and run.step % config.eval_every == 0):
-                    if eval_pairs:
-                        found = evaluate_pairs(config, scorer, frozen_eval, eval_pairs, accelerator)
-                        _log(run, {"step": run.step} | found, bar)
-                    for callback in callbacks:
-                        callback(run.step, policy)
-                run.settle(logged)
-                if last or run.step % config.save_every == 0:
-                    run.save(policy, optimizer)
-                return last
+    def follow_up() -> bool:
+        """What an update entails: its row, an evaluation, the callbacks, a checkpoint. True ends the run."""
+        stop, logged = False, run.step % config.log_every == 0 or run.step == steps
+        if logged:
+            row = {"step": run.step, "pairs_seen": run.step * per_update}
+            row["lr"] = learning_rate(config, run.step - 1, steps)
+            row["grad_norm"] = run.norm if math.isfinite(run.norm) else None
+            _log(run, row | run.sums.means(accelerator), bar)
+            stop = bool(on_log and on_log(run.rows[-1]))
+        last = stop or run.step == steps
+        if last or (config.eval_every and run.step % config.eval_every == 0):
+            if eval_pairs:
+                found = evaluate_pairs(config, scorer, frozen, eval_pairs, accelerator)
+                _log(run, {"step": run.step} | found, bar)
+            for callback in callbacks:
+                callback(run.step, policy)
+        run.settle(logged)
+        if last or run.step % config.save_every == 0:
+            run.save(policy, optimizer)
+        return last
 
-            with run.guarded(policy, optimizer):
-                over = follow_up() if run.pending else run.step == steps  # it may have been stopped in the midst of one
-                for window in updates(config, pairs, per_update, run.step, steps) if not over else ():
-                    set_learning_rate(optimizer, learning_rate(config, run.step, steps))
-                    log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
-                    chunks = micro_batches(window, pairs, config, accelerator)
-                    sums = Sums(run.sums)
-                    for number, chunk in enumerate(chunks):
-                        batch = collate(chunk).to(accelerator.device)
-                        with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
-                            output, tokens = score(
-                                scorer, frozen, batch, accelerator, with_kl=log_now, step=run.step + 1
-                            )
-                            accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
-                        sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
-                        _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
-                    norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
-                    if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
-                        _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
-                    with run.moving():
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        run.advance(norm.item(), sums)
-                    bar.update()
-                    if follow_up():
-                        break
-            bar.close()
-            run.finish(policy)
-        # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
-        scorer = None
-        accelerator.free_memory()
-        accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
+    with run.guarded(policy, optimizer):
+        over = follow_up() if run.pending else run.step == steps  # it may have been stopped in the midst of one
+        for window in updates(config, pairs, per_update, run.step, steps) if not over else ():
+            set_learning_rate(optimizer, learning_rate(config, run.step, steps))
+            log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
+            chunks, sums = micro_batches(window, pairs, config, accelerator), Sums(run.sums)
+            for number, chunk in enumerate(chunks):
+                batch = collate(chunk).to(accelerator.device)
+                with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
+                    output, tokens = score(scorer, frozen, batch, accelerator, logged=log_now, step=run.step + 1)
+                    accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
+                sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
+                _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
+            norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
+            if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
+                _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
+            with run.moving():
+                optimizer.step()
+                optimizer.zero_grad()
+                run.advance(norm.item(), sums)
+            bar.update()
+            if follow_up():
+                break
+    bar.close()
+    run.finish(policy)
+    # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
+    scorer = None
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
     return TrainResult(policy, run.step, run.rows, run.folder)
 
 
-@contextmanager
-def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
-    """accelerate, set up by the run's settings alone; afterwards the process finds accelerate as it left it.
+class NonFiniteLoss(FloatingPointError):
+    """A loss, gradient or weight became NaN or infinite; what is saved is the state before."""
 
-    accelerate keeps its settings in the process, where no second Accelerator may change them, and takes from the
-    environment what it is not told.
 
-    Raises:
-        ValueError: it is set to another device, or to shard the weights (FSDP, DeepSpeed, Megatron, tensor or context
-            parallelism), which checkpoints do not gather.
+class Sums:
+    """Sums and counts of metrics on the device; read back at log steps and in checkpoints alone."""
+
+    def __init__(self, before: Sums | None = None) -> None:
+        self.totals: dict[str, tuple] = dict(before.totals) if before else {}
+
+    def add(self, metrics: dict[str, tuple]) -> None:
+        for name, (total, count) in metrics.items():
+            before = self.totals.get(name, (0.0, 0))
+            self.totals[name] = before[0] + total, before[1] + count
+
+    def means(self, accelerator) -> dict[str, float]:
+        means = {}
+        for name, (total, count) in self.totals.items():
+            total = torch.as_tensor(total).float()
+            pair = torch.stack([total, torch.as_tensor(count).float().to(total.device)])
+            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
+            means[name] = total / count
+        return means
+
+
+class Progress:
+    """Where a run stands, in memory. `runs.run.Run` is one that keeps it in a folder.
+
+    Attributes:
+        accelerator: device, precision and processes.
+        folder: of the run, or None.
+        step: updates made.
+        rows: metrics rows so far.
+        sums: of the metrics since the last row.
+        norm: gradient norm of the last update.
+        pending: its row, evaluation or callbacks are still to come.
     """
-    device = choose_device(config.device)
-    precision = choose_precision(device, config.precision)
-    for name, used in {
-        "GRADIENT_ACCUMULATION_STEPS": "1",
-        "MIXED_PRECISION": precision,
-        "DYNAMO_BACKEND": "no",
-    }.items():
-        value = os.environ.get(f"ACCELERATE_{name}", used)
-        if value.lower() != used:
-            told = f"ACCELERATE_{name}={value} is not used: the run's own settings decide (--accumulation, --precision)"
-            print(told, file=sys.stderr)
-    states = (PartialState, AcceleratorState, GradientState)
-    before = [(state, dict(state._shared_state)) for state in states]
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    accelerator = None
-    try:
-        for state in states:
-            state._reset_state()
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            dynamo_backend="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            cpu=device.type == "cpu",
-            log_with=config.report_to,
-            project_dir=config.output_dir,
-        )
-        _check_accelerator(accelerator, device)
-        yield accelerator
-        if accelerator.use_distributed and not grouped:
-            atexit.register(torch.distributed.destroy_process_group)  # not now: a launcher's group is made only once
-    finally:
-        for tracker in accelerator.trackers if accelerator else ():
-            tracker.finish()
-        for state, values in before:
-            state._shared_state.clear()
-            state._shared_state.update(values)
+
+    folder: Path | None = None
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator | None = None) -> None:
+        device = choose_device(config.device)
+        precision = choose_precision(device, config.precision)
+        self.accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+        self.step, self.rows, self.sums, self.norm, self.pending = 0, [], Sums(), 0.0, False
+
+    def begin(self, policy, optimizer, per_update: int) -> None:
+        """Take up what was left, if anything was; an update takes `per_update` pairs."""
+
+    def log(self, row: dict) -> None:
+        """Keep a metrics row."""
+        self.rows.append(row)
+
+    def moving(self):
+        """A context in which weights and step change: neither is saved without the other."""
+        return nullcontext()
+
+    def advance(self, norm: float, sums: Sums) -> None:
+        """An update was made: its gradient norm, and the metrics with its own."""
+        self.step, self.norm, self.sums, self.pending = self.step + 1, norm, sums, True
+
+    def settle(self, logged: bool) -> None:
+        """All that an update entails is done."""
+        self.pending = False
+        if logged:
+            self.sums = Sums()
+
+    def guarded(self, policy, optimizer):
+        """A context that saves the last whole update whatever ends it early."""
+        return nullcontext()
+
+    def save(self, policy, optimizer) -> None:
+        """Write a checkpoint."""
+
+    def finish(self, policy) -> None:
+        """The run is over; raises NonFiniteLoss if its weights are not finite."""
+        self.check_finite(policy)
+
+    def check_finite(self, policy) -> None:
+        """Raise NonFiniteLoss at the first trained tensor with a NaN or infinity."""
+        name = not_finite(policy)
+        if name is not None:
+            raise NonFiniteLoss(
+                f"step {self.step}: the weights of {name} are not finite; they were not saved, checkpoints keep the last good "
+                "state. Lower the learning rate"
+            )
 
 
-def _check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    if accelerator.distributed_type in SHARDED or parallelism is not None:
-        raise ValueError(
-            f"accelerate is set to {parallelism or accelerator.distributed_type.value}, which shards the weights, and "
-            "checkpoints are written from whole ones: launch with --multi_gpu instead (a whole copy per process), and "
-            "--lora-rank if that does not fit"
-        )
-    found = accelerator.device
-    if found.type != device.type or device.index not in (None, found.index or 0):
-        raise ValueError(
-            f"the run is on device {device}, accelerate on {found}: unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and "
-            "choose among several GPUs by CUDA_VISIBLE_DEVICES"
-        )
+def not_finite(policy) -> str | None:
+    """The first trained tensor with a NaN or infinity, None where there is none; -inf in the head's bias forbids a token."""
+    bias = getattr(policy.get_output_embeddings(), "bias", None)
+    trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+    return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
+
+
+def _reader(name: str, model, policy, pairs: Sequence[EncodedPair], device) -> Read:
+    """What reads a frozen model on the device."""
+    if not isinstance(model, torch.nn.Module):
+        return model
+    reader = model if isinstance(model, ResponseReader) else ResponseReader(model)
+    check_pairs(reader.model, pairs, name=name, policy=policy)
+    return reader.to(device)
 
 
 class PairScorer(torch.nn.Module):
     """The policy and its objective as one module with one forward, so that DDP sees everything that runs."""
 
-    def __init__(self, config: TrainConfig, policy) -> None:
+    def __init__(self, config: TrainConfig, policy: ResponseReader, pair_loss: Callable = stats.pair_loss) -> None:
         super().__init__()
-        self.policy, self.fused = ResponseReader(policy, share_prefix=config.share_prefix), config.fused
         objective = losses.OBJECTIVES[config.loss_type]
+        self.policy, self.pair_loss = policy, pair_loss
         self.objective = partial(objective.fn, **config.hyperparameters())
         self.needs_kl = "kl" in objective.needs
-        if config.fused and not self.policy.understood:
-            print(
-                f"{type(policy).__name__}: what follows its head is not understood; all logits are made",
-                file=sys.stderr,
-            )
 
     def forward(
-        self, batch: PairBatch, frozen: dict[str, Reading | Tensor], with_kl: bool
+        self, batch: PairBatch, said: dict[str, Reading | Tensor | None], logged: bool
     ) -> tuple[LossOutput, TokenStats | None]:
-        """Loss and statistics of B pairs.
-
-        with_kl asks for the KL also where the objective does not need it; without it the statistics may be None.
-        """
-        read = self.policy(batch.input_ids, batch.attention_mask, batch.labels)
-        read = read if self.fused else Reading(read.logits(), None)
-        ref, guide = frozen.get("ref"), frozen.get("guide")
-        asked = {"with_kl": self.needs_kl or (with_kl and isinstance(ref, Reading)), "logged": with_kl}
-        return fused.pair_loss(self.objective, read, batch.labels, ref, guide=guide, paired=batch.paired, **asked)
+        """Loss and statistics of B pairs; `logged` asks for the KL also where the objective does not need it."""
+        ref, guide = said.get("ref"), said.get("guide")
+        with_kl = self.needs_kl or (logged and isinstance(ref, Reading))
+        settings = {"guide": guide, "with_kl": with_kl, "paired": batch.paired, "logged": logged}
+        return self.pair_loss(self.objective, self.policy(batch), batch.labels, ref, **settings)
 
 
 def score(
-    scorer: PairScorer,
-    frozen: dict[str, caches.Read],
-    batch: PairBatch,
-    accelerator,
-    *,
-    with_kl: bool,
-    step: int | None = None,
+    scorer: PairScorer, frozen: dict[str, Read], batch: PairBatch, accelerator, *, logged: bool, step: int | None = None
 ) -> tuple[LossOutput, TokenStats | None]:
     """One batch: what the frozen models say, then the policy, the statistics and the loss."""
     with torch.no_grad(), accelerator.autocast():
         said = {name: read(batch) for name, read in frozen.items()}
     try:
-        return scorer(batch, said, with_kl)
+        return scorer(batch, said, logged)
     except stats.NotFinite as error:
         place = f"step {step}" if step else "held-out pairs"
         raise NonFiniteLoss(
@@ -320,12 +319,12 @@ def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | 
 
 
 @torch.no_grad()
-def evaluate_pairs(config: TrainConfig, scorer, frozen, pairs: Sequence[EncodedPair], accelerator) -> dict:
+def evaluate_pairs(config: TrainConfig, scorer, frozen: dict, pairs: Sequence[EncodedPair], accelerator) -> dict:
     """The metrics of training on held-out pairs, under the names eval_*."""
-    sums = Sums()
+    sums, frozen = Sums(), {name: getattr(read, "held_out", read) for name, read in frozen.items()}
     for start in range(0, len(pairs), config.batch_size):
         batch = collate(pairs[start : start + config.batch_size]).to(accelerator.device)
-        sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, with_kl=True)))
+        sums.add(batch_metrics(config, *score(scorer, frozen, batch, accelerator, logged=True)))
     return {f"eval_{name}": value for name, value in sums.means(None).items()}
 
 
@@ -384,32 +383,28 @@ def micro_batches(window: list[int], pairs, config: TrainConfig, accelerator) ->
     return token_budget(mine, config.max_tokens)
 
 
-def _check_models(config: TrainConfig, reference, guide) -> None:
-    needs = losses.OBJECTIVES[config.loss_type].needs
-    if "ref_logps" in needs and reference is None:
-        raise ValueError(f"{config.loss_type} needs a reference model; pass a frozen copy of the start policy")
-    if "guide_logps" in needs and guide is None:
-        raise ValueError(f"{config.loss_type} needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
-    known = losses.OBJECTIVES[config.loss_type].hyperparameters
-    for name, value in config.hyperparameters().items():
+def check(
+    config: TrainConfig, reference, guide, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]
+) -> None:
+    """Raise ValueError where the objective lacks a model, a hyperparameter, or a rejected side."""
+    name, objective = config.loss_type, losses.OBJECTIVES[config.loss_type]
+    if "ref_logps" in objective.needs and reference is None:
+        raise ValueError(f"{name} needs a reference model; pass a frozen copy of the start policy")
+    if "guide_logps" in objective.needs and guide is None:
+        raise ValueError(f"{name} needs guide=, a frozen DPO model; train one with loss_type='dpo' first")
+    for parameter, value in config.hyperparameters().items():
         if value is None:
-            raise ValueError(f"{config.loss_type} needs {name}, {known[name].words}")
-
-
-def _check_sides(config: TrainConfig, **tables: Sequence[EncodedPair]) -> None:
-    """Raise where rows have no rejected side and the run needs one."""
-    for name, pairs in tables.items():
-        bare = [pair.row for pair in pairs if not pair.rejected_ids]
-        if bare and losses.OBJECTIVES[config.loss_type].paired:
+            raise ValueError(f"{name} needs {parameter}, {objective.hyperparameters[parameter].words}")
+    for table, rows in (("pairs", pairs), ("eval_pairs", eval_pairs)):
+        bare = [pair.row for pair in rows if not pair.rejected_ids]
+        if bare and objective.paired:
             raise ValueError(
-                f"{config.loss_type} needs a rejected side, which row {bare[0]} of {name} lacks ({len(bare)} of {len(pairs)} "
-                "rows do); sft trains without"
+                f"{name} needs a rejected side, which row {bare[0]} of {table} lacks ({len(bare)} of {len(rows)} rows do); sft "
+                "trains without"
             )
-        if bare and (len(bare) < len(pairs) or config.share_prefix):
-            problem = "there is no pair to share a prompt in" if config.share_prefix else "others have one"
+        if 0 < len(bare) < len(rows):
             raise ValueError(
-                f"row {bare[0]} of {name} has no rejected side and {problem}; "
-                + ("train without share_prefix" if config.share_prefix else "train on the two kinds apart")
+                f"row {bare[0]} of {table} has no rejected side and others have one; train on the two kinds apart"
             )
 
 
@@ -424,7 +419,7 @@ def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:
         )
 
 
-def _log(run: Run, row: dict, bar) -> None:
+def _log(run: Progress, row: dict, bar) -> None:
     """Keep a metrics row, and show it in the bar."""
     shown = {"loss": "loss", "margin": "rewards/margins", "kl": "kl/rejected", "acc": "rewards/accuracies"}
     bar.set_postfix({short: f"{row[name]:.3f}" for short, name in shown.items() if name in row})

@@ -207,8 +207,8 @@ STEPS = {
 def _read(scene: Scene) -> tuple[Reading, Tensor, dict[str, Reading]]:
     labels = scene.batch.labels
     with torch.no_grad():
-        frozen = {name: reader(**scene.inputs, labels=labels) for name, reader in scene.frozen.items()}
-    return scene.policy(**scene.inputs, labels=labels), labels, frozen
+        frozen = {name: reader(scene.batch) for name, reader in scene.frozen.items()}
+    return scene.policy(scene.batch), labels, frozen
 
 
 # ---- what a step takes

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpo_course.ladder import token_stats
 from tpo_lib import losses, stats
-from tpo_lib.fast import fused, tiles
+from tpo_lib.fast import FastPath, fused, tiles
 from tpo_lib.types import IGNORE, Head, Reading
 
 HYPERPARAMETERS = {"beta": 0.3, "alpha": 0.5, "gamma": 0.2, "guide_beta": 0.4, "shaping": "linear", "floor": 0.01}
@@ -535,3 +535,10 @@ def test_a_tile_is_chosen_from_the_device(monkeypatch):
     for free, chosen in ((1 << 20, tiles.TILE_BYTES), (8 << 30, 1 << 29), (140 << 30, 1 << 30)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert tiles.choose_tile_bytes(torch.device("cuda")) == chosen
+
+
+def test_how_models_are_read_is_checked_as_settings_are():
+    assert FastPath().pair_loss is fused.pair_loss
+    assert FastPath(fused=False).pair_loss is stats.pair_loss
+    with pytest.raises(ValueError, match="fused=1 must be True or False"):
+        FastPath(fused=1)

@@ -6,14 +6,16 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import models, stats
+from tpo_lib import stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast import prefix
+from tpo_lib.fast.prefix import SharedReader
+from tpo_lib.models import ResponseReader
 
 
 def test_worked_by_hand():
     batch = collate([EncodedPair(0, [5, 6], [7, 8], [9])], pad_token_id=0)
-    shared = prefix.share(batch.input_ids, batch.attention_mask, batch.labels)
+    shared = prefix.share(batch)
     assert shared.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert shared.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert shared.visible[0, 0].int().tolist() == [
@@ -34,11 +36,10 @@ def test_every_family_that_shares_is_tested():
 def test_hidden_states_and_gradients_are_those_of_two_sequences(name):
     model, batch = tiny.family(name), collate(tiny.pairs(7), 0)
     assert batch.labels.shape[1] > 2 * tiny.WINDOW
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
     found = []
-    for share_prefix in (False, True):
+    for reader in (ResponseReader, SharedReader):
         model.zero_grad()
-        states = models.ResponseReader(model, share_prefix=share_prefix)(*inputs).states
+        states = reader(model)(batch).states
         (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
         found.append((states, [p.grad.clone() for p in model.base_model.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -49,42 +50,40 @@ def test_hidden_states_and_gradients_are_those_of_two_sequences(name):
 def test_a_prompt_is_read_once():
     pairs = [EncodedPair(row, [0] + [1 + row] * 30, [2] * 5, [3] * 4) for row in range(6)]
     batch, model, read = collate(pairs, 0), tiny.llama(), []
-    reader = models.ResponseReader(model, share_prefix=True)
+    reader = SharedReader(model)
     model.model.register_forward_pre_hook(
         lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
     )
-    reader(batch.input_ids, batch.attention_mask, batch.labels)
+    reader(batch)
     assert read == [6 * (31 + 5 + 4)]  # two sequences each: 6 * 2 * 36
 
 
 def test_pairs_with_two_prompts_are_refused():
     batch = collate([EncodedPair(0, [5, 6], [7, 8], [9]), EncodedPair(1, [5, 6], [7, 8], [9])], pad_token_id=0)
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    prefix.share(*inputs)
+    prefix.share(batch)
     batch.input_ids[3, 1] = 4
     with pytest.raises(ValueError, match="pair 1 of the batch has two prompts"):
-        prefix.share(*inputs)
+        prefix.share(batch)
 
 
 def test_holes_in_the_labels_are_kept():
     batch = collate(tiny.pairs(4, longest=9), 0)
     batch.labels[1, int(stats.response_mask(batch.labels)[1].int().argmax()) + 2] = -100
     model = tiny.llama()
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    plain, shared = (models.ResponseReader(model, share_prefix=share)(*inputs).states for share in (False, True))
+    plain, shared = (reader(model)(batch).states for reader in (ResponseReader, SharedReader))
     torch.testing.assert_close(plain, shared)
 
 
 def test_an_architecture_that_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(prefix, "shared_states", lambda body, windows, ids, *_: body(input_ids=ids)[0] + 1)
+    monkeypatch.setattr(prefix, "shared_states", lambda body, _, batch: body(input_ids=batch.input_ids)[0] + 1)
     with pytest.raises(ValueError, match=r"share_prefix does not work with LlamaForCausalLM.*train without it"):
-        models.ResponseReader(tiny.llama(), share_prefix=True)
+        SharedReader(tiny.llama())
 
 
 @pytest.mark.parametrize("name", tiny.ODD)
 def test_places_that_count_are_refused_by_the_configuration(name):
     with pytest.raises(ValueError, match=f"share_prefix does not work with {name} .*; train without it"):
-        models.ResponseReader(tiny.family(name), share_prefix=True)
+        SharedReader(tiny.family(name))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.rewards import scores_of
 from tpo_lib.runs import named, own
 from tpo_lib.runs.plots import style_of
-from tpo_lib.runs.run import read_run
-from tpo_lib.train import fit
+from tpo_lib.runs.run import fit, read_run
 
 OBJECTIVE = """
 from tpo_lib.losses import LossOutput

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tpo_lib import cli, train
 from tpo_lib.config import TrainConfig
+from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.models import frozen_copy
@@ -30,7 +31,7 @@ CONFIG = TrainConfig(lr=1e-2, batch_size=4, warmup_steps=1, log_every=1, device=
 
 
 def fit(folder: Path, *, resume: bool = False, changes: dict | None = None, **models) -> train.TrainResult:
-    """A guided run of four updates, evaluated once; `changes` are settings, `models` arguments of `train.fit`."""
+    """A guided run of four updates, evaluated once; `changes` are settings, `models` arguments of `run.fit`."""
     config = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, epochs=2, eval_every=4, output_dir=str(folder))
     given = {
         "policy": tiny.llama(),
@@ -40,7 +41,7 @@ def fit(folder: Path, *, resume: bool = False, changes: dict | None = None, **mo
         "eval_pairs": tiny.pairs(4, seed=9),
     }
     given |= models
-    return train.fit(replace(config, **changes or {}), **given, resume=resume, progress=False)
+    return run.fit(replace(config, **changes or {}), **given, resume=resume, progress=False)
 
 
 def cut(folder: Path, step: int = 2) -> None:
@@ -63,6 +64,18 @@ def test_resumed_with_what_it_was_started_from_it_ends_the_same(half, tmp_path):
     resumed, whole = fit(tmp_path / "run", resume=True), fit(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(resumed.policy.parameters(), whole.policy.parameters(), strict=True))
     assert resumed.metrics == whole.metrics
+
+
+def test_a_resume_loads_reference_and_guide_once(half, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    loaded = []
+
+    def load(seed: int):
+        loaded.append(seed)
+        return tiny.llama(seed)
+
+    fit(tmp_path / "run", resume=True, reference=partial(load, 0), guide=partial(load, 1))
+    assert loaded == [0, 1]
 
 
 OTHERS = {
@@ -150,11 +163,11 @@ def test_adapters_are_held_to_their_base_and_to_their_own_start(tmp_path):
 
 
 def test_caches_that_spare_the_reference_still_hold_it_to_account(tmp_path):
-    changes = {"cache_dir": str(tmp_path / "caches")}
-    fit(tmp_path / "run", changes=changes)
+    fast = FastPath(cache_dir=str(tmp_path / "caches"))
+    fit(tmp_path / "run", fast=fast)
     cut(tmp_path / "run")
     with pytest.raises(RuntimeError, match="run: guide was"):
-        fit(tmp_path / "run", changes=changes, guide=tiny.llama, resume=True)
+        fit(tmp_path / "run", fast=fast, guide=tiny.llama, resume=True)
     assert read_run(tmp_path / "run").reference["sha256"] == origin(tiny.llama())["sha256"]
 
 
@@ -193,7 +206,7 @@ def test_records_of_before_hyperparameters_were_one_mapping_are_read(tmp_path):
 
 def test_without_a_reference_of_its_own_a_run_is_compared_with_its_start(tmp_path):
     config = replace(CONFIG, loss_type="simpo", output_dir=str(tmp_path / "run"))
-    train.fit(config, tiny.llama(), None, tiny.pairs(8), progress=False)
+    run.fit(config, tiny.llama(), None, tiny.pairs(8), progress=False)
     found = read_run(tmp_path / "run")
     assert "reference" not in found.start
     assert found.reference == origin(tiny.llama())
@@ -236,9 +249,12 @@ def test_checkpoints_of_other_versions_are_refused(changes, message, half, tmp_p
         fit(tmp_path / "run", resume=True)
 
 
-def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(half, tmp_path):
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default_and_what_is_none_any_more_is_passed_over(
+    half, tmp_path
+):
+    was = {"share_prefix": True, "fused": False, "cache_dir": "caches"}
     shutil.copytree(half, tmp_path / "run")
-    rewrite(tmp_path / "run" / "checkpoints" / "step-00000002", share_prefix=..., clip=...)
+    rewrite(tmp_path / "run" / "checkpoints" / "step-00000002", weight_decay=..., clip=..., **was)
     with pytest.raises(RuntimeError, match=r"run: clip was 10\.0, is 1\.0\. Resume"):
         fit(tmp_path / "run", resume=True, changes={"clip": 1.0})
     assert fit(tmp_path / "run", resume=True).steps == 4
@@ -267,7 +283,7 @@ def plain(folder: Path | None, callbacks=(), *, resume: bool = False, **changes)
     config = replace(CONFIG, output_dir=folder and str(folder), **settings)
     models = {"policy": tiny.llama(), "reference": frozen_copy(tiny.llama()), "pairs": tiny.pairs(8)}
     more = {"eval_pairs": tiny.pairs(4, seed=9), "callbacks": list(callbacks)}
-    return train.fit(config, **models, **more, resume=resume, progress=False)
+    return run.fit(config, **models, **more, resume=resume, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -390,11 +406,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
             policy.model.norm.weight.data[3] = torch.inf
 
     with pytest.raises(
-        run.NonFiniteLoss, match=r"step 4: the weights of .*model\.norm\.weight are not finite.*learning rate"
+        train.NonFiniteLoss, match=r"step 4: the weights of .*model\.norm\.weight are not finite.*learning rate"
     ):
         plain(tmp_path / "run", [poison], save_every=2)
     assert checkpoints(tmp_path / "run") == [2]
-    with pytest.raises(run.NonFiniteLoss, match="held-out pairs: no finite loss"):
+    with pytest.raises(train.NonFiniteLoss, match="held-out pairs: no finite loss"):
         plain(None, max_steps=1, lr=3e38, optimizer="rmsprop", warmup_steps=0, schedule="constant", precision="no")
     assert plain(tmp_path / "run", save_every=2, resume=True).steps == 8
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpo_lib.models import ResponseReader
 from tpo_lib.stats import response_mask
+from tpo_lib.types import IGNORE, PairBatch
 
 # Families whose bodies take positions and masks from outside, and whose windows their configuration tells; each is tested.
 # Not among them: GPT-Neo (its window counts places, not positions), ALiBi (so do its biases), layers that recur (Mamba, RWKV).
@@ -28,6 +30,41 @@ FAMILIES = {
     "smollm3", "stablelm", "starcoder2",
 }
 # fmt: on
+
+
+class SharedReader(ResponseReader):
+    """A ResponseReader that reads the two responses of a pair behind one prompt.
+
+    Raises:
+        ValueError: prompts cannot be shared in this architecture; the message says why.
+    """
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self._windows = layer_windows(model.config)
+        self._check()
+
+    def states(self, batch: PairBatch) -> Tensor:
+        """(N, T, d) hidden states."""
+        return shared_states(self._parts[0], self._windows, batch)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Five tokens, against what a version of transformers might change: windows are taken from the configuration."""
+        ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 5, 6, 7]], device=self.model.device)
+        mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], device=self.model.device)
+        labels = ids.masked_fill(mask == 0, IGNORE).index_fill(1, torch.tensor([0, 1], device=ids.device), IGNORE)
+        batch = PairBatch(ids, mask, labels, ids[:1, 0])
+        plain = super().states(batch)[mask == 1]
+        try:
+            same = self.understood and torch.allclose(plain, self.states(batch)[mask == 1], rtol=1e-3, atol=1e-3)
+            reason = "its hidden states come out different"
+        except (TypeError, ValueError, RuntimeError) as error:
+            same, reason = False, f"{type(error).__name__}: {error}"
+        if not same:
+            raise ValueError(
+                f"share_prefix does not work with {type(self.model).__name__} ({reason}); train without it"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,15 +84,13 @@ class SharedBatch:
     where: Tensor
 
 
-def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SharedBatch:
+def share(batch: PairBatch) -> SharedBatch:
     """Lay B pairs out with one prompt each.
-
-    Args:
-        input_ids, attention_mask, labels: (N, T) int64 as in PairBatch, right-padded, all chosen first.
 
     Raises:
         ValueError: the two sequences of a pair begin with different prompts; the message names the pair.
     """
+    input_ids, attention_mask, labels = batch.input_ids, batch.attention_mask, batch.labels
     b, device = len(labels) // 2, labels.device
     lengths = attention_mask.sum(1)  # (N,)
     prompts = response_mask(labels).int().argmax(1) + 1  # (N,) the first response token's place is the prompt's length
@@ -103,17 +138,17 @@ def layer_windows(config) -> dict[str | None, int | None]:
     raise ValueError(f"share_prefix does not work with {config.model_type} ({reason}); train without it")
 
 
-def shared_states(body, windows: dict, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+def shared_states(body, windows: dict, pairs: PairBatch) -> Tensor:
     """(N, T, d) hidden states of a transformers body, every prompt read once; padding gets those of some other position.
 
     windows is what `layer_windows` says of it.
     """
-    batch, kind = share(input_ids, attention_mask, labels), next(body.parameters()).dtype
+    batch, kind = share(pairs), next(body.parameters()).dtype
     back = (
         batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]
     )  # (B, 1, S, S), in the own sequence
     masks = {
-        layer: torch.zeros(back.shape, dtype=kind, device=labels.device).masked_fill_(
+        layer: torch.zeros(back.shape, dtype=kind, device=back.device).masked_fill_(
             ~(batch.visible if window is None else batch.visible & (back < window)), torch.finfo(kind).min
         )
         for layer, window in windows.items()
@@ -124,6 +159,5 @@ def shared_states(body, windows: dict, input_ids: Tensor, attention_mask: Tensor
         position_ids=batch.position_ids,
         use_cache=False,
     )[0]  # (B, S, d)
-    b = len(labels) // 2
-    row = torch.arange(b, device=labels.device).repeat(2)[:, None]  # (N, 1)
+    row = torch.arange(len(pairs.rows), device=back.device).repeat(2)[:, None]  # (N, 1)
     return states[row, batch.where.clamp(min=0)]  # (N, T, d)

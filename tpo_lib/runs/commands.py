@@ -24,10 +24,9 @@ from tpo_lib.models import choose_device
 from tpo_lib.runs import compare, named, own, report
 from tpo_lib.runs.plots import score_gaps
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
-from tpo_lib.runs.run import read_run, shared_prompts
+from tpo_lib.runs.run import fit, read_run, shared_prompts
 from tpo_lib.runs.sweep import RUNS
 from tpo_lib.runs.sweep import sweep as sweep_runs
-from tpo_lib.train import fit
 
 NO_JUDGE = "none"
 
@@ -62,7 +61,7 @@ def train(options) -> None:
         eval_pairs = _encoded(options.eval_pairs, options.eval_split, options.eval_config, tokenizer, config, options)
     guide = options.guide
     if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
-        config, guide = _own_guide(config, name, tokenizer, pairs)
+        config, guide = _own_guide(config, name, tokenizer, pairs, options.fast)
     result = fit(
         config,
         named.policy(config, name),
@@ -71,6 +70,7 @@ def train(options) -> None:
         eval_pairs=eval_pairs,
         guide=guide and named.frozen(guide, device),
         tokenizer=tokenizer,
+        fast=options.fast,
         resume=options.resume,
     )
     print(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
@@ -85,14 +85,14 @@ def _main_process_first(device):
     return accelerate.PartialState(cpu=device.type == "cpu").main_process_first()
 
 
-def _own_guide(config: TrainConfig, name: str, tokenizer, pairs) -> tuple[TrainConfig, Path]:
+def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[TrainConfig, Path]:
     """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
     folder = Path(config.output_dir) / "guide"
     beta = config.hyper.get("guide_beta") or config.hyperparameters().get("beta")
     print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     stage = override(config, loss_type="dpo", beta=beta, output_dir=str(folder))
     reference = named.frozen(name, choose_device(config.device))
-    fit(stage, named.policy(stage, name), reference, pairs, tokenizer=tokenizer, resume=True)
+    fit(stage, named.policy(stage, name), reference, pairs, tokenizer=tokenizer, fast=fast, resume=True)
     return replace(config, guide_beta=beta), folder
 
 

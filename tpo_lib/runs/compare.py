@@ -28,8 +28,9 @@ from tpo_lib.files.load import load_model
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy
 from tpo_lib.runs import plots, report
+from tpo_lib.runs.run import fit
 from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
-from tpo_lib.train import fit, planned_steps
+from tpo_lib.train import planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or another --name"

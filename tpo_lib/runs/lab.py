@@ -20,8 +20,8 @@ from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs.compare import versions
+from tpo_lib.runs.run import fit
 from tpo_lib.runs.stage import Stage
-from tpo_lib.train import fit
 
 
 @dataclass

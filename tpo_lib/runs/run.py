@@ -15,25 +15,115 @@ import bisect
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
+from tpo_lib import train
 from tpo_lib.config import TrainConfig, known_hyperparameters, run_settings
 from tpo_lib.data import EncodedPair
+from tpo_lib.fast import FastPath
+from tpo_lib.fast.frozen import open_frozen
 from tpo_lib.files import adapters, store
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import fingerprint, tokenizer_content
+from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
+from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
+from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
-FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device", "cache_dir"}  # may change on a resume
+FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}  # may change on a resume
+RETIRED = {"share_prefix", "fused", "cache_dir"}  # settings that were: how models are read, which changes no number
 ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
+
+
+def fit(
+    config: TrainConfig,
+    policy,
+    reference,
+    pairs: Sequence[EncodedPair],
+    *,
+    eval_pairs: Sequence[EncodedPair] | None = None,
+    guide=None,
+    tokenizer=None,
+    fast: FastPath | None = None,
+    callbacks: Sequence[Callback] = (),
+    on_log: OnLog | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """`train.fit` on the fast path, and in the folder `config.output_dir`, if there is one: it survives any kill.
+
+    Args:
+        config, policy, pairs, eval_pairs, callbacks, on_log, progress: as in `train.fit`.
+        reference, guide: frozen models, or functions without arguments that load them: with `fast.cache_dir` each is let go
+            of once it is read.
+        tokenizer: saved beside the weights, so that checkpoints load on their own.
+        fast: how models are read; None takes the fast path. With its `cache_dir`, training rows of DPO, TGDPO and SimPO have
+            no kl/*: log-probabilities are cached there, not distributions.
+        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit. A run leaves one also where an
+            error, Ctrl-C or SIGTERM ends it.
+
+    Raises:
+        ValueError, NonFiniteLoss: as `train.fit`; accelerate is set to what checkpoints do not gather (`accelerated`).
+        RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
+    """
+    fast = fast or FastPath()
+    everything = [*pairs, *(eval_pairs or [])]
+    bare = [pair.row for pair in everything if not pair.rejected_ids]
+    if bare and fast.share_prefix:
+        raise ValueError(
+            f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
+        )
+    check(config, reference, guide, pairs, eval_pairs or ())  # before anything is loaded
+    reader = fast.reader(policy.eval())
+    check_pairs(policy, everything, name="policy")
+    if fast.fused and not reader.understood:
+        print(f"{type(policy).__name__}: what follows its head is not understood; all logits are made", file=sys.stderr)
+    with accelerated(config) as accelerator:
+        run = Run(config, tokenizer, pairs, eval_pairs or (), accelerator)
+
+        def load(name: str, model) -> ResponseReader:
+            model = model if isinstance(model, torch.nn.Module) else model()
+            run.note(name, model)
+            check_pairs(model, everything, name=name, policy=policy)
+            return fast.reader(model).to(accelerator.device)
+
+        with run.owned(resume=resume):
+            frozen = {"reference": reference, "guide": guide}
+            for name, model in frozen.items():
+                if model is not None and fast.cache_dir is None:
+                    frozen[name] = load(name, model)
+                elif model is not None:
+                    frozen[name] = open_frozen(
+                        name,
+                        partial(load, name, model),
+                        config,
+                        pairs,
+                        eval_pairs or (),
+                        folder=fast.cache_dir,
+                        accelerator=accelerator,
+                        progress=progress,
+                    )
+            return train.fit(
+                config,
+                reader,
+                frozen["reference"],
+                pairs,
+                eval_pairs=eval_pairs,
+                guide=frozen["guide"],
+                pair_loss=fast.pair_loss,
+                run=run,
+                callbacks=callbacks,
+                on_log=on_log,
+                progress=progress,
+            )
 
 
 @dataclass(frozen=True)
@@ -140,68 +230,48 @@ def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
     return checkpoints
 
 
-class NonFiniteLoss(FloatingPointError):
-    """A loss, gradient or weight became NaN or infinite; what is saved is the state before."""
+class Run(Progress):
+    """A run that a folder keeps: checkpoints, metrics and what it was started from (no folder without `config.output_dir`)."""
 
-
-class Sums:
-    """Sums and counts of metrics on the device; read back at log steps and in checkpoints alone."""
-
-    def __init__(self, before: Sums | None = None) -> None:
-        self.totals: dict[str, tuple] = dict(before.totals) if before else {}
-
-    def add(self, metrics: dict[str, tuple]) -> None:
-        for name, (total, count) in metrics.items():
-            before = self.totals.get(name, (0.0, 0))
-            self.totals[name] = before[0] + total, before[1] + count
-
-    def means(self, accelerator) -> dict[str, float]:
-        means = {}
-        for name, (total, count) in self.totals.items():
-            pair = torch.stack(
-                [torch.as_tensor(total).float(), torch.as_tensor(count).float().to(torch.as_tensor(total).device)]
-            )
-            total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
-            means[name] = total / count
-        return means
-
-
-class Run:
-    """A run under way: where it stands, and its folder (none where `config.output_dir` is None).
-
-    Attributes:
-        step: updates made.
-        rows: metrics rows so far.
-        sums: of the metrics since the last row.
-        norm: gradient norm of the last update.
-        pending: its row, evaluation or callbacks are still to come.
-    """
-
-    def __init__(self, config: TrainConfig, tokenizer, accelerator) -> None:
-        self.config, self.tokenizer, self.accelerator = config, tokenizer, accelerator
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer,
+        pairs: Sequence[EncodedPair],
+        eval_pairs: Sequence[EncodedPair],
+        accelerator,
+    ) -> None:
+        super().__init__(config, accelerator)
+        self.config, self.tokenizer, self.pairs, self.eval_pairs = config, tokenizer, pairs, eval_pairs
         self.folder = Path(config.output_dir) if config.output_dir else None
         self.writes = self.folder is not None and accelerator.is_main_process
         self.start: dict = {}
-        self.step, self.rows, self.sums, self.norm, self.pending = 0, [], Sums(), 0.0, False
+        self._checkpoints: list[Path] = []
         self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
         self._whole = True  # weights, optimizer and step belong together
         self._terminated = False
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Hold the folder; a second run into it is refused."""
-        with store.exclusive(self.folder) if self.writes else nullcontext():
-            yield
-
-    def begin(self, policy, optimizer, frozen: dict, pairs, eval_pairs, per_update: int, *, resume: bool) -> None:
-        """A clean start, or (`resume`) the newest sound checkpoint: weights, optimizer, step and rows.
-
-        Args:
-            frozen: {"reference" | "guide": a model, a function that loads one, or None}.
-            per_update: pairs of one update.
+    def owned(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder.
 
         Raises:
-            RuntimeError: the folder holds another run, or one that is not to be continued; every difference is named.
+            RuntimeError: another process does, or it holds a run and `resume` is False.
+        """
+        with store.exclusive(self.folder) if self.writes else nullcontext():
+            self._checkpoints = checkpoints_in(self.folder, resume=resume) if self.folder else []
+            yield
+
+    def note(self, name: str, model) -> None:
+        """Write down which reference or guide the run has."""
+        if self.folder is not None:
+            self.start[name] = origin(model)
+
+    def begin(self, policy, optimizer, per_update: int) -> None:
+        """A clean start, or the newest sound checkpoint: weights, optimizer, step and rows.
+
+        Raises:
+            RuntimeError: the folder holds another run; every difference is named.
         """
         if self.folder is None:
             return
@@ -210,21 +280,21 @@ class Run:
                 name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)
             }
             self.accelerator.init_trackers("tensorboard", config=plain)
-        checkpoints = checkpoints_in(self.folder, resume=resume)
-        self.start = _identity(policy, self.tokenizer, pairs, eval_pairs)
+        self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
         self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
         if source := OBJECTIVES[self.config.loss_type].source:
             self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
-        if checkpoints:
-            self._continue(policy, optimizer, frozen, checkpoints)
+        if self._checkpoints:
+            self._continue(policy, optimizer)
         elif self.writes:
             store.write_file(self.folder / "metrics.jsonl", "")
+        self._record()
 
-    def _continue(self, policy, optimizer, frozen: dict, checkpoints: list[Path]) -> None:
+    def _continue(self, policy, optimizer) -> None:
         found = store.newest(self.folder / "checkpoints")
         if found is None:
             raise RuntimeError(
-                f"none of the {len(checkpoints)} checkpoints in {self.folder} is usable; remove the folder to start over"
+                f"none of the {len(self._checkpoints)} checkpoints in {self.folder} is usable; remove the folder to start over"
             )
         settings, before = _read_training(found)
         if before is None:
@@ -233,9 +303,6 @@ class Run:
                 "with the version that began it, or start anew in another --output-dir, from its weights if you like "
                 "(--model)"
             )
-        for name, model in frozen.items():
-            if name in before and model is not None:
-                self.start[name] = origin(_loaded(model))
         # what was not given, or is newer than the run, had its default
         old, now = (c.to_dict() for c in (TrainConfig(**settings), self.config))
         changed = _differences(old, now, ASIDE) + _differences(before, self.start)
@@ -263,23 +330,10 @@ class Run:
             lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
             store.write_file(self.folder / "metrics.jsonl", lines)
 
-    def noting(self, name: str, model):
-        """A frozen model as a function that loads it and writes down what it was; None stays None."""
-        if model is None or self.folder is None:
-            return model
-
-        def load():
-            loaded = _loaded(model)
-            self.start[name] = origin(loaded)
-            return loaded
-
-        return load
-
-    def record(self, pairs: Sequence[EncodedPair]) -> None:
-        """Write down what the run was started from, once all of it is known."""
+    def _record(self) -> None:
         if not self.writes:
             return
-        prompts = _prompts(pairs)
+        prompts = _prompts(self.pairs)
 
         def write(target: Path) -> None:
             self._write_training(target)
@@ -290,7 +344,7 @@ class Run:
 
     def log(self, row: dict) -> None:
         """Keep a metrics row, append it to metrics.jsonl, hand it to the tracker."""
-        self.rows.append(row)
+        super().log(row)
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -306,15 +360,14 @@ class Run:
             raise Terminated
 
     def advance(self, norm: float, sums: Sums) -> None:
-        """An update was made: its gradient norm, and the metrics with its own."""
-        self.step, self.norm, self.sums, self.pending = self.step + 1, norm, sums, True
+        """As for any Progress; rows that are made from here on belong to this update."""
+        super().advance(norm, sums)
         self._rows_before = len(self.rows)
 
     def settle(self, logged: bool) -> None:
-        """All that an update entails is done."""
-        self.pending, self._rows_before = False, len(self.rows)
-        if logged:
-            self.sums = Sums()
+        """All that an update entails is done, its rows too."""
+        super().settle(logged)
+        self._rows_before = len(self.rows)
 
     def save(self, policy, optimizer) -> None:
         """Write the checkpoint of this step and let go of those before the last `config.keep`.
@@ -324,7 +377,7 @@ class Run:
         """
         if self.folder is None:
             return
-        self._check_finite(policy)
+        self.check_finite(policy)
         sums = gather_object([_on_cpu(self.sums)])
         if self.writes:
             self._checkpoint(policy, optimizer, sums)
@@ -335,7 +388,7 @@ class Run:
         Raises:
             NonFiniteLoss: as `save`, also where there is no folder.
         """
-        self._check_finite(policy)
+        self.check_finite(policy)
         if self.writes:
             self._write(self.folder / "final", adapters.whole(policy))
 
@@ -361,7 +414,7 @@ class Run:
             raise
 
     def _rescue(self, policy, optimizer) -> None:
-        if not (self.writes and self._whole and self.step > self._saved and _not_finite(policy) is None):
+        if not (self.writes and self._whole and self.step > self._saved and not_finite(policy) is None):
             return
         self._whole = False  # another SIGTERM waits
         del self.rows[self._rows_before :]  # they come again with what was broken off
@@ -370,14 +423,6 @@ class Run:
             print(f"{self.folder}: saved after update {self.step}; continue with --resume", file=sys.stderr)
         except Exception as error:  # the one that ended the run is told
             print(f"{self.folder}: update {self.step} could not be saved ({error})", file=sys.stderr)
-
-    def _check_finite(self, policy) -> None:
-        name = _not_finite(policy)
-        if name is not None:
-            raise NonFiniteLoss(
-                f"step {self.step}: the weights of {name} are not finite; they were not saved, checkpoints keep the last good "
-                "state. Lower the learning rate"
-            )
 
     def _checkpoint(self, policy, optimizer, sums: list[dict]) -> None:
         scaler = self.accelerator.scaler
@@ -415,13 +460,6 @@ class Run:
 
 def _on_cpu(sums: Sums) -> dict[str, list]:
     return {name: [v.cpu() if isinstance(v, torch.Tensor) else v for v in entry] for name, entry in sums.totals.items()}
-
-
-def _not_finite(policy) -> str | None:
-    """The first trained tensor with a NaN or infinity, None where there is none; -inf in the head's bias forbids a token."""
-    bias = getattr(policy.get_output_embeddings(), "bias", None)
-    trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
-    return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
 
 
 def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair] | None) -> dict:
@@ -462,10 +500,6 @@ def _place(name: str | None) -> str | None:
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
-def _loaded(model: torch.nn.Module | Callable) -> torch.nn.Module:
-    return model if isinstance(model, torch.nn.Module) else model()
-
-
 def _read_training(folder: Path) -> tuple[dict, dict | None]:
     """Settings and start as a folder's training.json has them; the start is None in format 1."""
     path = folder / "training.json"
@@ -474,6 +508,7 @@ def _read_training(folder: Path) -> tuple[dict, dict | None]:
         written, start = content.pop("format", 1), content.pop("start", None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
+    content = {name: value for name, value in content.items() if name not in RETIRED}
     content |= content.pop("extra", {})  # where hyperparameters of one's own stood before
     mine = content.get("loss_type") not in OBJECTIVES  # an objective that is not loaded may take anything
     unknown = [] if mine else sorted(content.keys() - run_settings().keys() - known_hyperparameters().keys())

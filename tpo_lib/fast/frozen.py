@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +33,12 @@ from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fast import tiles
-from tpo_lib.files.store import CheckpointError, found_or_made, write_atomically
-from tpo_lib.models import ResponseReader, check_pairs, fingerprint
+from tpo_lib.fast.prefix import SharedReader
+from tpo_lib.files.store import CheckpointError, content_key, found_or_made, write_atomically
+from tpo_lib.models import ResponseReader, fingerprint
 from tpo_lib.types import Head, PairBatch, Reading
 
-FORMAT = 1  # raise it whenever the same inputs would give other files
+FORMAT = 2  # raise it whenever the same inputs would give other files
 KINDS = {"logps": "log-probs", "states": "hidden states"}
 
 Read = Callable[[PairBatch], Reading | Tensor]
@@ -79,91 +79,81 @@ class FrozenCache:
         return values if self.head is None else Reading(values, self.head)
 
 
-def frozen_readers(
+@dataclass(frozen=True)
+class FrozenReader:
+    """A reader of cached values: of the training pairs, and of the held-out ones as `held_out`; None says nothing."""
+
+    training: Read | None
+    held_out: Read | None
+
+    def __call__(self, batch: PairBatch) -> Reading | Tensor | None:
+        return self.training and self.training(batch)
+
+
+def open_frozen(
+    name: str,
+    load: Callable[[], ResponseReader],
     config: TrainConfig,
-    models: dict,
-    policy,
     pairs: Sequence[EncodedPair],
-    eval_pairs: Sequence[EncodedPair] | None,
+    eval_pairs: Sequence[EncodedPair],
     *,
+    folder: str | Path,
     accelerator,
     progress: bool,
-) -> tuple[dict[str, Read], dict[str, Read]]:
-    """How to read every frozen model: on the training pairs, and on the held-out ones.
+) -> FrozenReader | None:
+    """What a frozen model says of all pairs, from caches; None where the objective needs nothing of it.
 
-    Without `config.cache_dir` the models are loaded and read. With it, a model that was given as a function lives only
-    until its caches are open, so no two of them are in memory at a time; one that the objective does not need is left
-    out, except that held-out pairs keep the reference for their kl/*.
+    The model is loaded, read where a cache is missing, and let go of: no two bodies need be in memory at a time.
 
     Args:
-        config: the run.
-        models: {"ref" | "guide": a model, a function that loads one, or None}.
-        policy: the model beside which they are read.
-        pairs, eval_pairs: training and held-out pairs; None where nothing is evaluated.
-        accelerator: gives device and precision.
-        progress: show a progress bar while a cache is built.
+        name: "reference" or "guide".
+        load: gives its reader, on the device; not called where nothing is needed.
+        folder: of all caches.
+        accelerator: gives the precision.
 
     Raises:
-        ValueError: two pairs of one cache have the same row; a model's vocabulary is not the policy's, or a pair does not
-            fit it.
+        ValueError: two pairs of one cache have the same row.
         OSError: the disk has no room for a cache.
     """
-    found: tuple[dict, dict] = ({}, {})
-    for name, model in models.items():
-        if model is None:
-            continue
-        label = {"ref": "reference", "guide": "guide"}[name]
-        check = partial(check_pairs, pairs=[*pairs, *(eval_pairs or [])], name=label, policy=policy)
-        if config.cache_dir is None:
-            reader = _reader(model, accelerator.device, config.share_prefix)
-            check(reader.model)
-            found[0][name] = found[1][name] = partial(_live, reader)
-            continue
-        train_kind, eval_kind = _kinds(config.loss_type, name)
-        wanted = [(found[0], pairs, train_kind, label), (found[1], eval_pairs, eval_kind, f"{label}-eval")]
-        wanted = [entry for entry in wanted if entry[1] and entry[2]]
-        if not wanted:
-            continue
-        reader = _reader(model, accelerator.device, config.share_prefix)
-        check(reader.model)
-        identity = identify(reader, accelerator.mixed_precision)
-        for readers, rows, kind, label in wanted:
-            if kind == "states" and not reader.understood:
-                print(f"{label}: what follows its head is not understood; it stays in memory", file=sys.stderr)
-                readers[name] = partial(_live, reader)
-                continue
-            readers[name] = build_or_open(
-                reader,
-                identity,
-                rows,
-                kind=kind,
-                folder=Path(config.cache_dir),
-                name=label,
-                max_tokens=config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows),
-                autocast=accelerator.autocast,
-                progress=progress,
-            ).read
-        del reader
-        gc.collect()  # modules may refer to each other in cycles: the next body is loaded only once this one is gone
+    kinds = _kinds(config.loss_type, name)
+    wanted = [
+        (rows, kind, label)
+        for rows, kind, label in zip((pairs, eval_pairs), kinds, (name, f"{name}-eval"), strict=True)
+    ]
+    if not any(rows and kind for rows, kind, _ in wanted):
+        return None
+    reader = load()
+    settings = {"identity": identify(reader, accelerator.mixed_precision), "autocast": accelerator.autocast}
+    settings |= {"folder": Path(folder), "progress": progress}
+    found = FrozenReader(*(_opened(reader, config, *each, settings) for each in wanted))
+    del reader
+    gc.collect()  # modules may refer to each other in cycles: the next body is loaded only once this one is gone
     return found
 
 
+def _opened(
+    reader: ResponseReader,
+    config: TrainConfig,
+    rows: Sequence[EncodedPair],
+    kind: str | None,
+    name: str,
+    settings: dict,
+) -> Read | None:
+    if not (rows and kind):
+        return None
+    if kind == "states" and not reader.understood:
+        print(f"{name}: what follows its head is not understood; it stays in memory", file=sys.stderr)
+        return reader
+    most = config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows)
+    return build_or_open(reader, pairs=rows, kind=kind, name=name, max_tokens=most, **settings).read
+
+
 def _kinds(loss_type: str, name: str) -> tuple[str | None, str | None]:
-    """What of a frozen model is cached for the training and for the held-out pairs."""
+    """What of a frozen model is cached for the training and for the held-out pairs, which keep the reference for their kl/*."""
     needs = losses.OBJECTIVES[loss_type].needs
-    kind = "logps" if f"{name}_logps" in needs else None
-    if name != "ref":
-        return kind, kind
-    return "states" if "kl" in needs else kind, "states"
-
-
-def _reader(model, device, share_prefix: bool) -> ResponseReader:
-    model = model if isinstance(model, torch.nn.Module) else model()
-    return ResponseReader(model, share_prefix=share_prefix).to(device)
-
-
-def _live(reader: ResponseReader, batch: PairBatch) -> Reading:
-    return reader(batch.input_ids, batch.attention_mask, batch.labels)
+    if name == "guide":
+        return ("logps" if "guide_logps" in needs else None,) * 2
+    return "states" if "kl" in needs else "logps" if "ref_logps" in needs else None, "states"
 
 
 def identify(reader: ResponseReader, precision: str) -> dict:
@@ -175,18 +165,15 @@ def identify(reader: ResponseReader, precision: str) -> dict:
     return {
         "weights": fingerprint(model),
         "architecture": [type(model).__name__, getattr(model.config, "_attn_implementation", None), config],
-        "share_prefix": reader.share_prefix,
+        "share_prefix": isinstance(reader, SharedReader),
         "precision": [precision, torch.get_float32_matmul_precision(), model.device.type],
         "libraries": [torch.__version__, transformers.__version__],
     }
 
 
 def cache_key(identity: dict, pairs: Sequence[EncodedPair], kind: str) -> str:
-    """SHA-256 over the model's identity and all token ids, which are data, tokenizer and truncation in one."""
-    digest = hashlib.sha256(json.dumps([FORMAT, kind, identity], sort_keys=True, default=str).encode())
-    for pair in pairs:
-        digest.update(json.dumps([pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
-    return digest.hexdigest()
+    """A name for the values: the model's identity and all token ids, which are data, tokenizer and truncation in one."""
+    return content_key([FORMAT, kind, identity, [astuple(pair) for pair in pairs]])
 
 
 def build_or_open(
@@ -256,7 +243,7 @@ def _values(reader: ResponseReader, kind: str, autocast: Callable, batch: PairBa
     """(R,) log-probabilities or (R, d) hidden states, by the very computation that training makes without a cache."""
     batch = batch.to(reader.model.device)
     with torch.no_grad(), autocast():
-        reading = _live(reader, batch)
+        reading = reader(batch)
         if kind == "states":
             return reading.states
         exact = reading.states.to(torch.promote_types(reading.states.dtype, torch.float32))  # as the policy's are

@@ -18,12 +18,15 @@ import pytest
 import tiny
 import torch
 
-from tpo_lib import losses, stats, train
+from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
-from tpo_lib.fast import caches
+from tpo_lib.fast import FastPath, frozen
+from tpo_lib.fast.prefix import SharedReader
 from tpo_lib.files.store import MANIFEST
 from tpo_lib.models import ResponseReader, frozen_copy
+from tpo_lib.runs.run import fit
+from tpo_lib.train import TrainResult
 from tpo_lib.types import Reading
 
 CONFIG = TrainConfig(lr=1e-4, batch_size=4, warmup_steps=1, log_every=1, device="cpu", guide_beta=0.1)
@@ -34,16 +37,16 @@ def bf16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def cached(folder: Path, model=None, pairs=PAIRS, kind="logps", precision="no", **settings) -> caches.FrozenCache:
+def cached(folder: Path, model=None, pairs=PAIRS, kind="logps", precision="no", **settings) -> frozen.FrozenCache:
     reader = model if isinstance(model, ResponseReader) else ResponseReader(model or tiny.llama())
     settings = {"name": "reference", "max_tokens": 90, "progress": False} | settings
-    identity = caches.identify(reader, precision)
-    return caches.build_or_open(reader, identity, pairs, kind=kind, folder=folder, **settings)
+    identity = frozen.identify(reader, precision)
+    return frozen.build_or_open(reader, identity, pairs, kind=kind, folder=folder, **settings)
 
 
 def live(model, batch) -> Reading:
     with torch.no_grad():
-        return ResponseReader(model)(batch.input_ids, batch.attention_mask, batch.labels)
+        return ResponseReader(model)(batch)
 
 
 def unread() -> ResponseReader:
@@ -174,7 +177,7 @@ CHANGES = {
     "truncation": lambda: {"pairs": [replace(pair, chosen_ids=pair.chosen_ids[:3]) for pair in PAIRS]},
     "row": lambda: {"pairs": [replace(PAIRS[0], row=77), *PAIRS[1:]]},
     "precision": lambda: {"precision": "bf16", "autocast": bf16},
-    "reading": lambda: {"model": ResponseReader(tiny.llama(), share_prefix=True)},
+    "reading": lambda: {"model": SharedReader(tiny.llama())},
     "kind": lambda: {"kind": "states"},
 }
 
@@ -242,7 +245,7 @@ def test_the_size_is_announced_and_true(tmp_path, capsys):
 
 def test_a_cache_larger_than_the_disk_is_refused_before_it_is_built(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caches.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(OSError, match=r"0\.0 MB free, the cache takes .* another --cache-dir"):
         cached(tmp_path)
     assert folders(tmp_path) == []
@@ -252,7 +255,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(caches, "save_file", full)
+    monkeypatch.setattr(frozen, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         cached(tmp_path)
     assert folders(tmp_path) == []
@@ -264,8 +267,8 @@ def test_a_kill_leaves_no_half_cache(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
-        from test_caches import caches, cached
-        caches.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        from test_frozen import cached, frozen
+        frozen.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         cached(Path({str(tmp_path)!r}))
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -276,14 +279,14 @@ def test_a_kill_leaves_no_half_cache(tmp_path):
 
 
 def test_of_several_processes_one_builds_and_the_others_wait(tmp_path, monkeypatch):
-    built, build = [], caches._build
+    built, build = [], frozen._build
 
     def slow(*args):
         built.append(args)
         threading.Event().wait(0.2)
         build(*args)
 
-    monkeypatch.setattr(caches, "_build", slow)
+    monkeypatch.setattr(frozen, "_build", slow)
     found, reader = [], ResponseReader(tiny.llama())
     workers = [threading.Thread(target=lambda: found.append(cached(tmp_path, reader))) for _ in range(3)]
     for worker in workers:
@@ -304,12 +307,12 @@ def test_the_bar_is_optional(tmp_path, capsys):
 # ---- training
 
 
-def trained(config: TrainConfig, build=tiny.llama, **settings) -> train.TrainResult:
+def trained(config: TrainConfig, build=tiny.llama, **settings) -> TrainResult:
     """A run of 12 updates from a policy that differs from its reference; held-out pairs are longer than max_tokens."""
     settings = {"reference": build, "guide": partial(build, seed=1)} | settings
     config = replace(config, accumulation=2, max_tokens=96, epochs=4, eval_every=3)
     longer = tiny.pairs(6, seed=9, longest=40)
-    return train.fit(config, build(seed=7), pairs=tiny.pairs(24), eval_pairs=longer, progress=False, **settings)
+    return fit(config, build(seed=7), pairs=tiny.pairs(24), eval_pairs=longer, progress=False, **settings)
 
 
 def assert_same_metrics(rows: list[dict], expected: list[dict]) -> None:
@@ -324,11 +327,12 @@ def assert_same_metrics(rows: list[dict], expected: list[dict]) -> None:
 @pytest.mark.parametrize("name", list(losses.OBJECTIVES))
 def test_runs_with_and_without_caches_agree(name, tmp_path):
     config = replace(CONFIG, loss_type=name)
-    plain, run = trained(config), trained(replace(config, cache_dir=str(tmp_path)))
+    fast = FastPath(cache_dir=str(tmp_path))
+    plain, run = trained(config), trained(config, fast=fast)
     assert_same_metrics(run.metrics, plain.metrics)
     for a, b in zip(run.policy.parameters(), plain.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    again = trained(replace(config, cache_dir=str(tmp_path)))
+    again = trained(config, fast=fast)
     assert again.metrics == run.metrics
     assert all("eval_kl/margin" in row for row in run.metrics if "eval_loss" in row)
     assert ("kl/margin" in run.metrics[0]) == name.startswith("tdpo")
@@ -337,33 +341,33 @@ def test_runs_with_and_without_caches_agree(name, tmp_path):
     assert [path.name[:-17] for path in folders(tmp_path)] == sorted([*kinds, "reference-eval-states"])
 
 
-@pytest.mark.parametrize("settings", [{"fused": False}, {"optimizer": "rmsprop"}])
+@pytest.mark.parametrize(("fused", "settings"), [(False, {}), (True, {"optimizer": "rmsprop"})])
 @pytest.mark.parametrize("build", [tiny.gpt2, tiny.gemma2])
-def test_other_models_and_the_textbook_path_agree_too(build, settings, tmp_path):
+def test_other_models_and_the_textbook_path_agree_too(build, fused, settings, tmp_path):
     """GPT-2's key bias has no effect and a gradient of rounding alone, which the optimizers blow up: metrics, not weights."""
     config = replace(CONFIG, loss_type="tdpo2", **settings)
-    run = trained(replace(config, cache_dir=str(tmp_path)), build=build)
-    assert_same_metrics(run.metrics, trained(config, build=build).metrics)
+    run = trained(config, build=build, fast=FastPath(fused=fused, cache_dir=str(tmp_path)))
+    assert_same_metrics(run.metrics, trained(config, build=build, fast=FastPath(fused=fused)).metrics)
 
 
 def test_objectives_without_reference_need_none_with_caches_either(tmp_path):
     for name in ("sft", "simpo"):
-        config = replace(CONFIG, loss_type=name, cache_dir=str(tmp_path))
-        trained(config, reference=None, guide=None)
-        train.fit(
-            config, tiny.llama(), pytest.fail, PAIRS, progress=False
+        config, fast = replace(CONFIG, loss_type=name), FastPath(cache_dir=str(tmp_path))
+        trained(config, reference=None, guide=None, fast=fast)
+        fit(
+            config, tiny.llama(), pytest.fail, PAIRS, fast=fast, progress=False
         )  # nothing to evaluate: it is not even loaded
     assert folders(tmp_path) == []
 
 
 def test_another_alpha_reads_the_same_caches(tmp_path, capsys):
-    config = replace(CONFIG, loss_type="tgdpo", cache_dir=str(tmp_path))
-    first = trained(config)
+    config, fast = replace(CONFIG, loss_type="tgdpo"), FastPath(cache_dir=str(tmp_path))
+    first = trained(config, fast=fast)
     capsys.readouterr()
-    other = trained(replace(config, alpha=0.9))
+    other = trained(replace(config, alpha=0.9), fast=fast)
     assert "->" not in capsys.readouterr().err
     assert other.metrics[0]["loss"] != first.metrics[0]["loss"]
-    assert_same_metrics(other.metrics, trained(replace(config, alpha=0.9, cache_dir=None)).metrics)
+    assert_same_metrics(other.metrics, trained(replace(config, alpha=0.9)).metrics)
 
 
 def test_a_reference_that_cannot_be_cached_stays_and_says_so(tmp_path, capsys):
@@ -373,7 +377,7 @@ def test_a_reference_that_cannot_be_cached_stays_and_says_so(tmp_path, capsys):
         return model
 
     config = replace(CONFIG, loss_type="tdpo1")
-    run = trained(replace(config, cache_dir=str(tmp_path)), reference=odd)
+    run = trained(config, reference=odd, fast=FastPath(cache_dir=str(tmp_path)))
     assert "reference: what follows its head is not understood; it stays in memory" in capsys.readouterr().err
     assert run.metrics == trained(config, reference=odd).metrics
 
@@ -393,9 +397,10 @@ def test_frozen_bodies_are_loaded_one_by_one_and_let_go(name, tmp_path):
         return model
 
     seen = []
-    for cache_dir in (str(tmp_path), str(tmp_path)):  # built, then found
+    for _ in range(2):  # built, then found
         trained(
-            replace(CONFIG, loss_type=name, cache_dir=cache_dir),
+            replace(CONFIG, loss_type=name),
+            fast=FastPath(cache_dir=str(tmp_path)),
             reference=partial(load, 0),
             guide=partial(load, 1),
             callbacks=[lambda step, policy: seen.append(bodies())],
@@ -406,7 +411,7 @@ def test_frozen_bodies_are_loaded_one_by_one_and_let_go(name, tmp_path):
 
 def test_models_given_as_they_are_stay_as_they_are(tmp_path):
     reference = tiny.llama()
-    trained(replace(CONFIG, cache_dir=str(tmp_path)), reference=reference)
+    trained(CONFIG, reference=reference, fast=FastPath(cache_dir=str(tmp_path)))
     assert all(p.requires_grad for p in reference.parameters())
 
 
@@ -417,9 +422,9 @@ def test_two_processes_share_one_cache(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         import json, os, torch
         torch.set_num_threads(1)
-        from test_caches import CONFIG, PAIRS, replace, tiny, train
-        config = replace(CONFIG, loss_type="tdpo2", batch_size=2, cache_dir={str(tmp_path)!r})
-        rows = train.fit(config, tiny.llama(seed=7), tiny.llama, PAIRS, progress=False).metrics
+        from test_frozen import CONFIG, PAIRS, FastPath, fit, replace, tiny
+        config, fast = replace(CONFIG, loss_type="tdpo2", batch_size=2), FastPath(cache_dir={str(tmp_path)!r})
+        rows = fit(config, tiny.llama(seed=7), tiny.llama, PAIRS, fast=fast, progress=False).metrics
         if os.environ["RANK"] == "0":
             print(json.dumps(rows))
     """
@@ -428,6 +433,6 @@ def test_two_processes_share_one_cache(tmp_path):
     done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("reference hidden states: 9 pairs") == 1
-    one = train.fit(replace(CONFIG, loss_type="tdpo2"), tiny.llama(seed=7), tiny.llama, PAIRS, progress=False)
+    one = fit(replace(CONFIG, loss_type="tdpo2"), tiny.llama(seed=7), tiny.llama, PAIRS, progress=False)
     rows = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one.metrics], rel=1e-4)

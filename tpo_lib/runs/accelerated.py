@@ -1,0 +1,84 @@
+"""accelerate, set up by a run's settings alone: neither the environment nor an earlier run in the process has a say."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from tpo_lib.config import TrainConfig
+from tpo_lib.models import choose_device, choose_precision
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@contextmanager
+def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
+    """accelerate, set up by the run's settings alone; afterwards the process finds accelerate as it left it.
+
+    accelerate keeps its settings in the process, where no second Accelerator may change them, and takes from the
+    environment what it is not told.
+
+    Raises:
+        ValueError: it is set to another device, or to shard the weights (FSDP, DeepSpeed, Megatron, tensor or context
+            parallelism), which checkpoints do not gather.
+    """
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.precision)
+    for name, used in {
+        "GRADIENT_ACCUMULATION_STEPS": "1",
+        "MIXED_PRECISION": precision,
+        "DYNAMO_BACKEND": "no",
+    }.items():
+        value = os.environ.get(f"ACCELERATE_{name}", used)
+        if value.lower() != used:
+            told = f"ACCELERATE_{name}={value} is not used: the run's own settings decide (--accumulation, --precision)"
+            print(told, file=sys.stderr)
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [(state, dict(state._shared_state)) for state in states]
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    accelerator = None
+    try:
+        for state in states:
+            state._reset_state()
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=device.type == "cpu",
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+        )
+        _check_accelerator(accelerator, device)
+        yield accelerator
+        if accelerator.use_distributed and not grouped:
+            atexit.register(torch.distributed.destroy_process_group)  # not now: a launcher's group is made only once
+    finally:
+        for tracker in accelerator.trackers if accelerator else ():
+            tracker.finish()
+        for state, values in before:
+            state._shared_state.clear()
+            state._shared_state.update(values)
+
+
+def _check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if accelerator.distributed_type in SHARDED or parallelism is not None:
+        raise ValueError(
+            f"accelerate is set to {parallelism or accelerator.distributed_type.value}, which shards the weights, and "
+            "checkpoints are written from whole ones: launch with --multi_gpu instead (a whole copy per process), and "
+            "--lora-rank if that does not fit"
+        )
+    found = accelerator.device
+    if found.type != device.type or device.index not in (None, found.index or 0):
+        raise ValueError(
+            f"the run is on device {device}, accelerate on {found}: unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE, and "
+            "choose among several GPUs by CUDA_VISIBLE_DEVICES"
+        )
