@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tpo_lib import fast as fast_package
 from tpo_lib import losses, stats, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast import FastPath
+from tpo_lib.fast import path as fused_path
 from tpo_lib.files import store
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs import accelerated
@@ -581,14 +581,14 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
 
 @pytest.mark.parametrize(("name", "expected"), [("tdpo1", [True, False, True, False]), ("tdpo2", [False] * 4)])
 def test_statistics_are_left_out_between_logged_updates_where_the_loss_can_do_without(name, expected, monkeypatch):
-    asked, pair_loss = [], fast_package.pair_loss
+    asked, pair_loss = [], fused_path.pair_loss
 
     def watched(*args, **kwargs):
         output, tokens = pair_loss(*args, **kwargs)
         asked.append(tokens is None)
         return output, tokens
 
-    monkeypatch.setattr(fast_package, "pair_loss", watched)
+    monkeypatch.setattr(fused_path, "pair_loss", watched)
     result = trained(replace(CONFIG, loss_type=name, batch_size=2, accumulation=1, epochs=1, log_every=2))
     assert asked == expected
     assert all({"logps/chosen", "kl/rejected"} <= row.keys() for row in result.metrics)

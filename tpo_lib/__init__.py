@@ -38,7 +38,7 @@ _HOME = {  # module: what it gives
     "fast.fused": ("pair_loss",),
     "config": ("TrainConfig", "PRESETS"),
     "runs.run": ("fit",),
-    "fast": ("FastPath",),
+    "fast.path": ("FastPath",),
     "evaluation": ("evaluate",),
     "intervals": ("bootstrap", "paired_differences"),
 }
