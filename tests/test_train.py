@@ -180,6 +180,14 @@ def test_frozen_models_may_be_given_as_functions_that_load_them():
     assert found.metrics == trained(config).metrics
 
 
+@pytest.fixture
+def accelerate_as_it_was():
+    """The loop alone makes a plain Accelerator, which leaves its settings in the process."""
+    yield
+    accelerated.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerate_as_it_was")
 @pytest.mark.parametrize("name", ["dpo", "tdpo1", "tgdpo"])
 def test_the_loop_alone_is_the_textbook_in_memory(name, tmp_path):
     config, pairs = replace(CONFIG, loss_type=name, guide_beta=0.1, eval_every=1), tiny.pairs(8)
