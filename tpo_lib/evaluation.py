@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,11 @@ class Evaluation:
     metrics: dict[str, Metric]  # in the order of the docstring of `evaluate`
     samples: list[Sample]  # every continuation, in the order of the prompts
     by_prompt: dict[str, Tensor]  # metric -> (P,) float64, one number a prompt, for `intervals.paired_differences`
+
+    def record(self, samples: int | None = None) -> dict:
+        """{"metrics", "samples"} as JSON has them; None: all samples."""
+        metrics = {name: metric.as_dict() for name, metric in self.metrics.items()}
+        return {"metrics": metrics, "samples": [asdict(sample) for sample in self.samples[:samples]]}
 
 
 def evaluate(

@@ -104,10 +104,10 @@ def test_fresh_knows_every_file_of_a_comparison_and_stops_at_any_other(finished,
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "tgdpo" / "final" / "notes.md").write_text("mine")
     with pytest.raises(FileExistsError, match=r"tgdpo/final/notes\.md is not ours, and nothing was removed"):
-        store.clear(copy, compare.WRITTEN)
+        store.clear(copy, compare.FILES)
     assert len(list(copy.rglob("*"))) == len(list(folder.rglob("*"))) + 1
     (copy / "tgdpo" / "final" / "notes.md").unlink()
-    store.clear(copy, compare.WRITTEN)
+    store.clear(copy, compare.FILES)
     assert [path.name for path in copy.iterdir()] == [store.mark("comparison")]
 
 

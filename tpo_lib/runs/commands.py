@@ -6,14 +6,14 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import accelerate
 
 from tpo_lib import pairing
-from tpo_lib.config import PRESETS, TrainConfig, override
+from tpo_lib.config import PRESETS, TrainConfig
 from tpo_lib.data import encode_pairs
 from tpo_lib.evaluation import evaluate as evaluate_policy
 from tpo_lib.files import store
@@ -21,7 +21,7 @@ from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.runs import compare, named, own, report
+from tpo_lib.runs import compare, named, own, report, runs
 from tpo_lib.runs.plots import score_gaps
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import fit, read_run, shared_prompts
@@ -88,11 +88,11 @@ def _main_process_first(device):
 def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[TrainConfig, Path]:
     """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
     folder = Path(config.output_dir) / "guide"
-    beta = config.hyper.get("guide_beta") or config.hyperparameters().get("beta")
+    beta = runs.guide_settings(config).hyperparameters()["beta"]
     print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
-    stage = override(config, loss_type="dpo", beta=beta, output_dir=str(folder))
-    reference = named.frozen(name, choose_device(config.device))
-    fit(stage, named.policy(stage, name), reference, pairs, tokenizer=tokenizer, fast=fast, resume=True)
+    inside, reference = replace(config, output_dir=str(folder)), named.frozen(name, choose_device(config.device))
+    policy = named.policy(config, name)
+    runs.train_guide(inside, policy, reference, pairs, tokenizer=tokenizer, fast=fast, progress=True)
     return replace(config, guide_beta=beta), folder
 
 
@@ -177,9 +177,7 @@ def evaluate(options) -> None:
     for metric, value in result.metrics.items():
         print(f"{metric:16s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
     if options.output:
-        metrics = {metric: value.as_dict() for metric, value in result.metrics.items()}
-        content = {"sources": sources, "metrics": metrics, "samples": [asdict(sample) for sample in result.samples]}
-        store.write_file(options.output, json.dumps(content, indent=1) + "\n")
+        store.write_file(options.output, json.dumps({"sources": sources} | result.record(), indent=1) + "\n")
 
 
 def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dict[str, str]]:

@@ -8,18 +8,16 @@ evaluation that was written down is not made again.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from tpo_lib.config import TrainConfig
@@ -27,15 +25,14 @@ from tpo_lib.files import store
 from tpo_lib.files.load import load_model
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy
-from tpo_lib.runs import plots, report
-from tpo_lib.runs.run import fit
+from tpo_lib.runs import plots, report, runs
 from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
 from tpo_lib.train import planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or another --name"
 LATEST = "latest"  # the link to the last comparison
-WRITTEN = re.compile(  # names of all files of a comparison that stand in no manifest
+FILES = re.compile(  # names of all files of a comparison that stand in no manifest
     r"(identity|wall_time|summary|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
     r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
 )
@@ -103,14 +100,14 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
     """
     with store.exclusive(folder, "comparison"):
         if fresh:
-            store.clear(folder, WRITTEN)
+            store.clear(folder, FILES)
         comparison = _Comparison(config, folder, progress)
         for train in config.objectives:
-            _train_one(train, comparison)
+            comparison.train(train)
         comparison.bar.close()
-        summary, curves, samples = _collect(comparison)
+        summary, curves, samples = comparison.collect()
         report.write_report(folder, summary, curves, samples, training=comparison.training)
-        lines = "".join(json.dumps(row) + "\n" for row in _metrics_rows(comparison, curves))
+        lines = "".join(json.dumps(row) + "\n" for row in comparison.rows(curves))
         store.write_file(folder / "metrics.jsonl", lines)
         store.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         _link_latest(folder)
@@ -147,9 +144,9 @@ class _Comparison:
         if path.exists():
             return store.read_json(path, FIX)
         result = self.stage.evaluate(policy, train, guide=guide)
-        row = {"step": step, "pairs_seen": step * train.batch_size if train else 0}
-        row |= {name: metric.as_dict() for name, metric in result.metrics.items()}
-        row["samples"] = [asdict(sample) for sample in result.samples]
+        said = result.record()
+        row = {"step": step, "pairs_seen": step * train.batch_size if train else 0} | said["metrics"]
+        row["samples"] = said["samples"]
         row["by_prompt"] = {name: [float(v) for v in values] for name, values in result.by_prompt.items()}
         store.write_json(path, row)
         self.clock += time.time()
@@ -158,108 +155,82 @@ class _Comparison:
         self.bar.update(EVALUATION_COST)
         return row
 
+    def train(self, train: TrainConfig) -> None:
+        """Train and evaluate one objective, continuing where an interrupted run left it."""
+        stage, folder, seen = self.stage, self.folder / train.loss_type, 0
+        guide = self.guide(train) if "guide_logps" in OBJECTIVES[train.loss_type].needs else None
+        self.bar.set_description(train.loss_type)
 
-def _train_one(train: TrainConfig, comparison: _Comparison) -> None:
-    """Train and evaluate one objective, continuing where an interrupted run left it."""
-    stage, folder = comparison.stage, comparison.folder / train.loss_type
-    guide = None
-    if "guide_logps" in OBJECTIVES[train.loss_type].needs:
-        guide = frozen_copy(load_model(comparison.folder / "dpo" / "final", device=stage.start.device))
-    settings = replace(train, output_dir=str(folder), eval_every=comparison.every, save_every=comparison.every)
-    comparison.bar.set_description(train.loss_type)
-    seen = [0]
+        def callback(step: int, policy) -> None:
+            nonlocal seen
+            self.bar.update(step - seen)
+            seen = step
+            if step:
+                self.evaluated(folder, step, policy, train, guide)
 
-    def callback(step: int, policy) -> None:
-        comparison.bar.update(step - seen[0])
-        seen[0] = step
-        if step:
-            comparison.evaluated(folder, step, policy, train, guide)
+        settings = replace(train, output_dir=str(folder), eval_every=self.every, save_every=self.every)
+        more = {"guide": guide, "tokenizer": stage.tokenizer, "callbacks": [callback]}
+        run = runs.train(settings, stage.policy(), stage.start, stage.pairs, **more)
+        self.training[train.loss_type] = run.rows
+        for step in [*range(self.every, run.updates, self.every), run.updates]:
+            if not (path := _evaluation(folder, step)).exists():
+                raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
 
-    result = fit(
-        settings,
-        stage.policy(),
-        stage.start,
-        stage.pairs,
-        guide=guide,
-        tokenizer=stage.tokenizer,
-        callbacks=[callback],
-        resume=True,
-        progress=False,
-    )
-    comparison.training[train.loss_type] = result.metrics
-    for step in [*range(comparison.every, result.steps, comparison.every), result.steps]:
-        if not (path := _evaluation(folder, step)).exists():
-            raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
+    def guide(self, train: TrainConfig):
+        """The dpo run of this comparison if it was made with the beta that is asked for, else one for this alone."""
+        stage, folder = self.stage, self.folder / "dpo"
+        fitting = runs.guide_settings(train).to_dict() in [other.to_dict() for other in self.config.objectives]
+        if not (fitting and folder.name in self.training):
+            folder = self.folder / "guide"
+            settings = replace(train, output_dir=str(folder))
+            runs.train_guide(settings, stage.policy(), stage.start, stage.pairs, tokenizer=stage.tokenizer)
+        return frozen_copy(load_model(folder / "final", device=stage.start.device))
 
+    def collect(self) -> tuple[dict, dict, dict]:
+        """Return (summary, curves, samples) in the schemas of report.write_report."""
+        start, curves, samples = self.start_evaluation, {}, {}
+        for name in self.training:
+            paths = sorted(_evaluation(self.folder / name, 0).parent.glob("*.json"))
+            rows = [start, *(store.read_json(path, FIX) for path in paths)]
+            curves[name] = [{key: value for key, value in row.items() if key != "samples"} for row in rows]
+            samples[name] = [
+                {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
+                | {
+                    f"{when}_{kind}": s[kind]
+                    for when, s in (("before", a), ("after", b))
+                    for kind in ("reward", "judge")
+                }
+                for a, b in zip(start["samples"], rows[-1]["samples"], strict=True)
+            ]
+        config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
+        config = config.pop("stage") | config | {"pairs": len(self.stage.pairs)}
+        config |= {"held_out_pairs": len(self.stage.held_out_pairs), "held_out_prompts_seen": self.stage.seen_prompts}
+        summary = {
+            "objectives": {name: _metrics(curve[-1]) for name, curve in curves.items()},
+            "start": _metrics(start),
+            "config": config,
+            "seed": self.config.stage.seed,
+            "versions": runs.versions(),
+            "wall_time_s": store.read_json(self.folder / "wall_time.json", FIX)["seconds"],
+        }
+        return summary, curves, samples
 
-def _collect(comparison: _Comparison) -> tuple[dict, dict, dict]:
-    """Return (summary, curves, samples) in the schemas of report.write_report."""
-    start, curves, samples, final = comparison.start_evaluation, {}, {}, {}
-    for train in comparison.config.objectives:
-        rows = [start, *_evaluations(comparison.folder / train.loss_type)]
-        curves[train.loss_type] = [_without_samples(row) for row in rows]
-        final[train.loss_type] = {name: value for name, value in rows[-1].items() if _is_metric(value)}
-        samples[train.loss_type] = [
-            {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
-            | {f"{when}_{name}": s[name] for when, s in (("before", a), ("after", b)) for name in ("reward", "judge")}
-            for a, b in zip(start["samples"], rows[-1]["samples"], strict=True)
-        ]
-    summary = {
-        "objectives": final,
-        "start": {name: value for name, value in start.items() if _is_metric(value)},
-        "config": _flat(comparison.config)
-        | {"pairs": len(comparison.stage.pairs), "held_out_pairs": len(comparison.stage.held_out_pairs)}
-        | {"held_out_prompts_seen": comparison.stage.seen_prompts},
-        "seed": comparison.config.stage.seed,
-        "versions": versions(),
-        "wall_time_s": store.read_json(comparison.folder / "wall_time.json", FIX)["seconds"],
-    }
-    return summary, curves, samples
-
-
-def _flat(config: CompareConfig) -> dict:
-    """The configuration with the stage's settings beside the rest."""
-    settings = asdict(config) | {"objectives": [run.to_dict() for run in config.objectives]}
-    return settings.pop("stage") | settings
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result, and the machine."""
-    names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    } | found
+    def rows(self, curves: dict) -> Iterator[dict]:
+        """Everything that was logged: training rows and evaluations of all objectives."""
+        for name, curve in curves.items():
+            for row in self.training[name]:
+                yield {"objective": name, "kind": "train"} | row
+            for row in curve:
+                shown = {key: value for key, value in row.items() if key != "by_prompt"}
+                yield {"objective": name, "kind": "evaluation"} | shown
 
 
 def _evaluation(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"{step:08d}.json"
 
 
-def _evaluations(folder: Path) -> list[dict]:
-    return [store.read_json(path, FIX) for path in sorted((folder / "evaluations").glob("*.json"))]
-
-
-def _metrics_rows(comparison: _Comparison, curves: dict) -> list[dict]:
-    """Everything that was logged, one row a line: training rows and evaluations of all objectives."""
-    rows = []
-    for name, curve in curves.items():
-        rows += [{"objective": name, "kind": "train"} | row for row in comparison.training[name]]
-        rows += [
-            {"objective": name, "kind": "evaluation"} | {k: v for k, v in row.items() if k != "by_prompt"}
-            for row in curve
-        ]
-    return rows
-
-
-def _without_samples(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name != "samples"}
-
-
-def _is_metric(value) -> bool:
-    return isinstance(value, dict) and "mean" in value
+def _metrics(row: dict) -> dict:
+    return {name: value for name, value in row.items() if isinstance(value, dict) and "mean" in value}
 
 
 def run_folder(runs: str | Path, name: str) -> Path:

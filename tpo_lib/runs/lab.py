@@ -9,42 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from tpo_lib.config import PRESETS, TrainConfig, known_hyperparameters, override
-from tpo_lib.evaluation import Evaluation
 from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
-from tpo_lib.runs.compare import versions
-from tpo_lib.runs.run import fit
+from tpo_lib.runs import runs
+from tpo_lib.runs.runs import Trained
 from tpo_lib.runs.stage import Stage
-
-
-@dataclass
-class Run:
-    """One run.
-
-    Attributes:
-        config: its settings.
-        rows: metrics rows of training so far (names as in metrics.jsonl).
-        stopped: ended before its last update.
-        policy, evaluation: there when the run has ended.
-    """
-
-    config: TrainConfig
-    rows: list[dict] = field(default_factory=list)
-    stopped: bool = False
-    policy: torch.nn.Module | None = None
-    evaluation: Evaluation | None = None
-
-    @property
-    def updates(self) -> int:
-        """Updates made so far."""
-        return self.rows[-1]["step"] if self.rows else 0
 
 
 class Laboratory:
@@ -52,13 +28,13 @@ class Laboratory:
 
     Attributes:
         stage: what they share.
-        runs: {name: Run}, in the order they were made; ended runs alone.
+        runs: {name: Trained}, in the order they were made; ended runs alone.
         start: evaluation of the start.
     """
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, Trained] = {}
         self.start = stage.evaluate(stage.start)
         self._guides: dict[TrainConfig, torch.nn.Module] = {}
 
@@ -86,9 +62,9 @@ class Laboratory:
         config: TrainConfig,
         name: str | None = None,
         *,
-        on_log: Callable[[Run], bool | None] = lambda run: None,
+        on_log: runs.OnLog = lambda run: None,
         on_stage: Callable[[str], None] = lambda words: None,
-    ) -> Run:
+    ) -> Trained:
         """Train from the start, evaluate on the held-out prompts and keep the run.
 
         A TGDPO run without a fitting guide first trains one: DPO with the same learning rate and number of updates.
@@ -108,38 +84,27 @@ class Laboratory:
         if "guide_logps" in OBJECTIVES[config.loss_type].needs:
             guide = self._guide(config, on_log, on_stage)
             if guide is None:
-                return Run(config, stopped=True)
+                return Trained(config, stopped=True)
         on_stage(f"training {name}")
-        run = self._fit(config, guide, on_log)
+        run = runs.train(config, *self._from_start(), guide=guide, on_log=on_log)
         if run.updates:
             on_stage(f"evaluating {name}")
             run.evaluation = self.stage.evaluate(run.policy, config, guide=guide)
             self.runs[name] = run
         return run
 
+    def _from_start(self) -> tuple:
+        return self.stage.policy(), self.stage.start, self.stage.pairs
+
     def _guide(self, config: TrainConfig, on_log, on_stage) -> torch.nn.Module | None:
-        settings = override(config, loss_type="dpo", beta=config.guide_beta)
+        settings = runs.guide_settings(config)
         if settings not in self._guides:
             on_stage(f"training the DPO guide, beta {settings.beta:g}")
-            run = self._fit(settings, None, on_log)
+            run = runs.train_guide(config, *self._from_start(), on_log=on_log)
             if run.stopped:
                 return None
             self._guides[settings] = frozen_copy(run.policy)
         return self._guides[settings]
-
-    def _fit(self, config: TrainConfig, guide, on_log) -> Run:
-        run = Run(config)
-
-        def logged(row: dict) -> bool:
-            run.rows.append(row)
-            run.stopped = bool(on_log(run)) and row["step"] < config.max_steps
-            return run.stopped
-
-        result = fit(
-            config, self.stage.policy(), self.stage.start, self.stage.pairs, guide=guide, on_log=logged, progress=False
-        )
-        run.policy = result.policy.eval()
-        return run
 
     def free_name(self, config: TrainConfig) -> str:
         """A short name that no run has, such as "tdpo2 β.1 α.5"."""
@@ -166,11 +131,11 @@ class Laboratory:
 
     def points(self) -> dict[str, tuple[str, dict]]:
         """{name: (objective, {metric: {mean, low, high, n}})}, as `plots.run_points` takes them."""
-        return {name: (run.config.loss_type, _metrics(run.evaluation)) for name, run in self.runs.items()}
+        return {name: (run.config.loss_type, run.evaluation.record(0)["metrics"]) for name, run in self.runs.items()}
 
     def start_point(self) -> dict:
         """The start's metrics, {metric: {mean, low, high, n}}."""
-        return _metrics(self.start)
+        return self.start.record(0)["metrics"]
 
     def save(self, path: str | Path, *, samples: int | None = None) -> Path:
         """Write `record` as JSON; returns the path."""
@@ -184,24 +149,9 @@ class Laboratory:
         Args:
             samples: how many of each run's samples, None for all.
         """
-        runs = {name: _record(run, samples) for name, run in self.runs.items()}
         return {
-            "start": {"metrics": self.start_point(), "samples": [asdict(s) for s in self.start.samples[:samples]]},
-            "runs": runs,
+            "start": self.start.record(samples),
+            "runs": {name: run.record(samples) for name, run in self.runs.items()},
             "stage": asdict(self.stage.config),
-            "versions": versions(),
+            "versions": runs.versions(),
         }
-
-
-def _record(run: Run, samples: int | None) -> dict:
-    return {
-        "config": run.config.to_dict(),
-        "stopped": run.stopped,
-        "training": run.rows,
-        "metrics": _metrics(run.evaluation),
-        "samples": [asdict(sample) for sample in run.evaluation.samples[:samples]],
-    }
-
-
-def _metrics(evaluation: Evaluation) -> dict:
-    return {name: metric.as_dict() for name, metric in evaluation.metrics.items()}

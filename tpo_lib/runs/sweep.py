@@ -6,7 +6,6 @@ python -m tpo_lib sweep --output data/runs.json      # resumes where it was
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,15 +49,14 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
     with store.alone(path):
         known = _known(path)  # first: a stage is minutes of work
         lab = Laboratory(pocket_stage(**STAGE))
-        content = _begin(path, known, _short(lab.record(samples=SAMPLES)))
+        content = _begin(path, known, lab)
         done = {(run["objective"], run["beta"], run["alpha"]) for run in content["runs"]}
         todo = [settings for settings in grid() if settings not in done]
         for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
-            lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES), "run")
-            run = _short(lab.record(samples=SAMPLES)["runs"]["run"])
-            lab.remove("run")
-            found = {"objective": objective, "beta": beta, "alpha": alpha}
-            content["runs"].append(found | {key: run[key] for key in ("training", "metrics", "samples")})
+            run = lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES))
+            found = _short({"training": run.rows} | run.evaluation.record(SAMPLES))
+            content["runs"].append({"objective": objective, "beta": beta, "alpha": alpha} | found)
+            lab.runs.clear()  # its policy with it
             store.write_json(path, content)
     return content
 
@@ -72,11 +70,10 @@ def _known(path: Path) -> dict | None:
     return known
 
 
-def _begin(path: Path, known: dict | None, record: dict) -> dict:
+def _begin(path: Path, known: dict | None, lab: Laboratory) -> dict:
     """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
-    stage = {**record["stage"], "model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
-    content = {"lr": LR, "updates": UPDATES, "start": record["start"], "stage": stage, "versions": record["versions"]}
-    content = json.loads(json.dumps(content | {"runs": []}))
+    content = {"lr": LR, "updates": UPDATES} | _short(lab.record(samples=SAMPLES)) | {"runs": []}
+    content["stage"] |= {"model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
     if known is None:
         return content
     for name in ("start", "stage", "lr", "updates"):

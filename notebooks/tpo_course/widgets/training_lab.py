@@ -28,7 +28,8 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import plots
 
 if TYPE_CHECKING:
-    from tpo_lib.runs.lab import Laboratory, Run
+    from tpo_lib.runs.lab import Laboratory
+    from tpo_lib.runs.runs import Trained
 
 SHOWN = 3  # samples of a run
 
@@ -170,7 +171,7 @@ class TrainingLab:
         self.stop_button.disabled = self._stop.is_set() or words.startswith("evaluating")  # which is short
         self._say(f"{self._stage} ...")
 
-    def _logged(self, run: Run) -> bool:
+    def _logged(self, run: Trained) -> bool:
         self.bar.value = run.updates
         row = run.rows[-1]
         if not self._stop.is_set():

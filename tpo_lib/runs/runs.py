@@ -1,0 +1,97 @@
+"""Runs of training, in memory or in a folder, and the one place where a guide is made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tpo_lib.config import TrainConfig, override
+from tpo_lib.data import EncodedPair
+from tpo_lib.evaluation import Evaluation
+from tpo_lib.runs.run import fit
+
+
+@dataclass
+class Trained:
+    """A run of training, ended or under way.
+
+    Attributes:
+        config: its settings.
+        rows: metrics rows of training so far (names as in metrics.jsonl).
+        stopped: ended before its last update.
+        policy, evaluation: there when the run has ended, and where it was evaluated.
+    """
+
+    config: TrainConfig
+    rows: list[dict] = field(default_factory=list)
+    stopped: bool = False
+    policy: torch.nn.Module | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    def record(self, samples: int | None = None) -> dict:
+        """{"config", "stopped", "training", "metrics", "samples"} as JSON has them; None: all samples."""
+        made = {"config": self.config.to_dict(), "stopped": self.stopped, "training": self.rows}
+        return made | self.evaluation.record(samples)
+
+
+OnLog = Callable[[Trained], bool | None]
+
+
+def train(
+    config: TrainConfig,
+    policy,
+    reference,
+    pairs: Sequence[EncodedPair],
+    *,
+    on_log: OnLog = lambda run: None,
+    progress: bool = False,
+    **more,
+) -> Trained:
+    """`fit` of one run; with `config.output_dir` it goes on where it was, without one it stays in memory.
+
+    Args:
+        on_log: called at every row of metrics; returns True to stop.
+        more: `fit`'s guide, tokenizer, fast, callbacks.
+    """
+    run = Trained(config)
+
+    def logged(row: dict) -> bool:
+        run.rows.append(row)
+        run.stopped = bool(on_log(run)) and row["step"] < (config.max_steps or row["step"] + 1)
+        return run.stopped
+
+    resume = config.output_dir is not None
+    result = fit(config, policy, reference, pairs, on_log=logged, resume=resume, progress=progress, **more)
+    run.rows, run.policy = result.metrics, result.policy.eval()
+    return run
+
+
+def guide_settings(config: TrainConfig) -> TrainConfig:
+    """The run whose policy guides `config`'s: DPO, all else equal, at the beta its log-ratios are read with."""
+    beta = config.hyper.get("guide_beta") or config.hyperparameters().get("beta")
+    return override(config, loss_type="dpo", beta=beta)
+
+
+def train_guide(config: TrainConfig, policy, reference, pairs: Sequence[EncodedPair], **more) -> Trained:
+    """`train` of the guide of `config`."""
+    return train(guide_settings(config), policy, reference, pairs, **more)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, and the machine."""
+    names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
+    here = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+    return here | {name: importlib.metadata.version(name) for name in names}
