@@ -77,7 +77,7 @@ def reward(name: str, n: int, is_chosen: bool, policy, ref, guide, labels, h: di
     for t in positions:
         c = t - 1
         ratio = log_pi[n][c] - log_ref[n][c]
-        if name == "dpo":
+        if name in ("dpo", "ipo"):
             total += h["beta"] * ratio
         elif name == "tdpo1":
             total += h["beta"] * (ratio + token_kl[n][c])
@@ -102,6 +102,8 @@ def loss(name: str, policy, ref, guide, labels, h: dict) -> list[dict[str, float
         rejected = reward(name, pairs + b, False, policy, ref, guide, labels, h)
         margin = chosen - rejected - h.get("gamma", 0.0)
         value = -chosen if name == "sft" else math.log(1 + math.exp(-margin))
+        if name == "ipo":
+            value = (margin / h["beta"] - 1 / (2 * h["beta"])) ** 2
         result.append({"loss": value, "chosen": chosen, "rejected": rejected})
     return result
 
@@ -111,7 +113,8 @@ def logit_gradient(name: str, policy, ref, guide, labels, h: dict) -> list:
 
     With e_y the one-hot target, p and q the policy's and the reference's probabilities, c = beta sigma(-margin):
     chosen  dpo, tdpo2 c(p - e_y); tdpo1 c(q - e_y); tgdpo c f (p - e_y); simpo c(p - e_y)/|y|;
-    rejected  dpo c(e_y - p); tdpo1 c(e_y - q); tdpo2 c[(e_y - p) + alpha(p - q)]; tgdpo, simpo as above, sign flipped.
+    ipo as dpo with c = 2 (1/(2 beta) - margin/beta);
+    rejected  dpo, ipo c(e_y - p); tdpo1 c(e_y - q); tdpo2 c[(e_y - p) + alpha(p - q)]; tgdpo, simpo as above, sign flipped.
     """
     policy, ref, guide, labels = as_list(policy), as_list(ref), as_list(guide), as_list(labels)
     values = loss(name, policy, ref, guide, labels, h)
@@ -122,6 +125,8 @@ def logit_gradient(name: str, policy, ref, guide, labels, h: dict) -> list:
         value, is_chosen = values[n % pairs], n < pairs
         margin = value["chosen"] - value["rejected"] - h.get("gamma", 0.0)
         c = h.get("beta", 1.0) / (1 + math.exp(margin)) if name != "sft" else 1.0
+        if name == "ipo":
+            c = 2 * (1 / (2 * h["beta"]) - margin / h["beta"])
         for t in scored(row):
             p = [math.exp(x) for x in log_softmax(policy[n][t - 1])]
             q = [math.exp(x) for x in log_softmax(ref[n][t - 1])]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tpo_lib import losses
-from tpo_lib.losses import F_FLOOR, OBJECTIVES, dpo, floor_share, sft, simpo, tdpo1, tdpo2, tgdpo
+from tpo_lib.losses import F_FLOOR, OBJECTIVES, dpo, floor_share, ipo, sft, simpo, tdpo1, tdpo2, tgdpo
 from tpo_lib.stats import split, token_stats
 from tpo_lib.types import IGNORE, LossOutput, TokenStats
 
@@ -153,6 +153,8 @@ BY_HAND = {
     "tgdpo": (0.15, -0.6, 0.386871),
     # .2 * -1.5 = -.3; .2 * -3 = -.6; margin .3 - gamma .1 = .2, log(1 + e^-.2) = .598139
     "simpo": (-0.3, -0.6, 0.598139),
+    # rewards as dpo; log-ratios .5 - -1 = 1.5, 1 / (2 * .2) = 2.5: (1.5 - 2.5)^2 = 1
+    "ipo": (0.1, -0.2, 1.0),
 }
 
 
@@ -194,6 +196,17 @@ def test_policy_equal_to_reference_gives_log_two(name):
     close(output.loss, math.log(2.0))
     close(output.chosen_reward, 0.0)
     close(output.rejected_reward, 0.0)
+
+
+def test_ipo_begins_at_its_target_squared_and_rests_where_the_rewards_differ_by_one_half():
+    batch = random_batch(1)
+    close(run("ipo", batch | {"policy": batch["ref"]}).loss, 1 / (2 * GIVEN["beta"]) ** 2)
+    leaf = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    at_rest = replace(stats_from([0.0, 0.0]), logps=leaf)  # log-ratios 3 - 1 = 2 = 1 / (2 * .25)
+    output = ipo(at_rest, stats_from([1.0]), beta=0.25)
+    close(output.loss, 0.0)
+    close(output.chosen_reward - output.rejected_reward, 0.5)
+    close(torch.autograd.grad(output.loss.sum(), leaf)[0], 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -495,6 +508,7 @@ def test_the_objectives_are_these():
         "tdpo2": ("ref_logps", "kl"),
         "tgdpo": ("ref_logps", "guide_logps"),
         "simpo": (),
+        "ipo": ("ref_logps",),
     }
     assert OBJECTIVES["tdpo1"].fn is tdpo1
     assert OBJECTIVES["tdpo2"].fn is tdpo2

@@ -133,6 +133,18 @@ def simpo(chosen: TokenStats, rejected: TokenStats, *, beta: float, gamma: float
     return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
 
 
+def ipo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
+    """Identity preference optimization (arXiv 2310.12036): the margin is drawn to one value, not ever further.
+
+    loss = (sum lr(w) - sum lr(l) - 1 / (2 beta))^2
+
+    It is 0 where the margin of the logged rewards, beta sum lr, is 1/2. Sums as in the paper; TRL takes means over the tokens.
+    """
+    gap = _logratio(chosen).sum(-1), _logratio(rejected).sum(-1)
+    loss = (gap[0] - gap[1] - 1 / (2 * beta)) ** 2
+    return LossOutput(loss, beta * gap[0].detach(), beta * gap[1].detach())
+
+
 def floor_share(output: LossOutput, mask: Tensor, floor: float = F_FLOOR) -> tuple[Tensor, Tensor]:
     """Number of response tokens whose weight sits on the floor, and the number of response tokens, both scalar tensors."""
     return ((output.token_weights <= floor) & mask).sum(), mask.sum()
@@ -250,6 +262,7 @@ OBJECTIVES = {
     ),
     "tgdpo": Objective(tgdpo, ("ref_logps", "guide_logps"), _GUIDED, "TGDPO", ("#009E73", "D", (0, (3, 1)))),
     "simpo": Objective(simpo, (), _SIMPO, "SimPO", ("#CC79A7", "v", (0, (1.5, 1)))),
+    "ipo": Objective(ipo, _REF, {"beta": _BETA}, "IPO", ("#8B5A2B", ">", (0, (8, 1.5, 2, 1.5)))),
 }
 
 

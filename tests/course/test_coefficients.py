@@ -12,14 +12,8 @@ from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 from tpo_lib.stats import split, token_stats
 from tpo_lib.types import LossOutput, TokenStats
 
-HYPER = {
-    "sft": {},
-    "dpo": {"beta": 0.5},
-    "tdpo1": {"beta": 0.5},
-    "tdpo2": {"beta": 0.5, "alpha": 0.4},
-    "tgdpo": {"beta": 0.5, "alpha": 0.4, "guide_beta": 0.3},
-    "simpo": {"beta": 2.0, "gamma": 0.3},
-}
+GIVEN = {"beta": 0.5, "alpha": 0.4, "guide_beta": 0.3, "gamma": 0.3}
+HYPER = {name: {k: v for k, v in GIVEN.items() if k in entry.hyperparameters} for name, entry in OBJECTIVES.items()}
 
 
 def sigmoid(x: float) -> float:
@@ -234,8 +228,10 @@ def test_loss_at_is_the_loss_of_a_pair_with_that_margin(objective):
     found = coefficients(objective, *pair, **HYPER[objective])
     loss, slope = loss_at(objective, found.margin, **HYPER[objective])
     torch.testing.assert_close(loss, found.output.loss)
-    gamma = HYPER[objective].get("gamma", 0.0)
-    torch.testing.assert_close(slope, -torch.sigmoid(gamma - found.margin))
+    above, below = (loss_at(objective, found.margin + step, **HYPER[objective])[0] for step in (1e-5, -1e-5))
+    torch.testing.assert_close(slope, (above - below) / 2e-5, rtol=1e-6, atol=1e-8)
+    if objective != "ipo":  # -log sigma(margin - gamma)
+        torch.testing.assert_close(slope, -torch.sigmoid(HYPER[objective].get("gamma", 0.0) - found.margin))
 
 
 def test_sft_has_no_curve():
@@ -259,10 +255,10 @@ def test_spread_has_the_totals_asked_for():
 
 def test_an_unknown_objective_is_named():
     for call in (
-        lambda: coefficients("ipo", row([0.0]), row([0.0])),
-        lambda: margin_terms("ipo", row([0.0]), row([0.0])),
+        lambda: coefficients("tpo", row([0.0]), row([0.0])),
+        lambda: margin_terms("tpo", row([0.0]), row([0.0])),
     ):
-        with pytest.raises(ValueError, match="'ipo' is unknown; choose one of sft, dpo"):
+        with pytest.raises(ValueError, match="'tpo' is unknown; choose one of sft, dpo"):
             call()
 
 
@@ -274,14 +270,14 @@ def test_a_missing_statistic_is_named():
 
 
 def test_an_objective_of_ones_own_draws_its_own_curve(monkeypatch):
-    """IPO has no beta: (m - 1 / (2 tau))^2 at tau = 0.1 is (m - 5)^2, its slope 2 (m - 5)."""
+    """IPO with a tau instead of beta: (m - 1 / (2 tau))^2 at tau = 0.1 is (m - 5)^2, its slope 2 (m - 5)."""
 
-    def ipo(chosen, rejected, *, tau):
+    def mine(chosen, rejected, *, tau):
         rewards = [(side.logps - side.ref_logps).sum(-1) for side in (chosen, rejected)]
         return LossOutput((rewards[0] - rewards[1] - 1 / (2 * tau)) ** 2, *(reward.detach() for reward in rewards))
 
-    record = Objective(ipo, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
-    monkeypatch.setitem(OBJECTIVES, "ipo", record)
-    loss, slope = loss_at("ipo", torch.tensor([0.0, 7.0]))
+    record = Objective(mine, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
+    monkeypatch.setitem(OBJECTIVES, "mine", record)
+    loss, slope = loss_at("mine", torch.tensor([0.0, 7.0]))
     assert loss.tolist() == pytest.approx([25.0, 4.0])
     assert slope.tolist() == pytest.approx([-10.0, 4.0])

@@ -32,13 +32,15 @@ def test_every_step_gives_the_same_loss_and_gradient(objective):
     assert expected[-1].abs().max() > 0
     for name, step in ladder.STEPS.items():
         for found, right in zip(loss_and_gradient(step, given), expected, strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-4, atol=2e-6, msg=name)
+            scale = max(1.0, right.abs().max().item())  # IPO's is a square of nats
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=2e-6 * scale, msg=name)
 
 
 def test_a_scene_has_the_models_its_objective_reads():
     frozen = {name: set(scene(name).frozen) for name in OBJECTIVES}
-    both = {"sft": set(), "dpo": {"ref"}, "tdpo1": {"ref"}, "tdpo2": {"ref"}, "tgdpo": {"ref", "guide"}, "simpo": set()}
-    assert frozen == both
+    reads = {name: {field.removesuffix("_logps") for field in OBJECTIVES[name].needs} - {"kl"} for name in OBJECTIVES}
+    assert frozen == reads
+    assert (reads["simpo"], reads["tdpo2"], reads["tgdpo"]) == (set(), {"ref"}, {"ref", "guide"})
     assert {name: scene(name).with_kl for name in OBJECTIVES} == {name: "tdpo" in name for name in OBJECTIVES}
     even = scene("dpo", ragged=False).batch
     assert (even.attention_mask == 1).all()

@@ -271,7 +271,7 @@ def test_extremes_of_every_slider_are_drawn(lab, objective):
         assert low < x < high
         assert y <= panels(lab)[0].get_ylim()[1]
         assert panels(lab)[2].get_ylim()[0] < 0 < panels(lab)[2].get_ylim()[1]
-    assert lab.result.chosen.logps.any() == (objective == "simpo")
+    assert lab.result.chosen.logps.any() == (objective in ("simpo", "ipo"))
 
 
 def test_the_picture_is_an_image_with_the_numbers_as_its_alternative_text(lab):

@@ -152,14 +152,8 @@ def test_pairs_match_naive():
     assert len(found) == w.num_pairs
 
 
-HYPER = {
-    "sft": {},
-    "dpo": {"beta": 0.3},
-    "tdpo1": {"beta": 0.3},
-    "tdpo2": {"beta": 0.3, "alpha": 0.5},
-    "tgdpo": {"beta": 0.3, "alpha": 0.5, "guide_beta": 0.7},
-    "simpo": {"beta": 2.0, "gamma": 0.5},
-}
+GIVEN = {"beta": 0.3, "alpha": 0.5, "guide_beta": 0.7}
+HYPER = {name: entry.settings({} if name == "simpo" else GIVEN) for name, entry in losses.OBJECTIVES.items()}
 
 
 @pytest.mark.parametrize("name", losses.OBJECTIVES)

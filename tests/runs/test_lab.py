@@ -41,15 +41,15 @@ def test_a_run_is_trained_evaluated_and_kept(lab):
 
 
 def test_an_objective_of_ones_own_is_trained_evaluated_drawn_and_saved(lab, monkeypatch, tmp_path):
-    """IPO, which brings a hyperparameter of its own: at the start its loss is (1 / (2 tau))^2."""
+    """IPO with a hyperparameter of its own: at the start its loss is (1 / (2 tau))^2."""
 
-    def ipo(chosen, rejected, *, tau):
+    def mine(chosen, rejected, *, tau):
         rewards = [(side.logps - side.ref_logps).sum(-1) for side in (chosen, rejected)]
         return LossOutput((rewards[0] - rewards[1] - 1 / (2 * tau)) ** 2, *(reward.detach() for reward in rewards))
 
-    record = Objective(ipo, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
-    monkeypatch.setitem(OBJECTIVES, "ipo", record)
-    run = lab.train(lab.config("ipo", beta=0.1, alpha=0.5, **SMALL, tau=0.25), "mine")
+    record = Objective(mine, ("ref_logps",), {"tau": Hyperparameter(0.1, "τ", "pull towards the reference", above=0)})
+    monkeypatch.setitem(OBJECTIVES, "mine", record)
+    run = lab.train(lab.config("mine", beta=0.1, alpha=0.5, **SMALL, tau=0.25), "mine")
     assert run.rows[0]["loss"] == pytest.approx(4, rel=1e-4)
     assert run.evaluation.metrics["reward_margin"].n > 0
     assert plots.run_points(lab.points(), lab.start_point()) is not None
@@ -57,15 +57,15 @@ def test_an_objective_of_ones_own_is_trained_evaluated_drawn_and_saved(lab, monk
     saved = json.loads(lab.save(tmp_path / "lab.json").read_text())["runs"]["mine"]["config"]
     assert saved["tau"] == 0.25
     assert "beta" not in saved
-    curves = {"ipo": [lab.start_point() | {"step": 0}, lab.points()["mine"][1] | {"step": 2}]}
+    curves = {"mine": [lab.start_point() | {"step": 0}, lab.points()["mine"][1] | {"step": 2}]}
     summary = {
-        "objectives": {"ipo": lab.points()["mine"][1]},
+        "objectives": {"mine": lab.points()["mine"][1]},
         "config": {"objectives": [saved]},
         "versions": {},
         "seed": 0,
     }
-    write_report(tmp_path, summary | {"wall_time_s": 1.0}, curves, {}, training={"ipo": run.rows})
-    assert "| ipo |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, summary | {"wall_time_s": 1.0}, curves, {}, training={"mine": run.rows})
+    assert "| mine |" in (tmp_path / "report.md").read_text()
 
 
 def test_tgdpo_trains_its_guide_once(lab):

@@ -47,7 +47,7 @@ OTHERS = {  # what is drawn beside the objectives
 }
 # For objectives whose record has no look: Tol's dark colours, and markers that nobody else has.
 OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
-OWN_MARKERS = ("p", "h", "<", ">", "d")
+OWN_MARKERS = ("p", "h", "<", "8", "d")
 
 AXIS = {  # metric -> axis label with its unit
     "reward": "mean reward (0 to 1)",

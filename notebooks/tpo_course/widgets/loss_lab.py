@@ -201,6 +201,9 @@ def _canvas() -> Figure:
     loss, terms, tokens, weights = axes
     loss.set_xlabel("margin, nats", fontsize=FONT - 1)
     loss.set_ylabel("loss, nats", fontsize=FONT - 1)
+    loss.yaxis.set_major_formatter(
+        lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:g}k"
+    )  # IPO's: a square
     terms.set_xlabel("nats", fontsize=FONT - 1)
     terms.set_title("what the margin is made of", fontsize=FONT, y=1.0)
     terms.set(ylim=(4.6, -0.6), yticks=range(5))
