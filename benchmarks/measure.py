@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import contestants
 from benchmarks.cases import Case, Shape, build, make_batch
+from tpo_lib.losses import OBJECTIVES
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 TOLERANCE = {"cpu": 1e-5, "cuda": 3e-2}  # fp32; bfloat16 autocast
@@ -150,7 +151,7 @@ def peak_memory(shape: Shape, objective: str, label: str) -> float | None:
 def _peak_here(shape: Shape, objective: str, label: str, threads: int) -> float | None:
     torch.set_num_threads(threads)
     fn = contestants.bodies if label == "bodies" else contestants.CONTESTANTS[objective][label]
-    case = build(shape, guide=objective == "tgdpo")
+    case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
     small = replace(shape, pairs=1, length=8)
     gradient_step(fn, case.on(make_batch(small).to(torch.device(shape.device))))  # libraries take their buffers now
     if label == "cached":

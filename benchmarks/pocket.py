@@ -37,7 +37,7 @@ def whole_runs(
         measure.Disagreement: the two end at different weights.
     """
     stage = stage or pocket_stage()
-    changes = {"max_steps": updates, "epochs": updates, "batch_size": batch_size, "guide_beta": 0.1, "device": "cpu"}
+    changes = {"max_steps": updates, "epochs": updates, "batch_size": batch_size, "device": "cpu"}
     base, ends = replace(PRESETS["pocket"].train, **changes), {}
     guide = stage.policy()  # trained below, which is the warm-up too
     fit(replace(base, loss_type="dpo", max_steps=min(4, updates)), guide, stage.start, stage.pairs, progress=False)
@@ -45,16 +45,11 @@ def whole_runs(
 
     def run(objective: str, path: str) -> None:
         policy = stage.policy()
-        config, fast = replace(base, loss_type=objective), FastPath(fused=path == "default")
-        fit(
-            config,
-            policy,
-            stage.start,
-            stage.pairs,
-            guide=guide if objective == "tgdpo" else None,
-            fast=fast,
-            progress=False,
-        )
+        guided = "guide_logps" in OBJECTIVES[objective].needs
+        more = {"guide_beta": 0.1} if guided else {}
+        config, fast = replace(base, loss_type=objective, **more), FastPath(fused=path == "default")
+        guide_model = guide if guided else None
+        fit(config, policy, stage.start, stage.pairs, guide=guide_model, fast=fast, progress=False)
         ends[objective, path] = policy
 
     steps = {f"{name}/{path}": partial(run, name, path) for name in objectives for path in ("textbook", "default")}

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import contestants, measure, pocket
 from benchmarks.cases import Case, Shape, build
+from tpo_lib.losses import OBJECTIVES
 
 GPT2 = Shape(vocab=50257)
 BASE = replace(GPT2, pairs=4)  # of the scaling curves
@@ -51,7 +52,7 @@ def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = 
         measure.Disagreement: a contestant's loss or gradient is another; nothing was timed.
     """
     entries = _chosen(objective, plan.labels or labels)
-    case = build(shape, guide=objective == "tgdpo")
+    case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
     agreement = measure.check_agreement(entries, _small(case))
     fitting, too_large = _fitting(entries, case)
     steps = {label: partial(measure.gradient_step, fn, case) for label, fn in fitting.items()}

@@ -514,6 +514,22 @@ def test_the_objectives_are_these():
     assert OBJECTIVES["tdpo2"].fn is tdpo2
 
 
+WORDS = {"ref_logps": "reference", "kl": "full-vocabulary KL", "guide_logps": "guide"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_readmes_table_says_what_the_record_says(name):
+    """Paper and formula from the function's docstring, needs from the record; the last column was measured."""
+    entry, text = OBJECTIVES[name], inspect.getdoc(OBJECTIVES[name].fn)
+    paper = re.search(r"arXiv (\d+\.\d+)", text)
+    link = f" ([{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else ""
+    formula = re.search(r"^loss = (.+)$", text, re.MULTILINE)[1]
+    needs = ", ".join(WORDS[field] for field in entry.needs) or "-"
+    table = (Path(__file__).parents[1] / "README.md").read_text().partition("<!-- objectives")[2]
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+    assert row.replace("`", "").startswith(f"| {name}{link} | {formula} | {needs} |")
+
+
 def test_unknown_shaping_is_named():
     with pytest.raises(ValueError, match=r"shaping='cubic' is unknown; choose 'linear' .* or 'exp'"):
         tgdpo(CHOSEN, REJECTED, beta=1.0, alpha=0.5, guide_beta=1.0, shaping="cubic")
@@ -522,9 +538,12 @@ def test_unknown_shaping_is_named():
 def test_the_objective_of_the_page_on_your_own_data_is_what_it_says(monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "your_model_your_data.md").read_text()
     monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
-    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    space: dict = {}
+    exec(page.partition("## Objectives of your own")[2].partition("```python\n")[2].partition("```")[0], space)
+    exec(re.search(r"    (losses\.register\(.+\))\n", page)[1], space | {"losses": losses})
     mask = torch.ones(1, 2, dtype=torch.bool)
     chosen, rejected = (TokenStats(torch.full((1, 2), v), torch.zeros(1, 2), mask) for v in (-1.0, -2.0))
-    output = losses.OBJECTIVES["ipo"].fn(chosen, rejected, tau=0.25)
-    assert output.loss.tolist() == [0.0]  # the margin is (-2) - (-4) = 2 = 1 / (2 * 0.25), where IPO is at rest
-    assert (output.chosen_reward - output.rejected_reward).tolist() == [0.5]
+    entry = losses.OBJECTIVES["hinge"]
+    output = entry.fn(chosen, rejected, **entry.settings({}))
+    assert output.loss.tolist() == pytest.approx([0.8])  # 1 - 0.1 ((-2) - (-4))
+    assert (output.chosen_reward - output.rejected_reward).tolist() == pytest.approx([0.2])

@@ -335,9 +335,10 @@ def test_runs_with_and_without_caches_agree(name, tmp_path):
     again = trained(config, fast=fast)
     assert again.metrics == run.metrics
     assert all("eval_kl/margin" in row for row in run.metrics if "eval_loss" in row)
-    assert ("kl/margin" in run.metrics[0]) == name.startswith("tdpo")
-    kinds = {"dpo": ["reference-logps"], "tgdpo": ["guide-eval-logps", "guide-logps", "reference-logps"]}
-    kinds = kinds.get(name, ["reference-states"] if name.startswith("tdpo") else [])
+    needs = losses.OBJECTIVES[name].needs
+    assert ("kl/margin" in run.metrics[0]) == ("kl" in needs)
+    kinds = ["guide-eval-logps", "guide-logps"] if "guide_logps" in needs else []
+    kinds += ["reference-states"] if "kl" in needs else ["reference-logps"] if "ref_logps" in needs else []
     assert [path.name[:-17] for path in folders(tmp_path)] == sorted([*kinds, "reference-eval-states"])
 
 

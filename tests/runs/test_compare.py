@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from tpo_lib import losses
 from tpo_lib.cli import main
 from tpo_lib.config import PRESETS
 from tpo_lib.files import store
 from tpo_lib.runs import compare, stage
 
-OBJECTIVES = {"dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"}
+OBJECTIVES = {name for name, entry in losses.OBJECTIVES.items() if entry.paired}
 
 
 @pytest.fixture(scope="module")
