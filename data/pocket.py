@@ -152,8 +152,8 @@ def build_model(config: PocketConfig):
 
 def build_optimizers(model, config: PocketConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings and norms (no decay on either)."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
+    inner = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
+    matrices, rest = ([p for name, p in model.named_parameters() if inner[name] is kind] for kind in (True, False))
     return [
         torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -231,12 +231,8 @@ def build(
 ):
     """Build everything in data/pocket: tokenizer, language model, reward, judge, and the README that says how.
 
-    Args:
-        imdb_source: folder of parquet files, or None for the hub (see load_imdb).
-        output: where the finished files go.
-        work: where every stage keeps what it needs to continue after a kill.
-        config, sentiment: all settings.
-        compile: torch.compile the training step (about 1.3 times as fast on CPU; needs a C++ compiler).
+    `imdb_source` is as in load_imdb; `work` keeps what a killed build continues from; `compile` makes the step about 1.3 times as
+    fast on a CPU and needs a C++ compiler.
 
     Raises:
         FileExistsError: `output` or `work` holds something that no build wrote.
@@ -246,9 +242,8 @@ def build(
         store.prove(output)  # now, not hours later
         imdb = load_imdb(imdb_source)
         texts = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
-        labels = {
-            split: hashlib.sha256(bytes(label & 255 for label in imdb[split]["label"])).hexdigest() for split in SPLITS
-        }
+        signs = {split: bytes(label & 255 for label in imdb[split]["label"]) for split in SPLITS}
+        labels = {split: hashlib.sha256(sign).hexdigest() for split, sign in signs.items()}
         settings = {"config": asdict(config), "sentiment": asdict(sentiment), "texts": texts, "labels": labels}
         store.settle(work / "identity.json", settings, "remove the folder, or choose another --work-dir")
         reviews = language_model_reviews(imdb)
@@ -308,13 +303,11 @@ def measure(
     output: Path, imdb: dict, test: np.ndarray, log: list[dict], config: PocketConfig, sentiment: SentimentConfig
 ) -> dict:
     """Every figure of the pocket README, measured on IMDb's test reviews with the files that were written."""
-    model = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     nats, scored = nats_per_token(model, test, context=config.context, count=4096)
-    scorers = {
-        "reward": AdditiveReward.load(output),
-        "judge": ClassifierReward(output / "judge", max_length=config.context),
-    }
-    texts, labels = held_out_windows(scorers["reward"].tokenizer, imdb["test"], sentiment.window, per_review=1, seed=1)
+    judge = ClassifierReward(output / "judge", max_length=config.context)
+    scorers = {"reward": AdditiveReward.load(output), "judge": judge}
+    texts, labels = held_out_windows(tokenizer, imdb["test"], sentiment.window, seed=1)
     reviews = slice(None, None, 10)  # every tenth: the judge reads a whole review slowly
     whole = torch.tensor(imdb["test"]["label"][reviews], dtype=torch.float32)
     facts = {
@@ -329,17 +322,14 @@ def measure(
     for name, scorer in scorers.items():
         facts[f"{name}_windows"] = quality(scorer(texts), labels)
         facts[f"{name}_whole"] = quality(scorer(imdb["test"]["text"][reviews]), whole)
-    prompts = sample_prompts(model, scorers["reward"].tokenizer, 512, seed=1)
-    completions = generate(model, scorers["reward"].tokenizer, prompts, max_new_tokens=sentiment.window, seed=1)
-    own = [[completion.text for completion in several] for several in completions]
-    facts["start"] = {
-        name: {"mean": s.mean().item(), "std": s.std().item()}
-        for name, scorer in scorers.items()
-        if len(s := score(scorer, prompts, own))
-    }
-    shown = ["The acting", "I watched this", "This movie was"]
-    samples = generate(
-        model, scorers["reward"].tokenizer, shown, samples_per_prompt=3, max_new_tokens=sentiment.window, seed=2
-    )
-    facts["samples"] = {prompt: [c.text for c in row] for prompt, row in zip(shown, samples, strict=True)}
+
+    def texts_of(prompts: list[str], **more) -> list[list[str]]:
+        several = generate(model, tokenizer, prompts, max_new_tokens=sentiment.window, **more)
+        return [[completion.text for completion in one] for one in several]
+
+    prompts, shown = sample_prompts(model, tokenizer, 512, seed=1), ["The acting", "I watched this", "This movie was"]
+    own = texts_of(prompts, seed=1)
+    scores = {name: score(scorer, prompts, own) for name, scorer in scorers.items()}
+    facts["start"] = {name: {"mean": s.mean().item(), "std": s.std().item()} for name, s in scores.items()}
+    facts["samples"] = dict(zip(shown, texts_of(shown, samples_per_prompt=3, seed=2), strict=True))
     return facts

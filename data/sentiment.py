@@ -119,18 +119,11 @@ def train_judge(folder: Path, tokenizer, labelled: dict[str, list], config: Sent
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.judge_lr, weight_decay=0.01)
     step = load_progress(work, model, [optimizer]).get("step", 0)
     ids = tokenizer(labelled["text"], add_special_tokens=False)["input_ids"]
-    bar = tqdm(
-        judge_batches(ids, labelled["label"], config, step),
-        total=config.judge_steps,
-        initial=step,
-        desc="judge",
-        mininterval=5,
-    )
-    running = 0.7
+    batches, running = judge_batches(ids, labelled["label"], config, step), 0.7
+    bar = tqdm(batches, total=config.judge_steps, initial=step, desc="judge", mininterval=5)
     for batch, targets in bar:
-        optimizer.param_groups[0]["lr"] = config.judge_lr * min(
-            1.0, (step + 1) / 50, 1.5 * (1 - step / config.judge_steps)
-        )
+        rise, fall = (step + 1) / 50, 1.5 * (1 - step / config.judge_steps)
+        optimizer.param_groups[0]["lr"] = config.judge_lr * min(1.0, rise, fall)
         loss = F.cross_entropy(model(input_ids=batch, use_cache=False).logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,16 +160,13 @@ def quality(scores: Tensor, labels: Tensor, bins: int = 10) -> dict[str, float]:
     }
 
 
-def held_out_windows(
-    tokenizer, labelled: dict[str, list], width: int, per_review: int, seed: int
-) -> tuple[list[str], Tensor]:
-    """Random windows of test reviews, as texts, with their labels (n,) float32."""
+def held_out_windows(tokenizer, labelled: dict[str, list], width: int, seed: int) -> tuple[list[str], Tensor]:
+    """A random window of every test review that has one, as texts, with their labels (n,) float32."""
     rng = np.random.default_rng(seed)
     texts, labels = [], []
-    for tokens, label in zip(
-        tokenizer(labelled["text"], add_special_tokens=False)["input_ids"], labelled["label"], strict=True
-    ):
-        for _ in range(per_review if len(tokens) >= width else 0):
+    ids = tokenizer(labelled["text"], add_special_tokens=False)["input_ids"]
+    for tokens, label in zip(ids, labelled["label"], strict=True):
+        if len(tokens) >= width:
             start = int(rng.integers(len(tokens) - width + 1))
             texts.append(tokenizer.decode(tokens[start : start + width]))
             labels.append(label)

@@ -12,7 +12,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from tpo_data import pocket, sentiment
+from tpo_data import pocket, report, sentiment
 from tpo_lib import models
 from tpo_lib.files import store
 from tpo_lib.files.imdb import clean_review
@@ -216,6 +216,11 @@ def test_what_is_bundled():
     model = load_model(POCKET)
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
     assert len(load_tokenizer(POCKET)) == model.config.vocab_size == 4096
+
+
+def test_the_bundled_readme_is_what_its_facts_give():
+    facts = json.loads((POCKET / "provenance.json").read_text())
+    assert report.readme(facts) == (POCKET / "README.md").read_text()
 
 
 def test_bundled_judge_and_reward_tell_good_from_bad():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+import tiny
 
 import tpo_lib
 from tpo_course import notebooks
+from tpo_lib import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,13 +89,17 @@ def test_links_and_named_files_are_there(page):
         assert (ROOT / path).exists(), path
 
 
-def test_the_readme_example_runs(monkeypatch):
-    monkeypatch.setattr(tpo_lib.losses, "OBJECTIVES", dict(tpo_lib.OBJECTIVES))
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    made = {}
-    exec(code, made)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    sides = [tpo_lib.TokenStats(torch.tensor([[-1.0, value]]), None, mask) for value in (-1.0, -1.5)]
-    output = made["hinge"](*sides, **tpo_lib.losses.OBJECTIVES["hinge"].settings({}))
-    assert output.loss.tolist() == [0.5]  # 1 - (-2 + 2.5)
-    assert made["score"](["!!", ""]) == [2, 0]
+def test_the_readme_example_runs(tmp_path, monkeypatch):
+    """The file as it stands there, by the command below it, made small."""
+    monkeypatch.setitem(tpo_lib.OBJECTIVES, "my_file.py:hinge", tpo_lib.OBJECTIVES["dpo"])  # taken out afterwards
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# my_file\.py\n(.*?)```", text, re.DOTALL)
+    (line,) = re.findall(r"^    python -m tpo_lib (train .*my_file.*)$", text, re.MULTILINE)
+    small = "--model model --num-prompts 4 --max-new-tokens 6 --batch-size 2 --max-steps 1 --device cpu"
+    tiny.checkpoint_folder(tmp_path / "model")
+    # no sample of an untrained model is sure to have an exclamation mark: count something that differs
+    (tmp_path / "my_file.py").write_text(code.replace('"!"', '"e"'))
+    cli.main([*line.split(), *small.split()])
+    record = json.loads((tmp_path / "runs/hinge/final/training.json").read_text())
+    assert (record["loss_type"], record["delta"]) == ("my_file.py:hinge", 2)
