@@ -30,6 +30,7 @@ _HOME = {  # module: what it gives
         "tdpo2",
         "tgdpo",
         "simpo",
+        "ipo",
         "OBJECTIVES",
         "Objective",
         "Hyperparameter",
