@@ -1,6 +1,6 @@
 """Part 3 of `make gpu`: the controlled-sentiment experiment of the papers on a real small Llama.
 
-    reviews --SFT--> start --samples, scored by the additive reward--> pairs --five objectives, two seeds--> frontier
+    reviews --SFT--> start --samples, scored by the additive reward--> pairs --every objective, two seeds--> frontier
 
 Start: a folder of weights (SmolLM2-135M is meant), or the bundled pocket model where none is given. Reviews: a folder with
 train.parquet and test.parquet (columns text, label); without it there is no SFT, and the pocket model writes the prompts.
@@ -133,7 +133,7 @@ def replication(
 
 
 def objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
-    """The five of the course, TDPO2 with its paper's alpha of 0.5."""
+    """Every objective of pairs, TDPO2 with its paper's alpha of 0.5."""
     return tuple(replace(c, alpha=0.5) if c.loss_type == "tdpo2" else c for c in pocket_objectives(common))
 
 

@@ -186,6 +186,7 @@ HYPERPARAMETERS = {
     "tdpo2": {"beta": 0.3, "alpha": 0.5},
     "tgdpo": {"beta": 0.3, "alpha": 2.0, "guide_beta": 0.2},
     "simpo": {"beta": 2.0, "gamma": 5.0},
+    "ipo": {"beta": 0.4},
 }
 
 

@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
         assert [str(path.parent.parent) for path in made] == ["dpo", "start"]
         calls.append(1)
         summary = compare.run(config, folder, progress=False)
-        assert len(calls) == 4 + 4  # start and dpo were not evaluated again
+        assert len(calls) == 4 + len(OBJECTIVES) - 1  # start and dpo were not evaluated again
     finally:
         stage.evaluate = real
     return config, folder, summary
