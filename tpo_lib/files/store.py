@@ -41,6 +41,11 @@ class CheckpointError(RuntimeError):
 # ---- files
 
 
+def cache_folder() -> Path:
+    """Where downloads and what took long are kept for the next time: TPO_CACHE, by default ~/.cache/tpo_lib."""
+    return Path(os.environ.get("TPO_CACHE", Path.home() / ".cache" / "tpo_lib"))
+
+
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:

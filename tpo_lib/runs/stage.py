@@ -8,7 +8,6 @@ stage.evaluate(policy, config).metrics["reward"]
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from datasets import Dataset
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.evaluation import Evaluation, evaluate
+from tpo_lib.files import store
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.models import choose_device, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
@@ -170,10 +170,9 @@ def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
 def pocket_stage(**changes) -> Stage:
     """The small stage on the bundled model, about half a minute on two cores; its pairs are kept for the next call.
 
-    They are kept below the folder that the environment variable TPO_CACHE names, by default ~/.cache/tpo_lib.
+    They are kept in `store.cache_folder()`.
 
     Args:
         changes: fields of StageConfig that shall differ, for instance min_gap=0.0.
     """
-    cache = Path(os.environ.get("TPO_CACHE", Path.home() / ".cache" / "tpo_lib"))
-    return build_stage(replace(pocket_stage_config(quick=True), **changes), cache_dir=cache / "pairs")
+    return build_stage(replace(pocket_stage_config(quick=True), **changes), cache_dir=store.cache_folder() / "pairs")
