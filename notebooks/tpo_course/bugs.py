@@ -64,16 +64,6 @@ def unshifted_mask(batch: PairBatch) -> Tensor:
     return batch.labels[:, :-1] != IGNORE
 
 
-def padded_mask(batch: PairBatch) -> Tensor:
-    """(N, T-1) bug 3: everything from the first response token on, padding included."""
-    return response_mask(batch).cumsum(dim=1) > 0
-
-
-def prompt_mask(batch: PairBatch) -> Tensor:
-    """(N, T-1) bug 4: every token that is not padding, the prompt's included."""
-    return batch.attention_mask[:, 1:].bool()
-
-
 def masked_stats(mask: Callable[[PairBatch], Tensor]) -> Statistics:
     """The right statistics of the wrong tokens: those that `mask` keeps."""
 
@@ -112,11 +102,6 @@ def leaky_tdpo2(chosen: TokenStats, rejected: TokenStats) -> LossOutput:
     return _pairwise(*(BETA * (_logratio(s) + ALPHA * s.kl).sum(-1) for s in (chosen, rejected)))
 
 
-def live_reference(policy, start):
-    """Bug 5: a second name for the policy is not a copy of it."""
-    return policy
-
-
 def dropping_reference(policy, start, rate: float = 0.1):
     """Bug 6: a copy in training mode, with dropout at GPT-2's default rate (the bundled model's own is 0)."""
     reference = frozen_copy(start).train()
@@ -145,21 +130,13 @@ _TGDPO = partial(losses.tgdpo, beta=BETA, alpha=ALPHA)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The seams of a training run that bugs get into; a default is right.
+    """The seams of a training run that bugs get into; a default is right."""
 
-    Attributes:
-        bug: its number in BUGS, 0 for a healthy run.
-        objective: the healthy run to compare with.
-        statistics: (logits, batch, ref_logits, guide_logits) -> TokenStats.
-        loss: (chosen, rejected) -> LossOutput.
-        reference: (policy, start) -> the model that is used as the reference.
-    """
-
-    bug: int = 0
-    objective: str = "dpo"
+    bug: int = 0  # its number in BUGS, 0 for a healthy run
+    objective: str = "dpo"  # the healthy run to compare with
     statistics: Statistics = library_stats
     loss: Loss = _DPO
-    reference: Callable = lambda policy, start: start
+    reference: Callable = lambda policy, start: start  # the model that is used as the reference
 
 
 RECIPES = {
@@ -167,15 +144,15 @@ RECIPES = {
     "tdpo2": Recipe(objective="tdpo2", loss=partial(losses.tdpo2, beta=BETA, alpha=ALPHA)),
     "tgdpo": Recipe(objective="tgdpo", loss=partial(_TGDPO, guide_beta=GUIDE_BETA)),
     "guide": Recipe(loss=partial(losses.dpo, beta=GUIDE_BETA)),
-    "A": Recipe(5, reference=live_reference),
+    "A": Recipe(5, reference=lambda policy, start: policy),  # a second name for the policy is not a copy of it
     "B": Recipe(8, loss=partial(losses.dpo, beta=1 / BETA)),
     "C": Recipe(1, loss=mean_dpo),
     "D": Recipe(6, reference=dropping_reference),
-    "E": Recipe(3, statistics=masked_stats(padded_mask)),
+    "E": Recipe(3, statistics=masked_stats(lambda batch: response_mask(batch).cumsum(dim=1) > 0)),  # from its start on
     "F": Recipe(7, "tdpo2", loss=leaky_tdpo2),
     "G": Recipe(11, "tgdpo", loss=partial(_TGDPO, guide_beta=BETA)),  # the current run's beta, not the guide's
     "H": Recipe(10, loss=lambda chosen, rejected: losses.dpo(rejected, chosen, beta=BETA)),
-    "I": Recipe(4, statistics=masked_stats(prompt_mask)),
+    "I": Recipe(4, statistics=masked_stats(lambda batch: batch.attention_mask[:, 1:].bool())),  # whatever is no padding
     "J": Recipe(2, statistics=masked_stats(unshifted_mask)),
     "K": Recipe(9, statistics=underflowing_stats),
     "unknown": Recipe(5, reference=_ForgetfulReference),
@@ -187,13 +164,10 @@ CASES = "ABCDEFGHIJK"
 
 
 def one_batch(stage, *, pairs: int = 16, shortest: int = 6, longest: int = 24, seed: int = 0) -> PairBatch:
-    """A batch of the stage's training pairs, their responses cut so that lengths differ as they do in real data.
+    """A batch of a stage's training pairs, cut so that lengths differ as they do in real data.
 
-    Whichever of the two cut responses has the larger summed token credit is the chosen one.
-
-    Args:
-        stage: as from `stage.pocket_stage`.
-        shortest, longest: tokens left of a response, drawn uniformly; both inclusive.
+    A response keeps `shortest` to `longest` tokens, drawn uniformly. Whichever of the two cut responses has the larger summed
+    token credit is the chosen one.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -228,12 +202,7 @@ class Run:
 
 
 def train_broken(start, batch: PairBatch, case: str, *, updates: int = 10, lr: float = 3e-4, guide=None) -> Run:
-    """Train a copy of `start` by the recipe of `case` (a key of RECIPES), on the same batch at every update.
-
-    Args:
-        start: the frozen start model.
-        guide: frozen DPO model; needed where the recipe's objective is tgdpo.
-    """
+    """Train a copy of the frozen `start` by RECIPES[case], on the same batch at every update; tgdpo needs a frozen `guide`."""
     recipe = RECIPES[case]
     torch.manual_seed(0)  # dropout draws
     policy = frozen_copy(start).requires_grad_(True)
@@ -252,7 +221,8 @@ def train_broken(start, batch: PairBatch, case: str, *, updates: int = 10, lr: f
         optimizer.zero_grad()
         output.loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
-        rows.append(_reported(output, norm) | _truth(logits.detach(), batch, start_logits))
+        truth = library_stats(logits.detach(), batch, start_logits)
+        rows.append(_reported(output, norm) | _truth(*stats.split(truth)))
         optimizer.step()
     return Run(case, policy.requires_grad_(False), reference, rows)
 
@@ -269,8 +239,7 @@ def _reported(output: LossOutput, norm: Tensor) -> dict[str, float]:
     return {name: value.mean().item() for name, value in values.items()}
 
 
-def _truth(logits: Tensor, batch: PairBatch, start_logits: Tensor) -> dict[str, float]:
-    chosen, rejected = stats.split(library_stats(logits, batch, start_logits))
+def _truth(chosen: TokenStats, rejected: TokenStats) -> dict[str, float]:
     row = {}
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         row |= {f"logratio/{side}": _logratio(s).sum(-1).mean().item(), f"kl/{side}": s.kl.sum(-1).mean().item()}
@@ -290,11 +259,9 @@ DIALS = {
 def dials(
     runs: Sequence[Run], names: Sequence[str] = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
 ) -> Figure:
-    """What a dashboard shows: reported values over the updates. Healthy runs look as everywhere, a case is black, dashed.
+    """What a dashboard shows: reported values (keys of DIALS, a panel each) over the updates.
 
-    Args:
-        runs: the case last, so that it lies on top.
-        names: keys of DIALS, one panel each.
+    Healthy runs look as everywhere; a case is black and dashed, and comes last in `runs`, so that it lies on top.
     """
     figure = Figure(figsize=(max(4.2, 2.7 * len(names)), 2.8), dpi=85, layout="constrained", facecolor="white")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -305,16 +272,13 @@ def dials(
                 look = {"color": style.colour, "marker": style.marker, "linestyle": style.linestyle, "linewidth": 3.5}
                 look |= {"label": f"{style.label}, healthy", "markersize": 7}
             axes.plot(run[name], **look)
-        axes.set(xlabel="update")
+        axes.set(xlabel="update", yscale="log" if name == "grad_norm" else "linear")
         axes.set_title(DIALS[name], fontsize=FONT - 1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(**GRID)
         axes.spines[["top", "right"]].set_visible(False)
-        if name == "grad_norm":
-            axes.set_yscale("log")
-    handles, labels = axes.get_legend_handles_labels()
-    look = {"frameon": False, "fontsize": FONT, "handlelength": 3.5}
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), **look)
+    where = {"loc": "outside lower center", "ncols": len(runs), "frameon": False, "fontsize": FONT, "handlelength": 3.5}
+    figure.legend(*axes.get_legend_handles_labels(), **where)
     return figure
 
 
@@ -337,13 +301,10 @@ class Finding:
 def log_two(run: Run) -> Finding:
     """A reference-based loss is log 2 where policy = reference: at the first update, and (in training) never again."""
     first, last = run.rows[0], run.rows[-1]
-    if max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"])) > 1e-4:
-        return Finding(
-            False,
-            f"before the first update the rewards are {first['rewards/chosen']:.3f} and {first['rewards/rejected']:.3f}, not 0: "
-            "policy and reference differ. Look for dropout, another checkpoint, another precision.",
-            6,
-        )
+    chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
+    if max(abs(chosen), abs(rejected)) > 1e-4:
+        said = f"before the first update the rewards are {chosen:.3f} and {rejected:.3f}, not 0: policy and reference differ. "
+        return Finding(False, said + "Look for dropout, another checkpoint, another precision.", 6)
     if abs(first["loss"] - LOG2) > 1e-4:
         share = first["loss"] / LOG2
         return Finding(False, f"the first loss is {share:.3g} times log 2: a factor stands outside log sigma.", 8)
@@ -384,20 +345,16 @@ def footprint(statistics: Statistics, batch: PairBatch) -> Finding:
     padding, prompt = int(after.sum()), int((extra & ~after).sum())
     if lost:
         return Finding(False, f"{lost} response tokens are not scored.")
-    if padding and prompt:
-        return Finding(
-            False, f"{padding} positions after the responses and {prompt} before them are scored: bugs 3 and 4.", 3
-        )
     where = "after the responses' ends" if padding else "before the responses"
-    return Finding(False, f"{padding or prompt} positions {where} are scored.", 3 if padding else 4)
+    said = f"{padding or prompt} positions {where} are scored."
+    if padding and prompt:
+        said = f"{padding} positions after the responses and {prompt} before them are scored: bugs 3 and 4."
+    return Finding(False, said, 3 if padding else 4)
 
 
 def hand_worked(chosen: int = 4, rejected: int = 2) -> tuple[TokenStats, TokenStats]:
-    """One pair at policy = reference = guide, all log-probabilities -1, KL 0, padded to one width, in float64.
-
-    `logps` and `kl` take a gradient.
-    """
-    width = max(chosen, rejected)
+    """One pair at policy = reference = guide, all log-probabilities -1, KL 0, in float64; `logps` and `kl` take a gradient."""
+    width = max(chosen, rejected)  # both are padded to it
 
     def half(length: int) -> TokenStats:
         mask = torch.arange(width)[None] < length  # (1, width)
@@ -500,10 +457,8 @@ def guide_scale(loss: Loss, *, beta: float, alpha: float, guide_beta: float) -> 
     if math.isclose(up, 1 + alpha * guide_beta * 0.5, rel_tol=1e-6):
         return Finding(True, f"f = {up:.4g} where the guide's log-ratio is 0.5, and positive far below")
     own = " It is the current run's." if math.isclose(up, 1 + alpha * beta * 0.5, rel_tol=1e-6) else ""
-    used = (up - 1) / (0.5 * alpha)
-    return Finding(
-        False, f"r_hat uses {used:.3g} as the guide's beta; the guide was trained with {guide_beta:g}.{own}", 11
-    )
+    said = f"r_hat uses {(up - 1) / (0.5 * alpha):.3g} as the guide's beta; the guide was trained with {guide_beta:g}.{own}"
+    return Finding(False, said, 11)
 
 
 def examine(run: Run, start, batch: PairBatch) -> dict[str, Finding]:

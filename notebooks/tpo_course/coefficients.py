@@ -21,17 +21,11 @@ from tpo_lib.types import LossOutput, TokenStats
 
 @dataclass(frozen=True)
 class TokenCoefficients:
-    """The coefficients of one side of the pairs; detached, exactly 0 off-mask.
+    """The coefficients of one side of the pairs, (B, T-1) each; detached, exactly 0 off-mask."""
 
-    Attributes:
-        logps: (B, T-1) c^t = d loss / d log pi_theta(y^t|s_t), pure numbers (nats per nat).
-        kl: (B, T-1) k^t = d loss / d KL^t, 0 where a stop-gradient holds it; None for an objective that reads no KL.
-        weights: (B, T-1) TGDPO's f(r_hat); None for every other objective.
-    """
-
-    logps: Tensor
-    kl: Tensor | None
-    weights: Tensor | None
+    logps: Tensor  # c^t = d loss / d log pi_theta(y^t|s_t), pure numbers (nats per nat)
+    kl: Tensor | None  # k^t = d loss / d KL^t, 0 where a stop-gradient holds it; None for an objective that reads no KL
+    weights: Tensor | None  # TGDPO's f(r_hat); None for every other objective
 
 
 @dataclass(frozen=True)
@@ -79,9 +73,8 @@ def coefficients(objective: str, chosen: TokenStats, rejected: TokenStats, **hyp
     weights = (None, None) if output.token_weights is None else output.token_weights.split(len(chosen.mask))
     found = []
     for side, f in zip(sides, weights, strict=True):
-        logps, kl = (
-            None if leaf is None else torch.where(side.mask, next(slopes), 0.0) for leaf in (side.logps, side.kl)
-        )
+        logps = torch.where(side.mask, next(slopes), 0.0)
+        kl = None if side.kl is None else torch.where(side.mask, next(slopes), 0.0)
         found.append(TokenCoefficients(logps, kl if "kl" in entry.needs else None, f))
     return PairCoefficients(replace(output, loss=output.loss.detach()), *found)
 
@@ -94,11 +87,9 @@ def margin_terms(objective: str, chosen: TokenStats, rejected: TokenStats, **hyp
 
     Args, Raises: as for `coefficients`.
     """
-    fn = _entry(objective).fn
-    without_kl = [
-        replace(side, kl=None if side.kl is None else torch.zeros_like(side.kl)) for side in (chosen, rejected)
-    ]
-    full, bare = fn(chosen, rejected, **hyper), fn(*without_kl, **hyper)
+    fn, sides = _entry(objective).fn, (chosen, rejected)
+    bare = fn(*(replace(s, kl=None if s.kl is None else torch.zeros_like(s.kl)) for s in sides), **hyper)
+    full = fn(*sides, **hyper)
     return {
         "chosen logps": bare.chosen_reward,
         "rejected logps": -bare.rejected_reward,
@@ -153,15 +144,9 @@ def spread(
     Returns:
         TokenStats with (1, T) fields.
     """
-    ref = torch.full_like(guide_rewards, ref_logp)[None]  # (1, T)
-    tokens = len(guide_rewards)
-    return TokenStats(
-        logps=ref + logratio / tokens,
-        ref_logps=ref,
-        mask=torch.ones_like(ref, dtype=torch.bool),
-        kl=torch.full_like(ref, seq_kl / tokens),
-        guide_logps=ref + guide_rewards / guide_beta,
-    )
+    ref, tokens = torch.full_like(guide_rewards, ref_logp)[None], len(guide_rewards)  # (1, T)
+    kl, guide = torch.full_like(ref, seq_kl / tokens), ref + guide_rewards / guide_beta
+    return TokenStats(ref + logratio / tokens, ref, torch.ones_like(ref, dtype=torch.bool), kl, guide)
 
 
 def _entry(objective: str) -> Objective:

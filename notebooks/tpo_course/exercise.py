@@ -15,19 +15,11 @@ with one wrong function a mistake; the words are Markdown with inline HTML, and 
     ## quiz                               of the chapter, in "### question 1" and so on; every option explains itself:
     - [x] the right one                   "- [ ]" for the others; below it, indented by two spaces, why
 
->>> import torch
->>> case = Case(logps=torch.tensor([[-1.0, -3.0]]))
+>>> mean = Mistake("You averaged over the tokens; it is their sum.", lambda logps: logps.mean(-1))
+>>> card = {"title": "From tokens to a response", "what": "Return the sum.", "why": "Every loss starts here."}
 >>> exercise = Exercise(
-...     name="response_logp",
-...     title="From tokens to a response",
-...     what="Return the log-probability of every response.",
-...     why="Every objective starts here.",
-...     difficulty=1,
-...     minutes=3,
-...     hints=("Log-probabilities of independent factors add.",),
-...     right=lambda logps: logps.sum(-1),
-...     cases=lambda: (case,),
-...     mistakes=(Mistake("You averaged over the tokens; it is their sum.", lambda logps: logps.mean(-1)),),
+...     "logp", **card, difficulty=1, minutes=3, hints=("Log-probabilities add.",), mistakes=(mean,),
+...     right=lambda logps: logps.sum(-1), cases=lambda: (Case(logps=torch.tensor([[-1.0, -3.0]])),),
 ... )
 >>> exercise(lambda logps: None).status, exercise(lambda logps: logps.sum(-1)).status
 ('not attempted', 'correct')
@@ -82,10 +74,7 @@ def marks(*rows: str) -> Tensor:
 def narrow(stats: TokenStats) -> TokenStats:
     """The same in float32, as in training; leaves with a gradient stay leaves."""
 
-    def cast(field: Tensor) -> Tensor:
-        return field.detach().float().requires_grad_(field.requires_grad) if field.is_floating_point() else field
-
-    return stats.map(cast)
+    return stats.map(lambda t: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t)
 
 
 @dataclass(frozen=True)
@@ -119,34 +108,21 @@ class Verdict:
 class Exercise:
     """A task with everything around it. Texts may hold inline HTML and LaTeX between dollars.
 
-    Attributes:
-        name: of the function to write, the same in the notebook and in `notebooks/solutions/`.
-        title: a few words.
-        what: what to do.
-        why: why it is worth doing.
-        difficulty: 1 to 5.
-        minutes: how long it takes someone who has read the chapter.
-        hints: at least one, from a nudge to almost the answer.
-        right: the right answer: a function, or a value where no function is asked for.
-        cases: () -> fresh arguments, for every call new; ignored where the answer is a value.
-        mistakes: the common ones.
-        solution: module below `notebooks/solutions/`, without ".py"; "" if the exercise has none there.
-
     Raises:
         ValueError: there is no hint or the difficulty is out of range.
     """
 
-    name: str
+    name: str  # of the function to write, the same in the notebook and in `notebooks/solutions/`
     title: str
     what: str
     why: str
-    difficulty: int
-    minutes: int
-    hints: tuple[str, ...]
-    right: Any
-    cases: Callable[[], tuple[Case, ...]] = lambda: (Case(),)
+    difficulty: int  # 1 to 5
+    minutes: int  # that it takes someone who has read the chapter
+    hints: tuple[str, ...]  # at least one, from a nudge to almost the answer
+    right: Any  # the right answer: a function, or a value where no function is asked for
+    cases: Callable[[], tuple[Case, ...]] = lambda: (Case(),)  # fresh arguments for every call
     mistakes: tuple[Mistake, ...] = ()
-    solution: str = ""
+    solution: str = ""  # module below `notebooks/solutions/`, without ".py"
 
     def __post_init__(self) -> None:
         if not self.hints or not 1 <= self.difficulty <= 5:
@@ -162,22 +138,20 @@ class Exercise:
             except Exception as error:  # the learner's code may raise anything; the verdict repeats it
                 said = f"{type(error).__name__}: {html.escape(str(error))}"
                 return Verdict("wrong", f"Your code raised {said}{_at(case)}")
-            if given[-1].values is None:
+            if given[-1] is None:
                 return Verdict("not attempted", f"Hint: {self.hints[0]}")
             if (problem := _unlike(given[-1], want)) is not None:
                 return Verdict("wrong", f"{problem}{_at(case)}")
-        if all(_agree(got, want) for got, want in zip(given, expected, strict=True)):
+        differing = [i for i, (got, want) in enumerate(zip(given, expected, strict=True)) if not _agree(got, want)]
+        if not differing:
             gradients = " and gradients" if any(seen.gradients for seen in expected) else ""
             cases = "the only case" if len(given) == 1 else f"all {len(given)} cases"
             return Verdict("correct", f"{self.title}: values{gradients} agree in {cases}.")
         for mistake in self.mistakes:
-            same = [_observe(mistake.wrong, case) for case in self.cases()]
-            if all(_agree(got, want) for got, want in zip(given, same, strict=True)):
+            if all(map(_agree, given, (_observe(mistake.wrong, case) for case in self.cases()))):
                 return Verdict("wrong", mistake.message)
-        for got, want, case in zip(given, expected, self.cases(), strict=True):
-            if not _agree(got, want):
-                return Verdict("wrong", f"{_difference(got, want)}{_at(case)}")
-        raise AssertionError("some case disagrees")
+        first = differing[0]
+        return Verdict("wrong", f"{_difference(given[first], expected[first])}{_at(self.cases()[first])}")
 
     def __repr__(self) -> str:
         return f"Exercise({self.name!r})"
@@ -255,11 +229,10 @@ class Quiz:
     def _repr_html_(self) -> str:
         parts = []
         for number, question in enumerate(self.questions, 1):
-            folds = [
-                _fold(option.text, f"<p><b>{'Right' if option.right else 'Not quite'}.</b> {option.why}</p>")
-                for option in question.options
-            ]
-            parts.append(f"<p><b>{number}. {question.text}</b></p>{''.join(folds)}")
+            parts.append(f"<p><b>{number}. {question.text}</b></p>")
+            for option in question.options:
+                verdict = "Right" if option.right else "Not quite"
+                parts.append(_fold(option.text, f"<p><b>{verdict}.</b> {option.why}</p>"))
         return f'<div style="max-width:60em">{"".join(parts)}</div>'
 
 
@@ -305,11 +278,7 @@ def as_html(text: str) -> str:
 
 
 class Chapter:
-    """The exercises of a module, whose words stand in the Markdown file beside it; the form: top of this file.
-
-    Args:
-        module: path of the module, `__file__`.
-    """
+    """The exercises of a module (its `__file__`), whose words stand in the Markdown beside it; the form: top of this file."""
 
     def __init__(self, module: str) -> None:
         self.file = Path(module).with_suffix(".md")
@@ -330,19 +299,9 @@ class Chapter:
         if card is None:
             raise self._error(name, f'says "{words[""]}"; write "**Title** (difficulty 2 of 5, about 6 minutes)"')
         text = {heading: as_html(words[heading]) for heading in words}
-        return Exercise(
-            name=name,
-            title=as_html(card[1]),
-            what=text["what"],
-            why=text["why"],
-            difficulty=int(card[2]),
-            minutes=int(card[3]),
-            hints=tuple(text[hint] for hint in hints),
-            right=right,
-            cases=cases,
-            mistakes=tuple(Mistake(text[f"mistake: {mistake}"], wrong) for mistake, wrong in mistakes.items()),
-            solution=self.file.stem,
-        )
+        known = tuple(Mistake(text[f"mistake: {mistake}"], wrong) for mistake, wrong in mistakes.items())
+        about = (as_html(card[1]), text["what"], text["why"], int(card[2]), int(card[3]))
+        return Exercise(name, *about, tuple(text[hint] for hint in hints), right, cases, known, self.file.stem)
 
     def quiz(self) -> Quiz:
         """The chapter's quiz.
@@ -359,9 +318,8 @@ class Chapter:
             for mark, body in zip(marked[::2], marked[1::2], strict=True):
                 option, _, why = (as_html(part) for part in body.partition("\n\n"))
                 if not why:
-                    raise self._error(
-                        "quiz", f'"### {heading}": "{option}" is not explained; indent why by two, below it'
-                    )
+                    problem = f'"### {heading}": "{option}" is not explained; indent why by two, below it'
+                    raise self._error("quiz", problem)
                 options.append(Option(option, mark == "x", why))
             if sum(option.right for option in options) != 1:
                 raise self._error("quiz", f'"### {heading}" needs exactly one right option, marked "- [x]"')
@@ -390,26 +348,22 @@ def _fold(summary: str, body: str) -> str:
 
 @dataclass(frozen=True)
 class _Observation:
-    values: list[Tensor] | None
+    values: list[Tensor]
     gradients: list[Tensor]
 
 
-def _observe(answer: Any, case: Case) -> _Observation:
-    """Values that the answer gives, and the gradients of their sum at the case's tensors that require one."""
+def _observe(answer: Any, case: Case) -> _Observation | None:
+    """Values that the answer gives, and the gradients of their sum at the case's tensors that require one; None of a stub."""
     leaves = [t for t in _tensors(case.arguments) if t.requires_grad]
-    for leaf in leaves:
-        leaf.grad = None
     result = answer(**case.arguments) if callable(answer) else answer
     if result is None or result is Ellipsis:
-        return _Observation(None, [])
-    values = [torch.as_tensor(v) for v in _tensors(result)]
+        return None
+    values = _tensors(result)
     total = sum((v.sum() for v in values if v.is_floating_point() and v.requires_grad), torch.zeros(()))
+    gradients = [torch.zeros_like(t) for t in leaves]
     if leaves and total.requires_grad:
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
-        gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
-    else:
-        gradients = [torch.zeros_like(t) for t in leaves]
-    return _Observation([v.detach() for v in values], gradients)
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return _Observation([v.detach() for v in values], list(gradients))
 
 
 def _tensors(value: Any) -> list:
@@ -449,9 +403,8 @@ def _difference(got: _Observation, want: _Observation) -> str:
         return "Your values are right, but not their gradient: look at what is detached and what is not"
     g, w = next((g, w) for g, w in zip(got.values, want.values, strict=True) if not _same([g], [w]))
     place = int((g.double() - w.double()).abs().nan_to_num(torch.inf).argmax())
-    return (
-        f"Expected {float(w.flatten()[place]):.6g}, got {float(g.flatten()[place]):.6g} (entry {place} of {g.numel()})"
-    )
+    want, got = (float(t.flatten()[place]) for t in (w, g))
+    return f"Expected {want:.6g}, got {got:.6g} (entry {place} of {g.numel()})"
 
 
 def _at(case: Case) -> str:

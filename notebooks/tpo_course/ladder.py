@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -67,13 +69,15 @@ def gpt2_scene(
 
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(
-        vocab_size=vocab, n_positions=length, n_embd=hidden, n_layer=layers, n_head=hidden // 32, **ends
-    )
+    sizes = {"n_positions": length, "n_embd": hidden, "n_layer": layers, "n_head": hidden // 32}
+    config = GPT2Config(vocab_size=vocab, **sizes, **ends)
     entry = losses.OBJECTIVES[objective]
-    names = [name for name in ("ref", "guide") if f"{name}_logps" in entry.needs]
     policy = GPT2LMHeadModel(config).eval()
-    frozen = {name: ResponseReader(frozen_copy(GPT2LMHeadModel(config))) for name in names}
+    frozen = {
+        name: ResponseReader(frozen_copy(GPT2LMHeadModel(config)))
+        for name in ("ref", "guide")
+        if f"{name}_logps" in entry.needs
+    }
     room = length - PROMPT
     counts = torch.randint(room // 4, room + 1, (2 * pairs, 1)) if ragged else torch.full((2 * pairs, 1), room)
     counts[0] = room  # one response fills its row: T is what was asked for
@@ -127,28 +131,21 @@ def textbook_stats(scene: Scene, logits: Callable[[str], Tensor]) -> TokenStats:
 
 def response_positions(scene: Scene) -> LossOutput:
     """The head on response positions alone: (R, V) logits instead of (N, T, V)."""
-    policy, labels, frozen = _read(scene)
-    logits = {name: reading.logits() for name, reading in frozen.items()}
-    tokens = stats.token_stats(
-        policy.logits(), labels, logits.get("ref"), guide_logits=logits.get("guide"), with_kl=scene.with_kl
-    )
-    return scene.objective(*stats.split(tokens))
+    policy, labels, ref, given = _read(scene)
+    ref, guide = (reading and reading.logits() for reading in (ref, given.pop("guide")))
+    return scene.objective(*stats.split(stats.token_stats(policy.logits(), labels, ref, guide_logits=guide, **given)))
 
 
 def tiles_twice(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
     """Tile by tile, nothing kept: backward makes every tile a second time."""
-    policy, labels, frozen = _read(scene)
-    tokens = token_stats(
-        policy, labels, frozen.get("ref"), guide=frozen.get("guide"), with_kl=scene.with_kl, tile_bytes=tile_bytes
-    )
-    return scene.objective(*stats.split(tokens))
+    policy, labels, ref, given = _read(scene)
+    return scene.objective(*stats.split(token_stats(policy, labels, ref, **given, tile_bytes=tile_bytes)))
 
 
 def tiles_once(scene: Scene, tile_bytes: int | None = None) -> LossOutput:
     """Tile by tile, and the gradient made while a pair's tile is there: what `train.fit` does."""
-    policy, labels, frozen = _read(scene)
-    settings = {"guide": frozen.get("guide"), "with_kl": scene.with_kl, "tile_bytes": tile_bytes}
-    return fused.pair_loss(scene.objective, policy, labels, frozen.get("ref"), **settings)[0]
+    policy, labels, ref, given = _read(scene)
+    return fused.pair_loss(scene.objective, policy, labels, ref, **given, tile_bytes=tile_bytes)[0]
 
 
 def token_stats(
@@ -204,11 +201,12 @@ STEPS = {
 }
 
 
-def _read(scene: Scene) -> tuple[Reading, Tensor, dict[str, Reading]]:
-    labels = scene.batch.labels
+def _read(scene: Scene) -> tuple[Reading, Tensor, Reading | None, dict]:
+    """What the policy and the reference say, the labels between them, and the settings: the guide's reading, with_kl."""
     with torch.no_grad():
         frozen = {name: reader(scene.batch) for name, reader in scene.frozen.items()}
-    return scene.policy(scene.batch), labels, frozen
+    given = {"guide": frozen.get("guide"), "with_kl": scene.with_kl}
+    return scene.policy(scene.batch), scene.batch.labels, frozen.get("ref"), given
 
 
 # ---- what a step takes
@@ -307,11 +305,8 @@ def peak_bytes(cases: Sequence[Mapping]) -> list[int]:
     Raises:
         RuntimeError: the process failed; the message ends with what it wrote.
     """
-    tuned = {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # freed is given back
+    tuned = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    tuned["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed is given back
     done = subprocess.run(
         [sys.executable, "-m", "tpo_course.ladder"],
         input=json.dumps(list(cases)), capture_output=True, text=True, env=os.environ | tuned, check=False,
@@ -322,7 +317,7 @@ def peak_bytes(cases: Sequence[Mapping]) -> list[int]:
 
 
 def _measure(case: Mapping) -> int:
-    """Run in a forked child, whose high-water mark begins at what it shares with its parent."""
+    """Run in a forked child, whose high-water mark begins at what its parent holds at the fork."""
     _update({**case, "scene": {**case["scene"], "vocab": 50, "length": 16, "pairs": 1, "layers": 1, "hidden": 32}})
     before = _high_water()  # the libraries have been loaded, and the models above were small
     _update(case)
@@ -334,11 +329,8 @@ def _update(case: Mapping) -> None:
     step = STEPS[case["step"]]
     step = partial(step, tile_bytes=case["tile_bytes"]) if "tile_bytes" in case else step
     optimizer = torch.optim.AdamW(scene.policy.parameters(), lr=1e-5)
-    for passes in (
-        1,
-        2,
-    ):  # from the second update on the optimizer has its state, from the second pass on there are gradients
-        for _ in range(passes):
+    for passes in (1, 2):  # the optimizer has its state from the second update on
+        for _ in range(passes):  # there are gradients from the second pass on
             step(scene).loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -346,7 +338,10 @@ def _update(case: Mapping) -> None:
 
 def _high_water() -> int:
     """Peak resident bytes of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    # Linux: ru_maxrss of a process begins at the peak of the one that started it; VmHWM is of its own memory.
+    own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    peak = int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -27,25 +27,16 @@ SAVED = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a causal language model.
+    """The sizes of a causal language model."""
 
-    Attributes:
-        family: "gpt2" (learned positions, biases, an MLP of two matrices) or "llama" (no biases, an MLP of three).
-        layers, hidden, mlp: L, d, f.
-        key_values: width of the keys, and of the values: heads of them times their size (d unless heads share them).
-        vocab: V.
-        positions: rows of GPT-2's table of positions; 0 where there is none.
-        tied: the head is the embedding.
-    """
-
-    family: str
-    layers: int
-    hidden: int
-    mlp: int
-    key_values: int
-    vocab: int
-    positions: int = 0
-    tied: bool = True
+    family: str  # "gpt2" (learned positions, biases, an MLP of two matrices) or "llama" (no biases, an MLP of three)
+    layers: int  # L
+    hidden: int  # d
+    mlp: int  # f
+    key_values: int  # width of the keys, and of the values: heads of them times their size (d unless heads share them)
+    vocab: int  # V
+    positions: int = 0  # rows of GPT-2's table of positions; 0 where there is none
+    tied: bool = True  # the head is the embedding
 
     @property
     def matrices(self) -> int:
@@ -96,19 +87,13 @@ SHAPES = {  # from the models' published configs
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one update, part by part.
+    """Bytes of one update, part by part."""
 
-    Attributes:
-        parts: {part: bytes}, in the order in which they are drawn.
-        disk: bytes of the caches on disk for each pair; 0 without caches.
-    """
-
-    parts: dict[str, int]
-    disk: int
+    parts: dict[str, int]  # {part: bytes}, in the order in which they are drawn
+    disk: int  # of the caches, for each pair; 0 without caches
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
         return sum(self.parts.values())
 
     def fits(self) -> dict[str, bool]:

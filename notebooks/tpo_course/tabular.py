@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,26 @@ class TabularPolicy(nn.Module):
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained policy.
+    """A trained policy."""
 
-    Attributes:
-        policy: the TabularPolicy where training stopped.
-        losses: expected loss before every step.
-        grad_norm: largest absolute entry of the expected loss's gradient at the end; small means converged.
-    """
+    policy: TabularPolicy  # where training stopped
+    losses: list[float]  # expected loss before every step
+    grad_norm: float  # largest absolute entry of the expected loss's gradient at the end; small means converged
 
-    policy: TabularPolicy
-    losses: list[float]
-    grad_norm: float
+
+OPTIMIZERS = {
+    "lbfgs": partial(  # with a strong Wolfe line search; stops by itself
+        torch.optim.LBFGS,
+        lr=1.0,
+        max_iter=20,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    ),
+    "adam": partial(torch.optim.Adam, lr=0.05),
+    "sgd": partial(torch.optim.SGD, lr=0.1),  # plain gradient steps
+}
 
 
 def minimise(
@@ -61,8 +71,8 @@ def minimise(
         loss: (S, V) logits -> scalar, differentiable.
         start: (S, V) logits to start from.
         steps: at most this many.
-        optimizer: "lbfgs" (strong Wolfe line search, stops by itself), "adam", or "sgd" for plain gradient steps.
-        lr: step size; None is 1 for lbfgs, 0.05 for adam, 0.1 for sgd.
+        optimizer: a key of OPTIMIZERS.
+        lr: step size; None is the one in OPTIMIZERS.
         callback: called as callback(step, log-probabilities) before every step.
 
     Raises:
@@ -74,9 +84,10 @@ def minimise(
         >>> [round(p, 6) for p in fit.policy.logps().exp()[0].tolist()]
         [0.75, 0.25]
     """
-    policy = TabularPolicy(start)
-    update = _optimizer(optimizer, policy, lr)
-    losses: list[float] = []
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+    policy, losses = TabularPolicy(start), []
+    update = OPTIMIZERS[optimizer](policy.parameters(), **({"lr": lr} if lr else {}))
 
     def closure() -> Tensor:
         update.zero_grad()
@@ -101,17 +112,16 @@ def fit_tabular(
     objective: str | Callable,
     *,
     start: Tensor | None = None,
-    guide: Tensor | None = None,
     steps: int = 200,
     optimizer: str = "lbfgs",
     lr: float | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
-    **hyper,
+    **options,
 ) -> Fit:
     """Train a tabular policy on `world.expected_loss`: the objectives of `losses`, without sampling noise.
 
     Args:
-        objective, guide, hyper: as for `TokenWorld.expected_loss`.
+        objective, options: as for `TokenWorld.expected_loss`: guide, and what the objective takes.
         start: (S, V) logits; None starts from pi_ref, as training does.
         steps, optimizer, lr, callback: as for `minimise`.
 
@@ -128,30 +138,9 @@ def fit_tabular(
     """
     if objective == "tdpo2" and optimizer == "lbfgs":
         raise ValueError("tdpo2's stop-gradient misleads lbfgs's line search; pass optimizer='adam' or 'sgd'")
-    return minimise(
-        lambda logits: world.expected_loss(objective, logits, guide=guide, **hyper),
-        world.ref_logps if start is None else start,
-        steps=steps,
-        optimizer=optimizer,
-        lr=lr,
-        callback=callback,
-    )
 
+    def loss(logits: Tensor) -> Tensor:
+        return world.expected_loss(objective, logits, **options)
 
-def _optimizer(name: str, policy: TabularPolicy, lr: float | None) -> torch.optim.Optimizer:
-    parameters = policy.parameters()
-    if name == "lbfgs":
-        return torch.optim.LBFGS(
-            parameters,
-            lr=lr or 1.0,
-            max_iter=20,
-            history_size=50,
-            tolerance_grad=1e-13,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr or 0.05)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr or 0.1)
-    raise ValueError(f"optimizer={name!r} is unknown; choose 'lbfgs', 'adam' or 'sgd'")
+    start = world.ref_logps if start is None else start
+    return minimise(loss, start, steps=steps, optimizer=optimizer, lr=lr, callback=callback)

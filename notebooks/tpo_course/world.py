@@ -42,19 +42,12 @@ class Values:
 
 @dataclass(frozen=True)
 class Responses:
-    """Every response of the world, all those of prompt 0 first.
+    """Every response of the world, all those of prompt 0 first."""
 
-    Attributes:
-        prompt: (R,) the prompt's number.
-        tokens: (R, T) token ids, -100 after the end.
-        states: (R, T) number of the state each token is written in, 0 after the end.
-        mask: (R, T) True up to the end.
-    """
-
-    prompt: Tensor
-    tokens: Tensor
-    states: Tensor
-    mask: Tensor
+    prompt: Tensor  # (R,) the prompt's number
+    tokens: Tensor  # (R, T) token ids, -100 after the end
+    states: Tensor  # (R, T) number of the state each token is written in, 0 after the end
+    mask: Tensor  # (R, T) True up to the end
 
     @property
     def labels(self) -> Tensor:
@@ -68,18 +61,12 @@ class Responses:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ordered pairs of different responses to one prompt.
+    """Ordered pairs of different responses to one prompt."""
 
-    Attributes:
-        chosen, rejected: (B,) rows of `Responses`.
-        prob: (B,) Bradley-Terry probability that chosen beats rejected, sigma(r_w - r_l).
-        weight: (B,) probability that exactly this ordered pair enters the data; all of them sum to 1.
-    """
-
-    chosen: Tensor
+    chosen: Tensor  # (B,) rows of `Responses`
     rejected: Tensor
-    prob: Tensor
-    weight: Tensor
+    prob: Tensor  # (B,) Bradley-Terry probability that chosen beats rejected, sigma(r_w - r_l)
+    weight: Tensor  # (B,) probability that exactly this ordered pair enters the data; all of them sum to 1
 
 
 def lookup(table: Tensor, states: Tensor) -> Tensor:
@@ -129,9 +116,7 @@ class TokenWorld:
         reward_scale: float = 1.0,
     ) -> None:
         if vocab_size < 2 or horizon < 1 or num_prompts < 1:
-            raise ValueError(
-                f"vocab_size={vocab_size} (>= 2), horizon={horizon} (>= 1), num_prompts={num_prompts} (>= 1)"
-            )
+            raise ValueError(f"{vocab_size=} must be at least 2, {horizon=} and {num_prompts=} at least 1")
         if not 0 < gamma <= 1 or temperature <= 0:
             raise ValueError(f"gamma={gamma} must lie in (0, 1] and temperature={temperature} above 0")
         self.vocab_size, self.horizon, self.num_prompts = vocab_size, horizon, num_prompts
@@ -177,8 +162,7 @@ class TokenWorld:
 
     def backup(self, reward: Tensor, state_value: Callable[[Tensor, slice], Tensor], *, gamma: float) -> Values:
         """From the last depth to the first: q = reward + gamma v(next), v = state_value(q of a depth, its rows)."""
-        following = None  # values one depth further, none beyond the horizon
-        v, q = [], []
+        following, v, q = None, [], []  # values one depth further, none beyond the horizon
         for level in reversed(self.levels):
             here = reward[level]  # (n, V)
             if following is not None:
@@ -261,15 +245,12 @@ class TokenWorld:
     @cached_property
     def responses(self) -> Responses:
         """All R responses: EOS can end one at any depth, any token ends it at depth T - 1."""
-        width, horizon, prompts = self.width, self.horizon, self.num_prompts
-        depths, prefixes, actions = [], [], []
+        width, horizon, prompts, parts = self.width, self.horizon, self.num_prompts, []
         for t in range(horizon):
             choices = torch.arange(0 if t == horizon - 1 else width, self.vocab_size)  # the tokens that end it here
             prefix = torch.arange(width**t).repeat_interleave(len(choices))
-            depths.append(torch.full_like(prefix, t))
-            prefixes.append(prefix)
-            actions.append(choices.repeat(width**t))
-        depth, prefix, action = (torch.cat(parts).repeat(prompts) for parts in (depths, prefixes, actions))  # (R,)
+            parts.append(torch.stack([torch.full_like(prefix, t), prefix, choices.repeat(width**t)]))
+        depth, prefix, action = torch.cat(parts, dim=1).repeat(1, prompts)  # (R,) each
         prompt = torch.arange(prompts).repeat_interleave(len(depth) // prompts)
         states, tokens = [], []
         for t in range(horizon):
@@ -282,10 +263,9 @@ class TokenWorld:
 
     def tokenwise(self, table: Tensor) -> Tensor:
         """(S, V) or (S,) table -> (R, T): its entry at every token of every response, 0 after the end."""
-        index = (
-            self.responses.states if table.ndim == 1 else (self.responses.states, self.responses.tokens.clamp_min(0))
-        )
-        return torch.where(self.responses.mask, table[index], 0.0)
+        rows = self.responses
+        index = rows.states if table.ndim == 1 else (rows.states, rows.tokens.clamp_min(0))
+        return torch.where(rows.mask, table[index], 0.0)
 
     def along(self, table: Tensor, *, gamma: float = 1.0) -> Tensor:
         """(R,) sum_t gamma^t table(s_t, y^t) along every response."""
@@ -355,12 +335,10 @@ class TokenWorld:
     def stats(self, logits: Tensor, *, guide: Tensor | None = None, with_kl: bool = True) -> TokenStats:
         """`stats.token_stats` of all R responses under (S, V) policy logits, pi_ref and an optional (S, V) guide."""
 
-        def batch(table: Tensor) -> Tensor:
-            return lookup(table, self.responses.states)
-
-        guide_logits = None if guide is None else batch(guide)
-        ref_logits = batch(self.ref_logps)
-        return token_stats(batch(logits), self.responses.labels, ref_logits, guide_logits=guide_logits, with_kl=with_kl)
+        rows = self.responses
+        policy, ref = lookup(logits, rows.states), lookup(self.ref_logps, rows.states)
+        guide = None if guide is None else lookup(guide, rows.states)
+        return token_stats(policy, rows.labels, ref, guide_logits=guide, with_kl=with_kl)
 
     def pair_stats(self, stats: TokenStats, pairs: Pairs) -> tuple[TokenStats, TokenStats]:
         """The statistics of the chosen and of the rejected responses of some pairs, ready for a loss."""

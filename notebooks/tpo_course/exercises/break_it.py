@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.bugs import *  # noqa: F403  (the chapter says check.train_broken as it says check.repaired_loss)
-from tpo_course.bugs import BETA, BUGS, LOG2, Loss, hand_worked, masked_stats, mean_dpo, unshifted_mask
-from tpo_course.exercise import Case, Chapter
+from tpo_course.bugs import BETA, BUGS, LOG2, hand_worked, masked_stats, mean_dpo, unshifted_mask
+from tpo_course.exercise import Case, Chapter, Exercise
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 
@@ -22,60 +22,53 @@ chapter = Chapter(__file__)
 # ---- 1. write the check
 
 
+def _dpo(beta: float) -> Callable[[TokenStats, TokenStats], Tensor]:
+    return lambda chosen, rejected: losses.dpo(chosen, rejected, beta=beta).loss
+
+
+LOSSES = {  # words: (a loss, the beta that it is meant to use)
+    "the library's DPO": (_dpo(0.1), 0.1),
+    "the library's DPO with another beta": (_dpo(0.7), 0.7),
+    "a loss with bug 1": (lambda *pair: mean_dpo(*pair).loss, BETA),
+    "a loss that divides by beta": (_dpo(1 / 0.3), 0.3),
+    "a loss with beta outside the sigmoid": (lambda *pair: 0.3 * _dpo(1.0)(*pair), 0.3),
+    "a loss that forgot beta": (_dpo(1.0), 0.3),
+    "a loss with bug 10": (lambda chosen, rejected: _dpo(0.3)(rejected, chosen), 0.3),
+}
+
+
 def _named_cases() -> tuple[Case, ...]:
-    def case(loss: Loss, beta: float, words: str, factor: float = 1.0) -> Case:
-        chosen, rejected = hand_worked(5, 3)
-        return Case(words, loss=lambda *pair: factor * loss(*pair).loss, chosen=chosen, rejected=rejected, beta=beta)
-
-    def dpo(beta: float) -> Loss:
-        return partial(losses.dpo, beta=beta)
-
-    return (
-        case(dpo(0.1), 0.1, "the library's DPO"),
-        case(dpo(0.7), 0.7, "the library's DPO with another beta"),
-        case(mean_dpo, BETA, "a loss with bug 1"),
-        case(dpo(1 / 0.3), 0.3, "a loss that divides by beta"),
-        case(dpo(1.0), 0.3, "a loss with beta outside the sigmoid", factor=0.3),
-        case(dpo(1.0), 0.3, "a loss that forgot beta"),
-        case(lambda chosen, rejected: losses.dpo(rejected, chosen, beta=0.3), 0.3, "a loss with bug 10"),
+    pairs = [hand_worked(5, 3) for _ in LOSSES]
+    return tuple(
+        Case(words, loss=loss, chosen=chosen, rejected=rejected, beta=beta)
+        for (words, (loss, beta)), (chosen, rejected) in zip(LOSSES.items(), pairs, strict=True)
     )
 
 
-def _named(
-    loss: Callable,
-    chosen: TokenStats,
-    rejected: TokenStats,
-    beta: float,
-    *,
-    value: bool = True,
-    sign: bool = True,
-    size: bool = True,
-    length: bool = True,
-    unit: float = 0.5,
-) -> int:
-    """The number of the bug; a flag that is off is something that the check does not look at."""
+def _named(loss: Callable, chosen: TokenStats, rejected: TokenStats, beta: float, *, unseen=(), unit=0.5) -> int:
+    """The number of the bug; `unseen` is what the check does not look at."""
     out = loss(chosen, rejected)
     slope = torch.autograd.grad(out.sum(), chosen.logps)[0][chosen.mask] / (-beta * unit)  # ones, if all is well
     one = torch.ones_like(slope)
-    if value and not math.isclose(out.item(), LOG2, rel_tol=1e-6):
+    if "value" not in unseen and not math.isclose(out.item(), LOG2, rel_tol=1e-6):
         return 8
-    if sign and bool((slope < 0).all()):
+    if "sign" not in unseen and bool((slope < 0).all()):
         return 10
-    if not size or torch.allclose(slope, one):
+    if "size" in unseen or torch.allclose(slope, one):
         return 0
-    return 1 if length and torch.allclose(slope * len(slope), one) else 8
+    return 1 if "length" not in unseen and torch.allclose(slope * len(slope), one) else 8
 
 
 name_the_bug = chapter.exercise(
     "name_the_bug",
     _named,
     _named_cases,
-    value_alone=partial(_named, sign=False, size=False),
-    sign_alone=partial(_named, value=False, size=False),
-    no_value=partial(_named, value=False),
-    no_length=partial(_named, length=False),
+    value_alone=partial(_named, unseen=("sign", "size")),
+    sign_alone=partial(_named, unseen=("value", "size")),
+    no_value=partial(_named, unseen=("value",)),
+    no_length=partial(_named, unseen=("length",)),
     compared_with_beta=partial(_named, unit=1.0),
-    no_sign=partial(_named, sign=False),
+    no_sign=partial(_named, unseen=("sign",)),
 )
 
 
@@ -93,41 +86,39 @@ def _padding_loss(reduce: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tenso
     return loss_of
 
 
+def _kept(ratio: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, ratio, 0.0)
+
+
+MANY = {"repeat": 8, "dtype": torch.float32}
+REDUCED = {  # words: (log-ratios and mask -> a response's, settings of the batch)
+    "DPO as it should be, on responses of one token": (lambda r, m: _kept(r, m).sum(-1), {"ends": (4, 4, 4, 4)}),
+    "a loss that counts padding": (lambda r, m: _kept(r, m.cumsum(1) > 0).sum(-1), {}),
+    "a loss that divides by the width of the batch": (lambda r, m: _kept(r, m).mean(-1), {}),
+    "a right loss in float32, with its rounding": (lambda r, m: _kept(r, m).mean(-1) * r.shape[-1], MANY),
+    "a loss that has no mask at all": (lambda r, m: r.sum(-1), {}),
+    "a loss whose mask is off by one": (lambda r, m: _kept(r, F.pad(m[:, :-1], (1, 0))).sum(-1), {}),
+}
+
+
+def _batch(*, ends=(6, 5, 5, 4), repeat: int = 1, dtype=torch.float64) -> dict[str, Tensor]:
+    """`ends` of pair 0's and 1's chosen, then rejected responses, in a batch of 6 columns; prompts of 3."""
+    draw = torch.Generator().manual_seed(repeat)
+    ends = torch.tensor(ends).view(2, 2).repeat(1, repeat).flatten()  # (N,)
+    logits, ref_logits = (torch.randn(len(ends), 6, 7, generator=draw, dtype=dtype) for _ in range(2))
+    labels, column = torch.randint(1, 7, (len(ends), 6), generator=draw), torch.arange(6)
+    labels = torch.where((column >= 3) & (column < ends[:, None]), labels, IGNORE)
+    return {"logits": logits, "ref_logits": ref_logits, "labels": labels}
+
+
 def _padding_cases() -> tuple[Case, ...]:
-    def case(reduce: Callable, words: str, *, ends=(6, 5, 5, 4), repeat: int = 1, dtype=torch.float64) -> Case:
-        """`ends` of pair 0's and 1's chosen, then rejected responses, in a batch of 6 columns; prompts of 3."""
-        draw = torch.Generator().manual_seed(repeat)
-        ends = torch.tensor(ends).view(2, 2).repeat(1, repeat).flatten()  # (N,)
-        logits, ref_logits = (torch.randn(len(ends), 6, 7, generator=draw, dtype=dtype) for _ in range(2))
-        labels = torch.randint(1, 7, (len(ends), 6), generator=draw)
-        column = torch.arange(6)
-        labels = torch.where((column >= 3) & (column < ends[:, None]), labels, IGNORE)
-        return Case(words, loss_of=_padding_loss(reduce), logits=logits, ref_logits=ref_logits, labels=labels)
-
-    def kept(ratio: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, ratio, 0.0)
-
-    many = {"repeat": 8, "dtype": torch.float32}
-    return (
-        case(lambda r, m: kept(r, m).sum(-1), "DPO as it should be, on responses of one token", ends=(4, 4, 4, 4)),
-        case(lambda r, m: kept(r, m.cumsum(1) > 0).sum(-1), "a loss that counts padding"),
-        case(lambda r, m: kept(r, m).mean(-1), "a loss that divides by the width of the batch"),
-        case(lambda r, m: kept(r, m).mean(-1) * r.shape[-1], "a right loss in float32, with its rounding", **many),
-        case(lambda r, m: r.sum(-1), "a loss that has no mask at all"),
-        case(lambda r, m: kept(r, F.pad(m[:, :-1], (1, 0))).sum(-1), "a loss whose mask is off by one"),
+    return tuple(
+        Case(words, loss_of=_padding_loss(reduce), **_batch(**settings))
+        for words, (reduce, settings) in REDUCED.items()
     )
 
 
-def _invariant(
-    loss_of: Callable,
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    *,
-    fill: int = IGNORE,
-    left: bool = False,
-    close: Callable[[Tensor, Tensor], bool] = torch.allclose,
-) -> bool:
+def _invariant(loss_of, logits, ref_logits, labels, *, fill=IGNORE, left=False, close=torch.allclose) -> bool:
     """Does appending three columns of padding leave every loss as it is? The keywords are ways to get it wrong."""
     draw = torch.Generator().manual_seed(1)
     shape = (len(logits), 3, logits.shape[-1])
@@ -172,45 +163,34 @@ def lab_report() -> dict[int, float]:
     return report
 
 
-padding_report = chapter.exercise(
-    "padding_report",
-    2,
-    **{f"bug_{number}": number for number in (0, *BUGS) if number != 2},
-)
+def _which_bug(name: str, right: int) -> Exercise:
+    return chapter.exercise(name, right, **{f"bug_{number}": number for number in (0, *BUGS) if number != right})
 
-unknown_run = chapter.exercise(
-    "unknown_run",
-    5,
-    **{f"bug_{number}": number for number in (0, *BUGS) if number != 5},
-)
+
+padding_report = _which_bug("padding_report", 2)
+unknown_run = _which_bug("unknown_run", 5)
 
 
 # ---- 4. repair
 
 
-def _repair(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    beta: float,
-    *,
-    mask: bool = True,
-    total: bool = True,
-    logs: bool = True,
-    inside: bool = True,
-    frozen: bool = True,
-) -> Tensor:
-    """The broken loss of the notebook with the repairs that are switched on."""
-    keep = (labels[:, 1:] if mask else labels[:, :-1]) != IGNORE
+FAULTS = ("mask", "mean", "log_of_softmax", "beta_outside", "reference_not_detached")  # of the notebook's loss
+
+
+def _repair(logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float, left: tuple[str, ...] = ()) -> Tensor:
+    """The broken loss of the notebook with all its faults repaired but those that are left."""
+    keep = (labels[:, :-1] if "mask" in left else labels[:, 1:]) != IGNORE
     ids = labels[:, 1:].clamp_min(0)[..., None]
 
     def score(z: Tensor) -> Tensor:
-        log_probs = z[:, :-1].log_softmax(-1) if logs else z[:, :-1].softmax(-1).log()
+        log_probs = z[:, :-1].softmax(-1).log() if "log_of_softmax" in left else z[:, :-1].log_softmax(-1)
         return log_probs.gather(-1, ids)[..., 0]
 
-    ratio = torch.where(keep, score(logits) - score(ref_logits.detach() if frozen else ref_logits), 0.0).sum(-1)
-    chosen, rejected = (ratio if total else ratio / keep.sum(-1)).chunk(2)
-    return -F.logsigmoid(beta * (chosen - rejected)) if inside else -beta * F.logsigmoid(chosen - rejected)
+    ref = score(ref_logits if "reference_not_detached" in left else ref_logits.detach())
+    ratio = _kept(score(logits) - ref, keep).sum(-1)
+    chosen, rejected = (ratio / keep.sum(-1) if "mean" in left else ratio).chunk(2)
+    outside = "beta_outside" in left
+    return -beta * F.logsigmoid(chosen - rejected) if outside else -F.logsigmoid(beta * (chosen - rejected))
 
 
 def _repair_cases() -> tuple[Case, ...]:
@@ -238,12 +218,8 @@ repaired_loss = chapter.exercise(
         losses.dpo(*stats.split(stats.token_stats(logits, labels, ref_logits)), beta=beta).loss
     ),
     _repair_cases,
-    all_five=partial(_repair, mask=False, total=False, logs=False, inside=False, frozen=False),
-    mask=partial(_repair, mask=False),
-    mean=partial(_repair, total=False),
-    log_of_softmax=partial(_repair, logs=False),
-    beta_outside=partial(_repair, inside=False),
-    reference_not_detached=partial(_repair, frozen=False),
+    all_five=partial(_repair, left=FAULTS),
+    **{fault: partial(_repair, left=(fault,)) for fault in FAULTS},
     swapped=lambda logits, ref_logits, labels, beta: _repair(
         *(z.roll(len(labels) // 2, 0) for z in (logits, ref_logits, labels)), beta
     ),
