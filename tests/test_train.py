@@ -7,15 +7,15 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from apart import apart, two_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -359,86 +359,64 @@ def test_folder_with_a_run_is_refused_without_resume(tmp_path):
 
 def test_folder_in_use_is_refused(tmp_path):
     with store.exclusive(tmp_path / "run"):
-        code = f"""
-            from tpo_lib.files import store
-            from pathlib import Path
-            with store.exclusive(Path({str(tmp_path / "run")!r})): pass
-        """
-        other = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert other.returncode != 0
-    assert "is in use by another run" in other.stderr
+        status, told = apart(longer, tmp_path / "run")
+    assert status == 1
+    assert "is in use by another run" in told
 
 
-CHILD = """
-    import os, signal, sys
-    sys.path.insert(0, {tests!r})
-    import tiny, torch
-    torch.set_num_threads(1)
-    from tpo_lib.files import store
-    from tpo_lib.models import frozen_copy
-    from test_train import CONFIG, fit, replace
+def killed(folder: Path, point) -> None:
+    """Train until `point`, an update or a place within a save, and die there."""
 
-    def die(): os.kill(os.getpid(), signal.SIGKILL)
+    def die(*_) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    point = {point!r}
+    def dying(real, call: int):
+        calls = itertools.count(1)
+        return lambda *args: (die if next(calls) == call else real)(*args)
+
     if point == "writing":  # after the weights of the second checkpoint, before its state
-        real, calls = store.save_state, []
-        def save_state(*args):
-            calls.append(1)
-            if len(calls) == 2: die()
-            real(*args)
-        store.save_state = save_state
+        store.save_state = dying(store.save_state, 2)
     if point == "renaming":  # a complete folder that has not got its name yet
-        real_rename, calls = os.rename, []
-        def rename(*args):
-            calls.append(1)
-            if len(calls) == 3: die()
-            real_rename(*args)
-        os.rename = rename
-    policy = tiny.llama()
-    config = replace(CONFIG, epochs=3, loss_type="tdpo2", output_dir={folder!r}, eval_every=1, save_every=2)
-    fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False, resume={resume},
-              callbacks=[lambda step, _: die() if point == step else None])
-"""
+        os.rename = dying(os.rename, 3)
+    longer(folder, callbacks=[lambda step, _: die() if point == step else None])
 
 
-def run_child(folder: Path, point, resume: bool = False) -> subprocess.CompletedProcess:
-    code = textwrap.dedent(CHILD).format(
-        tests=str(Path(__file__).parent), folder=str(folder), point=point, resume=resume
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def longer(folder: Path, **more) -> None:
+    config = replace(CONFIG, epochs=3, loss_type="tdpo2", output_dir=str(folder), eval_every=1, save_every=2)
+    trained(config, **more)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    done = run_child(folder, None)
-    assert done.returncode == 0, done.stderr
+    folder, threads = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes of their own: they end bit for bit alike
+    longer(folder)
+    torch.set_num_threads(threads)
     return folder
 
 
 @pytest.mark.parametrize("point", [0, 1, 3, "writing", "renaming"])
 def test_killed_run_resumes_to_bit_identical_weights(point, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    assert run_child(folder, point).returncode == -9
-    again = run_child(folder, None, resume=True)
-    assert again.returncode == 0, again.stderr
+    assert apart(killed, folder, point)[0] == -signal.SIGKILL
+    status, told = apart(partial(longer, resume=True), folder)
+    assert status == 0, told
     a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, uninterrupted))
     assert same(a, b)
     assert (folder / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
     assert not list(folder.glob("**/*.unfinished"))
 
 
-def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path, capsys):
+def test_altered_checkpoint_is_passed_over(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "final")
     last = sorted((folder / "checkpoints").iterdir())[-1]
     with open(last / "model.safetensors", "r+b") as file:
         file.truncate(200)
-    again = run_child(folder, None, resume=True)
-    assert again.returncode == 0, again.stderr
-    assert "model.safetensors was truncated or altered" in again.stderr
+    status, told = apart(partial(longer, resume=True), folder)
+    assert status == 0, told
+    assert "model.safetensors was truncated or altered" in told
     a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, uninterrupted))
     assert same(a, b)
 
@@ -464,8 +442,8 @@ def test_nothing_sound_to_resume_from_is_refused(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, folder)
     for path in folder.glob("checkpoints/*/state.json"):
         path.write_text("{}")
-    again = run_child(folder, None, resume=True)
-    assert "none of the 2 checkpoints" in again.stderr
+    with pytest.raises(RuntimeError, match="none of the 2 checkpoints"):
+        longer(folder, resume=True)
     assert (folder / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()  # nothing is lost
 
 
@@ -506,24 +484,17 @@ def _tags(accumulator, path) -> list[str]:
     return accumulator(str(path)).Reload().Tags()["scalars"]
 
 
-@pytest.mark.skipif("TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes")
 def test_two_processes_make_the_updates_of_one(tmp_path):
     """Data-parallel training on two CPU processes: the same global batch, the same weights."""
     code = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import tiny, torch
-        torch.set_num_threads(1)
+        import tiny
         from tpo_lib.models import frozen_copy
         from test_train import CONFIG, fit, replace
         policy = tiny.llama()
         config = replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=2, output_dir={str(tmp_path / "two")!r})
         fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False)
     """
-    (tmp_path / "child.py").write_text(textwrap.dedent(code))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(code, tmp_path)
     two = load_file(tmp_path / "two" / "final" / "model.safetensors")
     one = trained(replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=4))
     for name, value in one.policy.state_dict().items():
@@ -534,12 +505,9 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
     assert rows[-1]["pairs_seen"] == 8
 
 
-@pytest.mark.skipif("TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes")
 def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
     """FSDP on two CPU processes: the head is gathered when it runs, its tied weight included."""
-    code = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+    code = """
         import tiny, torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -549,7 +517,6 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
         from tpo_lib.fast import pair_loss
         from tpo_lib.models import ResponseReader
 
-        torch.set_num_threads(1)
         dist.init_process_group("gloo")
         mine, mesh, ref = dist.get_rank(), init_device_mesh("cpu", (2,)), ResponseReader(tiny.llama())
 
@@ -567,7 +534,7 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
             batch = data.collate(pairs, 0)
             with torch.no_grad():
                 said = ref(batch)
-            scorer(batch, {{"ref": said}}, False)[0].loss.mean().backward()
+            scorer(batch, {"ref": said}, False)[0].loss.mean().backward()
 
         for loss_type in ("dpo", "tdpo1", "tdpo2"):
             config, whole, sharded = replace(CONFIG, loss_type=loss_type), moved(), moved()
@@ -581,10 +548,7 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
                 torch.testing.assert_close(x.grad.full_tensor(), y.grad, rtol=1e-4, atol=1e-6)
         dist.destroy_process_group()
     """
-    (tmp_path / "child.py").write_text(textwrap.dedent(code))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(code, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("tdpo1", [True, False, True, False]), ("tdpo2", [False] * 4)])

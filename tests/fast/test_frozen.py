@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 import threading
 import weakref
 from dataclasses import replace
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from apart import apart, two_processes
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
@@ -261,18 +260,14 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     assert folders(tmp_path) == []
 
 
+def killed(folder: Path) -> None:
+    frozen.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    cached(folder)
+
+
 def test_a_kill_leaves_no_half_cache(tmp_path):
-    code = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from test_frozen import cached, frozen
-        frozen.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        cached(Path({str(tmp_path)!r}))
-    """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    status, told = apart(killed, tmp_path)
+    assert status == -signal.SIGKILL, told
     assert [folder.suffix for folder in folders(tmp_path)] == [".unfinished"]
     cached(tmp_path)
     assert [folder.name[:15] for folder in folders(tmp_path)] == ["reference-logps"]
@@ -416,24 +411,17 @@ def test_models_given_as_they_are_stay_as_they_are(tmp_path):
     assert all(p.requires_grad for p in reference.parameters())
 
 
-@pytest.mark.skipif("TPO_DISTRIBUTED" not in os.environ, reason="set TPO_DISTRIBUTED=1: starts two processes")
 def test_two_processes_share_one_cache(tmp_path):
     code = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        import json, os, torch
-        torch.set_num_threads(1)
+        import json, os
         from test_frozen import CONFIG, PAIRS, FastPath, fit, replace, tiny
         config, fast = replace(CONFIG, loss_type="tdpo2", batch_size=2), FastPath(cache_dir={str(tmp_path)!r})
         rows = fit(config, tiny.llama(seed=7), tiny.llama, PAIRS, fast=fast, progress=False).metrics
         if os.environ["RANK"] == "0":
             print(json.dumps(rows))
     """
-    (tmp_path / "child.py").write_text(textwrap.dedent(code))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(tmp_path / "child.py")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("reference hidden states: 9 pairs") == 1
+    said, told = two_processes(code, tmp_path)
+    assert told.count("reference hidden states: 9 pairs") == 1
     one = fit(replace(CONFIG, loss_type="tdpo2"), tiny.llama(seed=7), tiny.llama, PAIRS, progress=False)
-    rows = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{"))
+    rows = next(json.loads(line) for line in said.splitlines() if line.startswith("[{"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one.metrics], rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from apart import apart
 from safetensors.torch import load_file
 
 from tpo_lib import cli, train
@@ -511,27 +513,28 @@ def test_a_command_that_is_stopped_says_one_line(number, where, status, line):
     assert done.stderr.startswith(line)
 
 
+def terminated(arguments: list[str]) -> None:
+    score = train.score
+
+    def scored(*args, **kwargs):
+        if kwargs["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args, **kwargs)
+
+    train.score = scored
+    cli.main(arguments)
+
+
 def test_train_saves_before_it_leaves_on_sigterm(tmp_path):
     """The whole way: a command that gets SIGTERM from outside, status 143, and a resume that ends like any other run."""
     rows = [{"prompt": f"the film {i} is", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = str(tiny.checkpoint_folder(tmp_path / "llama"))
     where = ["--model", model, "--pairs", str(tmp_path / "pairs.jsonl"), "--device", "cpu", "--batch-size", "4"]
-    code = f"""
-        import os, signal
-        from tpo_lib import cli, train
-        score = train.score
-        def terminated(*args, **kwargs):
-            if kwargs["step"] == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return score(*args, **kwargs)
-        train.score = terminated
-        cli.main(["train", *{where!r}, "--output-dir", {str(tmp_path / "run")!r}])
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 143, done.stderr
-    assert "run: saved after update 2; continue with --resume" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("terminated; the same command continues")
+    status, told = apart(terminated, ["train", *where, "--output-dir", str(tmp_path / "run")])
+    assert status == 143, told
+    assert "run: saved after update 2; continue with --resume" in told
+    assert told.splitlines()[-1].startswith("terminated; the same command continues")
     cli.main(["train", *where, "--output-dir", str(tmp_path / "run"), "--resume"])
     cli.main(["train", *where, "--output-dir", str(tmp_path / "whole")])
     one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "whole"))
