@@ -2,8 +2,8 @@
 
     Dataset (`files.pairs.load_pairs`) --encode_pairs--> [EncodedPair] --bucketed_batches, collate--> PairBatch
 
-A row that cannot be used is named by its row (counted from 0) and column together with the fix, and a response that is cut
-is counted: nothing disappears silently.
+Nothing disappears silently: a row that cannot be used is named by its row (counted from 0) and column together with the fix,
+and a response that is cut is counted.
 """
 
 from __future__ import annotations
@@ -71,16 +71,15 @@ class EncodingReport:
 def encode_pairs(
     pairs: Dataset, tokenizer, *, max_length: int, on_bad_rows: OnBadRows = "error"
 ) -> tuple[list[EncodedPair], EncodingReport]:
-    """Tokenize pairs: special tokens that lead a text, the prompt, the response, and EOS where that ends by itself.
+    """Tokenize pairs: special tokens that lead a text, the prompt, the response, and one EOS where that ends by itself.
 
-    A pair that was sampled (columns chosen_ids, rejected_ids, tokenizer) is trained as the tokens that were sampled, the
-    one that ended it included: its text would often be encoded otherwise. A table of another tokenizer's is encoded anew.
+    A response with `*_complete` False does not end by itself; without that column every response does. A text that begins with
+    BOS gets no second one; messages go through the tokenizer's chat template, whose special tokens replace the tokenizer's. The
+    text of any other special token, "</s>" say, is that token where the prompt holds such tokens too or came from a chat
+    template; else it is text like any other (except for a Unigram model, which knows no other reading of it).
 
-    Messages go through the tokenizer's chat template, whose own special tokens replace those of the tokenizer; a text
-    that begins with BOS gets no second one. A response with `*_complete` False gets no EOS; without that column every
-    response counts as complete. However many EOS end it, it gets one. The text of any other special token, "</s>" say, is
-    that token where the prompt holds such tokens too or came from a chat template; else it is text like any other (except
-    for a Unigram model, which knows no other reading of it).
+    A pair that was sampled (columns chosen_ids, rejected_ids, tokenizer) is trained as the tokens that were sampled, since its
+    text would often be encoded otherwise; a table of another tokenizer's is encoded anew.
 
     Args:
         pairs: columns as from `load_pairs`; without the column rejected, rows for SFT.
@@ -99,8 +98,8 @@ def encode_pairs(
         raise ValueError("the tokenizer has no EOS token, so responses could not end; set tokenizer.eos_token")
     if max_length < 2:
         raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
-    messages = not isinstance(pairs.features["prompt"], Value)
-    texts, unrendered = chat.render(pairs, tokenizer) if messages else (pairs, {})
+    as_text = isinstance(pairs.features["prompt"], Value)
+    texts, unrendered = (pairs, {}) if as_text else chat.render(pairs, tokenizer)
     encoded, counts = _encode_rows(pairs, texts, tokenizer, max_length)
     kept, skipped, truncated = [], [], 0
     for row, (prompt, *responses) in enumerate(encoded):
@@ -124,13 +123,7 @@ def encode_pairs(
 def _encode_rows(
     pairs: Dataset, texts, tokenizer, max_length: int
 ) -> tuple[list[tuple[list[int], ...]], dict[str, int]]:
-    """The ids of every row's prompt and responses, whole, and the counts of the report.
-
-    Prompt and response are tokenized as one text, so that the text is kept: alone, a response would get the space that
-    many tokenizers put before a text, and none of the tokens that begin within the prompt (the space that ends it, say).
-    A token that straddles the boundary counts as the response's, in both responses alike, since both share one prompt.
-    (TRL tokenizes alike, but leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
-    """
+    """The ids of every row's prompt and responses, whole, and the counts of the report."""
     plain_texts = texts is pairs  # no template wrote them
     lead = tokens.leading_ids(tokenizer) if plain_texts else []
     encode = partial(tokens.token_ids, tokenizer, lead=lead, most=max_length)
@@ -142,20 +135,22 @@ def _encode_rows(
     found: dict[str, set[int]] = {"straddling": set(), "special": set(), "repeated_eos": set()}
     sides = []
     for column in [column for column in ("chosen", "rejected") if column in pairs.column_names]:
-        written, said = list(texts[column]), list(pairs[column])
-        bodies = [tokens.without_eos(written[row], eos) for row in rows]
-        found["repeated_eos"] |= {row for row, (_, ends) in zip(rows, bodies, strict=True) if ends > 1}
+        said, complete = list(pairs[column]), tokens.complete(pairs, column)
+        bodies = [tokens.without_eos(text, eos) for text in texts[column]]
+        found["repeated_eos"] |= {row for row in rows if bodies[row][1] > 1}
         holds = {row for row in rows if special.search(tokens.without_eos(chat.words(said[row]), eos)[0])}
         found["special"] |= holds
         plain = {i for i, row in enumerate(rows) if row in holds and plain_texts and not special.search(heads[row])}
-        wholes = encode([heads[row] + body for row, (body, _) in zip(rows, bodies, strict=True)], plain=plain)
-        complete = tokens.complete(pairs, column)
-        ends = [[tokenizer.eos_token_id] * complete[row] for row in rows]
-        sides.append(zip(wholes, ends, strict=True))
+        # As one text, so that the text is kept: alone, a response would get the space that many tokenizers put before a
+        # text, and none of the tokens that begin within the prompt (the space that ends it, say).
+        wholes = encode([heads[row] + bodies[row][0] for row in rows], plain=plain)
+        sides.append([ids + [tokenizer.eos_token_id] * complete[row] for row, ids in zip(rows, wholes, strict=True)])
     for row, *both in zip(rows, *sides, strict=True):
-        start = tokens.common_start(prompts[row], *(whole for whole, _ in both))
+        # A token that straddles the boundary counts as the response's, in both alike, since both share one prompt. (TRL
+        # leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
+        start = tokens.common_start(prompts[row], *both)
         found["straddling"] |= {row} if start < len(prompts[row]) else set()
-        encoded[row] = prompts[row][:start], *(whole[start:] + end for whole, end in both)
+        encoded[row] = prompts[row][:start], *(ids[start:] for ids in both)
     counts = {name: len(rows) for name, rows in found.items()} | {"reencoded": reencoded}
     return [encoded[row] for row in range(len(pairs))], counts
 
@@ -175,16 +170,15 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
     """
     if not pairs:
         raise ValueError("collate needs at least one pair, got none")
-    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
-    if len(responses) not in (len(pairs), 2 * len(pairs)):
-        raise ValueError(
-            f"{2 * len(pairs) - len(responses)} of {len(pairs)} pairs have no rejected side; batch them apart"
-        )
-    prompts = ([pair.prompt_ids for pair in pairs] * 2)[: len(responses)]
-    shape = (len(responses), max(pair.length for pair in pairs))  # (N, T)
+    bare = sum(not pair.rejected_ids for pair in pairs)
+    if 0 < bare < len(pairs):
+        raise ValueError(f"{bare} of {len(pairs)} pairs have no rejected side; batch them apart")
+    sides = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    sides += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs if not bare]
+    shape = (len(sides), max(pair.length for pair in pairs))  # (N, T)
     input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORE)
     attention_mask = torch.zeros(shape, dtype=torch.long)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for i, (prompt, response) in enumerate(sides):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids[i, :end] = torch.tensor(prompt + response)
         labels[i, start:end] = input_ids[i, start:end]
@@ -194,10 +188,6 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
 
 def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Cut n rows into full batches of similar length, in an order that depends on seed and epoch alone.
-
-    Rows are shuffled, sorted by length within chunks of 50 batches, cut, and the batches shuffled. An epoch leaves out
-    n mod batch_size rows, drawn at random (before the sorting: otherwise it would always be the longest), so over the
-    epochs each row is left out equally often.
 
     Raises:
         ValueError: there are fewer rows than batch_size, or batch_size is not positive.
@@ -211,9 +201,9 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
     if len(lengths) < batch_size:
         raise ValueError(f"{len(lengths)} pairs do not fill one batch of {batch_size}; lower batch_size or add pairs")
     generator = np.random.default_rng([seed, epoch])
+    # n mod batch_size rows are left out before the sorting, which would always leave out the longest
     order = generator.permutation(len(lengths))[: len(lengths) // batch_size * batch_size].tolist()
-    chunk = 50 * batch_size
-    batches = []
+    batches, chunk = [], 50 * batch_size  # sorted within 50 batches: alike lengths, and still another order every epoch
     for start in range(0, len(order), chunk):
         rows = sorted(order[start : start + chunk], key=lambda row: lengths[row])
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -236,10 +226,8 @@ def token_budget(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[Enc
     batches: list[list[EncodedPair]] = []
     for pair in sorted(pairs, key=lambda pair: pair.length):
         if pair.size > max_tokens:
-            raise ValueError(
-                f"the pair of row {pair.row} takes {pair.size} tokens, more than max_tokens {max_tokens}; raise it, or "
-                "lower max_length"
-            )
+            taken = f"the pair of row {pair.row} takes {pair.size} tokens, more than max_tokens {max_tokens}"
+            raise ValueError(f"{taken}; raise it, or lower max_length")
         if not batches or pair.size * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
         batches[-1].append(pair)

@@ -1,7 +1,6 @@
-"""Policies, references and guides: loading, freezing, and reading them at response positions only.
+"""Policies, references and guides: freezing them, and reading them at response positions only (`files.load` loads them).
 
-Models are loaded from safetensors alone, remote code is never run, and dropout is off everywhere: a policy with dropout
-would differ from its reference before the first step.
+Dropout is off everywhere: a policy with dropout would differ from its reference before the first step.
 """
 
 from __future__ import annotations
@@ -23,15 +22,7 @@ from tpo_lib.files import adapters
 from tpo_lib.types import Head, PairBatch, Reading
 
 MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
-NO_MATHEMATICS = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
+NO_MATHS = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -40,16 +31,13 @@ def choose_device(name: str | None = None) -> torch.device:
     Raises:
         ValueError: it is not here.
     """
+    here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     if name is not None:
         try:
             torch.zeros(1, device=name).item()
         except (RuntimeError, AssertionError) as error:  # torch's own words are a page
-            here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
-            raise ValueError(f"device {name!r} is not here; choose {' or '.join(['cpu', *here])}") from error
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            raise ValueError(f"device {name!r} is not here; choose {' or '.join(here[::-1])}") from error
+    return torch.device(name or here[0])
 
 
 def choose_precision(device: torch.device, name: str | None = None) -> str:
@@ -58,12 +46,10 @@ def choose_precision(device: torch.device, name: str | None = None) -> str:
     Raises:
         ValueError: fp16 is asked for on a device other than CUDA (gradients would need a loss scaler that exists there only).
     """
-    if name is not None:
-        if name == "fp16" and device.type != "cuda":
-            raise ValueError(f"precision fp16 needs a CUDA device, this run is on {device}; use bf16 or no")
-        return name
-    if device.type != "cuda":
-        return "no"
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs a CUDA device, this run is on {device}; use bf16 or no")
+    if name is not None or device.type != "cuda":
+        return name or "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
@@ -80,14 +66,11 @@ def fingerprint(model: nn.Module | dict[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     if hasattr(model, "config"):
-        said = json.loads(model.config.to_json_string())
-        said = {
-            name: value for name, value in said.items() if name not in NO_MATHEMATICS and not name.endswith("_token_id")
-        }
+        said = json.loads(model.config.to_json_string()).items()
+        said = {name: value for name, value in said if name not in NO_MATHS and not name.endswith("_token_id")}
         said |= {name: adapters.meaning(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()}
-        digest.update(
-            json.dumps(said, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)).encode()
-        )
+        as_json = json.dumps(said, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        digest.update(as_json.encode())
     for name, tensor in sorted((model if isinstance(model, dict) else model.state_dict()).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -103,26 +86,26 @@ def tokenizer_content(tokenizer) -> Any:
     return [content, tokenizer.special_tokens_map]
 
 
-def most_tokens(config) -> float:
-    """The longest sequence that a model of this configuration reads as it was made to: its positions; infinite without any.
+# ---- what a model takes
 
-    Models that turn positions (rope) compute beyond them too, but nobody trained them there; and longrope turns the positions
-    of a whole batch otherwise as soon as one sequence in it passes the original ones, so a sequence's values would depend on its
-    neighbours.
-    """
+
+def most_tokens(config) -> float:
+    """The longest sequence that a model of this configuration was made to read: its positions; infinite without any."""
     config = config.get_text_config()
+    # rope computes beyond its positions too, but nobody trained it there
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "context_length")]
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):  # one, or one a type of layer
         if rope.get("rope_type") == "longrope":
+            # beyond, it turns all positions of a batch otherwise: a sequence's values would depend on its neighbours
             limits.append(rope.get("original_max_position_embeddings"))
     return min((limit for limit in limits if limit and limit > 0), default=math.inf)
 
 
 def vocabulary(model) -> int:
     """Number of ids that a model has both an embedding and a logit for."""
-    head = model.get_output_embeddings()
-    return min(len(layer.weight) for layer in (model.get_input_embeddings(), head) if layer is not None)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(len(layer.weight) for layer in layers if layer is not None)
 
 
 def check_sequences(
@@ -142,9 +125,10 @@ def check_sequences(
     for place, ids in sequences:
         if len(ids) + room > most:
             sampled = f" and {room} to be sampled" if room else ""
+            fix = "max_new_tokens or shorten the prompt" if room else "max_length"
             raise ValueError(
-                f"{place} has {len(ids)} tokens{sampled}, but the {name} has {most} positions; lower "
-                f"{'max_new_tokens or shorten the prompt' if room else 'max_length'}, or take a model with more positions"
+                f"{place} has {len(ids)} tokens{sampled}, but the {name} has {most} positions; lower {fix}, or take a model "
+                "with more positions"
             )
         if ids and not 0 <= min(ids) <= max(ids) < vocab:
             column = next(i for i, token in enumerate(ids) if not 0 <= token < vocab)
@@ -155,20 +139,15 @@ def check_sequences(
 
 
 def check_pairs(model, pairs: Iterable, *, name: str = "model", policy=None) -> None:
-    """`check_sequences` for encoded pairs; with a policy, also that both have equally many logits.
-
-    Raises:
-        ValueError: as `check_sequences`; or the vocabularies differ.
-    """
+    """`check_sequences` for encoded pairs; with a policy, also that both have equally many logits."""
     if policy is not None and vocabulary(model) != vocabulary(policy):
         raise ValueError(
             f"the {name} has a vocabulary of {vocabulary(model)}, the policy of {vocabulary(policy)}; there is no KL between "
             f"them, nor one tokenizer; take the {name} that belongs to the policy (see resize_token_embeddings)"
         )
     sides = ((pair, side) for pair in pairs for side in ("chosen", "rejected"))
-    check_sequences(
-        model, ((f"row {p.row} ({side})", [*p.prompt_ids, *getattr(p, f"{side}_ids")]) for p, side in sides), name=name
-    )
+    rows = ((f"row {pair.row} ({side})", [*pair.prompt_ids, *getattr(pair, f"{side}_ids")]) for pair, side in sides)
+    check_sequences(model, rows, name=name)
 
 
 class ResponseReader(nn.Module):
@@ -204,11 +183,7 @@ class ResponseReader(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """Whether the head gives the model's own logits.
-
-        Raises:
-            ValueError: these depend on tokens that follow, or there are more of them than tokens.
-        """
+        """Whether the head gives the model's own logits; ValueError where these are none of a causal model."""
         body, layer = self._parts
         ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=self.model.device)
         expected = self.model(input_ids=ids, use_cache=False)["logits"].float()
@@ -221,8 +196,8 @@ class ResponseReader(nn.Module):
             )
         if not close(*expected[:, :3]):
             raise ValueError(
-                f"{name} looks ahead: its logits depend on the tokens that follow, so it gives no "
-                "probability of a text; take a causal language model"
+                f"{name} looks ahead: its logits depend on the tokens that follow, so it gives no probability of a text; take "
+                "a causal language model"
             )
         if body is self.model or type(layer) is not nn.Linear:
             return False
@@ -249,17 +224,15 @@ class ResponseReader(nn.Module):
     def states(self, batch: PairBatch) -> Tensor:
         """(N, T, d) hidden states; on a CPU, much padded batches are read in quarters of similar length."""
         input_ids, attention_mask = batch.input_ids, batch.attention_mask
-        body, (n, t) = self._parts[0], input_ids.shape
+        body, (n, t) = partial(self._parts[0], use_cache=False), input_ids.shape
         lengths = attention_mask.sum(1)
         order = lengths.argsort()
         groups = order.split(-(-n // 4)) if input_ids.device.type == "cpu" else (order,)
         if len(groups) == 1 or sum(len(g) * lengths[g].max() for g in groups) > MOSTLY_FULL * n * t:
-            return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+            return body(input_ids=input_ids, attention_mask=attention_mask)[0]
         parts = []
         for rows in groups:
             longest = int(lengths[rows].max())
-            states = body(
-                input_ids=input_ids[rows, :longest], attention_mask=attention_mask[rows, :longest], use_cache=False
-            )[0]
+            states = body(input_ids=input_ids[rows, :longest], attention_mask=attention_mask[rows, :longest])[0]
             parts.append(nn.functional.pad(states, (0, 0, 0, t - longest)))  # (group, T, d)
         return torch.cat(parts)[order.argsort()]

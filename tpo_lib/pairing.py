@@ -12,9 +12,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ from tpo_lib.rewards import in_unit_interval, name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
 
 Rule = Literal["all", "best_worst"]
-REASONS = ("empty text", "identical text", "equal scores", "gap below min_gap")
 BARS = 20  # of the histogram of gaps
 CACHE_VERSION = 2  # raise it when the meaning of a setting changes: old entries are then not found
 
@@ -61,15 +59,13 @@ def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[st
     Raises:
         ValueError: the lists do not match, or as in `rewards.scores_of`.
     """
-    widths = {len(texts) for texts in completion_texts}
+    widths = sorted({len(texts) for texts in completion_texts})
     if len(prompts) != len(completion_texts) or len(widths) > 1:
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(completion_texts)} lists of completions of lengths {sorted(widths)}"
-        )
+        raise ValueError(f"{len(prompts)} prompts, {len(completion_texts)} lists of completions of lengths {widths}")
     full = getattr(reward, "scope", "response") == "full"
     pairs = zip(prompts, completion_texts, strict=True)
     scores = scores_of(reward, [prompt + text if full else text for prompt, several in pairs for text in several])
-    return scores.view(len(prompts), -1) if len(prompts) else scores.view(0, 0)  # (P K,) -> (P, K)
+    return scores.view(len(prompts), len(scores) // max(1, len(prompts)))  # (P K,) -> (P, K)
 
 
 def score_samples(reward, tokenizer, prompts: Sequence[str], completions: Sequence[Sequence[Completion]]) -> Tensor:
@@ -122,22 +118,12 @@ class PairReport:
             f"scores: mean {self.score_mean:.3f}, standard deviation {self.score_std:.3f}",
             "score gap, chosen - rejected:",
         ]
-        most = max(self.gap_counts, default=0)
-        digits = ".2f" if self.bounded else ".3g"
+        most, digits = max(1, *self.gap_counts), ".2f" if self.bounded else ".3g"
         for (low, high), count in zip(itertools.pairwise(self.gap_edges), self.gap_counts, strict=True):
-            lines.append(f"  {low:{digits}} to {high:{digits}} {_bar(count / most if most else 0.0)} {count:,}")
+            eighths = round(240 * count / most)  # of a bar of 30 characters
+            bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+            lines.append(f"  {low:{digits}} to {high:{digits}} {bar:30} {count:,}")
         return "\n".join(lines)
-
-
-def _bar(share: float, width: int = 30) -> str:
-    """A bar of eighth blocks, padded to `width` characters.
-
-    Example:
-        >>> _bar(0.25, width=6)
-        '█▌    '
-    """
-    eighths = round(share * width * 8)
-    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()).ljust(width)
 
 
 def pairs_from_scores(
@@ -166,47 +152,29 @@ def pairs_from_scores(
     if rule not in ("all", "best_worst") or not min_gap >= 0:
         raise ValueError(f'rule must be "all" or "best_worst" and min_gap at least 0, got {rule!r} and {min_gap}')
     rows: list[dict[str, Any]] = []
-    dropped = dict.fromkeys(REASONS, 0)
-    name = None if tokenizer is None else vocabulary_name(tokenizer)
+    dropped = dict.fromkeys(("empty text", "identical text", "equal scores", "gap below min_gap"), 0)
+    name = {} if tokenizer is None else {"tokenizer": vocabulary_name(tokenizer)}
     for prompt, several, values in zip(prompts, completions, scores, strict=True):
         scored = list(zip(map(float, values), several, strict=True))
         scored.sort(key=lambda pair: -pair[0])  # stable: ties keep their order
-        for better, worse in _candidates(scored, rule):
-            reason = _reason_to_drop(better, worse, min_gap)
-            if reason:
-                dropped[reason] += 1
+        candidates = list(itertools.combinations(scored, 2))
+        if rule == "best_worst":
+            candidates = [(scored[0], scored[-1])][: len(candidates)]
+        for (high, better), (low, worse) in candidates:
+            if not (better.text.strip() and worse.text.strip()):
+                dropped["empty text"] += 1
+            elif better.text == worse.text:
+                dropped["identical text"] += 1
+            elif high == low:
+                dropped["equal scores"] += 1
+            elif high - low < min_gap:
+                dropped["gap below min_gap"] += 1
             else:
-                rows.append(_pair_row(prompt, better, worse, name))
+                row = {"prompt": prompt, "chosen": better.text, "rejected": worse.text}
+                row |= {"chosen_score": high, "rejected_score": low}
+                row |= {"chosen_complete": better.complete, "rejected_complete": worse.complete}
+                rows.append(row | ({"chosen_ids": better.steps, "rejected_ids": worse.steps} | name if name else {}))
     return pairs_table(rows), _report(rows, dropped, scores)
-
-
-_Scored = tuple[float, Completion]
-
-
-def _candidates(scored: list[_Scored], rule: Rule) -> Iterable[tuple[_Scored, _Scored]]:
-    if rule == "all":
-        return itertools.combinations(scored, 2)
-    return [(scored[0], scored[-1])] if len(scored) > 1 else []
-
-
-def _reason_to_drop(better: _Scored, worse: _Scored, min_gap: float) -> str | None:
-    if not (better[1].text.strip() and worse[1].text.strip()):
-        return "empty text"
-    if better[1].text == worse[1].text:
-        return "identical text"
-    if better[0] == worse[0]:
-        return "equal scores"
-    return "gap below min_gap" if better[0] - worse[0] < min_gap else None
-
-
-def _pair_row(prompt: str, better: _Scored, worse: _Scored, tokenizer: str | None) -> dict[str, Any]:
-    sides = {"chosen": better, "rejected": worse}
-    row: dict[str, Any] = {"prompt": prompt} | {side: completion.text for side, (_, completion) in sides.items()}
-    row |= {f"{side}_score": score for side, (score, _) in sides.items()}
-    row |= {f"{side}_complete": completion.complete for side, (_, completion) in sides.items()}
-    if tokenizer is None:
-        return row
-    return row | {f"{side}_ids": completion.steps for side, (_, completion) in sides.items()} | {"tokenizer": tokenizer}
 
 
 def _report(rows: list[dict[str, Any]], dropped: dict[str, int], scores: Sequence[Sequence[float]]) -> PairReport:
@@ -262,13 +230,6 @@ def build_pairs(
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"seed": seed, "batch_size": batch_size}
     pairing = {"rule": rule, "min_gap": min_gap}
-    folder, key, mark = cache_dir, "", getattr(reward, "fingerprint", None)
-    if cache_dir is not None and not mark:
-        print(f"reward {name_of(reward)!r} has no fingerprint, so its pairs are not cached", file=sys.stderr)
-        folder = None
-    elif cache_dir is not None:
-        content = {"prompts": list(prompts), "reward": [mark, getattr(reward, "scope", "response")]}
-        key = _content_hash(model, tokenizer, content | sampling | pairing)
 
     def make() -> tuple[Dataset, PairReport]:
         probe(reward)
@@ -279,7 +240,25 @@ def build_pairs(
             raise ValueError(f"no pair is left; lower min_gap or sample longer or more completions.\n{report}")
         return dataset, report
 
-    return store.cached(folder, key, _read_pairs, make, _write_pairs)
+    if cache_dir is None:
+        return make()
+    if not (mark := getattr(reward, "fingerprint", None)):
+        print(f"reward {name_of(reward)!r} has no fingerprint, so its pairs are not cached", file=sys.stderr)
+        return make()
+    content = {"prompts": list(prompts), "reward": [mark, getattr(reward, "scope", "response")]}
+    key = _content_hash(model, tokenizer, content | sampling | pairing)
+    return store.cached(cache_dir, key, _read_pairs, make, _write_pairs)
+
+
+def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:
+    save_pairs(made[0], folder / "pairs.parquet")
+    (folder / "report.json").write_text(json.dumps(asdict(made[1])))
+
+
+def _read_pairs(folder: Path) -> tuple[Dataset, PairReport]:
+    fields = json.loads((folder / "report.json").read_text())
+    report = PairReport(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    return load_pairs(folder / "pairs.parquet")[0], report
 
 
 def sample_cached(
@@ -291,36 +270,23 @@ def sample_cached(
         cache_dir: folder of cache entries, or None for no cache.
         sampling: further arguments of `generate`.
     """
-    key = ""
-    if cache_dir is not None:
-        key = f"samples-{_content_hash(model, tokenizer, {'samples': list(prompts), **sampling})}"
-    make = partial(generate, model, tokenizer, prompts, **sampling, progress=progress)
-    return store.cached(cache_dir, key, _read_samples, make, _write_samples)
+
+    def make() -> list[list[Completion]]:
+        return generate(model, tokenizer, prompts, **sampling, progress=progress)
+
+    def write(completions: list[list[Completion]], folder: Path) -> None:
+        (folder / "samples.json").write_text(json.dumps(completions, default=asdict))
+
+    def read(folder: Path) -> list[list[Completion]]:
+        rows = json.loads((folder / "samples.json").read_text())
+        return [[Completion(row["text"], tuple(row["token_ids"]), row["end"]) for row in several] for several in rows]
+
+    if cache_dir is None:
+        return make()
+    key = f"samples-{_content_hash(model, tokenizer, {'samples': list(prompts), **sampling})}"
+    return store.cached(cache_dir, key, read, make, write)
 
 
 def _content_hash(model, tokenizer, settings: dict[str, Any]) -> str:
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    content = {"version": CACHE_VERSION, "weights": fingerprint(model), "config": config}
-    content |= {"tokenizer": tokenizer_content(tokenizer), "stops": stop_ids(model, tokenizer)}
-    return store.content_key(content | settings)
-
-
-def _write_pairs(made: tuple[Dataset, PairReport], folder: Path) -> None:
-    save_pairs(made[0], folder / "pairs.parquet")
-    (folder / "report.json").write_text(json.dumps(asdict(made[1])))
-
-
-def _write_samples(completions: list[list[Completion]], folder: Path) -> None:
-    rows = [[asdict(completion) for completion in several] for several in completions]
-    (folder / "samples.json").write_text(json.dumps(rows))
-
-
-def _read_pairs(folder: Path) -> tuple[Dataset, PairReport]:
-    dataset, _ = load_pairs(folder / "pairs.parquet")
-    fields = json.loads((folder / "report.json").read_text())
-    return dataset, PairReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def _read_samples(folder: Path) -> list[list[Completion]]:
-    rows = json.loads((folder / "samples.json").read_text())
-    return [[Completion(**{**row, "token_ids": tuple(row["token_ids"])}) for row in several] for several in rows]
+    content = {"version": CACHE_VERSION, "model": fingerprint(model), "tokenizer": tokenizer_content(tokenizer)}
+    return store.content_key(content | {"stops": stop_ids(model, tokenizer)} | settings)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
 
 from tpo_lib import stats
 from tpo_lib.files.tokens import prompt_token_ids, response_texts
@@ -19,6 +20,7 @@ from tpo_lib.types import PAD
 NOISE = 1e-3  # of the largest logit: thirty layers round otherwise with a mask; padding that is read moves far more
 NOT_FINITE = "the model's logits are not finite, so nothing can be sampled; check its weights"
 Progress = Callable[[int, int], None]  # called with (sequences done, sequences in all)
+Sampled = tuple[list[int], int | None]  # new ids without the token that ended them, and that token, if any did
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,14 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Draw one token a row: (n, V) logits -> (n,) int64.
-
-        By inverting the cumulative distribution, at one uniform number a row. `torch.multinomial` draws one number per row
-        and token, which took 40% of all sampling time on a CPU.
-
-        Raises:
-            ValueError: logits are not finite.
-        """
-        from transformers import TopPLogitsWarper
-
+        """Draw one token a row: (n, V) logits -> (n,) int64; ValueError where logits are not finite."""
         logits = logits.float() / self.temperature
         if self.top_p < 1:
             logits = TopPLogitsWarper(self.top_p)(None, logits)
         if logits.device.type == "mps":  # has no float64
             logits = logits.cpu()
+        # By inverting the cumulative distribution, at one uniform number a row: `torch.multinomial` draws one for every
+        # token of the vocabulary, which took 40% of all sampling time on a CPU.
         cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (n, V)
         total = cumulative[:, -1:]  # (n, 1), 1 up to rounding
         if not total.isfinite().all():
@@ -146,8 +141,7 @@ def generate(
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch for this block only."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -155,8 +149,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _prepared(model) -> Iterator[Any]:
     """Lend the model for sampling: in eval mode, and with no generation settings of its own to fall back on."""
-    from transformers import GenerationConfig
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
     training, own = inner.training, inner.generation_config
     inner.generation_config = GenerationConfig()
@@ -171,18 +163,20 @@ def _prepared(model) -> Iterator[Any]:
 
 def sample_ids(
     model, tokenizer, rows: list[list[int]], sampler: Sampler, batch_size: int, progress: Progress | None = None
-) -> list[tuple[list[int], int | None]]:
-    """Continue rows of token ids; return for each its new ids without EOS, and the token that ended it, if any did."""
+) -> list[Sampled]:
+    """Continue rows of token ids; the rows come back in their order."""
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths together: less padding
-    result: list[tuple[list[int], int | None]] = [([], None)] * len(rows)
+    result: list[Sampled] = [([], None)] * len(rows)
     with _prepared(model) as lent:
         if len(set(map(len, rows))) > 1:
             _check_padding(lent)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new = _sample_batch(lent, [rows[i] for i in batch], sampler, stops)
-            for i, ids in zip(batch, new, strict=True):
+            width = len(rows[batch[-1]])
+            settings = {"max_new_tokens": sampler.max_new_tokens, "eos_token_id": stops, "use_cache": True}
+            new = _continue(lent, [rows[i] for i in batch], width, [sampler], **settings)  # (n, width + new)
+            for i, ids in zip(batch, new[:, width:].tolist(), strict=True):
                 end = next((t for t, token in enumerate(ids) if token in stops), None)
                 result[i] = (ids[:end], None if end is None else ids[end])
             if progress is not None:
@@ -190,17 +184,22 @@ def sample_ids(
     return result
 
 
+def _continue(model, rows: list[list[int]], width: int, sampler: list[Sampler], **settings):
+    """What `model.generate` gives for rows padded on the left, so that all of them end in the same column."""
+    ids = [[PAD] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return model.generate(
+        input_ids=torch.tensor(ids, device=model.device),  # (n, width)
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=PAD, **settings),  # the sampler draws
+        logits_processor=LogitsProcessorList(sampler),
+    )
+
+
 def _check_padding(model) -> None:
     """Refuse a model that reads the padding left of a prompt (RWKV does): it would write what it is not scored on."""
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        max_new_tokens=1, pad_token_id=PAD, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    padded, alone = (
-        model.generate(**_left_padded([[1, 2]], width, model.device), generation_config=config).logits[0].float()
-        for width in (5, 2)
-    )
+    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    padded, alone = (_continue(model, [[1, 2]], width, [], **settings).logits[0].float() for width in (5, 2))
     if not stats.close(padded, alone, max(64 * torch.finfo(model.dtype).eps, NOISE)):
         raise ValueError(
             f"{type(model).__name__} reads the padding before a prompt, so prompts of several lengths cannot be sampled "
@@ -221,31 +220,3 @@ def stop_ids(model, tokenizer) -> list[int]:
             "neither tokenizer nor model has an EOS token, so no text would end; set the tokenizer's eos_token"
         )
     return list(dict.fromkeys(token for token in named if token is not None))
-
-
-def _sample_batch(model, rows: list[list[int]], sampler: Sampler, stops: list[int]) -> list[list[int]]:
-    """Continue one batch, padded on the left so that all prompts end in the same column."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    width = max(map(len, rows))
-    config = GenerationConfig(
-        do_sample=False,  # the sampler has drawn already
-        max_new_tokens=sampler.max_new_tokens,
-        pad_token_id=PAD,
-        eos_token_id=stops,
-        use_cache=True,
-    )
-    output = model.generate(
-        **_left_padded(rows, width, model.device),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([sampler]),
-    )  # (n, width + new)
-    return output[:, width:].tolist()
-
-
-def _left_padded(rows: list[list[int]], width: int, device) -> dict[str, Tensor]:
-    ids = [[PAD] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return {
-        name: torch.tensor(x, device=device) for name, x in (("input_ids", ids), ("attention_mask", mask))
-    }  # (n, width)
