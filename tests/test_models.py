@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 
@@ -78,6 +79,21 @@ def test_load_model_from_a_folder(build, tmp_path):
     assert tokenizer("good")["input_ids"][0] == 0  # BOS leads every text
 
 
+def test_a_head_of_its_own_is_trained_and_saved_beside_the_embedding(tmp_path):
+    build = functools.partial(tiny.family, "llama", tie_word_embeddings=False)
+    policy = load_model(tiny.checkpoint_folder(tmp_path / "start", build))
+    reference = models.frozen_copy(policy)
+    train_on(tiny.pairs(2), policy, reference, max_steps=1, output_dir=str(tmp_path / "run"))
+    again = load_model(tmp_path / "run")
+    assert again.config.tie_word_embeddings is False
+    assert models.fingerprint(again) == models.fingerprint(policy)
+    assert models.fingerprint(reference) == models.fingerprint(load_model(tmp_path / "start"))
+    embedding, head = (getattr(again, f"get_{side}_embeddings")().weight for side in ("input", "output"))
+    assert not torch.equal(embedding, head)
+    for after, before in ((embedding, reference.model.embed_tokens), (head, reference.lm_head)):
+        assert not torch.equal(after, before.weight)  # gradients reached both
+
+
 def test_fingerprint_sees_every_weight():
     model = tiny.llama()
     before = models.fingerprint(model)
@@ -142,10 +158,10 @@ def test_padding_is_not_read_on_a_cpu(build):
 # ---- ids and positions
 
 
-def train_on(pairs: list[EncodedPair], policy, reference=None, eval_pairs=None, **settings):
-    config = TrainConfig(loss_type="dpo", beta=0.1, batch_size=2, device="cpu")
+def train_on(pairs: list[EncodedPair], policy, reference=None, eval_pairs=None, fast=None, **settings):
+    config = TrainConfig(loss_type="dpo", beta=0.1, batch_size=2, device="cpu", **settings)
     reference = reference or models.frozen_copy(policy)
-    return fit(config, policy, reference, pairs, eval_pairs=eval_pairs, progress=False, **settings)
+    return fit(config, policy, reference, pairs, eval_pairs=eval_pairs, progress=False, fast=fast or FastPath())
 
 
 @pytest.mark.parametrize("pad", [-1, 63, 64, 2**40])

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import json
 import math
-import random
 import shutil
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tpo_lib import pairing, sampling
@@ -28,23 +27,15 @@ from tpo_lib.files import store
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.rewards import PROBE, AdditiveReward
-from tpo_lib.runs import prompts as prompts_from
 from tpo_lib.runs.plots import score_gaps
 from tpo_lib.sampling import Completion, Sampler
 
-EOS = "<|end|>"
-WORDS = [EOS, *"abcdefgh", "Ġ", ".", "Ċ", "ab", "cd", "Ġa"]  # "ab" also as "a", "b": not every sample tokenizes back
+EOS, WORDS = tiny.EOS, tiny.LETTERS
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocab = {word: i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.BPE(vocab, [("a", "b"), ("c", "d"), ("Ġ", "a")]))
-    backend.add_special_tokens([EOS])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+    return tiny.letters()
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -170,11 +161,9 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(tokenizer):
 def test_seed_decides_and_the_global_state_is_left_alone(llama, tokenizer):
     before = torch.random.get_rng_state()
     first = sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
-    prompts = prompts_from.sample_prompts(llama, tokenizer, 20, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(1)
     assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=1) == first
-    assert prompts_from.sample_prompts(llama, tokenizer, 20, seed=1) == prompts
     assert sampling.generate(llama, tokenizer, PROMPTS, max_new_tokens=8, seed=2) != first
 
 
@@ -234,9 +223,6 @@ def test_any_id_may_pad_and_an_unknown_one_is_named(model, tokenizer):
         ValueError, match=f"prompt 1, column 2 holds token id {len(WORDS)}, but the model has the ids 0 to"
     ):
         sampling.generate(model, larger, ["a", "a<pad>"], samples_per_prompt=3, max_new_tokens=8, seed=3)
-    larger.bos_token = "<pad>"
-    with pytest.raises(ValueError, match=f"beginning of a text, column 0 holds token id {len(WORDS)}"):
-        prompts_from.sample_prompts(model, larger, 3, seed=0)
 
 
 def test_a_prompt_without_tokens_is_named(llama, tokenizer):
@@ -246,50 +232,6 @@ def test_a_prompt_without_tokens_is_named(llama, tokenizer):
     bare.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         sampling.generate(llama, bare, ["a", ""], max_new_tokens=4, seed=0)
-
-
-# ---- prompts
-
-
-def test_sampled_prompts_are_distinct_valid_and_of_every_length(llama, tokenizer):
-    prompts = prompts_from.sample_prompts(llama, tokenizer, 70, min_tokens=2, max_tokens=5, seed=0)
-    assert len(set(prompts)) == 70
-    lengths = Counter(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts)
-    assert set(lengths) == {2, 3, 4, 5}
-    assert min(lengths.values()) >= 8  # about 17 each
-    assert all(prompt.strip() for prompt in prompts)
-
-
-def test_prompts_come_in_random_order():
-    found = dict.fromkeys("abcdefgh")
-    prompts = prompts_from._shuffled(found, 8, random.Random(0))
-    assert sorted(prompts) == list(found)
-    assert prompts != list(found)
-
-
-def test_prompt_texts_refuses_blanks_and_what_does_not_tokenize_back(tokenizer):
-    rows = [[3, 4], [1, 2], [9, 11], [12], [], [0, 3]]  # cd as c + d, a + b, blank, ab, ended early, begins with EOS
-    assert prompts_from._prompt_texts(rows, tokenizer) == [None, None, None, "ab", None, None]
-
-
-def test_asking_for_more_prompts_than_there_are_says_so(llama, tokenizer):
-    with pytest.raises(ValueError, match=r"of 500 distinct prompts were found; ask for fewer, raise max_tokens"):
-        prompts_from.sample_prompts(llama, tokenizer, 500, min_tokens=1, max_tokens=1, seed=0)
-    with pytest.raises(ValueError, match="only 1 of 3 distinct"):
-        prompts_from.imdb_prompts(["abc"] * 5, tokenizer, 3, min_tokens=2, max_tokens=2, seed=0)
-    with pytest.raises(ValueError, match="min_tokens <= max_tokens, got 3, 5, 2"):
-        prompts_from.imdb_prompts(["abc"], tokenizer, 3, min_tokens=5, max_tokens=2, seed=0)
-
-
-def test_imdb_prompts_are_beginnings_of_the_texts(tokenizer):
-    texts = ["".join(WORDS[1 + (i * j) % 8] for j in range(1, 30)) for i in range(60)]
-    prompts = prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
-    assert len(set(prompts)) == 20
-    assert all(any(text.startswith(prompt) for text in texts) for prompt in prompts)
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    assert set(lengths) == {3, 4, 5, 6}
-    assert prompts == prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=0)
-    assert prompts != prompts_from.imdb_prompts(texts, tokenizer, 20, min_tokens=3, max_tokens=6, seed=1)
 
 
 # ---- scores and pairs
@@ -720,13 +662,10 @@ def test_no_pair_left_says_why(build, tmp_path):
 
 
 def test_a_tokenizer_without_ends_is_refused(llama, tokenizer):
-    model, tokenizer = llama, copy.deepcopy(tokenizer)
-    tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="neither a BOS nor an EOS token, so a text has no beginning"):
-        prompts_from.sample_prompts(model, tokenizer, 2, seed=0)
-    model.generation_config.eos_token_id = None
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = llama.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="neither tokenizer nor model has an EOS token, so no text would end"):
-        sampling.stop_ids(model, tokenizer)
+        sampling.stop_ids(llama, tokenizer)
 
 
 @pytest.mark.parametrize(("moved", "refused"), [(1e-5, False), (1e-2, True)])

@@ -223,6 +223,24 @@ def tokenizer_of(form: str):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
+EOS = "<|end|>"
+LETTERS = [EOS, *"abcdefgh", "Ġ", ".", "Ċ", "ab", "cd", "Ġa"]  # "ab" also as "a", "b": not every sample tokenizes back
+
+
+def letters():
+    """A tokenizer of LETTERS, whose texts EOS begins and ends."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(LETTERS)}
+    backend = Tokenizer(models.BPE(vocab, [("a", "b"), ("c", "d"), ("Ġ", "a")]))
+    backend.add_special_tokens([EOS])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+
+
 def checkpoint_folder(folder: Path, build=llama) -> Path:
     """A causal model and its tokenizer, saved as the hub has them."""
     tokenizer(folder)

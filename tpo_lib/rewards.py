@@ -1,4 +1,4 @@
-"""Rewards behind one interface: texts in, one finite score a text out; those here give the probability of a positive review.
+"""Rewards behind one interface: texts in, one finite score a text out; those here say how probably a review is positive.
 
 Any callable, texts -> scores, is a reward. It may have a `name`, a `scope` ("response", the default, if it reads the
 response alone, "full" if it reads prompt and response as one text), and a `fingerprint` that changes whenever its scores
@@ -31,9 +31,7 @@ class Reward(Protocol):
     scope: str
     fingerprint: str
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return len(texts) finite scores: a tensor, an array or a list; the rewards here give float32 in [0, 1]."""
-        ...
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...  # or an array, or a list
 
 
 # What every reward is tried on before anything is sampled: two lengths, so that padding shows, and all that is read.
@@ -58,16 +56,16 @@ def scores_of(reward, texts: Sequence[str]) -> Tensor:
     try:
         scores = found if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found, dtype=np.float64))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} returned {type(found).__name__} that is no list of numbers ({error}); {fix}"
-        ) from error
+        returned = f"{type(found).__name__} that is no list of numbers ({error})"
+        raise ValueError(f"{name} returned {returned}; {fix}") from error
     if scores.shape != (len(texts),):
         raise ValueError(f"{name} returned shape {tuple(scores.shape)} for {len(texts)} texts; {fix}")
     scores = (scores if scores.dtype == torch.float64 else scores.float()).detach().cpu()
     if not scores.isfinite().all():
         i = scores.isfinite().tolist().index(False)
-        place = f"text {i} of {len(texts)} the score {scores[i]}"
-        raise ValueError(f"{name} gave {place}: {texts[i][:80]!r}; every score must be finite")
+        raise ValueError(
+            f"{name} gave text {i} of {len(texts)} the score {scores[i]}: {texts[i][:80]!r}; every score must be finite"
+        )
     return scores
 
 
@@ -86,8 +84,7 @@ def probe(*rewards) -> None:
 class AdditiveReward:
     """Sentiment as a sum over tokens, so that the true credit of every token is known.
 
-    score = sigma(b + sum_t w(y^{t-1}, y^t)),  w(a, z) = unigram[z] + bigram[hash(a, z)];
-    the first token's predecessor is token 0, the beginning of a text.
+    score = sigma(b + sum_t w(y^{t-1}, y^t)),  w(a, z) = unigram[z] + bigram[hash(a, z)],  y^0 = token 0, the beginning of a text.
 
     Args:
         tokenizer: the tokenizer whose ids the tables are indexed with.
@@ -115,15 +112,12 @@ class AdditiveReward:
         path = Path(folder) / "reward.safetensors"
         tokenizer = load_tokenizer(folder)  # first: it sees whether the folder is as it was written
         if not path.is_file():
-            raise OSError(
-                f"{path} is no file; build it with `python -m tpo_lib pocket`, or name a classifier with --reward"
-            )
+            fix = "build it with `python -m tpo_lib pocket`, or name a classifier with --reward"
+            raise OSError(f"{path} is no file; {fix}")
         tables = load_file(str(path))
-        if len(tokenizer) > len(tables["unigram"]):
-            raise ValueError(
-                f"{path} has weights for {len(tables['unigram'])} tokens, the tokenizer beside it {len(tokenizer)}: they do "
-                "not belong together"
-            )
+        if len(tokenizer) > (known := len(tables["unigram"])):
+            counts = f"weights for {known} tokens, the tokenizer beside it {len(tokenizer)}"
+            raise ValueError(f"{path} has {counts}: they do not belong together")
         return cls(tokenizer, tables["unigram"], tables["bigram"], tables["bias"].item())
 
     def save(self, folder: str | Path) -> None:
@@ -138,17 +132,12 @@ class AdditiveReward:
 
     def score_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Return (n,) scores in [0, 1] of n token sequences."""
-        logits = [
-            self.bias + self.token_credit(torch.tensor(row, dtype=torch.long)).sum() if len(row) else self.bias
-            for row in ids
-        ]
+        logits = [self.bias + self.token_credit(torch.tensor(row, dtype=torch.long)).sum() for row in ids]
         return torch.sigmoid(torch.tensor(logits))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return (n,) scores in [0, 1] of n texts."""
-        if not len(texts):
-            return torch.zeros(0)
-        return self.score_ids(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+        return self.score_ids(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else [])
 
 
 def hash_bigrams(previous: Tensor, current: Tensor, size: int) -> Tensor:
@@ -185,9 +174,7 @@ class ClassifierReward:
         self.model.requires_grad_(False)
         self.tokenizer.padding_side = "right"  # so that positions, which start at 0, are those of the text alone
         if self.tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"classifier {str(name)!r} has neither a pad nor an EOS token in its tokenizer; give it one"
-            )
+            raise ValueError(f"classifier {str(name)!r} has neither a pad nor an EOS token in its tokenizer; give one")
         # decoders score the last token that is no padding
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.max_length = int(min(max_length, classifiers.positions(self.model), self.tokenizer.model_max_length))
@@ -197,8 +184,7 @@ class ClassifierReward:
         self._try(str(name))
 
     def _try(self, name: str) -> None:
-        """Score a short text beside a long one and alone: what breaks here would break after all sampling is done."""
-        try:
+        try:  # what breaks here would break after all sampling is done
             together, alone = scores_of(self, list(PROBE))[:1], scores_of(self, list(PROBE[:1]))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"classifier {name!r} cannot score a text: {type(error).__name__}: {error}") from error

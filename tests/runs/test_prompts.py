@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 
 import pytest
 import tiny
+import torch
 
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.runs import prompts
@@ -139,3 +142,77 @@ def test_a_stage_counts_the_held_out_prompts_that_training_has_seen(small_stage)
     drawn = sample_prompts(small_stage.start, small_stage.tokenizer, count, seed=config.seed + 1)
     assert drawn[config.train_prompts :] == small_stage.held_out_prompts
     assert small_stage.seen_prompts == overlapping(small_stage.held_out_prompts, drawn[: config.train_prompts])
+
+
+# ---- drawn from a model, cut from texts
+
+
+@pytest.fixture
+def letters():
+    return tiny.letters()
+
+
+@pytest.fixture
+def letters_model():
+    return tiny.llama(vocab=len(tiny.LETTERS))
+
+
+def test_sampled_prompts_are_distinct_valid_and_of_every_length(letters_model, letters):
+    drawn = prompts.sample_prompts(letters_model, letters, 70, min_tokens=2, max_tokens=5, seed=0)
+    assert len(set(drawn)) == 70
+    lengths = Counter(len(letters(prompt, add_special_tokens=False)["input_ids"]) for prompt in drawn)
+    assert set(lengths) == {2, 3, 4, 5}
+    assert min(lengths.values()) >= 8  # about 17 each
+    assert all(prompt.strip() for prompt in drawn)
+
+
+def test_prompts_come_in_random_order():
+    found = dict.fromkeys("abcdefgh")
+    drawn = prompts._shuffled(found, 8, random.Random(0))
+    assert sorted(drawn) == list(found)
+    assert drawn != list(found)
+
+
+def test_prompt_texts_refuses_blanks_and_what_does_not_tokenize_back(letters):
+    rows = [[3, 4], [1, 2], [9, 11], [12], [], [0, 3]]  # cd as c + d, a + b, blank, ab, ended early, begins with EOS
+    assert prompts._prompt_texts(rows, letters) == [None, None, None, "ab", None, None]
+
+
+def test_asking_for_more_prompts_than_there_are_says_so(letters_model, letters):
+    with pytest.raises(ValueError, match=r"of 500 distinct prompts were found; ask for fewer, raise max_tokens"):
+        prompts.sample_prompts(letters_model, letters, 500, min_tokens=1, max_tokens=1, seed=0)
+    with pytest.raises(ValueError, match="only 1 of 3 distinct"):
+        prompts.imdb_prompts(["abc"] * 5, letters, 3, min_tokens=2, max_tokens=2, seed=0)
+    with pytest.raises(ValueError, match="min_tokens <= max_tokens, got 3, 5, 2"):
+        prompts.imdb_prompts(["abc"], letters, 3, min_tokens=5, max_tokens=2, seed=0)
+
+
+def test_imdb_prompts_are_beginnings_of_the_texts(letters):
+    texts = ["".join(tiny.LETTERS[1 + (i * j) % 8] for j in range(1, 30)) for i in range(60)]
+    drawn = prompts.imdb_prompts(texts, letters, 20, min_tokens=3, max_tokens=6, seed=0)
+    assert len(set(drawn)) == 20
+    assert all(any(text.startswith(prompt) for text in texts) for prompt in drawn)
+    lengths = [len(ids) for ids in letters(drawn, add_special_tokens=False)["input_ids"]]
+    assert set(lengths) == {3, 4, 5, 6}
+    assert drawn == prompts.imdb_prompts(texts, letters, 20, min_tokens=3, max_tokens=6, seed=0)
+    assert drawn != prompts.imdb_prompts(texts, letters, 20, min_tokens=3, max_tokens=6, seed=1)
+
+
+def test_a_tokenizer_whose_texts_have_no_beginning_is_refused(letters_model, letters):
+    letters.bos_token = letters.eos_token = None
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS token, so a text has no beginning"):
+        prompts.sample_prompts(letters_model, letters, 2, seed=0)
+
+
+def test_a_beginning_that_the_model_has_no_embedding_for_is_named(letters_model, letters):
+    letters.add_special_tokens({"bos_token": "<new>"})  # and the model was not resized
+    with pytest.raises(ValueError, match=f"beginning of a text, column 0 holds token id {len(tiny.LETTERS)}"):
+        prompts.sample_prompts(letters_model, letters, 3, seed=0)
+
+
+def test_the_seed_decides_the_prompts_and_the_global_state_is_left_alone(letters_model, letters):
+    before = torch.random.get_rng_state()
+    drawn = prompts.sample_prompts(letters_model, letters, 20, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(1)
+    assert prompts.sample_prompts(letters_model, letters, 20, seed=1) == drawn
