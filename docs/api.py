@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import tpo_lib
@@ -32,8 +35,16 @@ def entry(name: str, thing) -> str:
     if isinstance(thing, dict):
         return f"### `{name}`\n\nA dict of: {', '.join(f'`{key}`' for key in thing)}.\n"
     first, _, rest = inspect.getdoc(thing).partition("\n\n")
+    if is_dataclass(thing) and "Attributes:" not in rest:
+        rest += f"\n\n{fields_of(thing)}"
     body = f"\n```text\n{rest.strip()}\n```\n" if rest.strip() else ""
     return f"### `{name}{signature(thing)}`\n\n{' '.join(first.split())}\n{body}"
+
+
+def fields_of(record: type) -> str:
+    """The fields of a record as they stand in the code, with their comments."""
+    _, _, behind = inspect.getsource(record).split('"""', 2)
+    return textwrap.dedent(re.split(r"\n    (?:@|def )", behind)[0].strip("\n"))
 
 
 def signature(thing) -> str:

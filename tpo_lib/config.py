@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Integral
 
-from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter
-
-KINDS = {"int": Integral, "float": Real, "bool": bool, "str": str}
+from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter, check_number
 
 
 def setting(default, words: str, **bounds):
@@ -75,16 +73,14 @@ class TrainConfig:
     def __init__(self, **given) -> None:
         settings = {name: f.default for name, f in run_settings().items()}
         hyper = dict(given.pop("hyper", {})) | {name: given.pop(name) for name in [*given] if name not in settings}
-        settings |= given | {"hyper": {name: value for name, value in hyper.items() if value is not None}}
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)  # the class is frozen
+        hyper = {name: value for name, value in hyper.items() if value is not None}
+        vars(self).update(settings | given, hyper=hyper)  # past the class being frozen
         self._check()
+        for name, value in (hyper | self.hyperparameters()).items():
+            vars(self).setdefault(name, value)  # what is in use can be read like a setting
 
     def __getattr__(self, name: str):
-        used = self.hyper | self.hyperparameters() if "hyper" in self.__dict__ else {}
-        if name not in used:
-            raise AttributeError(f"a training run of {self.__dict__.get('loss_type')} has no {name!r}")
-        return used[name]
+        raise AttributeError(f"a training run of {vars(self).get('loss_type')} has no {name!r}")
 
     def _check(self) -> None:
         for name, each in run_settings().items():
@@ -112,8 +108,9 @@ class TrainConfig:
             if name not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes no hyperparameters"
                 said.append(f"{name}={value!r} has no effect with {self.loss_type}: {takes}")
-            elif known[name].usual and not known[name].usual[0] <= value <= known[name].usual[1]:
-                low, high = known[name].usual
+                continue
+            low, high = known[name].usual or (value, value)
+            if not low <= value <= high:
                 said.append(
                     f"{name}={value!r} is unusual with {self.loss_type}: {known[name].words}, usually {low:g} to {high:g} "
                     f"(default {known[name].default:g})"
@@ -136,7 +133,7 @@ def run_settings() -> dict[str, Field]:
 
 
 def kind_of(setting: Field) -> str:
-    """Key of KINDS."""
+    """int, float, bool or str."""
     return setting.type.partition(" |")[0]
 
 
@@ -155,38 +152,25 @@ def check_setting(setting: Field, value) -> None:
         file = kind == "str" and str(value).rpartition(":")[0]
         fix = f", or say where {file} lies: --loss-type FOLDER/{value}" if str(file).endswith(".py") else ""
         raise ValueError(f"{name} is unknown; choose one of {', '.join(bounds['choices'])}{fix}")
-    if kind == "str":
-        return
-    if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name} must be {'True or False' if kind == 'bool' else f'a number ({kind})'}")
-    if "above" in bounds and not value > bounds["above"]:
-        raise ValueError(f"{name} must be greater than {bounds['above']}")
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0")
-    if value == math.inf:
-        raise ValueError(f"{name} must be finite")
-    most = bounds.get("most", FLOAT32_MAX if kind == "float" else 2**31 - 1)
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}")
+    if kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False")
+    if kind == "int" and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise ValueError(f"{name} must be a number (int)")
+    if kind in ("int", "float"):
+        most = bounds.get("most", FLOAT32_MAX if kind == "float" else 2**31 - 1)
+        check_number(setting.name, value, above=bounds.get("above", -math.inf), least=0, most=most)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named starting point: which model, reward, judge and pairs, and how to train on them.
-
-    Attributes:
-        train: the training run.
-        source: where each value comes from, so that nobody takes ours for the papers'.
-        model, reward, judge: folder or hub name; None is the bundled one ("pocket") or, for the judge, none.
-        pairs: None samples pairs from the model, otherwise folder, file or hub name.
-    """
+    """A named starting point: which model, reward, judge and pairs (folder or hub name), and how to train on them."""
 
     train: TrainConfig
-    source: dict[str, str]
-    model: str | None = None
-    reward: str | None = None
-    judge: str | None = None
-    pairs: str | None = None
+    source: dict[str, str]  # where each value comes from, so that nobody takes ours for the papers'
+    model: str | None = None  # None is the bundled one, "pocket"
+    reward: str | None = None  # None is the bundled one
+    judge: str | None = None  # None is none
+    pairs: str | None = None  # None samples pairs from the model
 
 
 _OURS = "ours, chosen for the pocket model"

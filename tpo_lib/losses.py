@@ -23,8 +23,7 @@ from torch import Tensor
 
 from tpo_lib.types import LossOutput, TokenStats
 
-# Smallest weight TGDPO gives a token: its derivation needs f > 0 and the published code does not ensure it.
-F_FLOOR = 0.01
+F_FLOOR = 0.01  # TGDPO's smallest weight of a token: its derivation needs f > 0, the published code does not ensure it
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _HOW_TO_GET = {
@@ -41,9 +40,8 @@ def sft(chosen: TokenStats, rejected: TokenStats | None) -> LossOutput:
 
     The rejected response is read for the logged reward alone, and may be missing.
     """
-    chosen_mean = _mean(chosen.logps, chosen.mask)
-    rejected_mean = None if rejected is None else _mean(rejected.logps, rejected.mask).detach()
-    return LossOutput(-chosen_mean, chosen_mean.detach(), rejected_mean)
+    likelihood = _mean_logps(chosen)
+    return LossOutput(-likelihood, likelihood.detach(), None if rejected is None else _mean_logps(rejected).detach())
 
 
 def dpo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
@@ -65,9 +63,9 @@ def tdpo1(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutpu
 
     loss = -log sigma(beta sum [lr + KL](w) - beta sum [lr + KL](l))
 
-    The paper writes it -log sigma(u - delta) with delta = beta SeqKL(l) - beta SeqKL(w). Gradients flow through both KL
-    terms, so the loss rewards a growing KL on the chosen side; `tdpo2` removes that.
+    The paper writes it -log sigma(u - delta) with delta = beta SeqKL(l) - beta SeqKL(w).
     """
+    # gradients flow through both KL terms, so the loss rewards a growing KL on the chosen side; tdpo2 removes that
     return _bradley_terry(
         beta * (_logratio(chosen) + _need(chosen, "kl")).sum(-1),
         beta * (_logratio(rejected) + _need(rejected, "kl")).sum(-1),
@@ -83,7 +81,8 @@ def tdpo2(chosen: TokenStats, rejected: TokenStats, *, beta: float, alpha: float
     alpha too. (The authors' code logs them with coefficient 1 whatever alpha is.)
     """
     return _bradley_terry(
-        beta * (_logratio(chosen) + alpha * _need(chosen, "kl").detach()).sum(-1),  # the stop-gradient
+        # the stop-gradient: what the loss would gain by moving the chosen KL is not followed
+        beta * (_logratio(chosen) + alpha * _need(chosen, "kl").detach()).sum(-1),
         beta * (_logratio(rejected) + alpha * _need(rejected, "kl")).sum(-1),
     )
 
@@ -113,11 +112,13 @@ def tgdpo(
     Raises:
         ValueError: shaping is neither "linear" nor "exp".
     """
-    weights_w = _guidance(chosen, alpha * guide_beta, shaping, floor)  # (B, T-1)
-    weights_l = _guidance(rejected, -alpha * guide_beta, shaping, floor)
-    chosen_reward = beta * (weights_w * _logratio(chosen)).sum(-1)
-    rejected_reward = beta * (weights_l * _logratio(rejected)).sum(-1)
-    return _bradley_terry(chosen_reward, rejected_reward, torch.cat([weights_w, weights_l]))
+    f_w = _guidance(chosen, alpha * guide_beta, shaping, floor)  # (B, T-1)
+    f_l = _guidance(rejected, -alpha * guide_beta, shaping, floor)
+    return _bradley_terry(
+        beta * (f_w * _logratio(chosen)).sum(-1),
+        beta * (f_l * _logratio(rejected)).sum(-1),
+        token_weights=torch.cat([f_w, f_l]),
+    )
 
 
 def simpo(chosen: TokenStats, rejected: TokenStats, *, beta: float, gamma: float) -> LossOutput:
@@ -127,10 +128,7 @@ def simpo(chosen: TokenStats, rejected: TokenStats, *, beta: float, gamma: float
 
     beta multiplies a mean, so its values are of another scale than the others'; gamma is in units of the reward.
     """
-    chosen_reward = beta * _mean(chosen.logps, chosen.mask)
-    rejected_reward = beta * _mean(rejected.logps, rejected.mask)
-    loss = -F.logsigmoid(chosen_reward - rejected_reward - gamma)
-    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach())
+    return _bradley_terry(beta * _mean_logps(chosen), beta * _mean_logps(rejected), target=gamma)
 
 
 def ipo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
@@ -145,72 +143,94 @@ def ipo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
     return LossOutput(loss, beta * gap[0].detach(), beta * gap[1].detach())
 
 
+def _need(stats: TokenStats, field: str) -> Tensor:
+    value = getattr(stats, field)
+    if value is None:
+        raise ValueError(f"this objective needs TokenStats.{field}, which is None: {_HOW_TO_GET[field]}")
+    return value
+
+
+def _logratio(stats: TokenStats) -> Tensor:
+    return stats.logps - _need(stats, "ref_logps")  # (B, T-1), 0 off-mask
+
+
+def _mean_logps(stats: TokenStats) -> Tensor:
+    return stats.logps.sum(-1) / stats.mask.sum(-1)  # (B, T-1) -> (B,), over response tokens alone
+
+
+def _guidance(stats: TokenStats, strength: float, shaping: str, floor: float) -> Tensor:
+    """f(r_hat) on every response token, 0 elsewhere: (B, T-1)."""
+    # detached: the weights say which tokens matter, and are not themselves learned
+    scaled = strength * (_need(stats, "guide_logps") - _need(stats, "ref_logps")).detach()  # +-alpha r_hat
+    if shaping == "linear":
+        weights = 1 + scaled
+    elif shaping == "exp":
+        weights = scaled.exp()
+    else:
+        raise ValueError(f"shaping={shaping!r} is unknown; choose 'linear' (the paper's) or 'exp'")
+    return torch.where(stats.mask, weights.clamp_min(floor), 0.0)
+
+
+def _bradley_terry(
+    chosen_reward: Tensor, rejected_reward: Tensor, *, target: float = 0.0, token_weights: Tensor | None = None
+) -> LossOutput:
+    """-log P(chosen beats rejected by the target) when P = sigma(reward difference): (B,), (B,) -> LossOutput."""
+    loss = -F.logsigmoid(chosen_reward - rejected_reward - target)  # log(sigmoid(x)) would be -inf at x = -800
+    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach(), token_weights)
+
+
 def floor_share(output: LossOutput, mask: Tensor, floor: float = F_FLOOR) -> tuple[Tensor, Tensor]:
-    """Number of response tokens whose weight sits on the floor, and the number of response tokens, both scalar tensors."""
+    """Response tokens whose weight sits on the floor, and response tokens in all, both scalar tensors."""
     return ((output.token_weights <= floor) & mask).sum(), mask.sum()
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """What an objective takes beside the statistics.
+    """What an objective takes beside the statistics."""
 
-    Attributes:
-        default: taken where nothing is given; None: it has to be given.
-        symbol: as in the papers.
-        words: what it does, half a line.
-        above, least: it must be greater than the one and at least the other.
-        usual: the range in use; values outside are said, not refused.
-        choices: of a word.
-        pocket: its value in `run`, on the pocket model, where the default does not suit.
-        swept: its values in the sweep.
-    """
-
-    default: float | str | None
-    symbol: str
-    words: str
-    above: float = -math.inf
-    least: float = -math.inf
-    usual: tuple[float, float] | None = None
-    choices: tuple[str, ...] = ()
-    pocket: float | None = None
-    swept: tuple[float, ...] = ()
+    default: float | str | None  # taken where nothing is given; None: it has to be given
+    symbol: str  # as in the papers
+    words: str  # what it does, half a line
+    above: float = -math.inf  # it must be greater than this
+    least: float = -math.inf  # and at least this
+    usual: tuple[float, float] | None = None  # the range in use; values outside are said, not refused
+    choices: tuple[str, ...] = ()  # of a word
+    pocket: float | None = None  # its value in `run`, on the pocket model, where the default does not suit
+    swept: tuple[float, ...] = ()  # its values in the sweep
 
     def check(self, name: str, value: float | str) -> None:
         """Raise ValueError, naming the value, where it is out of range."""
-        if self.choices:
-            if value not in self.choices:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(self.choices)}")
-        elif isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(f"{name}={value!r} must be a number")
-        elif not value > self.above:
-            raise ValueError(f"{name}={value!r} must be greater than {self.above:g}")
-        elif not value >= self.least:
-            raise ValueError(f"{name}={value!r} must be at least {self.least:g}")
-        elif abs(value) > FLOAT32_MAX:
-            raise ValueError(f"{name}={value!r} must be finite in float32")
+        if not self.choices:
+            check_number(name, value, above=self.above, least=self.least)
+        elif value not in self.choices:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(self.choices)}")
+
+
+def check_number(name: str, value, *, above=-math.inf, least=-math.inf, most: float = FLOAT32_MAX) -> None:
+    """Raise ValueError, naming the value, where it is no number, or out of bounds (NaN is)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if not value > above:
+        raise ValueError(f"{name}={value!r} must be greater than {above:g}")
+    if not value >= least:
+        raise ValueError(f"{name}={value!r} must be at least {least:g}")
+    if abs(value) > most:
+        raise ValueError(
+            f"{name}={value!r} must be {'finite in float32' if abs(value) == math.inf else f'at most {most}'}"
+        )
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of OBJECTIVES.
+    """An entry of OBJECTIVES."""
 
-    Attributes:
-        fn: the function. The first line of its docstring is shown wherever the objective is explained.
-        needs: the optional TokenStats fields it reads.
-        hyperparameters: what it takes beside the statistics, by name.
-        label: in pictures; None is the name of the function.
-        look: its colour, marker and dashes in every picture; None takes free ones.
-        paired: it has a margin and needs a rejected side; otherwise it is also called with None for it.
-        source: SHA-256 of the file of your own that it was loaded from.
-    """
-
-    fn: Callable[..., LossOutput]
-    needs: tuple[str, ...] = ()
-    hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
-    label: str | None = None
-    look: tuple[str, str, str | tuple] | None = None
-    paired: bool = True
-    source: str | None = None
+    fn: Callable[..., LossOutput]  # the first line of its docstring is shown wherever the objective is explained
+    needs: tuple[str, ...] = ()  # the optional TokenStats fields it reads
+    hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)  # what it takes beside them, by name
+    label: str | None = None  # in pictures; None is the name of the function
+    look: tuple[str, str, str | tuple] | None = None  # colour, marker and dashes in pictures; None takes free ones
+    paired: bool = True  # it has a margin and needs a rejected side; otherwise it is also called with None for it
+    source: str | None = None  # SHA-256 of the file of your own that it was loaded from
 
     @property
     def words(self) -> str:
@@ -223,11 +243,11 @@ class Objective:
         Raises:
             ValueError: a value is out of range.
         """
-        known = self.hyperparameters
-        found = {name: known[name].default if given.get(name) is None else given[name] for name in known}
-        for name, value in found.items():
-            if value is not None:
-                known[name].check(name, value)
+        found = {}
+        for name, known in self.hyperparameters.items():
+            found[name] = known.default if given.get(name) is None else given[name]
+            if found[name] is not None:
+                known.check(name, found[name])
         return found
 
 
@@ -245,9 +265,11 @@ _GUIDED = {
     "shaping": Hyperparameter("linear", "f", "how a token's weight grows with r̂", choices=("linear", "exp")),
     "floor": Hyperparameter(F_FLOOR, "f_min", "smallest token weight", above=0),
 }
-_SCALE = {"above": 0, "usual": (1.0, 10.0), "swept": (1.0, 2.0, 4.0)}
+_MEAN_SCALE = Hyperparameter(
+    2.0, "β", "scale of the mean log-probability", above=0, usual=(1.0, 10.0), swept=(1.0, 2.0, 4.0)
+)
 _SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
-    "beta": Hyperparameter(2.0, "β", "scale of the mean log-probability", **_SCALE),
+    "beta": _MEAN_SCALE,
     "gamma": Hyperparameter(0.5, "γ", "target margin", least=0),
 }
 
@@ -290,36 +312,3 @@ def check_record(name: str, objective: Objective) -> None:
         )
     if unknown := set(objective.needs) - _HOW_TO_GET.keys():
         raise ValueError(f"objective {name!r} needs {', '.join(sorted(unknown))}; there is {', '.join(_HOW_TO_GET)}")
-
-
-def _need(stats: TokenStats, field: str) -> Tensor:
-    value = getattr(stats, field)
-    if value is None:
-        raise ValueError(f"this objective needs TokenStats.{field}, which is None: {_HOW_TO_GET[field]}")
-    return value
-
-
-def _logratio(stats: TokenStats) -> Tensor:
-    return stats.logps - _need(stats, "ref_logps")  # (B, T-1), 0 off-mask
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return values.sum(-1) / mask.sum(-1)  # (B, T-1) -> (B,)
-
-
-def _guidance(stats: TokenStats, strength: float, shaping: str, floor: float) -> Tensor:
-    """f(r_hat) on every response token, 0 elsewhere: (B, T-1), detached."""
-    scaled = strength * (_need(stats, "guide_logps") - _need(stats, "ref_logps")).detach()  # +-alpha r_hat
-    if shaping == "linear":
-        weights = 1 + scaled
-    elif shaping == "exp":
-        weights = scaled.exp()
-    else:
-        raise ValueError(f"shaping={shaping!r} is unknown; choose 'linear' (the paper's) or 'exp'")
-    return torch.where(stats.mask, weights.clamp_min(floor), 0.0)
-
-
-def _bradley_terry(chosen_reward: Tensor, rejected_reward: Tensor, token_weights: Tensor | None = None) -> LossOutput:
-    """-log P(chosen beats rejected) when P = sigma(reward difference): (B,), (B,) -> LossOutput."""
-    loss = -F.logsigmoid(chosen_reward - rejected_reward)
-    return LossOutput(loss, chosen_reward.detach(), rejected_reward.detach(), token_weights)

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from tpo_lib.types import IGNORE, LossOutput, Reading, TokenStats
 
-KL_NEEDS_READING = "with_kl=True needs ref as a Reading: the KL is taken over the reference's distribution"
+KL_NEEDS_READING = (
+    "with_kl=True needs ref_logits (readings: needs ref as a Reading): the KL is over the whole distribution"
+)
 
 
 def response_mask(labels: Tensor) -> Tensor:
-    """Return (N, T-1) bool: True in column t where token t+1 belongs to the response.
+    """(N, T-1) bool: True in column t where token t+1 belongs to the response.
 
     Args:
         labels: (N, T) integer, -100 outside the response, not shifted.
 
     Raises:
-        ValueError: labels are not a 2-D integer tensor, or a row has no response token to score (its first token
-            cannot be one: nothing predicts it). The message names the row.
+        ValueError: labels are not a 2-D integer tensor, or a row, which is named, has no response token to score.
 
     Example:
         >>> response_mask(torch.tensor([[-100, -100, 7, 9]]))
@@ -34,7 +35,7 @@ def response_mask(labels: Tensor) -> Tensor:
     """
     if labels.ndim != 2 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels must be an (N, T) integer tensor, got {tuple(labels.shape)} {labels.dtype}")
-    mask = labels[:, 1:] != IGNORE  # (N, T-1)
+    mask = labels[:, 1:] != IGNORE  # (N, T-1); a first token is never scored, for nothing predicts it
     empty = (~mask.any(dim=1)).nonzero().flatten()
     if len(empty):
         rows = ", ".join(map(str, empty.tolist()[:8])) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
@@ -43,19 +44,6 @@ def response_mask(labels: Tensor) -> Tensor:
             "drop the pair or raise max_length so that its response is not cut away"
         )
     return mask
-
-
-class NotFinite(FloatingPointError):
-    """A statistic is not finite, so nothing can be learned from its sequence; `sequence` is its row in the batch."""
-
-    def __init__(self, message: str, sequence: int) -> None:
-        super().__init__(message)
-        self.sequence = sequence
-
-    def at(self, rows: Tensor) -> str:
-        """The message with its place in the table of pairs, from the (B,) rows of the batch."""
-        side = ("chosen", "rejected")[self.sequence // len(rows)]
-        return f"row {int(rows[self.sequence % len(rows)])} ({side}), {self}"
 
 
 def token_stats(
@@ -94,33 +82,61 @@ def token_stats(
                 [-1.3863,  0.0000]])
     """
     mask = response_mask(labels)  # (N, T-1)
-    targets = labels[:, 1:][mask]  # (R,)
-    policy = _log_probs(policy_logits, mask, "policy_logits")  # (R, V)
-    vocab = policy.shape[-1]
-    check_vocabulary(labels, vocab)
+    targets = labels[:, 1:][mask]  # (R,): the shift, what is said at t is scored on token t+1
+    policy = _log_probs("policy_logits", policy_logits, mask)  # (R, V)
+    check_vocabulary(labels, policy.shape[-1])
     if with_kl and ref_logits is None:
-        raise ValueError(
-            "with_kl=True needs ref_logits: KL(pi_ref || pi_theta) is taken over the reference's distribution"
-        )
-
-    def at_targets(log_probs: Tensor) -> Tensor:
-        return unpack(log_probs.gather(-1, targets[:, None])[:, 0], mask)  # (R, V) -> (N, T-1)
-
-    ref = _frozen(ref_logits, mask, "ref_logits", vocab)
-    guide = _frozen(guide_logits, mask, "guide_logits", vocab)
-    return TokenStats(
-        logps=at_targets(policy),
-        ref_logps=None if ref is None else at_targets(ref),
-        mask=mask,
-        kl=unpack(_kl(ref, policy), mask) if with_kl else None,
-        guide_logps=None if guide is None else at_targets(guide),
+        raise ValueError(KL_NEEDS_READING)
+    # a model that is not trained gives constants: its graph is cut before anything is computed
+    frozen = {"ref_logits": ref_logits, "guide_logits": guide_logits}
+    ref, guide = (
+        None if logits is None else _log_probs(name, logits.detach(), mask, vocab=policy.shape[-1])
+        for name, logits in frozen.items()
     )
+
+    def at_targets(log_probs: Tensor | None) -> Tensor | None:
+        return None if log_probs is None else unpack(log_probs.gather(-1, targets[:, None])[:, 0], mask)
+
+    # the reference comes first: its expectation keeps the policy from dropping what the reference says (mass-covering)
+    kl = unpack(_kl(ref, policy), mask) if with_kl else None
+    return TokenStats(at_targets(policy), at_targets(ref), mask, kl, at_targets(guide))
+
+
+def _log_probs(name: str, logits: Tensor, mask: Tensor, vocab: int | None = None) -> Tensor:
+    """(N, T, V) or (R, V) logits -> (R, V) log-probabilities at the response positions."""
+    if vocab is not None and logits.shape[-1] != vocab:
+        raise ValueError(
+            f"{name} has {logits.shape[-1]} vocabulary entries, the policy {vocab}; they must share one tokenizer"
+        )
+    n, t, r = mask.shape[0], mask.shape[1] + 1, int(mask.sum())
+    if logits.ndim == 3 and logits.shape[:2] == (n, t):
+        logits = logits[:, :-1][mask]  # (N, T, V) -> (R, V); nothing is scored on what follows the last token
+    elif logits.ndim != 2 or len(logits) != r:
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}; labels of shape {(n, t)} with {r} response tokens "
+            f"need ({n}, {t}, V) or ({r}, V)"
+        )
+    return _log_softmax(logits)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) from log-probabilities: (R, V), (R, V) -> (R,)."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # p log p -> 0: a token that p excludes adds nothing
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """(R,) values at response positions -> (N, T-1), exactly 0 elsewhere."""
+    # by scatter, not by a product with the mask: 0 * inf is NaN
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
     """KL(pi_theta || pi_ref) and H(pi_theta) of R steps, in nats: (R, V), (R, V) -> (R,), (R,).
-
-    A token that the policy excludes adds nothing to either; float16 and bfloat16 are computed in float32.
 
     Example:
         >>> kl, entropy = kl_and_entropy(torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))
@@ -144,13 +160,7 @@ def from_readings(
     guide: Reading | Tensor | None = None,
     with_kl: bool = False,
 ) -> TokenStats:
-    """`token_stats` of what the models said; a frozen one may be (R,) log-probabilities where they are known already.
-
-    Raises:
-        ValueError: as `token_stats`; or with_kl is asked for and ref is no Reading.
-    """
-    if with_kl and not isinstance(ref, Reading):
-        raise ValueError(KL_NEEDS_READING)
+    """`token_stats` of what the models said; a frozen one may be (R,) log-probabilities where they are known already."""
     logits = [said.logits() if isinstance(said, Reading) else None for said in (ref, guide)]
     tokens = token_stats(policy.logits(), labels, logits[0], guide_logits=logits[1], with_kl=with_kl)
     known = {"ref_logps": ref, "guide_logps": guide}
@@ -169,9 +179,7 @@ def pair_loss(
     paired: bool = True,
     logged: bool = True,
 ) -> tuple[LossOutput, TokenStats | None]:
-    """The step from what the models said to the loss, as a textbook has it: all logits, their statistics, the objective.
-
-    `fast.pair_loss` is the same without keeping the logits.
+    """From what the models said to the loss, as a textbook has it; `fast.pair_loss` is the same without keeping the logits.
 
     Args:
         objective: (chosen, rejected) -> LossOutput, its hyperparameters filled in.
@@ -205,38 +213,44 @@ def halves(n: int) -> tuple[slice, slice]:
     return slice(0, n // 2), slice(n // 2, n)
 
 
+class NotFinite(FloatingPointError):
+    """A statistic is not finite, so nothing can be learned from its sequence; `sequence` is its row in the batch."""
+
+    def __init__(self, message: str, sequence: int) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+
+    def at(self, rows: Tensor) -> str:
+        """The message with its place in the table of pairs, from the (B,) rows of the batch."""
+        side = ("chosen", "rejected")[self.sequence // len(rows)]
+        return f"row {int(rows[self.sequence % len(rows)])} ({side}), {self}"
+
+
 def check_finite(tokens: TokenStats) -> None:
-    """Refuse statistics that are not finite, at the price of one synchronisation.
+    """Raise NotFinite at the first statistic that is not finite: its place, the model, and what is wrong with its logits.
 
     A model may forbid tokens (logits of -inf) as long as no response holds them; the policy, where the KL is taken, those
     alone that the reference forbids too.
-
-    Raises:
-        NotFinite: names the first such place, the model, and what is wrong with its logits there.
     """
     models = {"logps": "policy", "ref_logps": "reference", "guide_logps": "guide", "kl": ""}
-    found = {name: getattr(tokens, name).detach() for name in models if getattr(tokens, name) is not None}
-    if sum(values.sum() for values in found.values()).isfinite():
+    found = {name: values.detach() for name in models if (values := getattr(tokens, name)) is not None}
+    if sum(values.sum() for values in found.values()).isfinite():  # the one synchronisation that the check costs
         return
     for name, values in found.items():
         bad = (~values.isfinite()).nonzero()  # (bad, 2)
-        if len(bad):
-            row, column = bad[0].tolist()
-            value, who = values[row, column].item(), models[name]
-            problem = f"the {who}'s log-probability of the token is {value}: " + (
+        if not len(bad):
+            continue
+        row, column = bad[0].tolist()
+        value = values[row, column].item()
+        if name == "kl":
+            problem = f"KL(reference || policy) is {value}: the policy forbids a token that the reference allows."
+        else:
+            problem = f"the {models[name]}'s log-probability of the token is {value}: " + (
                 "it forbids this token; a response may hold no token that a model forbids."
                 if value < 0
                 else "its logits there hold NaN or inf, or forbid every token; are its weights sound?"
             )
-            if not who:
-                problem = f"KL(reference || policy) is {value}: the policy forbids a token that the reference allows."
-            raise NotFinite(f"column {column + 1}: {problem}", row)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float, rtol: float = 0.0) -> bool:
-    """Whether two tensors agree to a share of the largest finite entry; inf and NaN are in the same places or they do not."""
-    scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item()  # a forbidden token's -inf would let all else pass
-    return torch.allclose(found, expected, rtol=rtol, atol=tolerance * scale, equal_nan=True)
+        raise NotFinite(f"column {column + 1}: {problem}", row)
 
 
 def check_vocabulary(labels: Tensor, vocab: int) -> None:
@@ -250,40 +264,7 @@ def check_vocabulary(labels: Tensor, vocab: int) -> None:
         )
 
 
-def _log_probs(logits: Tensor, mask: Tensor, name: str) -> Tensor:
-    """(N, T, V) or (R, V) logits -> (R, V) log-probabilities at the response positions, in float32 or float64."""
-    n, t = mask.shape[0], mask.shape[1] + 1
-    if logits.ndim == 3 and logits.shape[:2] == (n, t):
-        logits = logits[:, :-1][mask]  # (R, V)
-    elif logits.ndim != 2 or len(logits) != int(mask.sum()):
-        raise ValueError(
-            f"{name} has shape {tuple(logits.shape)}; labels of shape {(n, t)} with {int(mask.sum())} response tokens "
-            f"need ({n}, {t}, V) or ({int(mask.sum())}, V)"
-        )
-    return _log_softmax(logits)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-
-def _frozen(logits: Tensor | None, mask: Tensor, name: str, vocab: int) -> Tensor | None:
-    """The same for a model that is not trained: its graph is cut here."""
-    if logits is None:
-        return None
-    if logits.shape[-1] != vocab:
-        raise ValueError(
-            f"{name} has {logits.shape[-1]} vocabulary entries, the policy {vocab}; they must share one tokenizer"
-        )
-    return _log_probs(logits.detach(), mask, name)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) from log-probabilities: (R, V), (R, V) -> (R,). A token that p excludes adds 0."""
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-
-
-def unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """(R,) values at response positions -> (N, T-1), exactly 0 elsewhere whatever stood there."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def close(found: Tensor, expected: Tensor, tolerance: float, rtol: float = 0.0) -> bool:
+    """Whether two tensors agree to a share of the largest finite entry; inf and NaN are in the same places or they do not."""
+    scale = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item()  # a forbidden token's -inf would let all else pass
+    return torch.allclose(found, expected, rtol=rtol, atol=tolerance * scale, equal_nan=True)

@@ -42,7 +42,7 @@ def fit(
     reference,
     pairs: Sequence[EncodedPair],
     *,
-    eval_pairs: Sequence[EncodedPair] | None = None,
+    eval_pairs: Sequence[EncodedPair] = (),
     guide=None,
     pair_loss: Callable = stats.pair_loss,
     run: Progress | None = None,
@@ -54,102 +54,85 @@ def fit(
 
     Args:
         config: the run; `config.batch_size * config.accumulation * processes` pairs make one update.
-        policy: causal language model in float32 (or a ResponseReader of one), trained in place. Dropout stays off.
-        reference: frozen model of the same vocabulary, or None where the objective needs none (no KL is logged then). It may
-            also be a reader: batch -> a Reading, or (R,) log-probabilities where no KL is wanted. What its attribute
-            `held_out` reads, if it has one, are the held-out pairs.
-        pairs: encoded training pairs (data.encode_pairs).
-        eval_pairs: held-out pairs, scored every `config.eval_every` updates and at the end (metrics `eval_*`).
-        guide: frozen DPO model, or a reader of it, needed by tgdpo alone.
+        policy: causal language model in float32, or a ResponseReader of one.
+        reference, guide: frozen models of the same vocabulary, None where the objective needs none (without a reference no KL
+            is logged). Or readers: batch -> a Reading, or (R,) log-probabilities where no KL is wanted; what a reader's
+            attribute `held_out` reads, if it has one, are the held-out pairs.
+        pairs, eval_pairs: encoded; eval_pairs are scored every `config.eval_every` updates and at the end (metrics `eval_*`).
         pair_loss: the step from what the models said to the loss, see `stats.pair_loss`.
         run: where the run stands; None begins one in memory.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
-        on_log: called with every metrics row of training as it is made; returns True to end the run after that update.
+        on_log: called with every metrics row of training; returns True to end the run after that update.
 
     Raises:
-        ValueError: the objective lacks a model it needs, or pairs a rejected side; there are fewer pairs than one update takes.
+        ValueError: the objective lacks a model, or pairs a rejected side; there are fewer pairs than one update takes.
         NonFiniteLoss: names step and rows, or the weights.
-
-    A training row averages over the updates since the last one, but for what is computed at that update alone, since the
-    loss can do without: kl/* of DPO, TGDPO and SimPO, and with `fast.pair_loss` kl/* and logps/* of TDPO1.
     """
-    check(config, reference, guide, pairs, eval_pairs or ())
-    if run is None and config.output_dir:
-        raise ValueError(
-            f"output_dir={config.output_dir!r}: this loop keeps a run in memory; tpo_lib.fit writes one there"
-        )
-    reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
-    policy, run = reader.model.eval(), run or Progress(config)
-    check_pairs(policy, [*pairs, *(eval_pairs or ())], name="policy")
+    check(config, reference, guide, pairs, eval_pairs)
+    run = run or Progress(config)
     accelerator = run.accelerator
-    frozen = {"ref": ("reference", reference), "guide": ("guide", guide)}
-    frozen = {
-        key: _reader(name, model, policy, [*pairs, *(eval_pairs or ())], accelerator.device)
-        for key, (name, model) in frozen.items()
-        if model is not None
-    }
+    reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
+    policy = reader.model.eval()  # dropout would tell the policy from its reference before the first update
+    frozen = frozen_readers(policy, reference, guide, [*pairs, *eval_pairs], accelerator.device)
     scorer, optimizer = accelerator.prepare(PairScorer(config, reader, pair_loss), build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
     steps = planned_steps(config, len(pairs), per_update)
-    shown = progress and accelerator.is_main_process
-    for remark in config.remarks(steps) if accelerator.is_main_process else ():
-        print(remark, file=sys.stderr)
-    run.begin(policy, optimizer, per_update)
-    bar = tqdm(total=steps, initial=run.step, desc=config.loss_type, disable=not shown, unit="update")
+    run.begin(policy, optimizer, steps, per_update, shown=progress)
     for callback in callbacks if run.step == 0 else ():
         callback(0, policy)
-
-    def follow_up() -> bool:
-        """What an update entails: its row, an evaluation, the callbacks, a checkpoint. True ends the run."""
-        stop, logged = False, run.step % config.log_every == 0 or run.step == steps
-        if logged:
-            row = {"step": run.step, "pairs_seen": run.step * per_update}
-            row["lr"] = learning_rate(config, run.step - 1, steps)
-            row["grad_norm"] = run.norm if math.isfinite(run.norm) else None
-            _log(run, row | run.sums.means(accelerator), bar)
-            stop = bool(on_log and on_log(run.rows[-1]))
-        last = stop or run.step == steps
-        if last or (config.eval_every and run.step % config.eval_every == 0):
-            if eval_pairs:
-                found = evaluate_pairs(config, scorer, frozen, eval_pairs, accelerator)
-                _log(run, {"step": run.step} | found, bar)
-            for callback in callbacks:
-                callback(run.step, policy)
-        run.settle(logged)
-        if last or run.step % config.save_every == 0:
-            run.save(policy, optimizer)
-        return last
-
+    evaluate = partial(evaluate_pairs, config, scorer, frozen, eval_pairs, accelerator) if eval_pairs else None
+    finish_update = partial(after_update, config, run, policy, optimizer, evaluate, callbacks, on_log)
     with run.guarded(policy, optimizer):
-        over = follow_up() if run.pending else run.step == steps  # it may have been stopped in the midst of one
+        over = finish_update() if run.pending else run.step == steps  # it may have been stopped in the midst of one
         for window in updates(config, pairs, per_update, run.step, steps) if not over else ():
             set_learning_rate(optimizer, learning_rate(config, run.step, steps))
-            log_now = (run.step + 1) % config.log_every == 0 or run.step + 1 == steps
             chunks, sums = micro_batches(window, pairs, config, accelerator), Sums(run.sums)
-            for number, chunk in enumerate(chunks):
-                batch = collate(chunk).to(accelerator.device)
-                with nullcontext() if number + 1 == len(chunks) else accelerator.no_sync(scorer):
-                    output, tokens = score(scorer, frozen, batch, accelerator, logged=log_now, step=run.step + 1)
+            for chunk in chunks:
+                batch, logged = collate(chunk).to(accelerator.device), run.due(config.log_every, ahead=1)
+                # gradients add up in .grad; processes exchange them once an update, with the last chunk
+                with nullcontext() if chunk is chunks[-1] else accelerator.no_sync(scorer):
+                    output, tokens = score(scorer, frozen, batch, accelerator, logged=logged, step=run.step + 1)
+                    # the mean over the update's pairs, however they are cut into chunks
                     accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
                 sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
                 _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
             norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
             if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
                 _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
-            with run.moving():
+            with run.moving():  # weights and step belong together in every checkpoint
                 optimizer.step()
                 optimizer.zero_grad()
                 run.advance(norm.item(), sums)
-            bar.update()
-            if follow_up():
+            if finish_update():
                 break
-    bar.close()
     run.finish(policy)
     # DDP must go before the process group: a group that dies with it joins its threads with the GIL held, and may hang.
-    scorer = None
+    del scorer, evaluate, finish_update
     accelerator.free_memory()
     accelerator.wait_for_everyone()  # nobody leaves the process group while the main process still writes
     return TrainResult(policy, run.step, run.rows, run.folder)
+
+
+def after_update(
+    config: TrainConfig, run: Progress, policy, optimizer, evaluate: Callable[[], dict] | None, callbacks, on_log
+) -> bool:
+    """What an update entails: its row, an evaluation, the callbacks, a checkpoint. True ends the run."""
+    last, logged = run.step == run.steps, run.due(config.log_every)
+    if logged:
+        row = {"step": run.step, "pairs_seen": run.step * run.per_update}
+        row["lr"] = learning_rate(config, run.step - 1, run.steps)
+        row["grad_norm"] = run.norm if math.isfinite(run.norm) else None  # JSON knows no infinity
+        run.log(row | run.sums.means(run.accelerator))
+        last = bool(on_log and on_log(run.rows[-1])) or last
+    if last or run.due(config.eval_every):
+        if evaluate:
+            run.log({"step": run.step} | evaluate())
+        for callback in callbacks:
+            callback(run.step, policy)
+    run.settle(logged)
+    if last or run.due(config.save_every):
+        run.save(policy, optimizer)
+    return last
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -178,31 +161,40 @@ class Sums:
 
 
 class Progress:
-    """Where a run stands, in memory. `runs.run.Run` is one that keeps it in a folder.
+    """Where a run stands, in memory, shown by a bar. `runs.run.Run` is one that keeps it in a folder."""
 
-    Attributes:
-        accelerator: device, precision and processes.
-        folder: of the run, or None.
-        step: updates made.
-        rows: metrics rows so far.
-        sums: of the metrics since the last row.
-        norm: gradient norm of the last update.
-        pending: its row, evaluation or callbacks are still to come.
-    """
-
-    folder: Path | None = None
+    folder: Path | None = None  # of the run
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator | None = None) -> None:
         device = choose_device(config.device)
         precision = choose_precision(device, config.precision)
+        self.config = config
         self.accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-        self.step, self.rows, self.sums, self.norm, self.pending = 0, [], Sums(), 0.0, False
+        self.step, self.rows = 0, []  # updates made, metrics rows so far
+        self.sums, self.norm = Sums(), 0.0  # of the metrics since the last row; gradient norm of the last update
+        self.pending = False  # the last update's row, evaluation or callbacks are still to come
 
-    def begin(self, policy, optimizer, per_update: int) -> None:
-        """Take up what was left, if anything was; an update takes `per_update` pairs."""
+    def begin(self, policy, optimizer, steps: int, per_update: int, *, shown: bool) -> None:
+        """Take up what was left, if anything was: a run of so many updates, of so many pairs each."""
+        if self.folder is None and self.config.output_dir:
+            raise ValueError(
+                f"output_dir={self.config.output_dir!r}: this loop keeps a run in memory; tpo_lib.fit writes one there"
+            )
+        self.steps, self.per_update, main = steps, per_update, self.accelerator.is_main_process
+        for remark in self.config.remarks(steps) if main else ():
+            print(remark, file=sys.stderr)
+        words = {"desc": self.config.loss_type, "unit": "update"}
+        self.bar = tqdm(total=steps, initial=self.step, disable=not (shown and main), **words)
+
+    def due(self, every: int, ahead: int = 0) -> bool:
+        """Whether something that happens every so many updates (0: never), and with the last, does so with this one."""
+        step = self.step + ahead
+        return step == self.steps or bool(every and step % every == 0)
 
     def log(self, row: dict) -> None:
-        """Keep a metrics row."""
+        """Keep a metrics row, and show it."""
+        short = {"loss": "loss", "margin": "rewards/margins", "kl": "kl/rejected", "acc": "rewards/accuracies"}
+        self.bar.set_postfix({word: f"{row[name]:.3f}" for word, name in short.items() if name in row})
         self.rows.append(row)
 
     def moving(self):
@@ -216,6 +208,7 @@ class Progress:
     def settle(self, logged: bool) -> None:
         """All that an update entails is done."""
         self.pending = False
+        self.bar.update(self.step - self.bar.n)
         if logged:
             self.sums = Sums()
 
@@ -228,12 +221,12 @@ class Progress:
 
     def finish(self, policy) -> None:
         """The run is over; raises NonFiniteLoss if its weights are not finite."""
+        self.bar.close()
         self.check_finite(policy)
 
     def check_finite(self, policy) -> None:
         """Raise NonFiniteLoss at the first trained tensor with a NaN or infinity."""
-        name = not_finite(policy)
-        if name is not None:
+        if name := not_finite(policy):
             raise NonFiniteLoss(
                 f"step {self.step}: the weights of {name} are not finite; they were not saved, checkpoints keep the last good "
                 "state. Lower the learning rate"
@@ -241,19 +234,24 @@ class Progress:
 
 
 def not_finite(policy) -> str | None:
-    """The first trained tensor with a NaN or infinity, None where there is none; -inf in the head's bias forbids a token."""
-    bias = getattr(policy.get_output_embeddings(), "bias", None)
+    """The first trained tensor with a NaN or infinity, None where there is none."""
+    bias = getattr(policy.get_output_embeddings(), "bias", None)  # there, -inf forbids a token
     trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
     return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
 
 
-def _reader(name: str, model, policy, pairs: Sequence[EncodedPair], device) -> Read:
-    """What reads a frozen model on the device."""
-    if not isinstance(model, torch.nn.Module):
-        return model
-    reader = model if isinstance(model, ResponseReader) else ResponseReader(model)
-    check_pairs(reader.model, pairs, name=name, policy=policy)
-    return reader.to(device)
+def frozen_readers(policy, reference, guide, pairs: Sequence[EncodedPair], device) -> dict[str, Read]:
+    """What reads the frozen models, by the name of their statistics; all models must be able to read the pairs."""
+    check_pairs(policy, pairs, name="policy")
+    readers = {}
+    for key, name, model in (("ref", "reference", reference), ("guide", "guide", guide)):
+        if isinstance(model, torch.nn.Module):
+            model = model if isinstance(model, ResponseReader) else ResponseReader(model)
+            check_pairs(model.model, pairs, name=name, policy=policy)
+            model = model.to(device)
+        if model is not None:
+            readers[key] = model
+    return readers
 
 
 class PairScorer(torch.nn.Module):
@@ -295,7 +293,9 @@ def score(
 def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | None) -> dict[str, tuple]:
     """TRL's names plus kl/*: {metric: (sum, count)}, sums of detached tensors over the pairs of a batch.
 
-    Where statistics were left out, logps/* and kl/* are left out, without a rejected side all that speaks of one.
+    Left out is what was not computed: all that speaks of a rejected side where there is none; between two rows the logps/* and
+    kl/* that a loss can do without (kl/* of DPO, TGDPO and SimPO, with `fast.pair_loss` both of TDPO1), so that a row
+    has those of its own update alone.
     """
     values = {"loss": output.loss.detach(), "rewards/chosen": output.chosen_reward}
     paired = output.rejected_reward is not None
@@ -417,10 +417,3 @@ def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:
             f"step {step}: non-finite {'loss' if len(good) == len(rows) else 'gradient'} in rows {bad.tolist()[:16]} of the "
             "pairs table; the update was not made. Lower the learning rate or look at these rows"
         )
-
-
-def _log(run: Progress, row: dict, bar) -> None:
-    """Keep a metrics row, and show it in the bar."""
-    shown = {"loss": "loss", "margin": "rewards/margins", "kl": "kl/rejected", "acc": "rewards/accuracies"}
-    bar.set_postfix({short: f"{row[name]:.3f}" for short, name in shown.items() if name in row})
-    run.log(row)

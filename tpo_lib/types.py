@@ -18,19 +18,12 @@ PAD = 0  # id of padding where none is asked for: any will do, for nothing reads
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B tokenized preference pairs as 2B right-padded sequences, chosen first.
+    """B tokenized preference pairs as 2B right-padded sequences, chosen first."""
 
-    Attributes:
-        input_ids: (N, T) int64 token ids, prompt followed by response.
-        attention_mask: (N, T) int64, 1 on tokens, 0 on padding.
-        labels: (N, T) int64, the token id on response positions, -100 elsewhere. Not shifted.
-        rows: (B,) int64, the row of each pair in its table.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    rows: Tensor
+    input_ids: Tensor  # (N, T) int64 token ids, prompt followed by response
+    attention_mask: Tensor  # (N, T) int64, 1 on tokens, 0 on padding
+    labels: Tensor  # (N, T) int64, the token id on response positions, -100 elsewhere; not shifted
+    rows: Tensor  # (B,) int64, the row of each pair in its table
 
     @property
     def paired(self) -> bool:
@@ -38,25 +31,18 @@ class PairBatch:
         return len(self.labels) > len(self.rows)
 
     def to(self, device) -> PairBatch:
-        """Return the same batch on another device."""
+        """The same batch on another device."""
         return PairBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Head:
-    """The last layer of a language model: logits = cap * tanh(x / cap) of x = scale * (h W^T + b).
+    """The last layer of a language model: logits = cap * tanh(x / cap) of x = scale * (h W^T + b)."""
 
-    Attributes:
-        weight: (V, d).
-        bias: (V,) or None.
-        scale: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`.
-        softcap: Gemma 2's `final_logit_softcapping`; None caps nothing.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # (V, d)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0  # Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`
+    softcap: float | None = None  # Gemma 2's `final_logit_softcapping`; None caps nothing
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) hidden states -> (..., V)."""
@@ -67,15 +53,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model says at R response positions, in the order of `stats.response_mask`.
+    """What a model says at R response positions, in the order of `stats.response_mask`."""
 
-    Attributes:
-        states: (R, d) hidden states after the last norm; (R, V) logits where head is None.
-        head: what turns them into logits.
-    """
-
-    states: Tensor
-    head: Head | None
+    states: Tensor  # (R, d) hidden states after the last norm; (R, V) logits where head is None
+    head: Head | None  # what turns them into logits
 
     @property
     def vocab(self) -> int:
@@ -91,22 +72,15 @@ class Reading:
 class TokenStats:
     """What the objectives need to know about every response token, in nats.
 
-    Column t of every field scores token t+1 of the sequence and is exactly 0 where `mask` is False.
-
-    Attributes:
-        logps: (N, T-1) log pi_theta(y^t | s_t).
-        ref_logps: (N, T-1) log pi_ref(y^t | s_t); None where no reference was given (SFT and SimPO need none).
-        mask: (N, T-1) bool, True on response tokens.
-        kl: (N, T-1) KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the whole vocabulary, >= 0 up to rounding; None if
-            not asked for.
-        guide_logps: (N, T-1) log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO; None if not given.
+    Column t of every field, (N, T-1), scores token t+1 of the sequence and is exactly 0 where `mask` is False; None is a field
+    that was not asked for.
     """
 
-    logps: Tensor
-    ref_logps: Tensor | None
-    mask: Tensor
-    kl: Tensor | None = None
-    guide_logps: Tensor | None = None
+    logps: Tensor  # log pi_theta(y^t | s_t)
+    ref_logps: Tensor | None  # log pi_ref(y^t | s_t); SFT and SimPO need none
+    mask: Tensor  # bool, True on response tokens
+    kl: Tensor | None = None  # KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the whole vocabulary, >= 0 up to rounding
+    guide_logps: Tensor | None = None  # log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO
 
     def map(self, fn: Callable[..., Tensor], *others: TokenStats) -> TokenStats:
         """Apply `fn` to every field that is there, with the same field of `others` behind it.
@@ -124,16 +98,9 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """An objective's value on B pairs.
+    """An objective's value on B pairs."""
 
-    Attributes:
-        loss: (B,) nats, differentiable. The loop takes the mean over pairs.
-        chosen_reward: (B,) implicit reward of the chosen response under this very objective, detached.
-        rejected_reward: (B,) the same for the rejected response, detached; None where there is none.
-        token_weights: (N, T-1) TGDPO's f(r_hat) on every response token (chosen first), 0 off-mask; else None.
-    """
-
-    loss: Tensor
-    chosen_reward: Tensor
-    rejected_reward: Tensor | None
-    token_weights: Tensor | None = None
+    loss: Tensor  # (B,) nats, differentiable; the loop takes the mean over pairs
+    chosen_reward: Tensor  # (B,) implicit reward of the chosen response under this very objective, detached
+    rejected_reward: Tensor | None  # the same of the rejected response; None where there is none
+    token_weights: Tensor | None = None  # (N, T-1) TGDPO's f(r_hat) on response tokens (chosen first), 0 off-mask

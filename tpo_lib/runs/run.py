@@ -74,73 +74,52 @@ def fit(
         ValueError, NonFiniteLoss: as `train.fit`; accelerate is set to what checkpoints do not gather (`accelerated`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
-    fast = fast or FastPath()
-    everything = [*pairs, *(eval_pairs or [])]
+    fast, eval_pairs = fast or FastPath(), eval_pairs or ()
+    everything = [*pairs, *eval_pairs]
     bare = [pair.row for pair in everything if not pair.rejected_ids]
     if bare and fast.share_prefix:
         raise ValueError(
             f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
         )
-    check(config, reference, guide, pairs, eval_pairs or ())  # before anything is loaded
-    reader = fast.reader(policy.eval())
-    check_pairs(policy, everything, name="policy")
-    if fast.fused and not reader.understood:
-        print(f"{type(policy).__name__}: what follows its head is not understood; all logits are made", file=sys.stderr)
+    check(config, reference, guide, pairs, eval_pairs)  # before anything is loaded
+    policy = fast.reader(policy.eval())
+    check_pairs(policy.model, everything, name="policy")
+    if fast.fused and not policy.understood:
+        kind = type(policy.model).__name__
+        print(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
     with accelerated(config) as accelerator:
-        run = Run(config, tokenizer, pairs, eval_pairs or (), accelerator)
+        run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
 
         def load(name: str, model) -> ResponseReader:
             model = model if isinstance(model, torch.nn.Module) else model()
             run.note(name, model)
-            check_pairs(model, everything, name=name, policy=policy)
+            check_pairs(model, everything, name=name, policy=policy.model)
             return fast.reader(model).to(accelerator.device)
 
+        def read(name: str, model):
+            if model is None:
+                return None
+            if fast.cache_dir is None:
+                return load(name, model)
+            how = {"folder": fast.cache_dir, "accelerator": accelerator, "progress": progress}
+            return open_frozen(name, partial(load, name, model), config, pairs, eval_pairs, **how)
+
         with run.owned(resume=resume):
-            frozen = {"reference": reference, "guide": guide}
-            for name, model in frozen.items():
-                if model is not None and fast.cache_dir is None:
-                    frozen[name] = load(name, model)
-                elif model is not None:
-                    frozen[name] = open_frozen(
-                        name,
-                        partial(load, name, model),
-                        config,
-                        pairs,
-                        eval_pairs or (),
-                        folder=fast.cache_dir,
-                        accelerator=accelerator,
-                        progress=progress,
-                    )
-            return train.fit(
-                config,
-                reader,
-                frozen["reference"],
-                pairs,
-                eval_pairs=eval_pairs,
-                guide=frozen["guide"],
-                pair_loss=fast.pair_loss,
-                run=run,
-                callbacks=callbacks,
-                on_log=on_log,
-                progress=progress,
-            )
+            frozen = {"reference": read("reference", reference), "guide": read("guide", guide)}
+            told = {"callbacks": callbacks, "on_log": on_log, "progress": progress}
+            how = {"eval_pairs": eval_pairs, "pair_loss": fast.pair_loss, "run": run}
+            return train.fit(config, policy, pairs=pairs, **frozen, **how, **told)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says about the run.
+    """What a run's folder says about the run."""
 
-    Attributes:
-        folder: where its training.json was found.
-        config: its settings.
-        start: what it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference",
-            "guide" and "tokenizer" as {"name": folder or hub name or None, "sha256": `origin`'s}; "training pairs",
-            "held-out pairs", "training prompts" as {"count", "sha256"}; an "objective" of your own. What a run did not have
-            is not there. Empty for a run that is older than this record.
-    """
-
-    folder: Path
+    folder: Path  # where its training.json was found
     config: TrainConfig
+    # What it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference", "guide" and
+    # "tokenizer" as {"name": folder or hub name or None, "sha256"}; "training pairs", "held-out pairs" and "training prompts"
+    # as {"count", "sha256"}; an "objective" of your own. Empty for a run that is older than this record.
     start: dict
 
     @property
@@ -170,10 +149,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord | None:
-    """What the run in a folder was started from; None where the folder (or hub name) is not a run's.
-
-    Args:
-        folder: a run's folder, its `final`, or one of its checkpoints.
+    """What the run in a folder (or its `final`, or a checkpoint) was started from; None where it, or a hub name, is no run's.
 
     Raises:
         ValueError: its record cannot be read, or was written by a newer version.
@@ -233,16 +209,9 @@ def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
 class Run(Progress):
     """A run that a folder keeps: checkpoints, metrics and what it was started from (no folder without `config.output_dir`)."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        tokenizer,
-        pairs: Sequence[EncodedPair],
-        eval_pairs: Sequence[EncodedPair],
-        accelerator,
-    ) -> None:
+    def __init__(self, config: TrainConfig, tokenizer, pairs, eval_pairs, accelerator) -> None:
         super().__init__(config, accelerator)
-        self.config, self.tokenizer, self.pairs, self.eval_pairs = config, tokenizer, pairs, eval_pairs
+        self.tokenizer, self.pairs, self.eval_pairs = tokenizer, pairs, eval_pairs
         self.folder = Path(config.output_dir) if config.output_dir else None
         self.writes = self.folder is not None and accelerator.is_main_process
         self.start: dict = {}
@@ -253,11 +222,7 @@ class Run(Progress):
 
     @contextmanager
     def owned(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder.
-
-        Raises:
-            RuntimeError: another process does, or it holds a run and `resume` is False.
-        """
+        """Hold the folder; RuntimeError where another process does, or it holds a run and `resume` is False."""
         with store.exclusive(self.folder) if self.writes else nullcontext():
             self._checkpoints = checkpoints_in(self.folder, resume=resume) if self.folder else []
             yield
@@ -267,28 +232,23 @@ class Run(Progress):
         if self.folder is not None:
             self.start[name] = origin(model)
 
-    def begin(self, policy, optimizer, per_update: int) -> None:
-        """A clean start, or the newest sound checkpoint: weights, optimizer, step and rows.
-
-        Raises:
-            RuntimeError: the folder holds another run; every difference is named.
-        """
-        if self.folder is None:
-            return
-        if self.config.report_to:
-            plain = {
-                name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)
-            }
-            self.accelerator.init_trackers("tensorboard", config=plain)
-        self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
-        self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
-        if source := OBJECTIVES[self.config.loss_type].source:
-            self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
-        if self._checkpoints:
-            self._continue(policy, optimizer)
-        elif self.writes:
-            store.write_file(self.folder / "metrics.jsonl", "")
-        self._record()
+    def begin(self, policy, optimizer, steps: int, per_update: int, *, shown: bool) -> None:
+        """A clean start, or the newest sound checkpoint; RuntimeError, naming every difference, where that is another run's."""
+        if self.folder is not None:
+            if self.config.report_to:
+                told = {k: v for k, v in self.config.to_dict().items() if isinstance(v, int | float | str)}
+                self.accelerator.init_trackers("tensorboard", config=told)
+            self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
+            self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
+            if source := OBJECTIVES[self.config.loss_type].source:
+                self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
+            if self._checkpoints:
+                self._continue(policy, optimizer)
+            if self.writes:
+                lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+                store.write_file(self.folder / "metrics.jsonl", lines)
+                store.write_atomically(self.folder / "start", self._write_start)
+        super().begin(policy, optimizer, steps, per_update, shown=shown)
 
     def _continue(self, policy, optimizer) -> None:
         found = store.newest(self.folder / "checkpoints")
@@ -327,20 +287,6 @@ class Run(Progress):
         self.accelerator.wait_for_everyone()
         if self.writes:
             store.set_aside(self.folder / "checkpoints", found)
-            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-            store.write_file(self.folder / "metrics.jsonl", lines)
-
-    def _record(self) -> None:
-        if not self.writes:
-            return
-        prompts = _prompts(self.pairs)
-
-        def write(target: Path) -> None:
-            self._write_training(target)
-            ids = torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int32)
-            save_file({"ids": ids, "lengths": torch.tensor([len(p) for p in prompts])}, target / "prompts.safetensors")
-
-        store.write_atomically(self.folder / "start", write)
 
     def log(self, row: dict) -> None:
         """Keep a metrics row, append it to metrics.jsonl, hand it to the tracker."""
@@ -370,11 +316,7 @@ class Run(Progress):
         self._rows_before = len(self.rows)
 
     def save(self, policy, optimizer) -> None:
-        """Write the checkpoint of this step and let go of those before the last `config.keep`.
-
-        Raises:
-            NonFiniteLoss: weights are not finite; nothing is written.
-        """
+        """Write the checkpoint of this step, unless weights are not finite, and let go of those before the last few."""
         if self.folder is None:
             return
         self.check_finite(policy)
@@ -383,12 +325,8 @@ class Run(Progress):
             self._checkpoint(policy, optimizer, sums)
 
     def finish(self, policy) -> None:
-        """Write the trained model.
-
-        Raises:
-            NonFiniteLoss: as `save`, also where there is no folder.
-        """
-        self.check_finite(policy)
+        """Write the trained model, unless its weights are not finite."""
+        super().finish(policy)
         if self.writes:
             self._write(self.folder / "final", adapters.whole(policy))
 
@@ -406,6 +344,7 @@ class Run(Progress):
                 try:
                     yield
                 except BaseException:
+                    self.bar.close()  # what is said from here on stands below it
                     self._rescue(policy, optimizer)
                     raise
         except BaseException:
@@ -426,16 +365,9 @@ class Run(Progress):
 
     def _checkpoint(self, policy, optimizer, sums: list[dict]) -> None:
         scaler = self.accelerator.scaler
-        state = {
-            "step": self.step,
-            "rows": self.rows,
-            "sums": sums,
-            "norm": self.norm,
-            "pending": self.pending,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler and scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
+        state = {name: getattr(self, name) for name in ("step", "rows", "norm", "pending")} | {"sums": sums}
+        state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state["scaler"] = scaler and scaler.state_dict()
         self._write(store.step_folder(self.folder / "checkpoints", self.step), policy, state)
         self._saved = self.step
         store.keep_last(self.folder / "checkpoints", self.config.keep)
@@ -453,6 +385,12 @@ class Run(Progress):
 
         store.write_atomically(folder, write)
 
+    def _write_start(self, target: Path) -> None:
+        self._write_training(target)
+        prompts = _prompts(self.pairs)
+        ids = torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int32)
+        save_file({"ids": ids, "lengths": torch.tensor([len(p) for p in prompts])}, target / "prompts.safetensors")
+
     def _write_training(self, target: Path) -> None:
         content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
         (target / "training.json").write_text(json.dumps(content, indent=1))
@@ -462,26 +400,23 @@ def _on_cpu(sums: Sums) -> dict[str, list]:
     return {name: [v.cpu() if isinstance(v, torch.Tensor) else v for v in entry] for name, entry in sums.totals.items()}
 
 
-def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair] | None) -> dict:
+def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]) -> dict:
     """All that a run is started from and that is known before the frozen models are loaded."""
     if hasattr(policy, "peft_config"):
-        weights = dict(policy.named_parameters())
-        name = _place(policy.get_base_model().name_or_path)
-        base = {name: p for name, p in weights.items() if not p.requires_grad}
-        adapter = {name: p for name, p in weights.items() if p.requires_grad}
-        found = {"adapter base": {"name": name, "sha256": fingerprint(base)}}
-        found["start adapter"] = {"name": None, "sha256": fingerprint(adapter)}
+        parts = {False: {}, True: {}}  # frozen, trained
+        for name, p in policy.named_parameters():
+            parts[p.requires_grad][name] = p
+        place = _place(policy.get_base_model().name_or_path)
+        found = {"adapter base": {"name": place, "sha256": fingerprint(parts[False])}}
+        found["start adapter"] = {"name": None, "sha256": fingerprint(parts[True])}
     else:
         found = {"start model": origin(policy)}
     if tokenizer is not None:
-        name = _place(tokenizer.name_or_path)
-        found["tokenizer"] = {
-            "name": name,
-            "sha256": store.content_key([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)]),
-        }
+        key = store.content_key([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)])
+        found["tokenizer"] = {"name": _place(tokenizer.name_or_path), "sha256": key}
     found["training pairs"] = _counted([astuple(pair) for pair in pairs])
     found["training prompts"] = _counted(_prompts(pairs))
-    found["held-out pairs"] = _counted([astuple(pair) for pair in eval_pairs or ()])
+    found["held-out pairs"] = _counted([astuple(pair) for pair in eval_pairs])
     return found
 
 
@@ -523,23 +458,15 @@ def _read_training(folder: Path) -> tuple[dict, dict | None]:
 def _differences(before: dict, now: dict, aside: set[str] = frozenset()) -> list[str]:
     """What differs, in words; things with a digest are compared by it, so a folder may have moved."""
 
-    def digested(value) -> bool:
-        return isinstance(value, dict) and "sha256" in value
-
-    def told(value) -> str:
-        if not digested(value):
-            return repr(value)
+    def seen(value) -> tuple:
+        """What is compared, and how it is told."""
+        if not isinstance(value, dict) or "sha256" not in value:
+            return value, repr(value)
         what = value["name"] or "one in memory" if "name" in value else value["count"]
-        return f"{what} (sha256 {value['sha256'][:12]})"
+        return value["sha256"], f"{what} (sha256 {value['sha256'][:12]})"
 
-    def identity(value):
-        return value["sha256"] if digested(value) else value
-
-    return [
-        f"{name} was {told(before[name])}, is {told(now[name])}"
-        for name in now
-        if name not in aside and name in before and identity(before[name]) != identity(now[name])
-    ]
+    both = {name: (seen(before[name]), seen(now[name])) for name in now if name in before and name not in aside}
+    return [f"{name} was {old[1]}, is {new[1]}" for name, (old, new) in both.items() if old[0] != new[0]]
 
 
 def _load_weights(policy, folder: Path) -> None:
