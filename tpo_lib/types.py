@@ -72,15 +72,14 @@ class Reading:
 class TokenStats:
     """What the objectives need to know about every response token, in nats.
 
-    Column t of every field, (N, T-1), scores token t+1 of the sequence and is exactly 0 where `mask` is False; None is a field
-    that was not asked for.
+    Column t scores token t+1 of the sequence and is exactly 0 where `mask` is False. None is what was not asked for.
     """
 
-    logps: Tensor  # log pi_theta(y^t | s_t)
-    ref_logps: Tensor | None  # log pi_ref(y^t | s_t); SFT and SimPO need none
-    mask: Tensor  # bool, True on response tokens
-    kl: Tensor | None = None  # KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the whole vocabulary, >= 0 up to rounding
-    guide_logps: Tensor | None = None  # log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO
+    logps: Tensor  # (N, T-1) log pi_theta(y^t | s_t)
+    ref_logps: Tensor | None  # (N, T-1) log pi_ref(y^t | s_t); SFT and SimPO need none
+    mask: Tensor  # (N, T-1) bool, True on response tokens
+    kl: Tensor | None = None  # (N, T-1) KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the vocabulary, >= 0 up to rounding
+    guide_logps: Tensor | None = None  # (N, T-1) log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO
 
     def map(self, fn: Callable[..., Tensor], *others: TokenStats) -> TokenStats:
         """Apply `fn` to every field that is there, with the same field of `others` behind it.
@@ -102,5 +101,5 @@ class LossOutput:
 
     loss: Tensor  # (B,) nats, differentiable; the loop takes the mean over pairs
     chosen_reward: Tensor  # (B,) implicit reward of the chosen response under this very objective, detached
-    rejected_reward: Tensor | None  # the same of the rejected response; None where there is none
+    rejected_reward: Tensor | None  # (B,) the same of the rejected response; None where there is none
     token_weights: Tensor | None = None  # (N, T-1) TGDPO's f(r_hat) on response tokens (chosen first), 0 off-mask
