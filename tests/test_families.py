@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from dataclasses import replace
 from functools import cache, partial
@@ -28,14 +27,6 @@ PAIRS = tiny.pairs(4, seed=5)  # up to 23 tokens: longer than the windows
 CORE = ["gpt2", "llama", "mistral", "gemma2"]  # with every objective
 CONFIG = TrainConfig(lr=1e-3, batch_size=4, epochs=3, warmup_steps=1, log_every=1, device="cpu", guide_beta=0.1)
 OBJECTIVES = ("dpo", "tdpo1", "tdpo2", "tgdpo")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def light_collections():
-    """Every run collects garbage at its end: let it look at its own objects alone."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 family = cache(tiny.family)  # never trained: `policy` gives copies
