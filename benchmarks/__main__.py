@@ -16,23 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks", description="Time and memory beside TRL and Liger (40 minutes).")
     parser.add_argument("--quick", action="store_true", help="fewer sections and pairs, about three minutes")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="sections whose names begin so")
-    parser.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; nothing is written")
+    words = "only these; nothing is written"
+    parser.add_argument("--contestants", nargs="+", default=(), metavar="NAME", dest="labels", help=words)
     parser.add_argument("--memory", action=BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--repetitions", type=COUNT, help="rounds of timing (default: 4, quick: 2)")
     parser.add_argument("--output", type=Path, help="folder to write (default: benchmarks, quick: runs/bench)")
-    parser.set_defaults(function=_run)
+    flags = ("quick", "only", "labels", "memory", "repetitions")
+    parser.set_defaults(function=lambda o: run.run(o.output, **{name: getattr(o, name) for name in flags}))
     call(parser, arguments)
-
-
-def _run(options) -> None:
-    run.run(
-        options.output,
-        quick=options.quick,
-        only=options.only,
-        labels=options.contestants,
-        memory=options.memory,
-        repetitions=options.repetitions,
-    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -44,6 +44,11 @@ class Shape:
     inner: int | None = None
     kv_heads: int | None = None
 
+    @property
+    def precision(self) -> str:
+        """What a step computes in; the weights are float32."""
+        return "bf16" if self.device == "cuda" else "float32"
+
     def describe(self) -> str:
         """One line for people."""
         rows = "ragged" if self.ragged else "unpadded"
@@ -55,19 +60,30 @@ class Shape:
 
 @dataclass
 class Case:
-    """A shape made real: models, batch, and what a cache would hold.
+    """A shape made real.
 
     Attributes:
-        policy: trained; ref, guide: frozen, of the same shape with other weights.
-        readers: the three of them as ResponseReader, which our paths read.
+        readers: of "policy", which is trained, "ref" and perhaps "guide", frozen, of the same shape with other weights.
     """
 
     shape: Shape
-    policy: nn.Module
-    ref: nn.Module
-    guide: nn.Module | None
+    readers: dict[str, ResponseReader]
     batch: PairBatch
-    readers: dict[str, ResponseReader] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models as they are."""
+        return {name: reader.model for name, reader in self.readers.items()}
+
+    @property
+    def policy(self) -> nn.Module:
+        """What is trained."""
+        return self.models["policy"]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the other models."""
+        return [name for name in self.readers if name != "policy"]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -80,10 +96,9 @@ class Case:
         return stats.response_mask(self.batch.labels)
 
     def read(self, name: str) -> Reading:
-        """Hidden states of "policy", "ref" or "guide" at the response positions; frozen models leave no graph."""
-        reader = self.readers[name]
+        """Hidden states of one model at the response positions; frozen models leave no graph."""
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
-            return reader(self.batch)
+            return self.readers[name](self.batch)
 
     @cached_property
     def known_states(self) -> Reading:
@@ -94,29 +109,26 @@ class Case:
     def known_logps(self) -> dict[str, Tensor]:
         """(R,) log-probabilities of the response tokens under the frozen models, as a cache holds them."""
         with torch.no_grad():
-            return {
-                name: response_logps(self.read(name), self.batch.labels) for name in self.readers if name != "policy"
-            }
+            return {name: response_logps(self.read(name), self.batch.labels) for name in self.frozen}
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained."""
-        return dict(self.policy.named_parameters())
+    def gradients(self) -> dict[str, Tensor]:
+        """What the last step left in the policy, by parameter."""
+        return {name: p.grad for name, p in self.policy.named_parameters() if p.grad is not None}
 
-    def on(self, batch: PairBatch) -> Case:
-        """The same models on another batch."""
-        return Case(self.shape, self.policy, self.ref, self.guide, batch, self.readers)
+    def resized(self, **sizes: int) -> Case:
+        """The same models on a batch of another size (pairs, length)."""
+        shape = replace(self.shape, **sizes)
+        return Case(shape, self.readers, make_batch(shape))
 
 
 def build(shape: Shape, *, guide: bool = False) -> Case:
     """Make models and batch; the same shape gives the same numbers in every process."""
-    device = torch.device(shape.device)
-    with device:  # a billion random numbers take a CPU half a minute
-        models = [_model(shape, seed) for seed in range(3 if guide else 2)]
-    for frozen in models[1:]:
-        frozen.requires_grad_(False)
-    names = ("policy", "ref", "guide")
-    readers = {name: ResponseReader(model) for name, model in zip(names, models, strict=False)}
-    return Case(shape, models[0], models[1], models[2] if guide else None, make_batch(shape).to(device), readers)
+    with torch.device(shape.device):  # a billion random numbers take a CPU half a minute
+        models = {name: make_model(shape, seed) for seed, name in enumerate(("policy", "ref", "guide")[: 2 + guide])}
+    case = Case(shape, {name: ResponseReader(model) for name, model in models.items()}, make_batch(shape))
+    for name in case.frozen:
+        models[name].requires_grad_(False)
+    return case
 
 
 def make_batch(shape: Shape) -> PairBatch:
@@ -129,34 +141,25 @@ def make_batch(shape: Shape) -> PairBatch:
     place = torch.arange(t)
     attention = (place < lengths[:, None]).long()  # (N, T)
     labels = torch.where((place >= PROMPT) & attention.bool(), ids, IGNORE)
-    return PairBatch(ids * attention, attention, labels, torch.arange(shape.pairs))
+    return PairBatch(ids * attention, attention, labels, torch.arange(shape.pairs)).to(torch.device(shape.device))
 
 
-def _model(shape: Shape, seed: int) -> nn.Module:
+def make_model(shape: Shape, seed: int) -> nn.Module:
+    """A random model in eval mode, on the default device."""
     import transformers
 
     torch.manual_seed(seed)
+    common = {"vocab_size": shape.vocab, "bos_token_id": 0, "eos_token_id": 0}
+    positions, heads = max(shape.length, 16), max(1, shape.width // 64)
     if shape.family == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=shape.vocab,
-            n_positions=max(shape.length, 16),
-            n_embd=shape.width,
-            n_layer=shape.layers,
-            n_head=max(1, shape.width // 64),
-            initializer_range=shape.spread,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+            n_positions=positions, n_embd=shape.width, n_layer=shape.layers, n_head=heads,
+            initializer_range=shape.spread, **common,
+        )  # fmt: skip
         return transformers.GPT2LMHeadModel(config).eval()
     config = transformers.LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner or 4 * shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=max(1, shape.width // 64),
-        num_key_value_heads=shape.kv_heads or max(1, shape.width // 256),
-        max_position_embeddings=max(shape.length, 16),
-        initializer_range=shape.spread / 2,
-        tie_word_embeddings=True,
-    )
+        hidden_size=shape.width, intermediate_size=shape.inner or 4 * shape.width, num_hidden_layers=shape.layers,
+        num_attention_heads=heads, num_key_value_heads=shape.kv_heads or max(1, shape.width // 256),
+        max_position_embeddings=positions, initializer_range=shape.spread / 2, tie_word_embeddings=True, **common,
+    )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()

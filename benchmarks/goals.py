@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import measure
+from benchmarks import contestants, measure
 from tpo_lib.losses import OBJECTIVES
 
 
@@ -35,9 +35,8 @@ def evaluate(sections: Mapping[str, Mapping]) -> list[dict]:
         except KeyError:
             measured = None
         holds = None if measured is None else measured <= goal.limit
-        rows.append(
-            {"number": goal.number, "text": goal.text, "limit": goal.limit, "measured": measured, "holds": holds}
-        )
+        told = {"number": goal.number, "text": goal.text, "limit": goal.limit}
+        rows.append(told | {"measured": measured, "holds": holds})
     return rows
 
 
@@ -46,11 +45,7 @@ def _time(section: str, against: str, label: str = "fused") -> Callable[[Mapping
 
 
 def _memory(section: str, against: str, label: str = "fused") -> Callable[[Mapping], float]:
-    def read(sections: Mapping) -> float:
-        used = sections[section]["memory_mib"]
-        return used[label] / used[against]
-
-    return read
+    return lambda sections: sections[section]["memory_mib"][label] / sections[section]["memory_mib"][against]
 
 
 def _slowest(sections: Mapping) -> float:
@@ -71,7 +66,7 @@ def _slowest_run(sections: Mapping) -> float:
 def _not_finite(sections: Mapping) -> float:
     """Number of our paths that are not finite."""
     found = sections["finite"]["finite"]
-    return sum(not found[label] for label in ("fused", "statistics", "cached"))
+    return sum(not found[label] for label in contestants.OURS)
 
 
 GOALS = (

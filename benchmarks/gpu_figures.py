@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 
 from tpo_lib.runs.plots import AXIS, FONT, mean, panels, style_of
 
+LEGEND = {"loc": "outside lower center", "ncols": 7, "frameon": False, "fontsize": FONT}
 BARS = {  # contestant -> label, colour, hatch: they stay apart in greyscale
     "textbook": ("textbook", "#999999", ""),
     "trl": ("TRL", "#56B4E9", "//"),
@@ -32,12 +33,10 @@ def steps(bench: Sequence[Mapping], ceilings: Mapping) -> Figure:
         ax.set_title(f"{name} ({own[0]['pairs']} pairs, T = {own[0]['shape']['length']})", fontsize=FONT)
         ax.grid(visible=False, axis="x")
     axes[0].set_ylabel("a training step, milliseconds (median)", fontsize=FONT)
-    handles = [
-        Line2D([], [], marker="s", linestyle="none", markersize=11, color=colour, markeredgecolor="black", label=label)
-        for label, colour, _ in BARS.values()
-    ]
+    square = {"marker": "s", "linestyle": "none", "markersize": 11, "markeredgecolor": "black"}
+    handles = [Line2D([], [], color=colour, label=label, **square) for label, colour, _ in BARS.values()]
     handles.append(Line2D([], [], color="black", linewidth=2, label="computed floor"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=FONT)
+    fig.legend(handles=handles, **LEGEND)
     return fig
 
 
@@ -64,11 +63,10 @@ def frontier(rows: Sequence[Mapping]) -> Figure:
             for row in rows:
                 if row["seed"] == seed and row["kind"] == "run":
                     _curve(ax, [start, *row["points"]], row["objective"], metric, thin=seed != seeds[0])
-            star = style_of("start")
-            ax.plot(mean(start, "kl"), mean(start, metric), "*", color=star.colour, markersize=12, zorder=5)
+            ax.plot(mean(start, "kl"), mean(start, metric), "*", color="black", markersize=12, zorder=5)
         ax.set_xlabel(AXIS["kl"], fontsize=FONT)
         ax.set_ylabel(AXIS[metric], fontsize=FONT)
-    names = list(dict.fromkeys(row["objective"] for row in rows if row["kind"] == "run"))
+    names = dict.fromkeys(row["objective"] for row in rows if row["kind"] == "run")
     handles = [
         Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.linestyle, label=s.label, linewidth=2, markersize=7)
         for s in map(style_of, names)
@@ -77,18 +75,19 @@ def frontier(rows: Sequence[Mapping]) -> Figure:
         kind = {"color": "#555555", "marker": "o", "markerfacecolor": "white", "linewidth": 1}
         handles.append(Line2D([], [], label=f"replication {seeds[1]}: thin, hollow", **kind))
     handles.append(Line2D([], [], color="black", marker="*", linestyle="none", markersize=12, label="start"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=FONT, handlelength=3.5)
+    fig.legend(handles=handles, handlelength=3.5, **LEGEND)
     return fig
 
 
 def _curve(ax, points: Sequence[Mapping], objective: str, metric: str, *, thin: bool) -> None:
-    style = style_of(objective)
-    xs, ys = [mean(p, "kl") for p in points], [mean(p, metric) for p in points]
-    bars = [[max(0.0, y - p[metric]["low"]) for y, p in zip(ys, points, strict=True)]]
-    bars += [[max(0.0, p[metric]["high"] - y) for y, p in zip(ys, points, strict=True)]]
-    ax.errorbar(xs[1:], ys[1:], yerr=[b[1:] for b in bars], fmt="none", ecolor=style.colour, elinewidth=1, alpha=0.35)
-    ax.plot(
-        xs, ys, color=style.colour, linestyle=style.linestyle, marker=style.marker, linewidth=1 if thin else 2,
-        markersize=6 if thin else 8, markerfacecolor="white" if thin else style.colour,
-        markeredgecolor=style.colour if thin else "white", markevery=slice(1, None),
-    )  # fmt: skip
+    style, after = style_of(objective), points[1:]
+    bars = [
+        [max(0.0, sign * (p[metric][end] - mean(p, metric))) for p in after] for end, sign in (("low", -1), ("high", 1))
+    ]
+    kind = {"fmt": "none", "ecolor": style.colour, "elinewidth": 1, "alpha": 0.35}
+    ax.errorbar([mean(p, "kl") for p in after], [mean(p, metric) for p in after], yerr=bars, **kind)
+    look = {"linewidth": 1, "markersize": 6, "markerfacecolor": "white", "markeredgecolor": style.colour}
+    if not thin:
+        look = {"linewidth": 2, "markersize": 8, "markerfacecolor": style.colour, "markeredgecolor": "white"}
+    look |= {"color": style.colour, "linestyle": style.linestyle, "marker": style.marker, "markevery": slice(1, None)}
+    ax.plot([mean(p, "kl") for p in points], [mean(p, metric) for p in points], **look)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import gpu_figures
-from benchmarks.gpu_device import best
+from benchmarks.report import table, yes
 from tpo_lib.files.store import write_file
 from tpo_lib.runs.plots import style_of
 
-LABELS = {"textbook": "textbook", "trl": "TRL", "liger": "Liger", "fused": "ours", "cached": "ours, cached"}
+LABELS = {name: label for name, (label, _, _) in gpu_figures.BARS.items() if name != "bodies"}
 NOTES = "notes.md"  # what people make of the figures; kept, and put into the page
 METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "seqkl_chosen", "seqkl_rejected", "accuracy")
 SHOWN = 2  # samples a run
@@ -24,98 +25,74 @@ def write(parts: Path, out: Path) -> None:
         FileNotFoundError: there is none.
     """
     found = {path.stem: json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))}
-    runs = [json.loads(path.read_text()) for path in sorted(parts.rglob("experiment.json"))]
-    if not found and not runs:
-        raise FileNotFoundError(f"{parts} holds no part's results; run python -m benchmarks.gpu first")
     found = {name: part for name, part in found.items() if name in ("numerics", "bench")}
+    runs = [json.loads(path.read_text()) for path in sorted(parts.rglob("experiment.json"))]
+    every = [*found.values(), *runs]
+    if not every:
+        raise FileNotFoundError(f"{parts} holds no part's results; run python -m benchmarks.gpu first")
     experiment = [row for run in runs for row in run["rows"]]
-    out.mkdir(parents=True, exist_ok=True)
-    text = [INTRODUCTION, about(next(iter([*found.values(), *runs])))]
+    bench, ceilings = (found.get("bench", {}).get(key, ()) for key in ("rows", "ceilings"))
     notes = out / NOTES
-    text += [notes.read_text().strip()] if notes.is_file() else []
-    bench = found.get("bench", {"rows": []})["rows"]
-    ceilings = found.get("bench", {}).get("ceilings")
+    text = [INTRODUCTION, about(every[0]["about"]), *([notes.read_text().strip()] if notes.is_file() else [])]
     text += ["## Goals", table(["goal", "limit", "measured", "holds"], goals(found, bench, experiment))]
     if "numerics" in found:
         text += ["## Numerics", NUMERICS, *numerics(found["numerics"])]
     if bench:
-        write_figure(out / "steps.png", gpu_figures.steps(bench, ceilings))
+        write_file(out / "steps.png", partial(gpu_figures.steps(bench, ceilings).savefig, dpi=110))
         text += ["## A training step", STEPS, "![Time of a step, by contestant](steps.png)", *steps(bench, ceilings)]
     if any(row["kind"] == "run" for row in experiment):
-        write_figure(out / "frontier.png", gpu_figures.frontier(experiment))
+        write_file(out / "frontier.png", partial(gpu_figures.frontier(experiment).savefig, dpi=110))
         text += ["## The experiment", *replications(experiment)]
         text += ["![Reward, judge and entropy against KL](frontier.png)", *results(experiment), *samples(experiment)]
-    parts_kept = [plain(part) for part in (*found.values(), *runs)]
-    write_file(out / "results.json", json.dumps(parts_kept, indent=None) + "\n")
+    write_file(out / "results.json", json.dumps([plain(part) for part in every]) + "\n")
     write_file(out / "README.md", "\n\n".join(text) + "\n")
     print(f"written: {out / 'README.md'}", flush=True)
 
 
-def write_figure(path: Path, figure) -> None:
-    """Save a figure."""
-    figure.savefig(path, dpi=110)
-
-
 def plain(part: dict) -> dict:
-    """A part without what describes the machine beyond the card, and without samples beyond those shown."""
-    kept = {k: v for k, v in part["about"].items() if k not in ("system", "commit")}
-    return part | {"about": kept}
+    """A part without what describes the machine beyond the card."""
+    return part | {"about": {k: v for k, v in part["about"].items() if k not in ("system", "commit")}}
 
 
-def about(part: Mapping) -> str:
+def about(a: Mapping) -> str:
     """Card, versions, date."""
-    a, versions = part["about"], part["about"]["versions"]
-    card = f"One {a['gpu']}, CUDA {a['cuda']}" if a.get("gpu") else f"No GPU ({best()}): the small form"
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    card = f"One {a['gpu']}, CUDA {a['cuda']}" if a.get("gpu") else "No GPU (cpu): the small form"
+    packages = ", ".join(f"{name} {version}" for name, version in a["versions"].items() if version)
     return f"{card}; {a['cores']} CPU cores. {packages}. {a['date'][:10]}. float32 is float32 (TF32 off)."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 # ---- goals
 
 
-def goals(found: Mapping, bench: Sequence[Mapping], experiment: Sequence[Mapping]) -> list[list[str]]:
+def goals(found: Mapping, bench: Sequence[Mapping], experiment: Sequence[Mapping]) -> Iterator[list[str]]:
     """[goal, limit, measured, holds] of each goal that was set for one H100."""
-    rows = []
-    if "numerics" in found:
-        checks = found["numerics"]["rows"]
-        bad = sum(not check["holds"] for check in checks)
-        rows.append([f"numerics: checks that do not hold, of {len(checks)}", "0", str(bad), yes(bad == 0)])
     real = [check for row in experiment if row["kind"] == "agreement" for check in row["rows"]]
-    if real:
-        bad = sum(not check["holds"] for check in real)
-        what = f"ours against all logits at once on the trained weights: checks that do not hold, of {len(real)}"
-        rows.append([what, "0", str(bad), yes(bad == 0)])
+    for checks, what in (
+        (found.get("numerics", {"rows": []})["rows"], "numerics"),
+        (real, "ours against all logits at once on the trained weights"),
+    ):
+        if checks:
+            bad = sum(not check["holds"] for check in checks)
+            yield [f"{what}: checks that do not hold, of {len(checks)}", "0", str(bad), yes(bad == 0)]
     for r in bench:
         if r["kind"] == "largest" and r["objective"] == "tdpo2":
-            times = r["beside"]["median_s"]
+            beside, alone, times = r["beside"], r["alone"], r["beside"]["median_s"]
             for label in ("fused", "cached"):
                 ratio = times[label] / times["textbook"]
-                what = f"TDPO2, Llama-1B, {r['beside']['pairs']} pairs: {LABELS[label]} over the textbook, time"
-                rows.append([what, "0.45", f"{ratio:.2f}", yes(ratio <= 0.45)])
-            share = mfu(r["alone"], "fused")
+                what = f"TDPO2, Llama-1B, {beside['pairs']} pairs: {LABELS[label]} over the textbook, time"
+                yield [what, "0.45", f"{ratio:.2f}", yes(ratio <= 0.45)]
+            share = mfu(alone, "fused")
             if share is not None:
-                what = f"TDPO2, Llama-1B, T = 512, {r['alone']['pairs']} pairs: share of the datasheet's peak"
-                rows.append([what, "at least 0.45", f"{share:.2f}", yes(share >= 0.45)])
+                what = f"TDPO2, Llama-1B, T = 512, {alone['pairs']} pairs: share of the datasheet's peak"
+                yield [what, "at least 0.45", f"{share:.2f}", yes(share >= 0.45)]
             if found["bench"]["about"].get("gpu"):
-                used = r["gib_of_32"]
-                fits = used is not None and used + r["loaded_gib"] <= 40
-                said = "does not fit the card" if used is None else f"{used + r['loaded_gib']:.0f} GiB"
-                rows.append(["TDPO2, Llama-1B, T = 512, 32 pairs: memory in all", "40 GiB", said, yes(fits)])
+                used = None if r["gib_of_32"] is None else r["gib_of_32"] + r["loaded_gib"]
+                said = "does not fit the card" if used is None else f"{used:.0f} GiB"
+                fits = used is not None and used <= 40
+                yield ["TDPO2, Llama-1B, T = 512, 32 pairs: memory in all", "40 GiB", said, yes(fits)]
         if r["kind"] == "steps" and r["objective"] == "dpo" and "trl" in r["median_s"]:
             ratio = r["median_s"]["fused"] / r["median_s"]["trl"]
-            rows.append([f"DPO, {r['name']}: ours over TRL, time", "0.80", f"{ratio:.2f}", yes(ratio <= 0.8)])
-    return rows
-
-
-def yes(holds: bool) -> str:
-    """For a table."""
-    return "yes" if holds else "**no**"
+            yield [f"DPO, {r['name']}: ours over TRL, time", "0.80", f"{ratio:.2f}", yes(ratio <= 0.8)]
 
 
 def mfu(timed: Mapping, label: str, peak: float = 989e12) -> float | None:
@@ -130,21 +107,20 @@ def mfu(timed: Mapping, label: str, peak: float = 989e12) -> float | None:
 
 def numerics(part: Mapping) -> Iterator[str]:
     """The worst error of every kind of check."""
-    worst: dict[tuple, dict] = {}
+    groups: dict[tuple, list[dict]] = {}
     for check in part["rows"]:
         _, _, way = check["case"].partition(" (pairs")
         what = check["what"].split(": ")[-1]
         case = f"losses of {way.rsplit(', ', 1)[-1]}" if way else check["case"]
         key = (case, "gradients" if way and what != "loss" else what, check["precision"])
-        best_so_far = worst.setdefault(key, check | {"count": 0})
-        count = best_so_far["count"] + 1
-        if check["error"] > best_so_far["error"]:
-            worst[key] = check | {"count": count}
-        worst[key]["count"] = count
+        groups.setdefault(key, []).append(check)
+    worst = {
+        key: max(checks, key=lambda c: (not c["holds"], c["error"])) for key, checks in groups.items()
+    }  # NaN first
     rows = [
-        [case, what, precision, str(c["count"]), f"{c['error']:.1e}", f"{c['textbook']:.1e}" if "textbook" in c else "",
+        [*key, str(len(groups[key])), f"{c['error']:.1e}", f"{c['textbook']:.1e}" if "textbook" in c else "",
          f"{c['tolerance']:.1e}", yes(c["holds"])]
-        for (case, what, precision), c in worst.items()
+        for key, c in worst.items()
     ]  # fmt: skip
     yield table(["case", "what", "type", "checks", "largest error", "textbook's there", "tolerance", "holds"], rows)
     if part.get("cut"):
@@ -153,56 +129,60 @@ def numerics(part: Mapping) -> Iterator[str]:
 
 def steps(bench: Sequence[Mapping], ceilings: Mapping) -> Iterator[str]:
     """Times, memory and what fits."""
-    head = ["shape", "objective", *LABELS.values(), "bodies alone", "floor", "ours / textbook", "ours / TRL"]
-    rows, memory = [], []
+    rows, memory, other = [], [], []
     for r in bench:
         if r["kind"] != "steps":
+            other.append(OTHERS[r["kind"]](r))
             continue
-        m = r["median_s"]
+        m, gib = r["median_s"], r["memory_gib"]
         floor = r["flops"]["uncached"] / ceilings["product_flops"]
         cells = [f"{m[label] * 1e3:.0f}" if label in m else "" for label in (*LABELS, "bodies")]
         ratios = [f"{m['fused'] / m[peer]:.2f}" if peer in m and "fused" in m else "" for peer in ("textbook", "trl")]
-        rows.append([r["name"], style_of(r["objective"]).label, *cells, f"{floor * 1e3:.1f}", *ratios])
+        first = [r["name"], style_of(r["objective"]).label]
+        rows.append([*first, *cells, f"{floor * 1e3:.1f}", *ratios])
         shares = [f"{share:.2f}" if (share := mfu(r, label)) is not None else "" for label in LABELS]
-        gib = [f"{r['memory_gib'][label]:.1f}" if r["memory_gib"].get(label) else "" for label in LABELS]
-        memory.append([r["name"], style_of(r["objective"]).label, *map(" / ".join, zip(gib, shares, strict=True))])
+        used = [f"{gib[label]:.1f}" if gib.get(label) else "" for label in LABELS]
+        memory.append([*first, *map(" / ".join, zip(used, shares, strict=True))])
+    head = ["shape", "objective", *LABELS.values()]
     yield "Milliseconds of a step (medians), all contestants in rotating order:"
-    yield table(head, rows)
+    yield table([*head, "bodies alone", "floor", "ours / textbook", "ours / TRL"], rows)
     yield "GiB above the loaded models, gradients included / share of the datasheet's 989 TFLOP/s:"
-    yield table(["shape", "objective", *LABELS.values()], memory)
-    for r in bench:
-        if r["kind"] == "largest":
-            yield largest(r)
-        if r["kind"] == "precisions":
-            m = r["median_s"]
-            yield (
-                f"float32 against bf16 (DPO, ours, {r['name']}): {m['float32'] * 1e3:.0f} ms and {m['bf16'] * 1e3:.0f} ms; "
-                f"the losses are {r['losses']['float32']:.4f} and {r['losses']['bf16']:.4f}."
-            )
-        if r["kind"] == "failed":
-            yield f"{r['name']} was not measured: {r['problem']}"
+    yield table(head, memory)
+    yield from other
 
 
 def largest(r: Mapping) -> str:
     """What fits, and who is faster where the textbook is full."""
     most = ", ".join(f"{LABELS[label]} {found['pairs']}" for label, found in r["most"].items())
-    each = ", ".join(
-        f"{LABELS[label]} {found['gib_a_pair']:.2f}" for label, found in r["most"].items() if found["gib_a_pair"]
-    )
-    b, alone = r["beside"], r["alone"]
+    each = ", ".join(f"{LABELS[k]} {found['gib_a_pair']:.2f}" for k, found in r["most"].items() if found["gib_a_pair"])
+    b, alone, seconds = r["beside"], r["alone"], r["alone"]["median_s"]
     times = ", ".join(
-        f"{LABELS[label]} {seconds * 1e3:.0f} ms ({b['tokens'] / seconds:,.0f} tokens/s, {b['memory_gib'][label]:.1f} GiB)"
-        for label, seconds in b["median_s"].items()
+        f"{LABELS[label]} {s * 1e3:.0f} ms ({b['tokens'] / s:,.0f} tokens/s, {b['memory_gib'][label]:.1f} GiB)"
+        for label, s in b["median_s"].items()
         if label in LABELS
     )
-    speed = alone["tokens"] / alone["median_s"]["fused"]
-    share = mfu(alone, "fused") or 0.0
-    bodies = alone["median_s"]["bodies"]
     return (
         f"**{style_of(r['objective']).label}, Llama-1B, T = 512, as many pairs as fit**: {most} (GiB a pair: {each}). "
-        f"At {b['pairs']} pairs: {times}. Ours at {alone['pairs']} pairs: {alone['median_s']['fused'] * 1e3:.0f} ms, "
-        f"{speed:,.0f} tokens/s, {share:.2f} of the peak; the bodies alone take {bodies * 1e3:.0f} ms of it."
+        f"At {b['pairs']} pairs: {times}. Ours at {alone['pairs']} pairs: {seconds['fused'] * 1e3:.0f} ms, "
+        f"{alone['tokens'] / seconds['fused']:,.0f} tokens/s, {mfu(alone, 'fused') or 0.0:.2f} of the peak; the bodies alone "
+        f"take {seconds['bodies'] * 1e3:.0f} ms of it."
     )
+
+
+def precisions(r: Mapping) -> str:
+    """Time and loss of one step in two types."""
+    m = r["median_s"]
+    return (
+        f"float32 against bf16 (DPO, ours, {r['name']}): {m['float32'] * 1e3:.0f} ms and {m['bf16'] * 1e3:.0f} ms; "
+        f"the losses are {r['losses']['float32']:.4f} and {r['losses']['bf16']:.4f}."
+    )
+
+
+OTHERS = {
+    "largest": largest,
+    "precisions": precisions,
+    "failed": lambda r: f"{r['name']} was not measured: {r['problem']}",
+}
 
 
 # ---- experiment
@@ -219,51 +199,47 @@ def replications(rows: Sequence[Mapping]) -> Iterator[str]:
                 f"SFT on {s['reviews']:,} reviews ({s['tokens']:,} tokens, {s['updates']} updates, {s['seconds']:.0f} s), "
                 f"perplexity of held-out reviews {s['perplexity_before']:.1f} before, {s['perplexity_after']:.1f} after;"
             )
-        p, size = own["pairs"], own["pairs"]["size"]
+        p, size, updates = own["pairs"], own["pairs"]["size"], own.get("plan", {"updates": 0})["updates"]
         said.append(
             f"{p['pairs']:,} pairs from {size['prompts']:,} prompts x 4 completions (score {p['score_mean']:.2f} +- "
             f"{p['score_std']:.2f}), {size['held_out']} held-out prompts, {p['held_out_pairs']} held-out pairs; "
-            f"{p['seen_prompts']} of the held-out prompts begin or continue a training prompt; "
+            f"{p['seen_prompts']} of the held-out prompts begin or continue a training prompt;  "
+            f"{updates} updates of {size['batch']} pairs, AdamW, peak rate {size['lr']:g}."
         )
-        plan = own.get("plan", {"updates": 0})
-        said.append(f"{plan['updates']} updates of {size['batch']} pairs, AdamW, peak rate {size['lr']:g}.")
         yield " ".join(said)
+
+
+def ends(rows: Sequence[Mapping]) -> Iterator[tuple[int, str, Mapping]]:
+    """(seed, label, point) of the start and of the end of every run, replication by replication."""
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        if row["kind"] == "start":
+            yield row["seed"], "start", row
+        if row["kind"] == "run":
+            yield row["seed"], style_of(row["objective"]).label, row["points"][-1]
 
 
 def results(rows: Sequence[Mapping]) -> Iterator[str]:
     """The last point of every run, with 95% intervals over the held-out prompts."""
-    lines = []
-    for seed in sorted({row["seed"] for row in rows}):
-        for row in rows:
-            if row["seed"] == seed and row["kind"] in ("start", "run"):
-                point = row if row["kind"] == "start" else row["points"][-1]
-                name = "start" if row["kind"] == "start" else style_of(row["objective"]).label
-                lines.append([str(seed), name, str(point["step"]), *(cell(point, metric) for metric in METRICS)])
     yield "At the end of every run; in brackets 95% intervals over held-out prompts or pairs, which say nothing of seeds:"
-    head = ["replication", "objective", "updates", "reward", "judge", "KL, nats", "entropy, nats a token", "distinct-2"]
-    yield table([*head, "SeqKL chosen", "SeqKL rejected", "accuracy"], lines)
-    speeds = [(row["objective"], row["pairs_a_second"], row["peak_gib"]) for row in rows if row["kind"] == "run"]
-    low, high = min(s for _, s, _ in speeds), max(s for _, s, _ in speeds)
-    yield f"Training took {low:.0f} to {high:.0f} pairs a second, evaluations not counted."
-
-
-def cell(point: Mapping, metric: str) -> str:
-    """Mean and interval."""
-    m = point[metric]
-    return f"{m['mean']:.2f} ({m['low']:.2f} to {m['high']:.2f})"
+    head = ["replication", "objective", "updates", "reward", "judge", "KL, nats", "entropy, nats a token", "distinct-2",
+            "SeqKL chosen", "SeqKL rejected", "accuracy"]  # fmt: skip
+    lines = [
+        [str(seed), name, str(point["step"])]
+        + [f"{m['mean']:.2f} ({m['low']:.2f} to {m['high']:.2f})" for m in map(point.get, METRICS)]
+        for seed, name, point in ends(rows)
+    ]
+    yield table(head, lines)
+    speeds = [row["pairs_a_second"] for row in rows if row["kind"] == "run"]
+    yield f"Training took {min(speeds):.0f} to {max(speeds):.0f} pairs a second, evaluations not counted."
 
 
 def samples(rows: Sequence[Mapping]) -> Iterator[str]:
     """The same held-out prompts, continued by the start and by every run; the prompts themselves are not shown."""
-    seed = min(row["seed"] for row in rows)
-    lines = []
-    for row in rows:
-        if row["seed"] == seed and row["kind"] in ("start", "run"):
-            point = row if row["kind"] == "start" else row["points"][-1]
-            name = "start" if row["kind"] == "start" else style_of(row["objective"]).label
-            for s in point["samples"][:SHOWN]:
-                text = " ".join(s["text"].split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-                lines.append([name, f"{s['reward']:.2f}", f"{s['judge']:.2f}", text])
+    first, lines = min(row["seed"] for row in rows), []
+    for seed, name, point in ends(rows):
+        for s in point["samples"][:SHOWN] if seed == first else ():
+            text = " ".join(s["text"].split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+            lines.append([name, f"{s['reward']:.2f}", f"{s['judge']:.2f}", text])
     yield (
         f"The first {SHOWN} held-out prompts, continued (prompts are beginnings of reviews and are not shown; cut at the "
         "longest length):"

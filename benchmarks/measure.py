@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import contestants
-from benchmarks.cases import Case, Shape, build, make_batch
+from benchmarks.cases import Case, Shape, build
 from tpo_lib.losses import OBJECTIVES
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-TOLERANCE = {"cpu": 1e-5, "cuda": 3e-2}  # fp32; bfloat16 autocast
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"float32": 1e-5, "bf16": 3e-2}
+Step = Callable[[Case], Tensor]
 
 
 class Disagreement(RuntimeError):
     """A contestant computes something else: its time would mean nothing."""
 
 
-def gradient_step(fn: Callable[[Case], Tensor], case: Case) -> float:
+def autocast(device: str, precision: str) -> AbstractContextManager:
+    """Autocast to "bf16" or "fp16"; "float32" changes nothing."""
+    return torch.autocast(device, TYPES[precision]) if precision in TYPES else nullcontext()
+
+
+def gradient_step(fn: Step, case: Case, precision: str | None = None) -> float:
     """One forward and backward pass; gradients are left in the policy, made anew."""
     case.policy.zero_grad(set_to_none=True)
-    with torch.autocast("cuda", torch.bfloat16) if case.shape.device == "cuda" else nullcontext():
+    with autocast(case.shape.device, precision or case.shape.precision):
         loss = fn(case)
     loss.backward()
     return loss.item()
 
 
-def check_agreement(entries: Mapping[str, Callable], case: Case, against: str = "textbook") -> dict[str, dict]:
+def check_agreement(
+    entries: Mapping[str, Step], case: Case, precision: str | None = None, *,
+    against: str = "textbook", catch: type[Exception] | tuple = (),
+) -> dict[str, dict]:  # fmt: skip
     """Loss and gradient of every contestant against one of them, relative; this is the warm-up too.
+
+    Args:
+        catch: errors that are written down, as "refused", instead of raised.
 
     Returns:
         {name: {"loss": relative difference, "gradient": norm of the difference over the norm, of the whole gradient,
@@ -47,32 +61,34 @@ def check_agreement(entries: Mapping[str, Callable], case: Case, against: str = 
     Raises:
         Disagreement: names contestant, quantity and size.
     """
-    expected = gradient_step(entries[against], case)
-    gradients = {name: p.grad.clone() for name, p in case.parameters().items() if p.grad is not None}
-    whole = _norm(gradients.values())
-    differences = {}
-    for label, fn in entries.items():
+    expected = gradient_step(entries[against], case, precision)
+    exact = {name: grad.clone() for name, grad in case.gradients().items()}
+    sizes = {name: _norm(grad) for name, grad in exact.items()}
+    whole, most, found = math.hypot(*sizes.values()), TOLERANCE[precision or case.shape.precision], {}
+    for label in entries:
         if label == against:
             continue
-        loss = gradient_step(fn, case)
-        gaps = {name: p.grad - gradients[name] for name, p in case.parameters().items() if name in gradients}
-        large = [name for name, g in gradients.items() if g.norm() > 1e-3 * whole]
-        differences[label] = found = {
-            "loss": abs(loss - expected) / abs(expected),
-            "gradient": _norm(gaps.values()) / whole,
-            "tensor": max((gaps[name].norm() / gradients[name].norm()).item() for name in large),
-        }
-        for what in ("loss", "gradient"):
-            if not found[what] <= TOLERANCE[case.shape.device]:
-                raise Disagreement(
-                    f"{label} differs from {against} in its {what} by {found[what]:.1e} of it "
-                    f"({case.shape.describe()}); at most {TOLERANCE[case.shape.device]:.0e} is allowed, nothing was timed"
-                )
-    return differences
+        found[label] = said = {}
+        try:
+            loss, gradients = gradient_step(entries[label], case, precision), case.gradients()
+            gaps = {name: _norm(gradients[name] - exact[name]) for name in exact}
+            said["loss"] = abs(loss - expected) / abs(expected)
+            said["gradient"] = math.hypot(*gaps.values()) / whole
+            said["tensor"] = max(gaps[name] / size for name, size in sizes.items() if size > 1e-3 * whole)
+            for what in ("loss", "gradient"):
+                if not said[what] <= most:
+                    raise Disagreement(
+                        f"{label} differs from {against} in its {what} by {said[what]:.1e} of it "
+                        f"({case.shape.describe()}); at most {most:.0e} is allowed, nothing was timed"
+                    )
+        except catch as problem:
+            said["refused"] = f"{type(problem).__name__}: {problem}"[:300]
+        case.policy.zero_grad(set_to_none=True)
+    return found
 
 
-def _norm(tensors) -> float:
-    return sum(x.double().square().sum().item() for x in tensors) ** 0.5
+def _norm(tensor: Tensor) -> float:
+    return tensor.double().square().sum().item() ** 0.5
 
 
 def interleave(steps: Mapping[str, Callable[[], object]], repetitions: int, device: str = "cpu") -> dict[str, dict]:
@@ -86,16 +102,17 @@ def interleave(steps: Mapping[str, Callable[[], object]], repetitions: int, devi
     for repetition in range(repetitions):
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
-            _synchronise(device)
+            synchronise(device)
             cpu, wall = time.process_time(), time.perf_counter()
             steps[name]()
-            _synchronise(device)
+            synchronise(device)
             times[name]["cpu_s"].append(time.process_time() - cpu)
             times[name]["wall_s"].append(time.perf_counter() - wall)
     return times
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
+    """Wait for the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -103,25 +120,17 @@ def _synchronise(device: str) -> None:
 def floor_steps(case: Case) -> dict[str, Callable]:
     """The two units of the computed floor: b, one body forward, and u, one head GEMM over the response positions.
 
-    The body is read as ResponseReader reads it, most padding left out. On a CPU the GEMM runs in blocks of columns that
-    are thrown away in its cache: there is no faster one.
+    The body is read as ResponseReader reads it, most padding left out. The GEMM runs in blocks of columns that are thrown
+    away in the cache: there is no faster one on a CPU.
     """
     states = case.read("policy").states.detach()
-    weight = case.policy.get_output_embeddings().weight.detach()
-    cuda = case.shape.device == "cuda"
-    if cuda:
-        states, weight = states.bfloat16(), weight.bfloat16()
-    blocks = weight.split(len(weight) if cuda else 512)  # (columns, d) each
-
-    def body() -> None:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            case.read("policy")
+    blocks = case.policy.get_output_embeddings().weight.detach().split(512)  # (512, d) each
 
     def head() -> None:
         for block in blocks:
-            torch.mm(states, block.T)  # (R, columns)
+            torch.mm(states, block.T)  # (R, 512)
 
-    return {"b": body, "u": head}
+    return {"b": torch.no_grad()(partial(case.read, "policy")), "u": head}
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -138,7 +147,7 @@ def ratio(times: Mapping[str, Mapping], name: str, against: str, clock: str = "c
 
 
 def peak_memory(shape: Shape, objective: str, label: str) -> float | None:
-    """MiB that one step needs above the loaded models, measured in a new process (None where it cannot be measured).
+    """MiB that one step on the CPU needs above the loaded models, measured in a new process; None where it cannot be.
 
     The process is forked from a server that has imported everything, so it starts within a moment.
     """
@@ -149,28 +158,18 @@ def peak_memory(shape: Shape, objective: str, label: str) -> float | None:
 
 
 def _peak_here(shape: Shape, objective: str, label: str, threads: int) -> float | None:
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     torch.set_num_threads(threads)
     fn = contestants.bodies if label == "bodies" else contestants.CONTESTANTS[objective][label]
     case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
-    small = replace(shape, pairs=1, length=8)
-    gradient_step(fn, case.on(make_batch(small).to(torch.device(shape.device))))  # libraries take their buffers now
+    gradient_step(fn, case.resized(pairs=1, length=8))  # libraries take their buffers now
     if label == "cached":
         _ = case.known_states, case.known_logps
     case.policy.zero_grad(set_to_none=True)
     gc.collect()
-    if shape.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        gradient_step(fn, case)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     libc = ctypes.CDLL(None)
-    for option in (
-        M_MMAP_THRESHOLD,
-        M_TRIM_THRESHOLD,
-    ):  # what is freed is given back, so that what is counted is in use
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):  # what is freed is given back: what is counted is in use
         libc.mallopt(option, 1 << 20)
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

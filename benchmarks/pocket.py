@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from benchmarks import measure
 from tpo_lib.config import PRESETS
 from tpo_lib.fast import FastPath
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.runs.run import fit
+from tpo_lib.runs import runs
 from tpo_lib.runs.stage import Stage, pocket_stage
 
 # AdamW divides by the size of a gradient, so where one is nearly 0 its rounding decides the step
@@ -39,18 +41,14 @@ def whole_runs(
     stage = stage or pocket_stage()
     changes = {"max_steps": updates, "epochs": updates, "batch_size": batch_size, "device": "cpu"}
     base, ends = replace(PRESETS["pocket"].train, **changes), {}
-    guide = stage.policy()  # trained below, which is the warm-up too
-    fit(replace(base, loss_type="dpo", max_steps=min(4, updates)), guide, stage.start, stage.pairs, progress=False)
-    guide.requires_grad_(False)
+    few = replace(base, max_steps=min(4, updates))  # the warm-up too
+    guide = runs.train_guide(few, stage.policy(), stage.start, stage.pairs).policy.requires_grad_(False)
 
     def run(objective: str, path: str) -> None:
-        policy = stage.policy()
         guided = "guide_logps" in OBJECTIVES[objective].needs
-        more = {"guide_beta": 0.1} if guided else {}
-        config, fast = replace(base, loss_type=objective, **more), FastPath(fused=path == "default")
-        guide_model = guide if guided else None
-        fit(config, policy, stage.start, stage.pairs, guide=guide_model, fast=fast, progress=False)
-        ends[objective, path] = policy
+        config = replace(base, loss_type=objective, guide_beta=0.1 if guided else None)
+        more = {"guide": guide if guided else None, "fast": FastPath(fused=path == "default")}
+        ends[objective, path] = runs.train(config, stage.policy(), stage.start, stage.pairs, **more).policy
 
     steps = {f"{name}/{path}": partial(run, name, path) for name in objectives for path in ("textbook", "default")}
     times = measure.interleave(steps, repetitions)
@@ -61,21 +59,11 @@ def whole_runs(
                 f"{name} on the pocket model: after {updates} updates the default path's weights differ from the textbook's "
                 f"by {gap:.1e} of the way from the start; at most {TOLERANCE:.0e} is allowed"
             )
-    return {
-        "kind": "pocket",
-        "updates": updates,
-        "batch_size": base.batch_size,
-        "pairs": len(stage.pairs),
-        "times": times,
-        "gaps": gaps,
-    }
+    sizes = {"updates": updates, "batch_size": base.batch_size, "pairs": len(stage.pairs)}
+    return {"kind": "pocket"} | sizes | {"times": times, "gaps": gaps}
 
 
 def _gap(one, other, start) -> float:
     """Distance of two trained models over the way the second one went."""
-    weights = [dict(model.named_parameters()) for model in (one, other, start)]
-    apart, way = (
-        sum((a[name] - b[name]).double().square().sum().item() for name in a)
-        for a, b in ((weights[0], weights[1]), (weights[1], weights[2]))
-    )
-    return (apart / way) ** 0.5
+    one, other, start = (torch.nn.utils.parameters_to_vector(model.parameters()) for model in (one, other, start))
+    return ((one - other).double().norm() / (other - start).double().norm()).item()

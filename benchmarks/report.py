@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,31 +41,30 @@ def section_text(section: Mapping) -> str:
     return {"step": _step, "scaling": _scaling, "pocket": _pocket, "finite": _finite}[section["kind"]](section)
 
 
-def goals_table(rows: list[Mapping]) -> str:
+def goals_table(rows: Sequence[Mapping]) -> str:
     """Goal, limit, measured, and whether it holds."""
 
     def verdict(row: Mapping) -> str:
-        if row["holds"] is None:
-            return "not measured"
         over = "" if row["holds"] or not row["limit"] else f", {row['measured'] / row['limit'] - 1:.0%} over"
-        return "yes" if row["holds"] else f"**no**{over}"
+        return yes(row["holds"]) + over
 
     cells = [
-        (
-            str(r["number"]),
-            r["text"],
-            f"{r['limit']:g}",
-            "" if r["measured"] is None else f"{r['measured']:.2f}",
-            verdict(r),
-        )
+        (str(r["number"]), r["text"], f"{r['limit']:g}")
+        + (("", "not measured") if r["holds"] is None else (f"{r['measured']:.2f}", verdict(r)))
         for r in rows
     ]
-    return _table(("goal", "what", "at most", "measured", "holds"), cells)
+    return table(("goal", "what", "at most", "measured", "holds"), cells)
 
 
-def _table(head: tuple[str, ...], rows) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
-    return "\n".join(lines)
+def yes(holds: bool) -> str:
+    """For a table."""
+    return "yes" if holds else "**no**"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def _spread(values: Mapping[str, float]) -> str:
@@ -73,7 +72,7 @@ def _spread(values: Mapping[str, float]) -> str:
 
 
 def _step(section: Mapping) -> str:
-    times, memory, clock = section["times"], section["memory_mib"], _clock(section)
+    times, memory = section["times"], section["memory_mib"]
     rows = []
     for label in [*times, *(x for x in memory if x not in times)]:
         if label not in NAMES:
@@ -81,12 +80,12 @@ def _step(section: Mapping) -> str:
         cells = ["", "", ""]
         if label in times:
             cells = [_spread(measure.summary(times[label][c])) for c in ("cpu_s", "wall_s")]
-            cells.append(_spread(measure.ratio(times, label, "textbook", clock)) if "textbook" in times else "")
+            cells.append(_spread(measure.ratio(times, label, "textbook")) if "textbook" in times else "")
         used = memory.get(label)
         share = f"{used / memory['textbook']:.2f}" if used and memory.get("textbook") else ""
         rows.append((NAMES[label], *cells, f"{used:.0f}" if used else "", share))
     head = ("contestant", "CPU s", "wall s", "time / textbook", "peak MiB", "memory / textbook")
-    lines = [section["shape"]["text"] + f", {section['response_positions']} response positions", "", _table(head, rows)]
+    lines = [section["shape"]["text"] + f", {section['response_positions']} response positions", "", table(head, rows)]
     lines += ["", *_floor_lines(section)]
     lines += [f"{NAMES.get(label, label)}: {why}." for label, why in section["missing"].items()]
     worst = max((d["gradient"] for d in section["agreement"].values()), default=0)
@@ -94,51 +93,37 @@ def _step(section: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _clock(section: Mapping) -> str:
-    return "wall_s" if section["shape"]["device"] == "cuda" else "cpu_s"
+def _seconds(times: Mapping, label: str) -> float:
+    return measure.summary(times[label]["cpu_s"])["median"]
 
 
-def floor(times: Mapping, objective: str, clock: str = "cpu_s", *, cached: bool = False) -> list[float]:
-    """Seconds of the computed floor in every round: body forwards and head GEMMs that cannot be left out."""
+def floor(times: Mapping, objective: str, *, cached: bool = False) -> list[float]:
+    """CPU seconds of the computed floor in every round: body forwards and head GEMMs that cannot be left out."""
     bodies, heads = FLOOR[objective][cached]
-    return [bodies * b + heads * u for b, u in zip(times["b"][clock], times["u"][clock], strict=True)]
+    return [bodies * b + heads * u for b, u in zip(times["b"]["cpu_s"], times["u"]["cpu_s"], strict=True)]
 
 
-def _floor_lines(section: Mapping) -> list[str]:
-    times, clock, lines = section["times"], _clock(section), []
-    unit = {name: measure.summary(times[name][clock])["median"] for name in ("b", "u")}
-    lines.append(
-        f"One body forward b = {unit['b']:.3f} s, one head GEMM over the response positions u = {unit['u']:.3f} s."
-    )
-    for label, cached in (("fused", False), ("cached", True)):
+def _floor_lines(section: Mapping) -> Iterator[str]:
+    times, objective = section["times"], section["objective"]
+    b, u = (_seconds(times, unit) for unit in "bu")
+    yield f"One body forward b = {b:.3f} s, one head GEMM over the response positions u = {u:.3f} s."
+    for label, name in (("fused", "ours"), ("cached", "ours, cached,")):
         if label in times:
-            seconds = floor(times, section["objective"], clock, cached=cached)
-            far = measure.summary([x / f for x, f in zip(times[label][clock], seconds, strict=True)])
-            bodies, heads = FLOOR[section["objective"]][cached]
-            name = "ours" if label == "fused" else "ours, cached,"
+            seconds = floor(times, objective, cached=label == "cached")
+            far = _spread(measure.summary([x / f for x, f in zip(times[label]["cpu_s"], seconds, strict=True)]))
+            bodies, heads = FLOOR[objective][label == "cached"]
             median = measure.summary(seconds)["median"]
-            lines.append(f"Floor {bodies}b + {heads}u = {median:.2f} s; {name} takes {_spread(far)} times as long.")
-    return lines
+            yield f"Floor {bodies}b + {heads}u = {median:.2f} s; {name} takes {far} times as long."
 
 
 def _scaling(section: Mapping) -> str:
     rows = []
     for point in section["points"]:
-        times, memory = point["times"], point["memory_mib"]
-        bottom = measure.summary(floor(times, section["objective"]))["median"]
-        seconds = [f"{measure.summary(times[label]['cpu_s'])['median']:.2f}" for label in ("textbook", "fused")]
-        used = [f"{memory[label]:.0f}" if memory.get(label) else "" for label in ("textbook", "fused", "bodies")]
-        rows.append((str(point["value"]), *seconds, f"{bottom:.2f}", *used))
-    head = (
-        AXIS[section["axis"]],
-        "textbook CPU s",
-        "ours CPU s",
-        "floor CPU s",
-        "textbook MiB",
-        "ours MiB",
-        "floor MiB",
-    )
-    return _table(head, rows)
+        found = [_point(section["objective"], point, label) for label in ("textbook", "fused", "floor")]
+        seconds, used = [f"{s:.2f}" for s, _ in found], [f"{mib:.0f}" if mib else "" for _, mib in found]
+        rows.append((str(point["value"]), *seconds, *used))
+    heads = [f"{who} {what}" for what in ("CPU s", "MiB") for who in ("textbook", "ours", "floor")]
+    return table((AXIS[section["axis"]], *heads), rows)
 
 
 def _pocket(section: Mapping) -> str:
@@ -148,12 +133,12 @@ def _pocket(section: Mapping) -> str:
         ratio = _spread(measure.ratio(times, f"{name}/default", f"{name}/textbook"))
         rows.append((style_of(name).label, *cells, ratio, f"{section['gaps'][name]:.0e}"))
     head = ("objective", "textbook CPU s", "default CPU s", "default / textbook", "weights apart, of the way gone")
-    return f"{section['updates']} updates of {section['batch_size']} pairs\n\n" + _table(head, rows)
+    return f"{section['updates']} updates of {section['batch_size']} pairs\n\n" + table(head, rows)
 
 
 def _finite(section: Mapping) -> str:
     rows = [(NAMES[label], "yes" if fine else "no") for label, fine in section["finite"].items()]
-    return _table(("contestant", "loss and gradient finite"), rows)
+    return table(("contestant", "loss and gradient finite"), rows)
 
 
 def scaling_figure(curves: list[Mapping]) -> Figure:
@@ -192,18 +177,7 @@ def _point(objective: str, point: Mapping, label: str) -> tuple[float, float | N
     """Seconds and MiB of one curve at one point; the floor's memory is that of the bodies alone."""
     if label == "floor":
         return measure.summary(floor(point["times"], objective))["median"], point["memory_mib"].get("bodies")
-    return measure.summary(point["times"][label]["cpu_s"])["median"], point["memory_mib"].get(label)
-
-
-HEADINGS = {
-    "tdpo2": "TDPO2",
-    "tdpo1": "TDPO1",
-    "dpo": "DPO",
-    "tgdpo": "TGDPO",
-    "finite": "Far-apart logits: who stays finite",
-    "pocket": "The pocket model, a whole run",
-    "scaling": "TDPO2 over V, T and B",
-}
+    return _seconds(point["times"], label), point["memory_mib"].get(label)
 
 
 def readme(results: Mapping) -> str:
@@ -219,23 +193,21 @@ def readme(results: Mapping) -> str:
         f"Commit {commits}; {about['date']}. "
         f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}."
     )
-    if about["gpu"] is None:
-        parts.append("The Llama-1B-shaped sections need a GPU and were left out.")
+    parts.append("Steps of a Llama-1B's shape are measured on one GPU, by `make gpu` (`benchmarks/gpu/README.md`).")
     curves = [section for section in sections.values() if section["kind"] == "scaling"]
     if curves:
-        parts += [f"## {HEADINGS['scaling']}", CURVES]
+        parts += ["## TDPO2 over V, T and B", CURVES]
     for section in curves:
         parts += [f"### {AXIS[section['axis']]}", section_text(section)]
     for name, section in sections.items():
         if section["kind"] != "scaling":
             kind, _, rest = name.partition("-")
-            parts += [f"## {', '.join(filter(None, (HEADINGS[kind], _what(rest))))}", section_text(section)]
+            words = [HEADINGS.get(kind) or style_of(kind).label, f"V = {rest}" if rest.isdigit() else rest]
+            parts += [f"## {', '.join(filter(None, words))}", section_text(section)]
     return "\n\n".join(parts) + "\n"
 
 
-def _what(rest: str) -> str:
-    return f"V = {rest}" if rest.isdigit() else rest
-
+HEADINGS = {"finite": "Far-apart logits: who stays finite", "pocket": "The pocket model, a whole run"}
 
 INTRODUCTION = """# What a training step costs
 

@@ -47,8 +47,7 @@ def run(
     """
     folder = folder or (Path("runs/bench") if quick else HERE)
     repetitions = repetitions or (2 if quick else 4)
-    plan = sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory)
-    todo = sections.every(plan)
+    todo = sections.every(sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory))
     there = sorted({label for entries in contestants.CONTESTANTS.values() for label in entries})
     for what, names, known, fits in (
         ("section", only, todo, str.startswith),
@@ -57,17 +56,12 @@ def run(
         unknown = [name for name in names if not any(fits(each, name) for each in known)]
         if unknown:
             raise ValueError(f"no {what} is called {' or '.join(unknown)}; there are {', '.join(known)}")
-    chosen = [name for name in todo if not only or name.startswith(tuple(only))]
-    path, keep = folder / "results.json", not labels
-    if keep and (folder / "README.md").exists() and not path.is_file():
-        raise FileExistsError(
-            f"{folder / 'README.md'} is not of these benchmarks, and would be replaced; choose another folder"
-        )
+    path, page, keep = folder / "results.json", folder / "README.md", not labels
+    if keep and page.exists() and not path.is_file():
+        raise FileExistsError(f"{page} is not of these benchmarks, and would be replaced; choose another folder")
     results = read_json(path, "remove it") if only and keep and path.is_file() else {"sections": {}}
     results["about"] = about()
-    if not torch.cuda.is_available():
-        print("no GPU here: the Llama-1B-shaped sections are left out", flush=True)
-    for name in chosen:
+    for name in [name for name in todo if not only or name.startswith(tuple(only))]:
         start, load = time.perf_counter(), os.getloadavg()[0]
         found = todo[name]()
         found |= {"seconds": time.perf_counter() - start, "load": [load, os.getloadavg()[0]], "commit": commit()}
@@ -79,7 +73,7 @@ def run(
         gc.collect()
     print(f"\n{report.goals_table(results['goals'])}")
     if keep:
-        print(f"\nwritten: {path} and {folder / 'README.md'}")
+        print(f"\nwritten: {path} and {page}")
     return results
 
 
@@ -91,6 +85,14 @@ def about() -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    card = gpu and {
+        "gpu_gib": round(gpu.total_memory / 2**30, 1),
+        "multiprocessors": gpu.multi_processor_count,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "cuda": torch.version.cuda,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
     return {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": commit(),
@@ -98,27 +100,24 @@ def about() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu and gpu.name,
         "system": platform.platform(),
         "versions": versions,
-    }
+    } | (card or {})
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "+" where files differ from it."""
+    """The commit that is checked out, with "+" where files differ from it; None without git or a repository."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-        if head.returncode:
-            return None
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "tpo_lib", "benchmarks/*.py"],
-            cwd=HERE.parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return None  # no git here
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        changed = git("status", "--porcelain", "--", "tpo_lib", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu() -> str:

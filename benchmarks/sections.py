@@ -9,12 +9,11 @@ from functools import partial
 import torch
 
 from benchmarks import contestants, measure, pocket
-from benchmarks.cases import Case, Shape, build
+from benchmarks.cases import Shape, build
 from tpo_lib.losses import OBJECTIVES
 
 GPT2 = Shape(vocab=50257)
 BASE = replace(GPT2, pairs=4)  # of the scaling curves
-LLAMA = Shape(vocab=128256, pairs=32, length=512, layers=16, width=2048, family="llama", device="cuda")
 AXES = {  # the other two sizes stay as in BASE
     "vocab": (1024, 4096, 16384, 50257),
     "length": (32, 64, 128, 256),
@@ -53,15 +52,13 @@ def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = 
     """
     entries = _chosen(objective, plan.labels or labels)
     case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
-    agreement = measure.check_agreement(entries, _small(case))
-    fitting, too_large = _fitting(entries, case)
-    steps = {label: partial(measure.gradient_step, fn, case) for label, fn in fitting.items()}
-    steps["bodies"] = partial(measure.gradient_step, contestants.bodies, case)
-    steps |= measure.floor_steps(case)
-    times = measure.interleave(steps, plan.repetitions, shape.device)
+    entries = _chosen(objective, plan.labels or labels)
+    agreement = measure.check_agreement(entries, case)
+    every = {**entries, "bodies": contestants.bodies}
+    steps = {label: partial(measure.gradient_step, fn, case) for label, fn in every.items()} | measure.floor_steps(case)
+    times = measure.interleave(steps, plan.repetitions)
     positions = int(case.mask.sum())
     del case, steps
-    names = [*entries, "bodies"] if plan.memory else []
     return {
         "kind": "step",
         "objective": objective,
@@ -69,43 +66,14 @@ def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = 
         "response_positions": positions,
         "agreement": agreement,
         "times": times,
-        "memory_mib": {name: measure.peak_memory(shape, objective, name) for name in names if name not in too_large},
-        "missing": {label: contestants.MISSING[key] for label, key in _missing(objective)} | too_large,
+        "memory_mib": {name: measure.peak_memory(shape, objective, name) for name in (every if plan.memory else ())},
+        "missing": contestants.missing(objective),
     }
 
 
-def _chosen(objective: str, labels: Collection[str]) -> dict[str, Callable]:
+def _chosen(objective: str, labels: Collection[str]) -> dict[str, measure.Step]:
     found = contestants.available(objective)
     return {label: fn for label, fn in found.items() if not labels or label in labels or label == "textbook"}
-
-
-def _missing(objective: str) -> list[tuple[str, str]]:
-    packages = {label: label.split("-")[0] for label in contestants.CONTESTANTS[objective]}
-    return [(label, package) for label, package in packages.items() if contestants.MISSING.get(package)]
-
-
-def _small(case: Case) -> Case:
-    """On a GPU agreement is checked on a few pairs: the textbook path may not fit the whole batch."""
-    if case.shape.device == "cpu":
-        return case
-    from benchmarks.cases import make_batch
-
-    return case.on(make_batch(replace(case.shape, pairs=2, length=64)).to(torch.device(case.shape.device)))
-
-
-def _fitting(entries: dict[str, Callable], case: Case) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Who can run the whole batch on a GPU, and who runs out of its memory."""
-    if case.shape.device == "cpu":
-        return entries, {}
-    too_large = {}
-    for label, fn in entries.items():
-        try:
-            measure.gradient_step(fn, case)
-        except torch.OutOfMemoryError:
-            too_large[label] = "out of memory"
-        case.policy.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    return {label: fn for label, fn in entries.items() if label not in too_large}, too_large
 
 
 def scaling(plan: Plan, axis: str) -> dict:
@@ -124,13 +92,12 @@ def finite(plan: Plan) -> dict:
     found = {}
     for label, fn in _chosen("tdpo2", plan.labels).items():
         loss = torch.tensor(measure.gradient_step(fn, case))
-        gradients = [p.grad for p in case.parameters().values() if p.grad is not None]
-        found[label] = bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients)
+        found[label] = all(bool(x.isfinite().all()) for x in (loss, *case.gradients().values()))
     return {"kind": "finite", "objective": "tdpo2", "finite": found}
 
 
 def every(plan: Plan) -> dict[str, Callable[[], dict]]:
-    """{name: what measures it}, the most wanted first; on a machine without a GPU without the Llama sections."""
+    """{name: what measures it}, the most wanted first."""
     gpt2 = replace(GPT2, pairs=4) if plan.quick else GPT2
     few = ("trl", "liger", "fused", "cached")
     found = {}
@@ -147,8 +114,4 @@ def every(plan: Plan) -> dict[str, Callable[[], dict]]:
         found[f"{objective}-unpadded"] = partial(step, objective, shape, shorter, labels=("liger", "fused", "cached"))
     found["pocket"] = partial(pocket.whole_runs, plan.repetitions)
     found |= {f"scaling-{axis}": partial(scaling, plan, axis) for axis in AXES}
-    if torch.cuda.is_available():
-        for objective, pairs in (("tdpo2", 32), ("tdpo2", 8), ("dpo", 32)):
-            shape = replace(LLAMA, pairs=pairs)
-            found[f"{objective}-llama-{pairs}"] = partial(step, objective, shape, shorter)
     return found

@@ -114,18 +114,31 @@ class Stage:
         )
 
 
-def build_stage(config: StageConfig, *, cache_dir: Path | None) -> Stage:
+def build_stage(
+    config: StageConfig,
+    *,
+    cache_dir: Path | None,
+    start: torch.nn.Module | None = None,
+    prompts: list[str] | None = None,
+    sampled_together: int = 256,
+) -> Stage:
     """Load the models, sample prompts and build the pairs (read from `cache_dir` if they were built before).
+
+    Args:
+        start: the model, where it is not the one that config.model names; its tokenizer is.
+        prompts: train_prompts + held_out_prompts of them; None samples them from the start.
+        sampled_together: completions at a time; they depend on it.
 
     Raises:
         ValueError: as in `build_pairs`.
     """
     device = choose_device(config.device)
-    start = frozen_copy(load_model(config.model, device=device))
+    start = frozen_copy(start or load_model(config.model, device=device))
     tokenizer = load_tokenizer(config.model)
     reward = load_reward(config.reward, device=device)
     judge = load_reward(config.judge, device=device) if config.judge else None
-    prompts = sample_prompts(start, tokenizer, config.train_prompts + config.held_out_prompts, seed=config.seed + 1)
+    count = config.train_prompts + config.held_out_prompts
+    prompts = prompts or sample_prompts(start, tokenizer, count, seed=config.seed + 1)
 
     def make(prompts: list[str], samples: int, seed: int, most: int) -> tuple[Dataset, list[EncodedPair], PairReport]:
         table, report = build_pairs(
@@ -138,6 +151,7 @@ def build_stage(config: StageConfig, *, cache_dir: Path | None) -> Stage:
             min_gap=config.min_gap,
             seed=seed,
             cache_dir=cache_dir,
+            batch_size=sampled_together,
         )
         table = table.shuffle(seed=seed).select(range(min(most, len(table))))
         encoded, _ = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")
