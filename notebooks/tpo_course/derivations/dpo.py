@@ -82,9 +82,8 @@ def loss_minimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(4)
-    wrong = torch.sigmoid(
-        -h.beta * tools.gap(w, tools.logratio(w, pi))
-    )  # how wrong the policy still is about each pair
+    # how wrong the policy still is about each pair
+    wrong = torch.sigmoid(-h.beta * tools.gap(w, tools.logratio(w, pi)))
     pull = -h.beta * w.pairs.weight * wrong
     by_hand = tools.score(w, pi, tools.onto_responses(w, pull, -pull))
     return tools.loss_gradient(w, "dpo", pi, beta=h.beta), by_hand
@@ -112,10 +111,8 @@ def beta_at_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def _kl_at_the_optimum(w: TokenWorld, h: Hyper) -> dict[str, float]:
-    return {
-        f"KL(pi*||pi_ref) at beta={beta:g}": float(tools.mean_seq_kl(w, optimum(w, beta), w.ref_logps))
-        for beta in BETAS
-    }
+    found = {beta: tools.mean_seq_kl(w, optimum(w, beta), w.ref_logps) for beta in BETAS}
+    return {f"KL(pi*||pi_ref) at beta={beta:g}": float(kl) for beta, kl in found.items()}
 
 
 def beta_in_the_first_step(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:

@@ -19,23 +19,15 @@ from tpo_lib.types import TokenStats
 
 @dataclass(frozen=True)
 class Terms:
-    """What one objective keeps of -log sigma(sum_t c_w (logratio_w + k_w KL_w) - sum_t c_l (logratio_l + k_l KL_l) - m).
+    """What one objective keeps of -log sigma(sum_t c_w (logratio_w + k_w KL_w) - sum_t c_l (logratio_l + k_l KL_l) - m)."""
 
-    Attributes:
-        token_weight: (tokens' r_hat (R, T), +1 chosen or -1 rejected, Hyper) -> c / beta.
-        kl_weight: Hyper -> k.
-        reference: whether log-ratios are taken against pi_ref.
-        length_mean: whether sums over tokens are means.
-        margin: Hyper -> m.
-        weights, kl, stop: the same in words, for the map.
-    """
-
+    # c / beta of tokens with r_hat (R, T); side is +1 where they are chosen, -1 where rejected
     token_weight: Callable[[Tensor, int, Hyper], Tensor] = lambda r_hat, side, h: torch.ones_like(r_hat)
-    kl_weight: Callable[[Hyper], float] = lambda h: 0.0
-    reference: bool = True
-    length_mean: bool = False
-    margin: Callable[[Hyper], float] = lambda h: 0.0
-    weights: str = "1"
+    kl_weight: Callable[[Hyper], float] = lambda h: 0.0  # k
+    reference: bool = True  # whether log-ratios are taken against pi_ref
+    length_mean: bool = False  # whether sums over tokens are means
+    margin: Callable[[Hyper], float] = lambda h: 0.0  # m
+    weights: str = "1"  # the same in words, for the map
     kl: str = "no"
     stop: str = "-"
 

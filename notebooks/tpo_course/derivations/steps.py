@@ -18,20 +18,14 @@ TOLERANCE = 1e-9  # float64, a few hundred operations deep
 class Hyper:
     """The knobs a step may read; every one has a value so that any step runs in any world.
 
-    Attributes:
-        beta: strength of the pull towards pi_ref, > 0.
-        alpha: TDPO2's weight of the KL terms or TGDPO's strength of guidance, >= 0.
-        guide_beta: the beta of the DPO model that guides TGDPO, > 0.
-        margin: SimPO's target margin (its paper calls it gamma), >= 0.
-
     Raises:
         ValueError: a value is out of range.
     """
 
-    beta: float = 0.5
-    alpha: float = 0.5
-    guide_beta: float = 1.0
-    margin: float = 0.5
+    beta: float = 0.5  # strength of the pull towards pi_ref, > 0
+    alpha: float = 0.5  # TDPO2's weight of the KL terms or TGDPO's strength of guidance, >= 0
+    guide_beta: float = 1.0  # the beta of the DPO model that guides TGDPO, > 0
+    margin: float = 0.5  # SimPO's target margin (its paper calls it gamma), >= 0
 
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.guide_beta <= 0 or self.alpha < 0 or self.margin < 0:
@@ -40,37 +34,23 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Step:
-    """One displayed equation, and the two sides of it as numbers.
+    """One displayed equation, and the two sides of it as numbers."""
 
-    The first six are code; the words beside them come from the derivation's Markdown (`read`).
-
-    Attributes:
-        sides: (world, Hyper) -> the left and the right side as tensors of one shape, each computed its own way.
-        relation: "=" or "<=".
-        gamma_one: whether it holds only without discount.
-        implements: the function of the library or the course that computes it, as a dotted name; None if there is none.
-        symbolic: () -> sympy expression that must be exactly 0; None if there is no symbolic check.
-        numbers: (world, Hyper) -> named numbers that say how large a gap is; None if there are none.
-        title: a few words.
-        latex: the equation, for MathJax or KaTeX, without dollars.
-        words: what it says and why it follows, to the reader.
-        changed: the part of `latex` that is new in this step, for highlighting.
-        source: where it is published.
-        assumption: the assumption that enters here, "" if none does.
-    """
-
-    sides: Callable[[TokenWorld, Hyper], tuple[Tensor, Tensor]]
-    relation: str = "="
-    gamma_one: bool = False
-    implements: str | None = None
-    symbolic: Callable[[], object] | None = None
-    numbers: Callable[[TokenWorld, Hyper], dict[str, float]] | None = None
+    sides: Callable[
+        [TokenWorld, Hyper], tuple[Tensor, Tensor]
+    ]  # left and right, of one shape, each computed its own way
+    relation: str = "="  # or "<="
+    gamma_one: bool = False  # whether it holds only without discount
+    implements: str | None = None  # the function of the library or the course that computes it, as a dotted name
+    symbolic: Callable[[], object] | None = None  # -> sympy expression that must be exactly 0
+    numbers: Callable[[TokenWorld, Hyper], dict[str, float]] | None = None  # that say how large a gap is, by name
+    # The words beside the code come from the derivation's Markdown (`read`).
     title: str = ""
-    latex: str = ""
-    words: str = ""
-    changed: str = ""
-    source: str = ""
-    assumption: str = ""
+    latex: str = ""  # the equation, for MathJax or KaTeX, without dollars
+    words: str = ""  # what it says and why it follows, to the reader
+    changed: str = ""  # the part of `latex` that is new in this step, for highlighting
+    source: str = ""  # where it is published
+    assumption: str = ""  # the one that enters here, if one does
 
     @property
     def key(self) -> str:
@@ -97,9 +77,8 @@ class Step:
 
     def _check(self, world: TokenWorld) -> None:
         if self.gamma_one and world.gamma != 1:
-            raise ValueError(
-                f"step {self.key} holds at gamma = 1 only, this world has {world.gamma}; use world.with_gamma(1.0)"
-            )
+            said = f"step {self.key} holds at gamma = 1 only, this world has {world.gamma}"
+            raise ValueError(f"{said}; use world.with_gamma(1.0)")
 
 
 @dataclass(frozen=True)
@@ -196,8 +175,7 @@ def table(derivation: Derivation, checks: list[Check]) -> str:
         verdict = "ok  " if check.holds else "FAIL"
         exact = " symbolic" if check.symbolic else ""
         kind = "residual" if check.step.relation == "=" else "violation"
-        lines.append(
-            f"{verdict} {number:2d}. {check.step.title}: {kind} {check.residual:.1e} in {check.worlds} worlds{exact}"
-        )
+        found = f"{kind} {check.residual:.1e} in {check.worlds} worlds{exact}"
+        lines.append(f"{verdict} {number:2d}. {check.step.title}: {found}")
         lines += [f"         {name} = {value:.4g}" for name, value in check.measured.items()]
     return "\n".join(lines)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import ipywidgets as w
+from torch import Tensor
 
-from tpo_course.widgets.parts import bundle, look, one_line, page, row
+from tpo_course.widgets.parts import bundle, button, look, one_line, page, room, row
 
 if TYPE_CHECKING:
     from tpo_lib.runs.lab import Laboratory
@@ -16,13 +18,8 @@ START = "start"
 SAMPLES = 4
 
 
-def before_after(lab: Laboratory) -> BeforeAfter:
-    """Sample from any two of a laboratory's runs, or from the start, with the same random numbers."""
-    return BeforeAfter(lab)
-
-
 class BeforeAfter:
-    """What `before_after` returns.
+    """Sample from any two of a laboratory's runs, or from the start, with the same random numbers.
 
     Attributes:
         left, right: names of the runs; prompt: choose one, or type; seed: another one is another sample.
@@ -35,22 +32,15 @@ class BeforeAfter:
         wide = look("70px", "400px")
         self.left, self.right = w.Dropdown(description="left", **wide), w.Dropdown(description="right", **wide)
         prompts = lab.stage.held_out_prompts
-        self.prompt = w.Combobox(
-            value=prompts[0],
-            options=list(dict.fromkeys(prompts)),
-            description="prompt",
-            placeholder="type the beginning of a review, or choose one",
-            ensure_option=False,
-            **wide,
-        )
+        typed = {"placeholder": "type the beginning of a review, or choose one", "ensure_option": False}
+        options = list(dict.fromkeys(prompts))
+        self.prompt = w.Combobox(value=prompts[0], options=options, description="prompt", **typed, **wide)
         self.seed = w.IntSlider(0, min=0, max=99, description="seed", continuous_update=False, **wide)
-        self.sample_button = w.Button(description="Sample", icon="random", button_style="primary")
-        self.refresh_button = w.Button(description="Reread runs", icon="refresh")
-        self.page = w.HTML(layout=w.Layout(min_height="430px"))
+        self.sample_button = button("Sample", self._sample, icon="random", button_style="primary")
+        self.refresh_button = button("Reread runs", self._reread, icon="refresh")
+        self.page = room(430)
         buttons = w.HBox([self.sample_button, self.refresh_button])
         self.box = w.VBox([row(self.left, self.right), row(self.prompt, self.seed), buttons, self.page])
-        self.sample_button.on_click(lambda _: self._sample())
-        self.refresh_button.on_click(lambda _: self._reread())
         self._reread()
 
     def _repr_mimebundle_(self, **_) -> dict:
@@ -86,16 +76,20 @@ class BeforeAfter:
         policy = stage.start if name not in self.lab.runs else self.lab.runs[name].policy
         given = {"samples_per_prompt": SAMPLES, "max_new_tokens": stage.config.max_new_tokens, "seed": self.seed.value}
         drawn = generate(policy, stage.tokenizer, [prompt], **given)[0]
-        scorers = {"reward": stage.reward, "judge": stage.judge}
         scores = {
             kind: score_samples(scorer, stage.tokenizer, [prompt], [drawn])[0]
-            for kind, scorer in scorers.items()
+            for kind, scorer in {"reward": stage.reward, "judge": stage.judge}.items()
             if scorer is not None
         }
-        means = ", ".join(f"{kind} {float(values.mean()):.2f}" for kind, values in scores.items())
+
+        def said(number) -> str:
+            return ", ".join(f"{kind} {float(number(values)):.2f}" for kind, values in scores.items())
+
         rows = "".join(
-            f"<p><small>{', '.join(f'{kind} {float(values[i]):.2f}' for kind, values in scores.items())}</small><br>"
-            f"<b>{html.escape(prompt)}</b>{' ' + one_line(text)}</p>"
-            for i, text in enumerate(completion.text for completion in drawn)
+            f"<p><small>{said(itemgetter(i))}</small><br><b>{html.escape(prompt)}</b> {one_line(completion.text)}</p>"
+            for i, completion in enumerate(drawn)
         )
-        return f'<div style="flex:1"><b>{html.escape(name)}</b>: mean {means}{rows}</div>'
+        return f'<div style="flex:1"><b>{html.escape(name)}</b>: mean {said(Tensor.mean)}{rows}</div>'
+
+
+before_after = BeforeAfter  # as the chapters call it

@@ -37,14 +37,17 @@ BY_HAND = "set by hand"
 GREY = "#555555"
 
 
-def loss_lab() -> LossLab:
+class LossLab(Lab):
     """One preference pair, sliders for how far the policy has moved on it, and what an objective makes of that.
 
     Shows the loss at the pair's margin, what the margin is made of, the coefficient on every token's log pi and KL (TDPO2's
     stop-gradient included) and TGDPO's weights f with their floor. The log-ratios and KLs are spread evenly over the tokens.
 
-    Returns:
-        LossLab; the last expression of a cell shows itself.
+    Attributes:
+        controls: {name: control}: objective, the objectives' hyperparameters, guide, situation, and those of PAIR.
+        result, terms: the PairCoefficients and the `margin_terms` that are shown.
+        figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
+        text: the HTML widget that says all numbers; alt: the same as plain text.
 
     Example:
         >>> lab = loss_lab()
@@ -53,23 +56,10 @@ def loss_lab() -> LossLab:
         >>> round(lab.result.margin.item(), 4)  # beta 0.1, alpha 0.5, DPO's part 0: -0.1 * 0.5 * 3
         -0.15
     """
-    return LossLab()
-
-
-class LossLab(Lab):
-    """What `loss_lab` returns.
-
-    Attributes:
-        controls: {name: control}: objective, the objectives' hyperparameters, guide, situation, chosen_logratio,
-            rejected_logratio, chosen_kl, rejected_kl.
-        result, terms: the PairCoefficients and the `margin_terms` that are shown.
-        figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
-        text: the HTML widget that says all numbers; alt: the same as plain text.
-    """
 
     def __init__(self) -> None:
         controls, pair = _controls(), ("situation", *PAIR)
-        super().__init__(controls, ([name for name in controls if name not in pair], pair), _canvas(), room="210px")
+        super().__init__(controls, ([name for name in controls if name not in pair], pair), _canvas(), text=210)
 
     def _follow(self, moved: w.Widget) -> None:
         if moved is self.controls["situation"] and moved.value != BY_HAND:
@@ -80,16 +70,13 @@ class LossLab(Lab):
     def _draw(self) -> None:
         value = {name: control.value for name, control in self.controls.items()}
         objective = OBJECTIVES[value["objective"]]
-        read = {"objective", "situation", "chosen_logratio", "rejected_logratio", *objective.hyperparameters}
-        read |= {"chosen_kl", "rejected_kl"} if "kl" in objective.needs else set()
+        read = {"objective", "situation", *PAIR[:2], *objective.hyperparameters}
+        read |= {*PAIR[2:]} if "kl" in objective.needs else set()
         read |= {"guide"} if "guide_logps" in objective.needs else set()
         for name, control in self.controls.items():
             control.disabled = name not in read
         hyper = objective.settings({**value, "guide_beta": GUIDE_BETA, "floor": F_FLOOR})
-        pair = [
-            _response(CHOSEN, value["chosen_logratio"], value["chosen_kl"], value["guide"]),
-            _response(REJECTED, value["rejected_logratio"], value["rejected_kl"], value["guide"]),
-        ]
+        pair = [_response(words, side, value) for words, side in ((CHOSEN, "chosen"), (REJECTED, "rejected"))]
         self.result = coefficients(value["objective"], *pair, **hyper)
         self.terms = {name: t.item() for name, t in margin_terms(value["objective"], *pair, **hyper).items()}
         lines = _sentences(value, hyper, read, self.result, self.terms)
@@ -123,9 +110,9 @@ def _controls() -> dict[str, w.Widget]:
     }
 
 
-def _response(words: Mapping[str, float], logratio: float, seq_kl: float, guide: float) -> TokenStats:
-    shares = torch.tensor(list(words.values()), dtype=torch.float64)  # (T,)
-    return spread(logratio, seq_kl, guide * shares, guide_beta=GUIDE_BETA)
+def _response(words: Mapping[str, float], side: str, value: Mapping) -> TokenStats:
+    r_hat = value["guide"] * torch.tensor(list(words.values()), dtype=torch.float64)  # (T,)
+    return spread(value[f"{side}_logratio"], value[f"{side}_kl"], r_hat, guide_beta=GUIDE_BETA)
 
 
 def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficients, terms: Mapping) -> list[str]:
@@ -150,13 +137,10 @@ def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficient
     ]
     if found.chosen.weights is None:
         return [*lines, f"Weights f: {label} has none; all tokens of a response share one coefficient."]
-    both = torch.cat([found.chosen.weights, found.rejected.weights])  # (2, T)
-    low, count = (n.item() for n in floor_share(found.output, torch.ones_like(both, dtype=torch.bool)))
+    f_w, f_l = found.chosen.weights, found.rejected.weights  # (1, T) each
+    low, count = (n.item() for n in floor_share(found.output, torch.ones_like(torch.cat([f_w, f_l]), dtype=torch.bool)))
     share = f"{low} of {count} tokens ({low / count:.0%}) on the floor {F_FLOOR}"
-    return [
-        *lines,
-        f"Weights f: chosen {_range(found.chosen.weights, '')}, rejected {_range(found.rejected.weights, '')}; {share}.",
-    ]
+    return [*lines, f"Weights f: chosen {_range(f_w, '')}, rejected {_range(f_l, '')}; {share}."]
 
 
 def _kl_sentence(label: str, found: PairCoefficients, terms: Mapping) -> str:
@@ -201,9 +185,8 @@ def _canvas() -> Figure:
     loss, terms, tokens, weights = axes
     loss.set_xlabel("margin, nats", fontsize=FONT - 1)
     loss.set_ylabel("loss, nats", fontsize=FONT - 1)
-    loss.yaxis.set_major_formatter(
-        lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:g}k"
-    )  # IPO's: a square
+    # IPO's is a square
+    loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:g}k")
     terms.set_xlabel("nats", fontsize=FONT - 1)
     terms.set_title("what the margin is made of", fontsize=FONT, y=1.0)
     terms.set(ylim=(4.6, -0.6), yticks=range(5))
@@ -321,3 +304,6 @@ def _weight_panel(ax: Axes, objective: str, hyper: Mapping, found: PairCoefficie
         title = f"TGDPO's weight f: {len(low)} of {len(weights)} tokens on the floor {floor} (▼)"
     ax.set_ylim(0, max(2.1, 1.15 * top))
     ax.set_title(title, fontsize=FONT, y=1.0, loc="left")
+
+
+loss_lab = LossLab  # as the chapters call it

@@ -32,14 +32,18 @@ LOOKS = {
 STEPS = {"textbook": False, "fused": True}  # name -> step_memory's `fused`
 SHOWN = {"both steps": ("textbook", "fused"), "textbook alone": ("textbook",), "fused alone": ("fused",)}
 PRECISIONS = {"float32": "no", "bf16 (autocast)": "bf16", "fp16 (autocast)": "fp16"}
+OPTIMIZERS = {"adamw": "AdamW", "rmsprop": "RMSprop"}
 GPU_TILE = 1 << 30  # the largest tile that tiles.choose_tile_bytes takes on a GPU
 
 
-def memory_lab() -> MemoryLab:
+class MemoryLab(Lab):
     """Controls for model, vocabulary, length, batch, objective, precision and caches; the bytes they come to.
 
-    Returns:
-        MemoryLab; the last expression of a cell shows itself.
+    Attributes:
+        controls: {name: control}, those of COLUMNS.
+        found: {"textbook" or "fused": StepMemory} of what is shown.
+        figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
+        text: the HTML widget with the table; alt: the picture as plain text.
 
     Example:
         >>> lab = memory_lab()
@@ -49,23 +53,11 @@ def memory_lab() -> MemoryLab:
         >>> lab.found["textbook"].total > lab.found["fused"].total
         True
     """
-    return MemoryLab()
-
-
-class MemoryLab(Lab):
-    """What `memory_lab` returns.
-
-    Attributes:
-        controls: {name: control}: model, vocab, length, pairs, scored, objective, precision, optimizer, cached, step.
-        found: {"textbook" or "fused": StepMemory} of what is shown.
-        figure: the matplotlib Figure, redrawn in place; picture: the HTML widget that shows it.
-        text: the HTML widget with the table; alt: the picture as plain text.
-    """
 
     def __init__(self) -> None:
         figure = Figure(figsize=(9.4, 3.9), dpi=LAB_DPI, facecolor="white")  # inches
         figure.add_axes((0.09, 0.15, 0.66, 0.79))
-        super().__init__(_controls(), _COLUMNS, figure, room="330px")
+        super().__init__(_controls(), COLUMNS, figure, text=330)
 
     def _follow(self, moved: w.Widget) -> None:
         if moved is self.controls["model"]:
@@ -80,28 +72,25 @@ class MemoryLab(Lab):
         self._show(f"{said} Together: {totals}.", escape(said) + _table(self.found))
 
 
-_COLUMNS = (("model", "vocab", "length", "pairs", "scored"), ("objective", "precision", "optimizer", "cached", "step"))
+COLUMNS = (("model", "vocab", "length", "pairs", "scored"), ("objective", "precision", "optimizer", "cached", "step"))
 
 
 def _controls() -> dict[str, w.Widget]:
-    wide = look("150px", "395px")
+    wide, powers, first = look("150px", "395px"), [2**i for i in range(13)], "Llama-3.2-1B"
     still = {"continuous_update": False, **wide}
-    powers = [2**i for i in range(13)]
+    sizes = {"min": 256, "max": 1 << 20, "step": 1024}
+    shares = {"min": 0.1, "max": 1.0, "step": 0.1, "readout_format": ".1f"}
+    objectives = [(style_of(name).label, name) for name in OBJECTIVES]
+    optimizers = [(label, name) for name, label in OPTIMIZERS.items()]
     return {
-        "model": w.Dropdown(options=list(SHAPES), value="Llama-3.2-1B", description="model", **wide),
-        "vocab": w.BoundedIntText(
-            value=SHAPES["Llama-3.2-1B"].vocab, min=256, max=1 << 20, step=1024, description="vocabulary V", **wide
-        ),
+        "model": w.Dropdown(options=list(SHAPES), value=first, description="model", **wide),
+        "vocab": w.BoundedIntText(SHAPES[first].vocab, description="vocabulary V", **sizes, **wide),
         "length": w.SelectionSlider(options=powers[5:], value=512, description="length T (tokens)", **still),
         "pairs": w.SelectionSlider(options=powers[:9], value=16, description="pairs B", **still),
-        "scored": w.FloatSlider(
-            value=0.6, min=0.1, max=1.0, step=0.1, readout_format=".1f", description="share of response", **still
-        ),
-        "objective": w.Dropdown(
-            options=[(style_of(n).label, n) for n in OBJECTIVES], value="tdpo2", description="objective", **wide
-        ),
+        "scored": w.FloatSlider(0.6, description="share of response", **shares, **still),
+        "objective": w.Dropdown(options=objectives, value="tdpo2", description="objective", **wide),
         "precision": w.Dropdown(options=list(PRECISIONS), description="dtype", **wide),
-        "optimizer": w.Dropdown(options=[("AdamW", "adamw"), ("RMSprop", "rmsprop")], description="optimizer", **wide),
+        "optimizer": w.Dropdown(options=optimizers, description="optimizer", **wide),
         "cached": w.Dropdown(options=[("no", False), ("yes", True)], description="caches", **wide),
         "step": w.Dropdown(options=list(SHOWN), description="show", **wide),
     }
@@ -115,8 +104,7 @@ def _memory(value: Mapping, fused: bool) -> StepMemory:
 
 
 def _settings(value: Mapping) -> str:
-    caches = "with caches" if value["cached"] else "without caches"
-    optimizer = {"adamw": "AdamW", "rmsprop": "RMSprop"}[value["optimizer"]]
+    optimizer, caches = OPTIMIZERS[value["optimizer"]], "with caches" if value["cached"] else "without caches"
     return (
         f"{value['model']}, V = {value['vocab']:,}, T = {value['length']}, B = {value['pairs']}, {value['scored']:.0%} of the "
         f"positions scored; {style_of(value['objective']).label}, {value['precision']}, {optimizer}, {caches}."
@@ -178,3 +166,6 @@ def _paint(ax, found: Mapping[str, StepMemory]) -> None:
     order = sorted(range(len(names)), key=lambda i: list(LOOKS).index(names[i]))
     where = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "frameon": False, "fontsize": FONT - 1}
     ax.legend([handles[i] for i in order], [names[i] for i in order], **where)
+
+
+memory_lab = MemoryLab  # as the chapters call it

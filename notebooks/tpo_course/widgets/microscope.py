@@ -10,7 +10,7 @@ import ipywidgets as w
 import torch
 
 from tpo_course.coefficients import coefficients
-from tpo_course.widgets.parts import beta_and_alpha, bundle, look, on, page, row
+from tpo_course.widgets.parts import bundle, knob, look, on, page, room, row
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs import plots
 from tpo_lib.stats import split
@@ -29,9 +29,7 @@ LINE = 110  # characters that surely fit beside a label
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
 
 
-def token_microscope(
-    stage: Stage, policies: Mapping[str, torch.nn.Module], *, guide=None, guide_beta: float = 0.1, gamma: float = 0.5
-) -> TokenMicroscope:
+class TokenMicroscope:
     """Look at held-out pairs token by token.
 
     Args:
@@ -40,41 +38,34 @@ def token_microscope(
         guide, guide_beta: TGDPO's; needed if there is a row for it.
         gamma: SimPO's margin.
 
-    Raises:
-        ValueError: an objective is unknown, or TGDPO's row has no guide.
-    """
-    unknown = [name for name in policies if name not in OBJECTIVES]
-    if unknown or not policies:
-        raise ValueError(
-            f"policies {unknown or dict(policies)}: name each by an objective, one of {', '.join(OBJECTIVES)}"
-        )
-    guided = [name for name in policies if "guide_logps" in OBJECTIVES[name].needs]
-    if guided and guide is None:
-        raise ValueError(f"the row {guided[0]} needs guide=, the frozen DPO model that its weights come from")
-    return TokenMicroscope(stage, policies, guide, {"guide_beta": guide_beta, "gamma": gamma, "shaping": "linear"})
-
-
-class TokenMicroscope:
-    """What `token_microscope` returns.
-
     Attributes:
         pair, quantity, beta, alpha, token: the controls.
         page: the coloured tokens; facts: margins as text; numbers: the numbers of the token chosen, as text.
+
+    Raises:
+        ValueError: an objective is unknown, or TGDPO's row has no guide.
     """
 
-    def __init__(self, stage: Stage, policies, guide, fixed: dict) -> None:
-        self.stage, self.policies, self.guide, self.fixed = stage, dict(policies), guide, fixed
+    def __init__(
+        self, stage: Stage, policies: Mapping[str, torch.nn.Module], *, guide=None, guide_beta=0.1, gamma=0.5
+    ) -> None:
+        unknown, known = [name for name in policies if name not in OBJECTIVES], ", ".join(OBJECTIVES)
+        if unknown or not policies:
+            raise ValueError(f"policies {unknown or dict(policies)}: name each by an objective, one of {known}")
+        guided = [name for name in policies if "guide_logps" in OBJECTIVES[name].needs]
+        if guided and guide is None:
+            raise ValueError(f"the row {guided[0]} needs guide=, the frozen DPO model that its weights come from")
+        self.stage, self.policies, self.guide = stage, dict(policies), guide
+        self.fixed = {"guide_beta": guide_beta, "gamma": gamma, "shaping": "linear", "floor": F_FLOOR}
         self._stats: dict = {}
         self._busy = False
-        wide = look("80px", "420px")
+        wide, records = look("80px", "420px"), OBJECTIVES["tdpo2"].hyperparameters
         self.quantity = w.Dropdown(options=list(QUANTITIES), description="colour by", **wide)
-        self.beta, self.alpha = beta_and_alpha(wide)
+        self.beta, self.alpha = (knob(records[name], name, steps=10, **wide) for name in ("beta", "alpha"))
         wide["continuous_update"] = False
         self.pair = w.IntSlider(0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", **wide)
         self.token = w.IntSlider(0, min=0, max=1, description="token", **wide)
-        self.page = w.HTML(layout=w.Layout(min_height=self._tallest()))
-        self.facts = w.HTML(layout=w.Layout(min_height="48px"))
-        self.numbers = w.HTML(layout=w.Layout(min_height=f"{24 * (len(self.policies) + 1)}px"))
+        self.page, self.facts, self.numbers = room(self._tallest()), room(48), room(24 * (len(self.policies) + 1))
         top = row(self.pair, self.quantity), row(self.beta, self.alpha)
         self.box = w.VBox([*top, self.page, self.facts, self.token, self.numbers])
         on([self.pair, self.quantity, self.beta, self.alpha], self._draw)
@@ -84,12 +75,12 @@ class TokenMicroscope:
     def _repr_mimebundle_(self, **_) -> dict:
         return bundle(self.box, "Run this cell to use the microscope.", page=self.page.value)
 
-    def _tallest(self) -> str:
-        """Room for the longest pair, so that the page does not jump from one pair to the next."""
+    def _tallest(self) -> int:
+        """Pixels that the longest pair takes, so that the page does not jump from one pair to the next."""
         decode = self.stage.tokenizer.decode
         sides = [(decode(pair.chosen_ids), decode(pair.rejected_ids)) for pair in self.stage.held_out_pairs]
         lines = max(sum(-(-len(text) // LINE) for text in texts) for texts in sides)
-        return f"{140 + 26 * lines * (len(self.policies) + 1)}px"
+        return 140 + 26 * lines * (len(self.policies) + 1)
 
     def _values(self) -> dict[str, dict[str, torch.Tensor | None]]:
         """{objective: {quantity: (T_w + T_l,) over chosen then rejected tokens}}."""
@@ -104,9 +95,8 @@ class TokenMicroscope:
                 pad = self.stage.tokenizer.pad_token_id
                 self._stats[key] = pair_stats(policy, self.stage.start, [pair], pad, guide=guide)
             chosen, rejected = split(self._stats[key])
-            given = {"beta": self.beta.value, "alpha": self.alpha.value, "floor": F_FLOOR, **self.fixed}
-            hyper = OBJECTIVES[name].settings(given)
-            pushed = coefficients(name, chosen, rejected, **hyper)
+            given = {"beta": self.beta.value, "alpha": self.alpha.value, **self.fixed}
+            pushed = coefficients(name, chosen, rejected, **OBJECTIVES[name].settings(given))
             self._margins[name] = (pushed.margin.item(), pushed.output.loss.item())
 
             def both(left, right, chosen=chosen, rejected=rejected):
@@ -161,8 +151,7 @@ class TokenMicroscope:
             f"Colour: {words}, full colour = {largest:.3g} {unit}; {credit}. Blue with a solid line is positive, orange with a "
             "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
         )
-        legend = f"<p style='margin:6px 0'><small>{legend}</small></p>"
-        self.page.value = page("".join(parts) + legend)
+        self.page.value = page(f"{''.join(parts)}<p style='margin:6px 0'><small>{legend}</small></p>")
         self.numbers.value = f'<div style="line-height:1.5">{self._text(self.token.value, "<br>")}</div>'
 
     def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice) -> str:
@@ -195,3 +184,6 @@ def _span(piece: str, value: float, largest: float, title: str, *, framed: bool)
         f"border-bottom:2px {line} rgba({red},{green},{blue},{share:.2f});"
         f'{frame}white-space:pre-wrap">{html.escape(piece).replace(chr(10), "⏎")}</span>'
     )
+
+
+token_microscope = TokenMicroscope  # as the chapters call it

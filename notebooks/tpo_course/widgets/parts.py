@@ -63,13 +63,6 @@ def movable() -> dict[str, list[str]]:
     return found
 
 
-def beta_and_alpha(wide: Mapping) -> tuple[w.FloatLogSlider, w.FloatSlider]:
-    """The two that several objectives share, their ranges from TDPO2's record."""
-    records = OBJECTIVES["tdpo2"].hyperparameters
-    beta = knob(records["beta"], "beta", steps=10, **wide)
-    return beta, knob(records["alpha"], "alpha", steps=10, **wide)
-
-
 def row(*children: w.Widget) -> w.HBox:
     """Side by side, below each other where the page is narrow."""
     return w.HBox(children, layout=w.Layout(flex_flow="row wrap"))
@@ -79,6 +72,18 @@ def on(controls: Iterable[w.Widget], do) -> None:
     """Call `do()` whenever one of the controls has moved."""
     for control in controls:
         control.observe(lambda _: do(), "value")
+
+
+def button(words: str, do, **given) -> w.Button:
+    """A button that calls `do()`."""
+    made = w.Button(description=words, **given)
+    made.on_click(lambda _: do())
+    return made
+
+
+def room(pixels: int) -> w.HTML:
+    """HTML that is at least so high: the page does not jump when its text comes."""
+    return w.HTML(layout=w.Layout(min_height=f"{pixels}px"))
 
 
 # Pictures.
@@ -105,12 +110,10 @@ def image(width: int, height: int) -> w.Image:
 
 
 def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
-    """The figure with its panels and the labels of their axes at fixed places: they stay where they are when the numbers
-    change, and looking for free places, which is more than half of the time of drawing, falls away.
+    """The figure, `size` inches large, with its panels and the labels of their axes at fixed places.
 
-    Args:
-        boxes: (left, bottom, width, height) of every panel, shares of the figure.
-        size: width and height, inches.
+    They stay where they are when the numbers change, and looking for free places, more than half of the time of drawing,
+    falls away. `boxes` are (left, bottom, width, height) of every panel, shares of the figure.
     """
     figure.set_layout_engine(None)  # not "none", which draws twice when it saves
     if size is not None:
@@ -188,15 +191,13 @@ class Lab:
     """
 
     def __init__(
-        self, controls: dict[str, w.Widget], columns: Iterable[Iterable[str]], figure: Figure, room: str
+        self, controls: dict[str, w.Widget], columns: Iterable[Iterable[str]], figure: Figure, text: int
     ) -> None:
         self.controls, self.figure = controls, figure
-        height = round(figure.get_figheight() * LAB_DPI) + 8
-        self.picture = w.HTML(layout=w.Layout(min_height=f"{height}px"))
-        self.text = w.HTML(layout=w.Layout(min_height=room, max_width="800px"))
-        self.box = w.VBox(
-            [row(*(w.VBox([controls[name] for name in names]) for names in columns)), self.picture, self.text]
-        )
+        self.picture, self.text = room(round(figure.get_figheight() * LAB_DPI) + 8), room(text)
+        self.text.layout.max_width = "800px"
+        side_by_side = row(*(w.VBox([controls[name] for name in names]) for names in columns))
+        self.box = w.VBox([side_by_side, self.picture, self.text])
         self._held = False  # several controls are being set at once
         for control in controls.values():
             control.observe(self._moved, "value")

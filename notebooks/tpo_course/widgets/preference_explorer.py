@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpo_course.widgets.parts import bundle, frame, image, interval, look, on, one_line, page, png, row, table
+from tpo_course.widgets import parts
+from tpo_course.widgets.parts import bundle, button, frame, image, interval, look, on, one_line, room, row
 from tpo_lib.config import PRESETS
 
 if TYPE_CHECKING:
@@ -20,17 +21,11 @@ if TYPE_CHECKING:
 UPDATES = 4
 
 
-def preference_explorer(stage: Stage) -> PreferenceExplorer:
-    """Explore a stage's pairs; build the stage with `min_gap=0`, so that small gaps are there.
+class PreferenceExplorer:
+    """Explore a stage's pairs.
 
     Args:
-        stage: as from `pocket_stage(min_gap=0.0, max_pairs=10_000)`.
-    """
-    return PreferenceExplorer(stage)
-
-
-class PreferenceExplorer:
-    """What `preference_explorer` returns.
+        stage: as from `pocket_stage(min_gap=0.0, max_pairs=10_000)`: with min_gap = 0 small gaps are there.
 
     Attributes:
         smallest: hide pairs whose scores differ by less; number: the pair shown; search: words in prompt or responses.
@@ -51,14 +46,13 @@ class PreferenceExplorer:
         self.smallest = w.FloatSlider(0.2 * widest, **gaps, **wide)
         self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
         self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
-        self.train_button = w.Button(description="Train on both sides of the gap", layout=w.Layout(width="260px"))
-        self.histogram = image(620, 239)
-        self.count, self.result, self.page = (w.HTML(layout=w.Layout(min_height=f"{n}px")) for n in (28, 110, 200))
+        where = w.Layout(width="260px")
+        self.train_button = button("Train on both sides of the gap", self._train, layout=where)
+        self.histogram, self.count, self.result, self.page = image(620, 239), room(28), room(110), room(200)
         top = row(self.smallest, self.search), self.histogram, self.count
         self.box = w.VBox([*top, self.number, self.page, self.train_button, self.result])
         on([self.smallest, self.search], self._filter)
         on([self.number], self._show)
-        self.train_button.on_click(lambda _: self._train())
         self._filter()
 
     def _repr_mimebundle_(self, **_) -> dict:
@@ -88,7 +82,7 @@ class PreferenceExplorer:
         axes.axvline(self.smallest.value, color="black", ls="--", label=f"smallest gap {self.smallest.value:.2f}")
         axes.set(xlabel=f"score of chosen minus score of rejected{self._unit}", ylabel="pairs", xlim=(0, self._widest))
         axes.legend(frameon=False)
-        return png(figure)
+        return parts.png(figure)
 
     def _show(self) -> None:
         if not len(self._kept):
@@ -96,11 +90,11 @@ class PreferenceExplorer:
             return
         pair = self.stage.table[int(self._kept[self.number.value])]
         gap = pair["chosen_score"] - pair["rejected_score"]
-        parts = [f"<p style='margin:0'>Pair {self.number.value} of 0 to {self.number.max}: gap {gap:.3f}</p>"]
-        parts += [f"<p><b>prompt</b> {html.escape(pair['prompt'])} …</p>"]
+        lines = [f"<p style='margin:0'>Pair {self.number.value} of 0 to {self.number.max}: gap {gap:.3f}</p>"]
+        lines += [f"<p><b>prompt</b> {html.escape(pair['prompt'])} …</p>"]
         for side in ("chosen", "rejected"):
-            parts.append(f"<p><b>{side}</b>, score {pair[f'{side}_score']:.3f}<br>{one_line(pair[side])}</p>")
-        self.page.value = page("".join(parts), "60em")
+            lines.append(f"<p><b>{side}</b>, score {pair[f'{side}_score']:.3f}<br>{one_line(pair[side])}</p>")
+        self.page.value = parts.page("".join(lines), "60em")
 
     def _train(self) -> None:
         self.train_button.disabled = True
@@ -115,15 +109,12 @@ class PreferenceExplorer:
     def _compare(self) -> None:
         from tpo_lib.runs.lab import Laboratory  # brings what trains and evaluates, which leafing through needs not
 
-        below = np.flatnonzero(self._gaps < self.smallest.value)
-        above = np.flatnonzero(self._gaps >= self.smallest.value)
-        count = min(len(below), len(above))
-        least = PRESETS["pocket"].train.batch_size
+        large = self._gaps >= self.smallest.value
+        below, above = np.flatnonzero(~large), np.flatnonzero(large)
+        count, least = min(len(below), len(above)), PRESETS["pocket"].train.batch_size
         if count < least:
-            self.result.value = (
-                f"{len(below)} pairs lie below and {len(above)} above {self.smallest.value:.2f}: at least {least} are needed "
-                "on either side. Move the smallest gap."
-            )
+            said = f"{len(below)} pairs lie below and {len(above)} above {self.smallest.value:.2f}"
+            self.result.value = f"{said}: at least {least} are needed on either side. Move the smallest gap."
             return
         self.result.value = "Evaluating the start ..."
         lab, rows = Laboratory(self.stage), {int(pair.row): pair for pair in self.stage.pairs}
@@ -137,4 +128,7 @@ class PreferenceExplorer:
             lines.append([f"{words} {self.smallest.value:.2f}", str(len(pairs)), *found])
         heads = ["trained on gaps", "pairs", f"reward{self._unit}", "KL(policy ‖ ref), nats"]
         start = interval(lab.start.metrics["reward"].as_dict())
-        self.result.value = table(heads, lines, f"DPO, {UPDATES} updates each; start {start}.")
+        self.result.value = parts.table(heads, lines, f"DPO, {UPDATES} updates each; start {start}.")
+
+
+preference_explorer = PreferenceExplorer  # as the chapters call it

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ipywidgets as w
 
-from tpo_course.widgets.parts import bundle, image, interval, look, on, page, png, samples, still, training
+from tpo_course.widgets.parts import bundle, image, interval, look, on, page, png, room, samples, still, training
 from tpo_lib.files.store import read_json
 from tpo_lib.runs import plots
 
@@ -14,43 +14,34 @@ SHOWN = 3
 PLANE = [(0.13, 0.275, 0.845, 0.7)]  # as PANELS, of the plane of the frontier
 
 
-def run_browser(path: str | Path | None = None) -> RunBrowser:
+class RunBrowser:
     """Browse the runs of a sweep.
 
     Args:
         path: as `tpo_lib.runs.sweep.sweep` writes it; None is the one that comes with the course.
 
-    Raises:
-        OSError: there is no such file.
-        checkpoint.CheckpointError: it is damaged.
-    """
-    from tpo_lib.runs.sweep import RUNS  # brings what trains and evaluates, which other widgets need not
-
-    return RunBrowser(read_json(path or RUNS, "make it anew with `python -m tpo_lib sweep`"))
-
-
-class RunBrowser:
-    """What `run_browser` returns.
-
     Attributes:
         objective, beta, alpha: the controls; beta and alpha step through the values that were run.
         points, curve: PNG images; facts, samples: HTML.
         run: the run shown, a dictionary of the sweep's file.
+
+    Raises:
+        OSError: there is no such file.
+        store.CheckpointError: it is damaged.
     """
 
-    def __init__(self, content: dict) -> None:
-        self.content = content
+    def __init__(self, path: str | Path | None = None) -> None:
+        from tpo_lib.runs.sweep import RUNS  # brings what trains and evaluates, which other widgets need not
+
+        self.content = read_json(path or RUNS, "make it anew with `python -m tpo_lib sweep`")
         wide = look("80px", "420px")
-        names = list(dict.fromkeys(run["objective"] for run in content["runs"]))
+        names = list(dict.fromkeys(run["objective"] for run in self.content["runs"]))
         labels = [(plots.style_of(name).label, name) for name in names]
         self.objective = w.Dropdown(options=labels, description="objective", **wide)
         self.beta = w.SelectionSlider(options=[0.0], description="beta", continuous_update=False, **wide)
         self.alpha = w.SelectionSlider(options=[0.0], description="alpha", continuous_update=False, **wide)
         self.points, self.curve = image(560, 336), image(912, 320)
-        self.facts, self.samples = (
-            w.HTML(layout=w.Layout(min_height="48px")),
-            w.HTML(layout=w.Layout(min_height="290px")),
-        )
+        self.facts, self.samples = room(48), room(290)
         self.box = w.VBox([self.objective, self.beta, self.alpha, self.facts, self.points, self.curve, self.samples])
         self._busy = False
         on([self.objective], self._options)
@@ -104,3 +95,6 @@ class RunBrowser:
         self.points.value, self.curve.value = points, curve
         before, after = self.content["start"]["samples"], self.run["samples"]
         self.samples.value = samples(label, before[:SHOWN], after[:SHOWN])
+
+
+run_browser = RunBrowser  # as the chapters call it

@@ -18,7 +18,7 @@ from IPython.display import Markdown, display
 
 from tpo_course import source_path
 from tpo_course.derivations import TOLERANCE, Derivation, Hyper, Step
-from tpo_course.widgets.parts import look, on, row
+from tpo_course.widgets.parts import button, look, on, row
 from tpo_course.world import TokenWorld
 
 COLOUR = "#D55E00"  # of the changed term; its frame says the same without colour
@@ -30,16 +30,24 @@ HELP = (
 )
 
 
-def step_through(derivation: Derivation, world: TokenWorld | None = None, **hyper: float) -> StepThrough:
-    """A widget that walks through a derivation and checks every step in a world you can change.
+class StepThrough:
+    """A widget that walks through a derivation and checks every step in a world you can change, and a static table of them.
+
+    Set the controls' values, or call a button's `click()`, to drive it from a cell.
 
     Args:
         derivation: a value of `tpo_course.derivations.DERIVATIONS`.
         world: the world to start in; None is V = 3, T = 3, two prompts, seed 0. The sliders keep its other settings.
         hyper: start values of `derivations.Hyper`: beta and alpha have sliders, guide_beta and margin stay as given.
 
-    Returns:
-        A StepThrough; as the last expression of a cell it shows itself and a static table of all steps.
+    Attributes:
+        previous_button, next_button, jump: the step, a number from 0 in `jump.value`.
+        v, t, beta, alpha, another: sliders of the world's V and T and of the hyperparameters; the button for the next seed.
+        measure_button: takes the step's further measurements (up to some seconds).
+        equation: an Output widget that holds the equation; `latex` is its source.
+        words, facts, verdict, world_text, measured: HTML widgets with everything that is said, as text.
+        world: the TokenWorld of the residuals, None while the one asked for is too large.
+        table: the static table, Markdown.
 
     Raises:
         TypeError: `derivation` is not a Derivation, or Hyper has no such field.
@@ -52,31 +60,14 @@ def step_through(derivation: Derivation, world: TokenWorld | None = None, **hype
         >>> "Step 3 of 12: residual" in walk.verdict.value
         True
     """
-    if not isinstance(derivation, Derivation):
-        raise TypeError(f'derivation is {derivation!r}: pass a Derivation, for instance DERIVATIONS["dpo"]')
-    if world is None:
-        world = TokenWorld(3, 3, seed=0, num_prompts=2)
-    return StepThrough(derivation, world, Hyper(**hyper))
 
-
-class StepThrough:
-    """What `step_through` returns. Set the controls' values, or call a button's `click()`, to drive it from a cell.
-
-    Attributes:
-        previous_button, next_button, jump: the step, a number from 0 in `jump.value`.
-        v, t, beta, alpha, another: sliders of the world's V and T and of the hyperparameters; the button for the next seed.
-        measure_button: takes the step's further measurements (up to some seconds).
-        equation: an Output widget that holds the equation; `latex` is its source.
-        words, facts, verdict, world_text, measured: HTML widgets with everything that is said, as text.
-        world: the TokenWorld of the residuals, None while the one asked for is too large.
-        table: the static table, Markdown.
-    """
-
-    def __init__(self, derivation: Derivation, world: TokenWorld, hyper: Hyper) -> None:
-        self.derivation, self.hyper = derivation, hyper
-        self.latex = ""
-        self._template, self.seed = world, world.seed
-        self._build_controls(world, hyper)
+    def __init__(self, derivation: Derivation, world: TokenWorld | None = None, **hyper: float) -> None:
+        if not isinstance(derivation, Derivation):
+            raise TypeError(f'derivation is {derivation!r}: pass a Derivation, for instance DERIVATIONS["dpo"]')
+        self.derivation, self.hyper, self.latex = derivation, Hyper(**hyper), ""
+        self._template = TokenWorld(3, 3, seed=0, num_prompts=2) if world is None else world
+        self.seed = self._template.seed
+        self._build_controls(self._template, self.hyper)
         self._rebuild()
         self._move()
         residuals = [self._residual_text(step) for step in derivation.steps]
@@ -85,18 +76,18 @@ class StepThrough:
     # Layout.
 
     def _build_controls(self, world: TokenWorld, hyper: Hyper) -> None:
-        titles = [f"{number}. {step.title}" for number, step in enumerate(self.derivation.steps, 1)]
-        self.previous_button = w.Button(description="Previous", icon="arrow-left", layout=w.Layout(width="120px"))
-        self.next_button = w.Button(description="Next", icon="arrow-right", layout=w.Layout(width="120px"))
-        steps = [(title, index) for index, title in enumerate(titles)]
+        narrow, wide = w.Layout(width="120px"), w.Layout(width="150px")
+        self.previous_button = button("Previous", lambda: self._go(-1), icon="arrow-left", layout=narrow)
+        self.next_button = button("Next", lambda: self._go(+1), icon="arrow-right", layout=narrow)
+        self.another = button("Another world", self._another, icon="refresh", layout=wide)
+        self.measure_button = button("Measure", self._measure, icon="flask", layout=narrow)
+        steps = [(f"{index + 1}. {step.title}", index) for index, step in enumerate(self.derivation.steps)]
         self.jump = w.Dropdown(options=steps, description="Step", **look("40px", "440px"))
         self.v = _slider(w.IntSlider, "V", world.vocab_size, 2, max(5, world.vocab_size), step=1)
         self.t = _slider(w.IntSlider, "T", world.horizon, min(2, world.horizon), max(4, world.horizon), step=1)
         low, high = min(0.05, hyper.beta), max(5.0, hyper.beta)
         self.beta = _slider(w.FloatLogSlider, "beta", hyper.beta, math.log10(low), math.log10(high), step=0.1)
         self.alpha = _slider(w.FloatSlider, "alpha", hyper.alpha, 0.0, max(2.0, hyper.alpha), step=0.1)
-        self.another = w.Button(description="Another world", icon="refresh", layout=w.Layout(width="150px"))
-        self.measure_button = w.Button(description="Measure", icon="flask", layout=w.Layout(width="120px"))
         rows = max(step.latex.count(NEXT_CLAIM) + 1 for step in self.derivation.steps)
         frame = {"border": "1px solid #999999", "padding": "4px 8px", "margin": "6px 0", "overflow": "auto"}
         self.equation = w.Output(layout=w.Layout(min_height=f"{50 + 45 * rows}px", **frame))  # the page does not jump
@@ -105,25 +96,18 @@ class StepThrough:
         self.verdict = w.HTML()
         self.world_text = w.HTML(layout=w.Layout(flex="1 1 0%", margin="4px 0 0 10px"))
         self.measured = w.HTML(layout=w.Layout(flex="1 1 0%", min_height="28px", margin="4px 0 0 10px"))
-        title = f"<div style='line-height:1.5'><b>{_text(self.derivation.title)}</b><br>{_text(self.derivation.question)}</div>"
+        title = _set(f"<b>{_text(self.derivation.title)}</b><br>{_text(self.derivation.question)}")
+        numbers = w.HBox([self.measure_button, self.measured], layout=w.Layout(align_items="flex-start"))
+        step = (
+            w.HBox([self.previous_button, self.next_button, self.jump]),
+            self.equation,
+            w.HBox([self.words, self.facts]),
+        )
+        world = row(self.v, self.t, self.beta, self.alpha), w.HBox([self.another, self.world_text])
         self.box = _Box(
-            [
-                w.HTML(title),
-                w.HBox([self.previous_button, self.next_button, self.jump]),
-                self.equation,
-                w.HBox([self.words, self.facts]),
-                self.verdict,
-                row(self.v, self.t, self.beta, self.alpha),
-                w.HBox([self.another, self.world_text]),
-                w.HBox([self.measure_button, self.measured], layout=w.Layout(align_items="flex-start")),
-                w.HTML(f"<small>{HELP}</small>"),
-            ],
+            [w.HTML(title), *step, self.verdict, *world, numbers, w.HTML(f"<small>{HELP}</small>")],
             layout=w.Layout(width="100%", max_width="1000px"),
         )
-        self.previous_button.on_click(lambda _: self._go(-1))
-        self.next_button.on_click(lambda _: self._go(+1))
-        self.another.on_click(lambda _: self._another())
-        self.measure_button.on_click(lambda _: self._measure())
         on([self.jump], self._move)
         on([self.v, self.t], self._rebuild)
         on([self.beta, self.alpha], self._check)
@@ -164,9 +148,7 @@ class StepThrough:
         source = f"$$\n{self.latex}\n$$"
         bundle = {"text/latex": source, "text/plain": step.latex}
         self.equation.outputs = ({"output_type": "display_data", "data": bundle, "metadata": {}},)
-        self.words.value = (
-            f"<div style='line-height:1.5'><b>{here + 1}. {_text(step.title)}.</b> {_text(step.words)}</div>"
-        )
+        self.words.value = _set(f"<b>{here + 1}. {_text(step.title)}.</b> {_text(step.words)}")
         self.facts.value = self._facts(step, here)
         self._check()
 
@@ -176,7 +158,7 @@ class StepThrough:
         if self.world is not None and len(self.world.pairs.prob) > SLOW_PAIRS:
             self.verdict.value = f"<b>{place}: computing ...</b>"
         self.verdict.value = f"<b>{place}: {_text(self._residual_text(self.step))}</b>"
-        self.world_text.value = f"<div style='line-height:1.5'>{_text(self._settings())}</div>"
+        self.world_text.value = _set(_text(self._settings()))
         more = self.step.numbers is not None or self.step.symbolic is not None
         self.measure_button.disabled = not more or not self._runs(self.step)
         self.measured.value = "" if more else "This step has no further numbers."
@@ -186,7 +168,7 @@ class StepThrough:
         lines = [f"{name} = {value:.4g}" for name, value in self.step.measure(self.world, **self._hyper()).items()]
         if self.step.symbolic is not None:
             lines.append(f"symbolically (sympy), the two sides differ by {self.step.symbolic()}")
-        self.measured.value = f"<div style='line-height:1.5'>{'<br>'.join(map(_text, lines))}</div>"
+        self.measured.value = _set("<br>".join(map(_text, lines)))
 
     # What they say.
 
@@ -286,6 +268,10 @@ def _slider(kind: type, name: str, value: float, low: float, high: float, *, ste
     return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False, **place)
 
 
+def _set(words: str) -> str:
+    return f"<div style='line-height:1.5'>{words}</div>"
+
+
 def _text(text: str) -> str:
     return html.escape(text, quote=False)
 
@@ -293,3 +279,6 @@ def _text(text: str) -> str:
 def _escape(text: str) -> str:
     r"""Plain text for a Markdown table cell: \ before every character that would mean something."""
     return re.sub(r"([\\`*_\[\]<>|$~#])", r"\\\1", text)
+
+
+step_through = StepThrough  # as the chapters call it

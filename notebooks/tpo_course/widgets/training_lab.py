@@ -9,21 +9,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from tpo_course.widgets.parts import (
-    bundle,
-    image,
-    interval,
-    knob,
-    look,
-    movable,
-    on,
-    png,
-    row,
-    samples,
-    table,
-    training,
-    with_a_margin,
-)
+from tpo_course.widgets import parts
+from tpo_course.widgets.parts import bundle, button, image, interval, knob, look, movable, on, room, row, with_a_margin
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import plots
 
@@ -34,18 +21,12 @@ if TYPE_CHECKING:
 SHOWN = 3  # samples of a run
 
 
-def training_lab(lab: Laboratory, *, folder: str | Path = ".") -> TrainingLab:
-    """A training laboratory with controls.
+class TrainingLab:
+    """A training laboratory with controls. In a cell: set the controls, `train_button.click()`, `wait()`.
 
     Args:
         lab: what to train; its runs, also those made in code, are listed.
         folder: where Export writes `training_lab.json`.
-    """
-    return TrainingLab(lab, Path(folder))
-
-
-class TrainingLab:
-    """What `training_lab` returns. In a cell: set the controls, `train_button.click()`, `wait()`.
 
     Attributes:
         objective, hyper ({name: control}), lr, updates, name: settings of the next run.
@@ -54,8 +35,8 @@ class TrainingLab:
         chosen, new_name, rename_button, remove_button, export_button: the runs made so far.
     """
 
-    def __init__(self, lab: Laboratory, folder: Path) -> None:
-        self.lab, self.folder = lab, folder
+    def __init__(self, lab: Laboratory, *, folder: str | Path = ".") -> None:
+        self.lab, self.folder = lab, Path(folder)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -80,36 +61,25 @@ class TrainingLab:
         self.lr = w.FloatLogSlider(10**-3.5, **rates, **wide)
         self.updates = w.IntSlider(10, min=2, max=60, description="updates", **wide)
         self.name = w.Text(placeholder="chosen for you", description="name", **wide)
-        self.train_button = w.Button(description="Train", icon="play", button_style="primary")
-        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
+        self.train_button = button("Train", self._train, icon="play", button_style="primary")
+        self.stop_button = button("Stop", self._halt, icon="stop", disabled=True)
         self.bar = w.IntProgress(0, min=0, max=1, layout=w.Layout(width="260px"))
-        self.status = w.HTML("Ready: set the controls and press Train.", layout=w.Layout(min_height="28px"))
+        self.status, self.samples, self.table = room(28), room(290), w.HTML()
+        self.status.value = "Ready: set the controls and press Train."
         self.curve, self.points = image(912, 320), image(560, 336)
-        self.table, self.samples = w.HTML(), w.HTML(layout=w.Layout(min_height="290px"))
         self.new_name = w.Text(description="new name", **wide)
-        self.rename_button = w.Button(description="Rename")
-        self.remove_button = w.Button(description="Remove")
-        self.export_button = w.Button(description="Export all", icon="download")
-        self.box = w.VBox(
-            [
-                row(w.VBox([self.objective, *self.hyper.values()]), w.VBox([self.lr, self.updates, self.name])),
-                w.HBox([self.train_button, self.stop_button, self.bar]),
-                self.status,
-                self.curve,
-                self.points,
-                self.table,  # below the pictures: it grows with every run
-                w.HBox([self.chosen, self.remove_button, self.export_button]),
-                w.HBox([self.new_name, self.rename_button]),
-                self.samples,
-            ]
+        self.rename_button, self.remove_button = button("Rename", self._rename), button("Remove", self._remove)
+        self.export_button = button("Export all", self._export, icon="download")
+        settings = row(w.VBox([self.objective, *self.hyper.values()]), w.VBox([self.lr, self.updates, self.name]))
+        buttons = w.HBox([self.train_button, self.stop_button, self.bar])
+        runs = (
+            w.HBox([self.chosen, self.remove_button, self.export_button]),
+            w.HBox([self.new_name, self.rename_button]),
         )
+        pictures = self.curve, self.points, self.table  # the table last: it grows with every run
+        self.box = w.VBox([settings, buttons, self.status, *pictures, *runs, self.samples])
         on([self.objective], self._settings_changed)
         on([self.chosen], self._show_samples)
-        self.train_button.on_click(lambda _: self._train())
-        self.stop_button.on_click(lambda _: self._halt())
-        self.rename_button.on_click(lambda _: self._rename())
-        self.remove_button.on_click(lambda _: self._remove())
-        self.export_button.on_click(lambda _: self._export())
 
     def _repr_mimebundle_(self, **_) -> dict:
         return bundle(self.box, "Run this cell to train runs of your own.", image=self.points.value)
@@ -190,12 +160,11 @@ class TrainingLab:
     def _failed(self, error: BaseException) -> None:
         self._error = error
         words = html.escape(f"The run failed: {type(error).__name__}: {error}")
-        self.status.value = (
-            f'<div role="alert" style="line-height:1.5;max-width:912px;color:#A00000"><b>{words}</b></div>'
-        )
+        alert = 'role="alert" style="line-height:1.5;max-width:912px;color:#A00000"'
+        self.status.value = f"<div {alert}><b>{words}</b></div>"
 
     def _draw_curve(self, rows: list[dict], objective: str, updates: int) -> None:
-        self.curve.value = training({objective: rows}, updates)
+        self.curve.value = parts.training({objective: rows}, updates)
 
     def _say(self, words: str) -> None:
         self.status.value = html.escape(words)
@@ -207,10 +176,10 @@ class TrainingLab:
         self.chosen.options = names
         if select or names:
             self.chosen.value = select or names[-1]
-        for button in (self.rename_button, self.remove_button, self.export_button):
-            button.disabled = not names
+        for needs_a_run in (self.rename_button, self.remove_button, self.export_button):
+            needs_a_run.disabled = not names
         self.table.value = self._table()
-        self.points.value = png(plots.run_points(self.lab.points(), self.lab.start_point()))
+        self.points.value = parts.png(plots.run_points(self.lab.points(), self.lab.start_point()))
         self._show_samples()
 
     def _table(self) -> str:
@@ -229,7 +198,7 @@ class TrainingLab:
             for name, settings, ended, point in rows
         ]
         note = "Means on the held-out prompts with 95% bootstrap intervals."
-        return table(["run", "settings", "length", *titles.values()], body, note)
+        return parts.table(["run", "settings", "length", *titles.values()], body, note)
 
     def _show_samples(self) -> None:
         run = self.lab.runs.get(self.chosen.value)
@@ -237,7 +206,7 @@ class TrainingLab:
             self.samples.value = "No run yet."
             return
         before, after = (map(vars, evaluation.samples[:SHOWN]) for evaluation in (self.lab.start, run.evaluation))
-        self.samples.value = samples(self.chosen.value, before, after)
+        self.samples.value = parts.samples(self.chosen.value, before, after)
 
     def _rename(self) -> None:
         old, new = self.chosen.value, self.new_name.value.strip()
@@ -260,3 +229,6 @@ class TrainingLab:
         count = len(self.lab.runs)
         path = self.lab.save(self.folder / "training_lab.json")
         self._say(f"{count} run{'s' if count > 1 else ''} written to {path}.")
+
+
+training_lab = TrainingLab  # as the chapters call it
