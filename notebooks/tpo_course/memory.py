@@ -53,10 +53,9 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """P."""
-        norms = self.layers * 2 + 1
-        small = norms * self.hidden
+        small = norms = (self.layers * 2 + 1) * self.hidden
         if self.family == "gpt2":  # a norm has two vectors; biases of attention (4 d) and MLP (f + d)
-            small = 2 * norms * self.hidden + self.layers * (5 * self.hidden + self.mlp) + self.positions * self.hidden
+            small = 2 * norms + self.layers * (5 * self.hidden + self.mlp) + self.positions * self.hidden
         return self.matrices + small + (0 if self.tied else self.head)
 
 
@@ -121,13 +120,11 @@ def step_memory(
 
     Args:
         length, pairs: T, prompt and response together, padded; B of one forward pass.
-        objective: key of losses.OBJECTIVES.
+        objective, optimizer: keys of losses.OBJECTIVES and of STATES.
         precision: "no" (float32), "bf16" or "fp16" (autocast).
-        fused: tile by tile (`fused.pair_loss`); False is the textbook (`ladder.textbook`).
+        fused: tile by tile (`fused.pair_loss`), in tiles of `tile_bytes`; False is the textbook (`ladder.textbook`).
         cached: what the frozen models say comes from disk.
         scored: share of the N T positions that are response tokens, 0 to 1.
-        optimizer: "adamw" or "rmsprop".
-        tile_bytes: size of one tile of logits.
 
     Raises:
         ValueError: objective, precision or optimizer is unknown, or a size is out of range.
@@ -211,6 +208,4 @@ def _check(objective: str, precision: str, optimizer: str, length: int, pairs: i
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     if length < 2 or pairs < 1 or not 0 < scored <= 1:
-        raise ValueError(
-            f"length={length}, pairs={pairs}, scored={scored}: needed are at least 2 tokens, 1 pair, and a share in (0, 1]"
-        )
+        raise ValueError(f"{length=}, {pairs=}, {scored=}: needed are at least 2 tokens, 1 pair, and a share in (0, 1]")

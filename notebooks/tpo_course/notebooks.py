@@ -18,11 +18,8 @@ from tpo_lib.parser import Parser
 
 FOLDER = Path(__file__).parents[1]
 ROOT = FOLDER.parent
-REPO_SLUG = (
-    "tpo-lib/tpo-lib"  # owner/name on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
-)
+REPO_SLUG = "tpo-lib/tpo-lib"  # on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
 PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml")  # the other files that name it
-TAG = "setup"
 SET_UP = """\
 # On Colab this fetches the course; anywhere else it does nothing.
 import sys
@@ -56,10 +53,6 @@ def badge(name: str) -> str:
 
 def refresh(path: Path, *, execute: bool = True) -> float | None:
     """Set badge and set-up cell, execute from top to bottom, strip what changes from run to run, write the file back.
-
-    Args:
-        path: a notebook.
-        execute: False leaves outputs as they are.
 
     Returns:
         Seconds that the cells took (also kept in the notebook's metadata, `tpo.seconds`), None if not executed.
@@ -97,14 +90,13 @@ def _set_address(notebook, name: str) -> None:
     if lines[0].startswith("[![Open in Colab]"):
         lines = lines[2:]
     cells[0].source = "\n".join([badge(name), "", *lines])
-    source = set_up()
-    found = [cell for cell in cells if TAG in cell.metadata.get("tags", [])]
-    if not found:
-        first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code")
-        # a fixed id, so that writing it again changes nothing
-        cells.insert(first, nbformat.v4.new_code_cell(source, id="setup", metadata={"tags": [TAG]}))
-    else:
-        found[0].source = source
+    found = next((cell for cell in cells if "setup" in cell.metadata.get("tags", [])), None)
+    if found is None:
+        found = nbformat.v4.new_code_cell(
+            id="setup", metadata={"tags": ["setup"]}
+        )  # fixed: writing it again changes nothing
+        cells.insert(next(i for i, cell in enumerate(cells) if cell.cell_type == "code"), found)
+    found.source = set_up()
 
 
 def _clean(notebook) -> None:

@@ -40,7 +40,7 @@ def token_names(world: TokenWorld) -> list[str]:
 
 
 def _letters(count: int) -> list[str]:
-    return [ascii_lowercase[i] if i < 26 else f"t{i}" for i in range(count)]
+    return [*ascii_lowercase, *(f"t{i}" for i in range(26, count))][:count]
 
 
 def kl_and_return(world: TokenWorld, logps: Tensor) -> tuple[float, float]:
@@ -65,8 +65,7 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
         policies: {name: (S, V) log-probabilities}.
 
     Raises:
-        ValueError: betas are not at least two different positive numbers, or a policy has the wrong shape or is not
-            normalised.
+        ValueError: betas are not at least two different positive numbers, or a policy is of another shape or not normalised.
 
     Example:
         >>> world = TokenWorld(vocab_size=3, horizon=2, seed=0)
@@ -119,9 +118,7 @@ def policy_tree(world: TokenWorld, policies: Mapping[str, Tensor], *, prompt: in
     if not 1 <= len(policies) <= 3:
         raise ValueError(f"{len(policies)} policies given; a tree shows one to three side by side")
     if not 0 <= prompt < world.num_prompts or not 1 <= depth <= world.horizon:
-        raise ValueError(
-            f"prompt={prompt} must lie in 0 to {world.num_prompts - 1}, depth={depth} in 1 to {world.horizon}"
-        )
+        raise ValueError(f"{prompt=} must lie in 0 to {world.num_prompts - 1}, {depth=} in 1 to {world.horizon}")
     count = world.width**depth + world.eos * sum(world.width**t for t in range(depth))
     if count > MAX_LEAVES:
         raise ValueError(f"depth={depth} gives {count} leaves (at most {MAX_LEAVES} can be read); lower it")
@@ -133,7 +130,7 @@ def policy_tree(world: TokenWorld, policies: Mapping[str, Tensor], *, prompt: in
         ax.set_axis_off()
         ax.set(xlim=(-0.15, depth + 0.3), ylim=(count - 0.4, -0.6))
         _draw_tree(ax, world, table, heights, prompt, style.colour)
-    _tree_legend(fig, [kind for kind in NODES if kind in {_kind(world, node) for node in heights}])
+    _tree_legend(fig, {_kind(world, node) for node in heights})
     return fig
 
 
@@ -154,9 +151,8 @@ def kl_directions(p: Tensor, q: Tensor, names: Sequence[str] = ("p", "q")) -> Fi
     """
     if p.ndim != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must be two (V,) tensors of log-probabilities")
-    p, q = _normalised(names[0], p), _normalised(names[1], q)
+    p, q, tokens = _normalised(names[0], p), _normalised(names[1], q), range(len(p))
     fig, axes = panels(3, width=12.5, height=3.8)
-    tokens = range(len(p))
     looks = {"color": GREY}, {"color": "white", "edgecolor": "black", "hatch": "///"}
     for shift, name, logps, look in zip((-0.2, 0.2), names, (p, q), looks, strict=True):
         axes[0].bar([token + shift for token in tokens], logps.exp().tolist(), 0.38, label=name, **look)
@@ -168,11 +164,11 @@ def kl_directions(p: Tensor, q: Tensor, names: Sequence[str] = ("p", "q")) -> Fi
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=f"KL({x} ‖ {y}) = {float(terms.sum()):.3f} nats", ylabel=f"{x} log({x} / {y}), nats")
     limits = [bound for ax in axes[1:] for bound in ax.get_ylim()]
-    for ax in axes[1:]:
-        ax.set_ylim(min(limits), max(limits))  # one scale for both directions
     for ax in axes:
         ax.set_xticks(tokens, _letters(len(p)))
         ax.set_xlabel("token")
+    for ax in axes[1:]:
+        ax.set_ylim(min(limits), max(limits))  # one scale for both directions
     return fig
 
 
@@ -187,8 +183,7 @@ def _front(world: TokenWorld, betas: Sequence[float], furthest: float) -> list[t
     front = [kl_and_return(world, world.ref_logps)]
     front += [optimum(beta) for beta in sorted({*betas, *fine.tolist()}, reverse=True)]
     beta, end, gain = betas[-1], 1.08 * max(furthest, front[-1][0]), torch.inf
-    # The gain of this loop's steps: two betas above may be equal but for rounding.
-    while front[-1][0] < end and gain > 1e-6:
+    while front[-1][0] < end and gain > 1e-6:  # of this loop's steps: two betas above may be equal but for rounding
         beta /= 1.1
         front.append(optimum(beta))
         gain = front[-1][0] - front[-2][0]
@@ -225,9 +220,8 @@ def _label_points(fig: Figure, ax: Axes, labels: Sequence[tuple]) -> None:
     line = ax.transData.transform_path(ax.lines[0].get_path()).interpolated(8).vertices
     taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in ax.transData.transform([at for _, at, *_ in labels])]
     taken += [text.get_window_extent() for text in ax.texts]
-    steps = sorted(
-        product((1, 0.6, 0, -0.6, -1), (1, 0.4, 0, -0.4, -1)), key=lambda step: abs(step[0] - 1) + abs(step[1] - 1)
-    )
+    steps = product((1, 0.6, 0, -0.6, -1), (1, 0.4, 0, -0.4, -1))
+    steps = sorted(steps, key=lambda step: abs(step[0] - 1) + abs(step[1] - 1))
     for text, at, colour, (right, up) in labels:
         note = ax.annotate(
             text, at, xytext=(0, 0), textcoords="offset points", va="bottom", zorder=7, in_layout=False,
@@ -302,12 +296,12 @@ def _draw_tree(ax: Axes, world: TokenWorld, logps: Tensor, heights: Mapping, pro
         ax.text(len(node), y, text, zorder=3, color="white" if face == "black" else "black", bbox=box, **centred)
 
 
-def _tree_legend(fig: Figure, kinds: Sequence[str]) -> None:
+def _tree_legend(fig: Figure, kinds: set[str]) -> None:
     handles = []
-    for kind in kinds:
-        shape, face, edge = NODES[kind]
+    for kind, (shape, face, edge) in NODES.items():
         look = {"markerfacecolor": face, "markeredgecolor": "black", "markeredgewidth": edge, "markersize": 9}
-        handles.append(Line2D([], [], linestyle="none", marker="o" if "round" in shape else "s", label=kind, **look))
+        look |= {"linestyle": "none", "marker": "o" if "round" in shape else "s"}
+        handles += [Line2D([], [], label=kind, **look)] if kind in kinds else []
     handles.append(Line2D([], [], color=GREY, linewidth=4, label="edge: π(token | state)"))
     columns = min(len(handles), max(1, int(fig.get_figwidth() / 2)))
     fig.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False, fontsize=FONT - 1)
@@ -329,10 +323,9 @@ def _styles(names: Sequence[str]) -> list[Style]:
 
 def _checked(world: TokenWorld, name: str, logps: Tensor) -> Tensor:
     """The (S, V) policy in float64, detached, after a look at its shape and its sums."""
-    if logps.shape != world.ref_logps.shape:
-        raise ValueError(
-            f"policy {name!r} has shape {tuple(logps.shape)}; this world's tables are {tuple(world.ref_logps.shape)}"
-        )
+    given, asked = tuple(logps.shape), tuple(world.ref_logps.shape)
+    if given != asked:
+        raise ValueError(f"policy {name!r} has shape {given}; this world's tables are {asked}")
     return _normalised(name, logps)
 
 
@@ -340,7 +333,6 @@ def _normalised(name: str, logps: Tensor) -> Tensor:
     logps = logps.detach().double()
     worst = float((logps.exp().sum(-1) - 1).abs().max())
     if not worst < 1e-5:  # NaN is refused too
-        raise ValueError(
-            f"{name!r} is not normalised: a row of probabilities misses 1 by {worst:.3g}; pass logits.log_softmax(-1)"
-        )
+        said = f"{name!r} is not normalised: a row of probabilities misses 1 by {worst:.3g}"
+        raise ValueError(f"{said}; pass logits.log_softmax(-1)")
     return logps
