@@ -10,8 +10,6 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,20 +29,16 @@ def _peft(who: str):
 
 
 def add_lora(model, rank: int, *, seed: int):
-    """Wrap a model so that only low-rank adapters of its linear layers are trained (extra `peft`).
-
-    Args:
-        rank: from 1 to the model's width.
-        seed: draws their first weights; the generator of the caller stays where it is.
+    """Wrap a model so that only low-rank adapters of its linear layers are trained; the seed draws their first weights.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the rank is above the width.
+        ValueError: the rank is above the model's width.
     """
     peft = _peft(f"--lora-rank {rank}")
     check_rank(rank, model.config)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
+    with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU; the caller's generator stays where it is
         torch.manual_seed(seed)
         policy = peft.get_peft_model(model, config)
     # the embeddings are the base's own: otherwise peft asks the hub about that at every checkpoint
@@ -68,25 +62,21 @@ def meaning(settings: dict) -> dict:
 
 
 def settings(source: Source, shapes: dict[str, tuple[int, ...]]):
-    """The PEFT configuration of an adapter's folder.
-
-    Args:
-        shapes: of the weights in the folder.
+    """The PEFT configuration of an adapter's folder, whose weights have these shapes.
 
     Raises:
         ValueError: the adapter is no change of weights, or says more than the installed peft, or its own file, knows of.
         ImportError: peft is not installed.
     """
     peft = _peft(f"the adapter {source.name}")
-    with _warnings("error", "Unexpected keyword"):  # fields that a newer peft wrote and that mean something
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword")  # fields that a newer peft wrote and that mean something
         config = peft.PeftConfig.from_peft_type(**meaning(source.adapter))
     if config.is_prompt_learning:
         raise ValueError(f"it is a {config.peft_type.value} adapter, which cannot be merged into weights; LoRA can")
     ranks = [getattr(config, "r", None) or 0, *(getattr(config, "rank_pattern", None) or {}).values()]
     if max(ranks) > max((n for shape in shapes.values() for n in shape), default=0):
-        raise ValueError(
-            f"its adapter_config.json has r = {max(ranks)}, its weights are smaller; one of them is damaged"
-        )
+        raise ValueError(f"its adapter_config.json has r = {max(ranks)}, its weights are smaller; one is damaged")
     config.inference_mode = True
     return config
 
@@ -99,7 +89,7 @@ def merge_into(base, source: Source, config, shapes: dict[str, tuple[int, ...]])
     """
     peft = _peft(f"the adapter {source.name}")
     _resize(base, shapes)
-    with _warnings("ignore"):
+    with warnings.catch_warnings(action="ignore"):
         model = peft.get_peft_model(base, config)
         result = model.load_adapter(str(source.folder), "default", torch_device="cpu")
     missing = [name for name in result.missing_keys if ".default" in name]  # the base's own are no part of the file
@@ -165,10 +155,3 @@ def _resize(base, shapes: dict[str, tuple[int, ...]]) -> None:
     if head is not None and head.weight is not tables["input"].weight and names[head] not in shapes:
         raise ValueError(f"it has {rows} input embeddings, and no output embeddings to match; save it with both")
     base.resize_token_embeddings(rows, mean_resizing=False)
-
-
-@contextmanager
-def _warnings(action: str, message: str = "") -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings(action, message)
-        yield

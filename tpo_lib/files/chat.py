@@ -44,11 +44,7 @@ class Notes:
 
 
 def text_or_messages(values: dict[str, Any], column: str, notes: Notes) -> str | list[Message]:
-    """A cell that holds a text, a list of messages, one message, or either of these as a string.
-
-    Raises:
-        Bad: it is missing, or holds something else.
-    """
+    """A cell that holds a text, a list of messages, one message, or either of these as a string; else raises Bad."""
     value = values.get(column)
     notes.used.add(column)
     if value is None:
@@ -78,28 +74,26 @@ def short(value: Any) -> str:
 
 
 def objects(value: Any, column: str) -> list[dict]:
-    """A list of objects, or one as a JSON string.
-
-    Raises:
-        Bad: it is something else.
-    """
+    """A list of objects, or one of them, or either as a JSON string; else raises Bad."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise Bad(column, f"is not valid JSON: {error}", "repair it or leave it empty") from error
+        value = parsed(value, column, "is", "repair it or leave it empty")
     value = [value] if isinstance(value, dict) else value
     if not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
         raise Bad(column, f"is not a list of objects but {short(value)}", "repair it or leave it empty")
     return value
 
 
+def parsed(text: str, column: str, what: str, fix: str) -> Any:
+    """What a JSON string holds; raises Bad where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Bad(column, f"{what} not valid JSON: {error}", fix) from error
+
+
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and (
-        {"role", "content"} <= value.keys()
-        or {"from", "value"} <= value.keys()
-        or {"role", "tool_calls"} <= value.keys()
-    )
+    forms = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
+    return isinstance(value, dict) and any(form <= value.keys() for form in forms)
 
 
 def _stored(text: str, column: str, notes: Notes) -> Any:
@@ -150,10 +144,7 @@ def _calls(value: Any, column: str) -> str:
         if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
             raise Bad(column, f"holds {short(call)} where a tool call is expected", "write {name, arguments}")
         if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except (ValueError, RecursionError) as error:
-                raise Bad(column, f"a tool call's arguments are not valid JSON: {error}", "repair them") from error
+            function["arguments"] = parsed(function["arguments"], column, "a tool call's arguments are", "repair them")
     return json.dumps(calls, ensure_ascii=False)
 
 
@@ -170,14 +161,12 @@ def check_turns(sides: dict[str, list[Message]], notes: Notes) -> None:
     for column, side in sides.items():
         if side[0]["role"] not in ASSISTANT:
             problem = f"begins with a turn of {side[0]['role']!r}, not of the assistant"
-            raise Bad(
-                column, problem, "let all sides begin with the same prompt, or none, and then the assistant answer"
-            )
+            fix = "let all sides begin with the same prompt, or none, and then the assistant answer"
+            raise Bad(column, problem, fix)
     others = [[message for message in side if message["role"] not in ASSISTANT] for side in sides.values()]
     if others[0] != others[-1]:
-        raise Bad(
-            "rejected", "others say in it what they do not say in chosen", "let both responses answer the same turns"
-        )
+        fix = "let both responses answer the same turns"
+        raise Bad("rejected", "others say in it what they do not say in chosen", fix)
     if others[0]:
         notes.counts["turns of users or tools inside a response are scored as parts of it"] += 1
 
@@ -192,8 +181,6 @@ def words(response: str | list[Message]) -> str:
 
 def render(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, Bad]]:
     """Write messages out as text with the tokenizer's chat template; a response is what it adds to its prompt.
-
-    The template comes with the model and is a program, so it runs in a process of its own with bounds on time and memory.
 
     Returns:
         Texts by column, empty where a row could not be written out, and what is wrong with these rows.
@@ -255,10 +242,10 @@ def _parts(written: dict[str, dict]) -> dict[str, str]:
 
 
 def _run(tokenizer, jobs: list[dict], *, per_row: int) -> tuple[set[str], list[dict]]:
-    """The words of the template, and for every job {"text"} or {"error"}, from a process of its own."""
+    """The words of the template, and for every job {"text"} or {"error"}."""
     templates = [tokenizer.get_chat_template(tools=tools) for tools in (None, [{}])]  # some have two
     lines = [{"templates": templates, "special": tokenizer.special_tokens_map}, *jobs]
-    done = subprocess.run(
+    done = subprocess.run(  # a template is a program of somebody else's: it gets bounds on time and memory
         [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))],
         input="".join(json.dumps(line, default=str) + "\n" for line in lines),
         capture_output=True,
@@ -269,7 +256,6 @@ def _run(tokenizer, jobs: list[dict], *, per_row: int) -> tuple[set[str], list[d
     if words is None or len(answers) < len(jobs):
         errors = re.findall(r"^\w+Error: .*", done.stderr, re.MULTILINE)
         reason = errors[-1] if errors else "it takes more time or memory than a template should"
-        raise ValueError(
-            f"the chat template was stopped at row {len(answers) // per_row}: {reason}; use another template"
-        )
+        row = len(answers) // per_row
+        raise ValueError(f"the chat template was stopped at row {row}: {reason}; use another template")
     return set(words), answers

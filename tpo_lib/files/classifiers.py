@@ -9,10 +9,9 @@ import math
 def positions(model) -> float:
     """Tokens that fit into the model's positions; RoBERTa and its kin begin counting after their padding index."""
     known = getattr(model.config, "max_position_embeddings", None)
-    tables = [
-        m for name, m in model.named_modules() if name.endswith("position_embeddings") and hasattr(m, "padding_idx")
-    ]
-    offset = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    offset = max((index + 1 for index in padding if index is not None), default=0)
     return known - offset if known and known > 0 else math.inf  # XLNet says -1: it has no limit
 
 

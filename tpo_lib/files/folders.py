@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,30 +18,21 @@ from tpo_lib.files import store
 LARGEST_JSON = 32 * 2**20  # bytes; the index of the largest models in shards has about 10 MB
 MOST_LAYERS = 128  # a folder may name as many, whatever its files hold: this many cost nothing to lay out
 # of a hub model, what is fetched at first, and what once that is found sound
-TEXT = ("*.json", "*.txt", "*.model", "*.jinja", "adapter_model.safetensors")
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+TEXT = ["*.json", "*.txt", "*.model", "*.jinja", "adapter_model.safetensors"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """Where a model is."""
 
-    Attributes:
-        name: an absolute folder or a hub name.
-        folder: the same folder, or the hub's snapshot of its files.
-        adapter: what its adapter_config.json says, or None for a whole model.
-    """
-
-    name: str
-    folder: Path
-    adapter: dict | None
+    name: str  # an absolute folder or a hub name
+    folder: Path  # the same folder, or the hub's snapshot of its files
+    adapter: dict | None  # what its adapter_config.json says; None for a whole model
 
 
 def is_path(name: str | Path) -> bool:
-    """Whether a name can only be a place on this machine, so that nobody need ask the hub for it.
-
-    That is: it exists, it is no `name` or `owner/name` as the hub has them (./x, /x, .., a/b/c, a/, C:\\x), or its first part
-    is a folder here.
+    """Whether a name can only be a place on this machine: it exists, is none of the hub's, or begins with a folder here.
 
     Example:
         >>> [is_path(name) for name in ("./gpt2", "runs/dpo/final", "C:/models", "owner/", "owner/name", "gpt2-large")]
@@ -65,14 +55,14 @@ def no_such_path(kind: str, name: str | Path) -> FileNotFoundError:
 
 
 def unusable(kind: str, name: str | Path, reason: object) -> OSError:
-    """The error for something that is there and cannot be used; what others raise on many lines is told on one."""
+    """The error for something that is there and cannot be used."""
     if isinstance(reason, Exception) and not isinstance(reason, OSError):
         reason = one_line(reason)
     return OSError(f"{kind} {str(name)!r} could not be loaded: {reason}")
 
 
 def one_line(error: Exception) -> str:
-    """An error as a part of a sentence."""
+    """An error, however many lines it has, as a part of a sentence."""
     text = " ".join(str(error).split())[:500] or "no reason given"
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
@@ -84,11 +74,7 @@ def tell(sentence: str) -> None:
 
 
 def read_settings(path: Path) -> dict:
-    """Read a JSON object of at most 32 MB.
-
-    Raises:
-        ValueError: it is larger, deeper than Python reads, or no object.
-    """
+    """Read a JSON object; ValueError where it is none, larger than 32 MB, or deeper than Python reads."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON} bytes")
@@ -123,9 +109,7 @@ def find(kind: str, name: str | Path) -> Source:
         adapter = folder / "adapter_config.json"
         settings = read_settings(adapter) if adapter.is_file() else None
         if settings is not None and list(folder.glob("model*.safetensors")):
-            raise ValueError(
-                "it holds a whole model and an adapter, which may or may not be merged already; keep one of them"
-            )
+            raise ValueError("it holds a whole model and an adapter, which may or may not be merged; keep one of them")
     except ValueError as error:
         raise unusable(kind, name, error) from error
     return Source(str(folder) if local else str(name), folder, settings)
@@ -137,72 +121,63 @@ def base_of(source: Source) -> str:
     Raises:
         ValueError: the adapter names none, or one that is not there, or that may be either of two folders.
     """
-    base, place = source.adapter.get("base_model_name_or_path"), f"{source.folder}/adapter_config.json"
+    base, file = source.adapter.get("base_model_name_or_path"), f"{source.folder}/adapter_config.json"
+    place = f"{file} (base_model_name_or_path)"
     if not base or not isinstance(base, str):
-        raise ValueError(f"it is an adapter, and {place} names no base model (base_model_name_or_path)")
+        raise ValueError(f"it is an adapter, and {file} names no base model (base_model_name_or_path)")
     there = {path.resolve() for path in (Path(base), source.folder / base) if path.is_dir()}
     if len(there) > 1:
-        raise ValueError(
-            f"its base model may be {' or '.join(map(str, sorted(there)))}; write one of them into {place}"
-        )
+        raise ValueError(f"its base model may be {' or '.join(map(str, sorted(there)))}; write one of them into {file}")
     if source.folder in there:
-        raise ValueError(f"it is an adapter, and {place} names itself as its base model")
+        raise ValueError(f"it is an adapter, and {file} names itself as its base model")
     if there:
         return str(there.pop())
     if is_path(base):
-        raise ValueError(
-            f"its base model {base!r} is not there; put it back, or name where it is now in {place} (base_model_name_or_path)"
-        )
+        raise ValueError(f"its base model {base!r} is not there; put it back, or name where it is now in {place}")
     if source.adapter.get("revision") not in (None, "main"):
         named = f"revision {source.adapter['revision']} of {base}"
-        raise ValueError(
-            f"its base is {named}; download that, and name its folder in {place} (base_model_name_or_path)"
-        )
+        raise ValueError(f"its base is {named}; download that, and name its folder in {place}")
     return base
 
 
-def _fetch(kind: str, name: str, patterns: Sequence[str] = TEXT, revision: str | None = None) -> Path:
+def _fetch(kind: str, name: str, patterns: list[str] = TEXT, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name, [path.name for path in Path().iterdir() if path.is_dir()], n=1)
         hint = f" (did you mean ./{near[0]}?)" if near else ""
-        raise unusable(
-            kind,
-            name,
+        reason = (
             f"it is not a local folder{hint}, and the hub gave no such thing ({one_line(error)}). Check the name and the "
-            "network, pass a local folder, or use --preset pocket, which needs no download.",
-        ) from error
+            "network, pass a local folder, or use --preset pocket, which needs no download."
+        )
+        raise unusable(kind, name, reason) from error
 
 
 def _refuse_code(folder: Path) -> None:
-    """Raise ValueError if a folder works only, or would work otherwise, with code of its own: none is ever run."""
+    """Raise ValueError if a folder works only, or would work otherwise, with code of its own."""
     import transformers
 
     if (folder / "custom_generate").exists():
-        raise ValueError(
-            "it brings code of its own (custom_generate), which is never run; remove that folder from a copy"
-        )
+        raise ValueError("it brings code of its own (custom_generate), which is never run; remove that from a copy")
     keys = {"config.json": "architectures", "tokenizer_config.json": "tokenizer_class", "generation_config.json": ""}
     for name, key in keys.items():
         settings = read_settings(folder / name) if (folder / name).is_file() else {}
+        if "auto_map" not in settings:
+            continue
         named = settings.get(key) or []
         known = [hasattr(transformers, str(each)) for each in (named if isinstance(named, list) else [named])]
-        if "auto_map" in settings and not (known and all(known)):
+        if not (known and all(known)):
             raise ValueError(
                 f"its {name} asks for code of its own (auto_map: {settings['auto_map']}), which is never run; choose a model "
                 f"whose {key} transformers knows"
             )
-        if "auto_map" in settings:
-            tell(f"{folder}: the code that its {name} names is not run; transformers' own {named} is used")
+        tell(f"{folder}: the code that its {name} names is not run; transformers' own {named} is used")
 
 
 def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights of a model's or adapter's folder, read from the headers of its safetensors files.
-
-    Of a hub model they are fetched first; for one that has none under the usual names the answer is empty.
+    """The shapes of all weights of a model's or adapter's folder; of a hub model without the usual names, none.
 
     Raises:
         ValueError: it holds a GGUF file, pickles or quantised weights; a file is missing or damaged; config.json describes
@@ -229,7 +204,7 @@ def check_weights(source: Source) -> dict[str, tuple[int, ...]]:
 
 
 def _check_config(source: Source) -> dict:
-    """The configuration of a whole model, whose weights are here afterwards; raises ValueError if it cannot be trained."""
+    """The configuration of a whole model, whose weights are here afterwards; ValueError if it cannot be trained."""
     if not (source.folder / "config.json").is_file():
         raise ValueError(_what_is_there_instead(source.folder))
     config = read_settings(source.folder / "config.json")
@@ -244,17 +219,14 @@ def _check_config(source: Source) -> dict:
 
 def _what_is_there_instead(folder: Path, name: str = "config.json") -> str:
     """Why a folder without a file that is needed cannot be loaded, and what would help."""
-    for pattern, problem in (
-        ("*.gguf", "a quantised model; convert it to safetensors with transformers (gguf_file=, then save_pretrained)"),
-        ("*.bin", "pickled weights, which may run code as they are read; save them as safetensors"),
-        ("*.pt*", "pickled weights, which may run code as they are read; save them as safetensors"),
-    ):
-        found = sorted(folder.glob(pattern))
-        if found:
+    pickled = "pickled weights, which may run code as they are read; save them as safetensors"
+    quantised = "a quantised model; convert it to safetensors with transformers (gguf_file=, then save_pretrained)"
+    for pattern, problem in {"*.gguf": quantised, "*.bin": pickled, "*.pt*": pickled}.items():
+        if found := sorted(folder.glob(pattern)):
             return f"it has no {name} but {found[0].name}, {problem}"
-    below = [str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/config.json"))]
-    below += [str(path.parent.relative_to(folder)) for path in sorted(folder.glob("checkpoints/*/*config.json"))]
-    return f"it has no {name}" + (f"; the folders {', '.join(dict.fromkeys(below))} in it have" if below else "")
+    below = [*sorted(folder.glob("*/config.json")), *sorted(folder.glob("checkpoints/*/*config.json"))]
+    there = ", ".join(dict.fromkeys(str(path.parent.relative_to(folder)) for path in below))
+    return f"it has no {name}" + (f"; the folders {there} in it have" if below else "")
 
 
 def _check_counts(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -266,13 +238,13 @@ def _check_counts(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value, shapes)
-        for pattern, bound in bounds.items():
-            if re.search(pattern, key) and isinstance(value, int) and value > bound:
-                raise ValueError(
-                    f"its config.json has {key} = {value}, its files only {len(shapes)} weights; one of them is damaged"
-                )
-        if key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer") and isinstance(value, int) and value < 1:
-            raise ValueError(f"its config.json has {key} = {value}: a model has layers; repair that number")
+        if not isinstance(value, int):
+            continue
+        said = f"its config.json has {key} = {value}"
+        if any(re.search(pattern, key) and value > bound for pattern, bound in bounds.items()):
+            raise ValueError(f"{said}, its files only {len(shapes)} weights; one of them is damaged")
+        if key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer") and value < 1:
+            raise ValueError(f"{said}: a model has layers; repair that number")
 
 
 def check_size(model, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -281,6 +253,4 @@ def check_size(model, shapes: dict[str, tuple[int, ...]]) -> None:
     for what, tensors in (("weights", model.parameters()), ("buffers", model.buffers())):
         asked = sum(tensor.numel() for tensor in tensors)
         if shapes and asked > 2 * held + 2**28:
-            raise ValueError(
-                f"its config.json describes {asked:,} {what}, its files hold {held:,}; one of them is damaged"
-            )
+            raise ValueError(f"its config.json describes {asked:,} {what}, its files hold {held:,}; one is damaged")

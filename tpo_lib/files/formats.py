@@ -1,7 +1,7 @@
 """Files, folders and hub data sets, read row by row into records; a row that cannot be read stays in, with its problem.
 
-Invalid UTF-8 becomes lone surrogates, which `chat.check_text` then finds by column. Only the columns that are
-wanted are read; the others keep their names, with None for every value. Memory is bounded by MAX_TABLE.
+Invalid UTF-8 becomes lone surrogates, which `chat.check_text` then finds by column. Columns that are not wanted keep their
+names, with None for every value. Memory is bounded by MAX_TABLE.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +31,7 @@ OnBadRows = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
-
-    Attributes:
-        row: its number in the table, counted from 0.
-        column: the column at fault, "*" where it is the row as a whole.
-        problem: what is wrong with it.
-        fix: what to do about it.
-
+    """A row that cannot be used: its number, counted from 0, and its column, "*" where it is the row as a whole.
     Example:
         >>> print(BadRow(17, "chosen", "is empty", "write a response or remove the row"))
         row 17, column 'chosen': is empty; write a response or remove the row
@@ -88,28 +81,26 @@ class Record:
 
 def _lines(file, path: Path) -> Iterator:
     """The lines of an open file, none of them longer than memory should take."""
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
+    empty = file.read(0)  # text or bytes
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), empty), start=1):
         if len(line) > MAX_LINE:
             raise ValueError(f"{path}, line {number}: longer than {MAX_LINE:,} characters; shorten or remove it")
         yield line
 
 
+def _json(content: bytes) -> Any:
+    return json.loads(content.removeprefix(BOM).decode("utf-8", "surrogateescape"))
+
+
 def _read_jsonl(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         for number, line in enumerate(_lines(file, path), start=1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            if line.strip():
-                yield _parse_json(line, f" ({path.name}, line {number})")
-
-
-def _parse_json(line: bytes, place: str) -> Record:
-    try:
-        values = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        return Record(place, {}, f"not valid JSON: {error}")
-    return _object_record(values, place)
+            place = f" ({path.name}, line {number})"
+            try:
+                if line.removeprefix(BOM).strip():
+                    yield _object_record(_json(line), place)
+            except (ValueError, RecursionError) as error:
+                yield Record(place, {}, f"not valid JSON: {error}")
 
 
 def _object_record(values: Any, place: str) -> Record:
@@ -127,7 +118,7 @@ def _read_json(path: Path) -> Iterator[Record]:
         return
     _check_size(path.stat().st_size, path)
     try:
-        rows = json.loads(path.read_bytes().removeprefix(BOM).decode("utf-8", "surrogateescape"))
+        rows = _json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}; repair it, or write one object a line (.jsonl)") from error
     for number, values in enumerate(rows, start=1):
@@ -202,35 +193,16 @@ def _check_size(size: int, name: str | Path) -> None:
         raise ValueError(f"{name}: more than {MAX_TABLE / 2**30:.3g} GiB, more than is read at once; split it")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-_NOT_DATA = {
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "MANIFEST.json",
-    "report.json",
-}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state|MANIFEST|report)\.json")
 
 
 def read_records(
     name_or_path: str | Path, *, split: str | None = None, config: str | None = None, wanted: Collection[str]
 ) -> Iterator[Record]:
-    """The rows of a file, a folder or a hub data set.
+    """The rows of a file, a folder or a hub data set, with the values of the columns that are wanted.
 
-    Args:
-        split: None is "train"; a single file has none.
-        config: one of several configurations: those that the README of a folder declares, else its subfolders.
-        wanted: the columns whose values are read.
-
-    Raises:
-        FileNotFoundError, ConnectionError: there is no such file or split, or the hub cannot be reached.
-        ValueError: no such configuration, a damaged file, or more than memory should take.
+    Arguments and errors are those of `pairs.load_pairs`; more than memory should take is a ValueError too.
     """
     size = 0
     for row, record in enumerate(_open(name_or_path, split, config, wanted)):
@@ -268,13 +240,8 @@ def _open(name_or_path: str | Path, split: str | None, config: str | None, wante
 
 def _read_file(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     if path.suffix not in _READERS:
-        raise ValueError(
-            f"{path}: files of pairs end in {', '.join(_READERS)}, this one in {path.suffix!r}; convert it"
-        )
+        raise ValueError(f"{path}: pairs are in {', '.join(_READERS)} files, this one in {path.suffix!r}; convert it")
     return _read_parquet(path, wanted) if path.suffix == ".parquet" else _READERS[path.suffix](path)
-
-
-_DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError)
 
 
 def _read_saved(path: Path, split: str | None, config: str | None) -> Iterator[Record]:
@@ -293,12 +260,12 @@ def _read_saved(path: Path, split: str | None, config: str | None) -> Iterator[R
         for entry in state["_data_files"]:
             with pyarrow.memory_map(str(path / entry["filename"])) as file, pyarrow.ipc.open_stream(file) as stream:
                 yield from _read_batches(stream, stream.schema.names, path.name)
-    except (*_DAMAGE, pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError,
+            LookupError, TypeError, AttributeError) as error:  # fmt: skip
         raise ValueError(f"{path}: not as save_to_disk writes it ({error!r}); save it again") from error
 
 
 def _pick(name: str, names: Iterable[str], where: str | Path, what: str) -> str:
-    """The name, if it is one of the names."""
     if name in names:
         return name
     found = ", ".join(names) or "none"
@@ -317,7 +284,7 @@ def _files_of_split(folder: Path, split: str | None, config: str | None) -> list
             folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
             folder /= _pick(config, folders, folder, "configuration")
         splits = {}
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in _READERS and p.name not in _NOT_DATA):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in _READERS and not _NOT_DATA.fullmatch(p.name)):
             splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
         if not splits:
             raise FileNotFoundError(f"{folder} holds no file that ends in {', '.join(_READERS)}")
@@ -340,7 +307,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
-    """The files of every split of a configuration, as the head of the folder's README declares them; None if it does not."""
+    """The files of every split of a configuration, as the head of the folder's README declares them, if it does."""
     import yaml
 
     card = folder / "README.md"
@@ -356,9 +323,8 @@ def _declared_splits(folder: Path, config: str | None) -> dict[str, list[Path]] 
             raise ValueError(f"{folder} has the configurations {', '.join(found)}: name one with --config")
         files = found[_pick(config or first, found, folder, "configuration")]["data_files"]
         files = files if isinstance(files, list) and isinstance(files[0], dict) else [{"split": "train", "path": files}]
-        patterns = {
-            entry["split"]: [entry["path"]] if isinstance(entry["path"], str) else entry["path"] for entry in files
-        }
+        given = ((entry["split"], entry["path"]) for entry in files)
+        patterns = {split: [path] if isinstance(path, str) else path for split, path in given}
         return {split: sorted({p for one in many for p in folder.glob(one)}) for split, many in patterns.items()}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"{card}: its configurations cannot be read: {error!r}; pass a file instead") from error

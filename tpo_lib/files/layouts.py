@@ -10,7 +10,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tpo_lib.files import chat
@@ -42,43 +41,36 @@ SFT_LAYOUTS = (
 class Layout:
     """Which columns hold what; prompt is None where it is part of the responses, rejected None where there is none."""
 
-    prompt: str | None
-    chosen: str
-    rejected: str | None
+    prompt: str | None = None
+    chosen: str = "chosen"
+    rejected: str | None = None
 
 
-def find_layout(columns: list[str], name: str | Path, *, paired: bool) -> Layout:
-    """The layout of a table with these columns.
-
-    Raises:
-        ValueError: it is none that is known, or has no rejected side although the objective needs one.
-    """
+def _find_layout(columns: list[str], name: str, *, paired: bool) -> Layout:
+    """The layout of a table; ValueError where it is none that is known, or has no rejected side although one is needed."""
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((column for column in names if column in columns), None)
 
-    prompt = first(PROMPTS)
+    prompt, response, whole = map(first, (PROMPTS, RESPONSES, WHOLE))
     if {"chosen", "rejected"} <= set(columns):
-        return Layout(prompt or first(("conversations",)), "chosen", "rejected")
-    response, whole = first(RESPONSES), first(WHOLE)
+        return Layout(prompt or first(("conversations",)), rejected="rejected")
     found = ", ".join(columns) or "none at all"
     if paired:
         raise ValueError(
             f"{name}: columns chosen and rejected are needed, found: {found}. Accepted layouts: {LAYOUTS}. Without a rejected "
             "side --loss-type sft can be trained"
         )
-    if prompt and response:
-        return Layout(prompt, response, None)
     if whole is None:
         raise ValueError(f"{name}: found the columns {found}. Layouts accepted for sft: {SFT_LAYOUTS}; {LAYOUTS}")
-    return Layout(None, whole, None)
+    return Layout(prompt, response) if prompt and response else Layout(None, whole)
 
 
 def read_rows(records: list[Record], name: str, *, paired: bool) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """Bring every record into the one layout, and list those that cannot be."""
     columns = list({column: None for record in records for column in record.values})  # a dict keeps their order
     readable = bool(columns) or not records  # else no row could be read, and the rows say why
-    layout = find_layout(columns, name, paired=paired) if readable else Layout(None, "chosen", "rejected")
+    layout = _find_layout(columns, name, paired=paired) if readable else Layout(rejected="rejected")
     before = any(record.values.get(column) not in (None, "", [], "[]") for record in records for column in BEFORE)
     rows: dict[int, dict[str, Any]] = {}
     bad: list[BadRow] = []
@@ -99,9 +91,8 @@ def read_rows(records: list[Record], name: str, *, paired: bool) -> tuple[list[d
     for number, row in rows.items():
         try:
             if number in odd:
-                raise Bad(
-                    "chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row"
-                )
+                problem = "a response does not repeat its prompt as the others here do"
+                raise Bad("chosen", problem, "repair or remove the row")
             _check_responses(row, rows[next(iter(rows))], notes)
             good.append(row)
         except Bad as problem:
@@ -153,12 +144,13 @@ _Sides = dict[str, Any]  # "chosen" and, except for SFT, "rejected": texts, or m
 def _numbers(values: dict[str, Any], columns: list[str], sides: _Sides) -> dict[str, Any]:
     """Scores, flags and sampled ids of the sides that there are."""
     row: dict[str, Any] = {}
-    for column, other in SCORES.items():
-        if column.split("_")[0] in sides and (column in columns or other in columns):
-            row[column] = _score(values.get(column, values.get(other)), column if column in columns else other)
-    for column in COMPLETE:
-        if column.split("_")[0] in sides and column in columns:
-            row[column] = _flag(values.get(column), column)
+    for side in sides:
+        score, complete = f"{side}_score", f"{side}_complete"
+        if score in columns or SCORES[score] in columns:
+            given = values.get(score, values.get(SCORES[score]))
+            row[score] = _score(given, score if score in columns else SCORES[score])
+        if complete in columns:
+            row[complete] = _flag(values.get(complete), complete)
     if "rejected" in sides and set(SAMPLED) <= set(columns):
         *ids, name = (values.get(column) for column in SAMPLED)
         row |= zip(SAMPLED, (*map(_token_ids, ids, SAMPLED), name if isinstance(name, str) else None), strict=False)
@@ -212,15 +204,11 @@ def _turns_before(values: dict[str, Any], notes: Notes) -> list[chat.Message]:
     notes.used |= set(BEFORE)
     system, history = values.get("system"), values.get("history") or []
     turns = [_said("system", chat.check_text(system, "system"))] if system else []
-    try:
-        history = json.loads(history) if isinstance(history, str) else history
-    except (ValueError, RecursionError) as error:
-        raise Bad("history", f"is not valid JSON: {error}", "write a list of [user, assistant] turns") from error
+    if isinstance(history, str):
+        history = chat.parsed(history, "history", "is", "write a list of [user, assistant] turns")
     for turn in history if isinstance(history, list) else [history]:
         if isinstance(turn, list) and len(turn) == 2:
-            turns += [
-                _said(role, chat.check_text(t, "history")) for role, t in zip(("user", "assistant"), turn, strict=True)
-            ]
+            turns += map(_said, ("user", "assistant"), (chat.check_text(text, "history") for text in turn))
         else:
             turns += text_or_messages({"history": [turn]}, "history", notes)
     return turns
@@ -266,15 +254,13 @@ def _token_ids(value: Any, column: str) -> list[int] | None:
 
 
 def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
-    """Where responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not repeat it.
-
-    A table counts as repeating if 90% of its rows do. Tables written by `save_pairs` never do: theirs are continuations.
-    """
+    """Where 90% of the responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not."""
     texts = {number: row for number, row in rows.items() if isinstance(row["prompt"], str) and row["prompt"]}
     sides = [side for side in ("chosen", "rejected") if any(side in row for row in texts.values())]
     filled = {number: row for number, row in texts.items() if all(row[side] for side in sides)}
     repeat = {n for n, row in filled.items() if all(row[c].startswith(row["prompt"]) for c in sides)}
-    if len(repeat) < max(1, 0.9 * len(filled)) or any(column in rows[n] for n in repeat for column in COMPLETE):
+    continued = any(column in rows[n] for n in repeat for column in COMPLETE)  # as `save_pairs` writes them
+    if len(repeat) < max(1, 0.9 * len(filled)) or continued:
         return set()
     for number in repeat:
         row = rows[number]

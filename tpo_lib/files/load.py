@@ -14,7 +14,7 @@ from tpo_lib.files import adapters, folders
 
 
 def _bundled() -> Path:
-    """The folder of the bundled model: `data/pocket` of a checkout, or of the package `tpo_data` where this was installed."""
+    """The folder of the bundled model, in `data` of a checkout, or in the package `tpo_data` where this was installed."""
     checkout = Path(__file__).resolve().parents[2] / "data"
     installed = None if (checkout / "pocket").is_dir() else importlib.util.find_spec("tpo_data")
     return (Path(installed.origin).parent if installed else checkout) / "pocket"
@@ -64,11 +64,7 @@ def load_classifier(name: str | Path, *, device: torch.device | str = "cpu"):
 
 
 def load_config(name: str | Path):
-    """Load the configuration of a model alone, an adapter's base's for an adapter.
-
-    Raises:
-        OSError: as `load_model`, as far as it can be told without the weights.
-    """
+    """The configuration of a model, or of an adapter's base; errors are those of `load_model` that need no weights."""
     from transformers import AutoConfig
 
     source = folders.find("model", name)
@@ -103,7 +99,10 @@ def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dt
 
     auto = AutoModelForCausalLM if kind == "model" else AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    _check_kind(kind, config)
+    named = ", ".join(config.architectures or [])
+    if kind == "model" and (config.is_encoder_decoder or re.search("For(?!CausalLM|ConditionalGeneration)", named)):
+        # its body would load, and its head mean nothing
+        raise ValueError(f"it is a {named or config.model_type}, and a causal language model is needed")
     heads = [shape[0] for name, shape in brought.items() if len(shape) == 2 and "lora" not in name]
     if kind == "classifier" and heads and min(heads) != config.num_labels:
         config.num_labels = min(heads)  # an adapter does not say how many; its last layer has the fewest rows
@@ -111,13 +110,9 @@ def _load_whole(kind: str, source: folders.Source, shapes: dict, dtype: torch.dt
         folders.check_size(auto.from_config(config, trust_remote_code=False), shapes)
     model, found = auto.from_pretrained(
         source.folder if shapes else source.name,  # the hub may have converted what was saved as pickles
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
+        config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
-    )
+    )  # fmt: skip
     mismatched = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
     absent = mismatched | set(found["missing_keys"]) - {name.removeprefix("base_model.model.") for name in brought}
     if absent:
@@ -135,19 +130,10 @@ def _check_unused(model, name: str, unused: list[str]) -> None:
     known = {re.sub(r"\d+", "0", weight) for weight in model.state_dict()}
     layers = [weight for weight in unused if re.sub(r"\d+", "0", weight) in known]
     if layers:
-        raise ValueError(
-            f"its files have layers that its config.json leaves out: {', '.join(layers[:4])}; repair that file"
-        )
+        raise ValueError(f"its files have layers that its config.json leaves out: {', '.join(layers[:4])}; repair it")
     if unused:
         what = f"{len(unused)} weights: {', '.join(unused[:4])}"
         folders.tell(f"{name}: {type(model).__name__} has no use for {what}")
-
-
-def _check_kind(kind: str, config) -> None:
-    """Raise ValueError if a checkpoint was made for another purpose: its body would load, and its head mean nothing."""
-    named = ", ".join(config.architectures or [])
-    if kind == "model" and (config.is_encoder_decoder or re.search("For(?!CausalLM|ConditionalGeneration)", named)):
-        raise ValueError(f"it is a {named or config.model_type}, and a causal language model is needed")
 
 
 @contextmanager

@@ -64,14 +64,13 @@ def load_pairs(
 
 def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
     """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
-    sides = ("prompt", "chosen", "rejected")
-    keys = {"role": None, "content": None}
+    sides, said = ("prompt", "chosen", "rejected"), Value("string")
     if rows and isinstance(rows[0]["prompt"], list):
-        keys |= {key: None for row in rows for side in sides for message in row.get(side, ()) for key in message}
-    message = [{key: Value("string") for key in keys}]
-    as_messages = bool(rows) and isinstance(rows[0]["prompt"], list)
-    kinds = dict.fromkeys(sides, message if as_messages else Value("string"))
-    kinds |= dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
+        keys = dict.fromkeys(key for row in rows for side in sides for message in row.get(side, ()) for key in message)
+        said = [dict.fromkeys({"role": None, "content": None} | keys, Value("string"))]
+    kinds = (
+        dict.fromkeys(sides, said) | dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
+    )
     columns = list(rows[0]) if rows else list(kinds)
     kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
     kinds |= dict.fromkeys(chat.COLUMNS, Value("string"))

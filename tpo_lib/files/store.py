@@ -1,10 +1,8 @@
 """Files and checkpoints that survive anything: atomic, verified, and free of pickle.
 
-Every file of a run is written by `write_file`, and by `write_json` if it is read back.
-
-A checkpoint is a folder of safetensors and JSON files plus `MANIFEST.json`, which lists the SHA-256 of every other file.
-It is written beside its final place, flushed to disk and renamed, so a folder with its final name is complete; a folder
-that was altered afterwards is detected by the digests and the one before it is used instead.
+A checkpoint is a folder of safetensors and JSON files plus `MANIFEST.json`, the SHA-256 of every other file. It is written
+beside its place, flushed to disk and renamed, so a folder with its final name is complete; one that was altered afterwards
+is told by the digests, and the one before it is used instead.
 """
 
 from __future__ import annotations
@@ -63,16 +61,15 @@ def content_key(value: Any) -> str:
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file that is complete or not there: beside its place, flushed to disk, renamed. A link stays a link.
+    """Write a file that is complete or not there, and the folders above it.
 
     Args:
-        path: missing folders above it are made.
         content: text (UTF-8), bytes, or a function that writes the file it is given, whose suffix is that of `path`.
 
     Raises:
         OSError: it cannot be written, the disk is full, or `path` is something else than a file; what was there remains.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise FileExistsError(f"{path} is no file that may be replaced; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,20 +93,17 @@ def write_json(path: str | Path, content: dict, *, indent: int | None = None) ->
 
 
 def read_json(path: str | Path, fix: str) -> dict:
-    """Read what `write_json` wrote (a file without a digest, as earlier versions wrote them, is believed).
-
-    Args:
-        fix: what to do if the file is damaged, the end of a sentence.
+    """Read what `write_json` wrote.
 
     Raises:
-        CheckpointError: it is no JSON object, or was altered; the message names file and fix.
+        CheckpointError: it is no JSON object, or was altered; the message names the file and ends with `fix`.
         OSError: it cannot be read.
     """
     try:
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
-        if content.pop(DIGEST, None) not in (None, _digest(content)):
+        if content.pop(DIGEST, None) not in (None, _digest(content)):  # earlier versions wrote none
             raise ValueError("it is not what was written: the digest differs")
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); {fix}") from error
@@ -147,10 +141,7 @@ def _fsync(path: Path) -> None:
 def write_atomically(final: Path, write: Callable[[Path], None]) -> None:
     """Fill a new folder through `write(folder)` and give it its final name only once every byte is on disk.
 
-    If anything raises (a full disk, an interrupt), the unfinished folder is removed and `final` is left as it was.
-
-    Raises:
-        FileExistsError: `final` is there and not ours (see `prove`).
+    If anything raises (a full disk, an interrupt, `prove` where `final` is not ours), `final` is left as it was.
     """
     prove(final)
     unfinished, replaced = (final.with_name(f".{final.name}.{word}") for word in ("unfinished", "replaced"))
@@ -196,10 +187,7 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 
 def verify(folder: Path, *, digest: Callable[[Path], str] = sha256_file) -> None:
-    """Raise CheckpointError unless every file of `folder` has the digest its manifest promises.
-
-    Documents may change: nothing reads them. Files beside those that are listed may be there.
-    """
+    """Raise CheckpointError unless every listed file of `folder`, but for documents, has the digest its manifest promises."""
     for name, promised in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
@@ -209,11 +197,7 @@ def verify(folder: Path, *, digest: Callable[[Path], str] = sha256_file) -> None
 
 
 def verify_loaded(folder: Path) -> None:
-    """`verify` of a folder that is about to be loaded: once per file and content, and only if the manifest is ours.
-
-    Raises:
-        CheckpointError: a file differs from what was written.
-    """
+    """`verify` of a folder that is about to be loaded: once per file and content, and only if the manifest is ours."""
     if not (folder / MANIFEST).exists():
         return
     try:
@@ -229,20 +213,15 @@ def _known_digest(path: Path) -> str:
     return _digest_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@functools.cache
-def _digest_once(path: Path, *content: int) -> str:
-    return sha256_file(path)
+_digest_once = functools.cache(lambda path, *content: sha256_file(path))
 
 
 # ---- what may be replaced
 
 
 def prove(folder: Path) -> None:
-    """Raise FileExistsError unless `folder` may be replaced: nothing is in it but what its manifest lists, as written.
-
-    A folder that is named after the digest of its content (a cache's entry) is ours by its name.
-    """
-    if not os.path.lexists(folder) or re.search(r"(^|-)[0-9a-f]{16,64}$", folder.name):
+    """Raise FileExistsError unless `folder` may be replaced: nothing is in it but what its manifest lists, as written."""
+    if not os.path.lexists(folder) or re.search(r"(^|-)[0-9a-f]{16,64}$", folder.name):  # a cache's: ours by its name
         return
     if folder.is_symlink() or not folder.is_dir():
         reason = "it is not a folder"
@@ -282,10 +261,7 @@ def check_mark(folder: Path, kind: str) -> None:
 
 
 def clear(folder: Path, known: re.Pattern) -> None:
-    """Empty a folder of ours, but for its mark.
-
-    Args:
-        known: what the names of our files match, beside those that stand in a manifest.
+    """Empty a folder of ours, but for its mark: of files whose names match `known` or that stand in a manifest.
 
     Raises:
         FileExistsError: there is something else; it is named, and nothing was removed.
@@ -319,22 +295,18 @@ def newest(folder: Path, *, warn: Callable[[str], None] = lambda words: print(wo
 
 
 def keep_last(folder: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints below `folder`; count is at least 1.
-
-    What is not ours, or has files beside ours in it, is neither removed nor counted.
-    """
+    """Remove all but the `count` newest checkpoints below `folder`; count is at least 1."""
     if count < 1:
         raise ValueError(f"keep_last={count} would leave no checkpoint to resume from; keep at least 1")
+    # what is not ours, or has files beside ours in it, is neither removed nor counted
     ours = [path for path in sorted(folder.glob(f"{PREFIX}*")) if not path.is_symlink() and not _foreign(path)]
     for old in ours[:-count]:
         shutil.rmtree(old)
 
 
 def set_aside(folder: Path, found: Path | None) -> None:
-    """Rename the checkpoints below `folder` that come after `found` (None: all), which `newest` could not use.
-
-    A run that goes on from `found` would otherwise count them among its last ones, and remove its own.
-    """
+    """Rename the checkpoints below `folder` that come after `found` (None: all), which `newest` could not use."""
+    # else a run that goes on from `found` would count them among its last ones, and remove its own
     for damaged in sorted(folder.glob(f"{PREFIX}*")):
         if found is None or damaged.name > found.name:
             damaged.rename(folder / f"damaged-{damaged.name}-{time.time_ns()}")
@@ -387,12 +359,12 @@ def load_state(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, mode: str, busy: Callable[[Any], None]) -> Iterator[Any]:
+def _locked(path: Path, busy: Callable[[Any], None]) -> Iterator[Any]:
     """Hold the lock of a file, which dies with the process; where another one has it, `busy(file)` says what then."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, mode) as file:
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -401,15 +373,10 @@ def _locked(path: Path, mode: str, busy: Callable[[Any], None]) -> Iterator[Any]
         yield file
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> contextlib.AbstractContextManager:
     """Build the file or folder `path` alone: other processes wait here, and then find it built."""
-
-    def busy(_) -> None:
-        print(f"another process is at work on {path}; waiting for it", file=sys.stderr)
-
-    with _locked(path.with_name(f".{path.name}.lock"), "w", busy):
-        yield
+    words = f"another process is at work on {path}; waiting for it"
+    return _locked(path.with_name(f".{path.name}.lock"), lambda _: print(words, file=sys.stderr))
 
 
 @contextlib.contextmanager
@@ -430,7 +397,7 @@ def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     check_mark(folder, kind)
-    with _locked(folder / mark(kind), "a+", busy) as lock:
+    with _locked(folder / mark(kind), busy) as lock:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -444,12 +411,12 @@ def found_or_made(folder: Path, read: Callable[[Path], Any], make: Callable[[], 
 
     `read` raises CheckpointError, OSError, ValueError or TypeError where it finds something else; that is told.
     """
+    unusable = (CheckpointError, OSError, ValueError, TypeError)
 
     def found() -> Any:
         verify(folder)
         return read(folder)
 
-    unusable = (CheckpointError, OSError, ValueError, TypeError)
     with contextlib.suppress(*unusable):
         return found()
     with alone(folder):
@@ -468,16 +435,10 @@ def cached(
     make: Callable[[], Any],
     write: Callable[[Any, Path], None],
 ) -> Any:
-    """What `read(entry)` finds in the cache entry `key`, else what `make()` makes, kept there by `write(made, entry)`.
+    """`found_or_made` of the entry `key` in the folder of a cache, kept by `write(made, entry)`; without a folder, made.
 
-    Args:
-        folder: of all entries; None: nothing is cached.
-        key: the entry's name, which ends with the digits of a `content_key` of all that decides it.
-        read: as in `found_or_made`.
+    The key ends with the digits of a `content_key` of all that decides the entry.
     """
-    if folder is None:
-        return make()
-    entry = Path(folder) / key
 
     def made() -> Any:
         found = make()
@@ -487,4 +448,7 @@ def cached(
             print(f"not cached: {error}", file=sys.stderr)
         return found
 
+    if folder is None:
+        return make()
+    entry = Path(folder) / key
     return found_or_made(entry, read, made)
