@@ -1,14 +1,11 @@
 """What a frozen model says about the pairs, computed once and kept on disk, so that training does without its body.
 
-A reference or a guide says the same in every epoch. What the objective reads of it is either one number a token
-("logps": DPO and TGDPO; TGDPO's token weights follow from two of them, for every alpha) or a distribution ("states": the
-KL of TDPO), and that is the hidden state before the head: d numbers instead of V. The head itself stays in memory.
-
-Values agree with the model's to the rounding that depends on which pairs share a batch: 1e-6 in float32. In bf16 and fp16
-that rounding is larger, between any two batchings of the same run too.
+A reference or a guide says the same in every epoch: one number a token ("logps": DPO and TGDPO), or a distribution
+("states": the KL of TDPO) as the hidden state before the head, d numbers instead of V. The head itself stays in memory.
+Values agree with the model's to the rounding that depends on which pairs share a batch: 1e-6 in float32, more in bf16 and fp16.
 
 A cache is a folder named after all that its values depend on, written as a checkpoint is (complete or absent) and verified
-before use. Whatever differs gets a new folder; a damaged one is made anew. Every folder may be deleted at any time.
+before use; a damaged one is made anew. Every folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -59,20 +56,14 @@ class FrozenCache:
     head: Head | None
 
     def read(self, batch: PairBatch) -> Reading | Tensor:
-        """What the model says at the R response positions of a batch, in the order of `stats.response_mask`.
-
-        Returns:
-            (R,) log-probabilities, or a Reading with (R, d) hidden states, on the device of the batch.
+        """(R,) log-probabilities, or a Reading with (R, d) hidden states, in the order of `stats.response_mask`.
 
         Raises:
             ValueError: a row of the batch is not in the cache.
         """
         rows = batch.rows.tolist()
-        unknown = [row for row in rows if row not in self.spans]
-        if unknown:
-            raise ValueError(
-                f"rows {unknown[:8]} are not in the cache, which was built for {len(self.spans)} other pairs"
-            )
+        if unknown := [row for row in rows if row not in self.spans]:
+            raise ValueError(f"rows {unknown[:8]} are not in the cache, which was built for {len(self.spans)} others")
         spans = [self.spans[row] for row in rows]
         parts = [self.values[a:b] for a, b, _, _ in spans] + [self.values[a:b] for _, _, a, b in spans]
         values = torch.cat(parts).to(batch.labels.device)  # (R,) or (R, d)
@@ -101,59 +92,38 @@ def open_frozen(
     accelerator,
     progress: bool,
 ) -> FrozenReader | None:
-    """What a frozen model says of all pairs, from caches; None where the objective needs nothing of it.
+    """What a frozen model, "reference" or "guide", says of all pairs, from the caches in `folder`; None if nothing is needed.
 
-    The model is loaded, read where a cache is missing, and let go of: no two bodies need be in memory at a time.
-
-    Args:
-        name: "reference" or "guide".
-        load: gives its reader, on the device; not called where nothing is needed.
-        folder: of all caches.
-        accelerator: gives the precision.
+    `load` gives its reader, on the device: the model is read where a cache is missing, and let go of.
 
     Raises:
         ValueError: two pairs of one cache have the same row.
         OSError: the disk has no room for a cache.
     """
-    kinds = _kinds(config.loss_type, name)
-    wanted = [
-        (rows, kind, label)
-        for rows, kind, label in zip((pairs, eval_pairs), kinds, (name, f"{name}-eval"), strict=True)
-    ]
-    if not any(rows and kind for rows, kind, _ in wanted):
+    needs = losses.OBJECTIVES[config.loss_type].needs
+    if name == "guide":
+        kinds = ("logps" if "guide_logps" in needs else None,) * 2
+    else:  # kl/* of the held-out pairs are logged whatever is trained
+        kinds = ("states" if "kl" in needs else "logps" if "ref_logps" in needs else None, "states")
+    sets = list(zip((pairs, eval_pairs), kinds, (name, f"{name}-eval"), strict=True))
+    if not any(rows and kind for rows, kind, _ in sets):
         return None
-    reader = load()
-    settings = {"identity": identify(reader, accelerator.mixed_precision), "autocast": accelerator.autocast}
-    settings |= {"folder": Path(folder), "progress": progress}
-    found = FrozenReader(*(_opened(reader, config, *each, settings) for each in wanted))
+    reader, readers = load(), []
+    identity = identify(reader, accelerator.mixed_precision)
+    for rows, kind, label in sets:
+        if not (rows and kind):
+            readers.append(None)
+        elif kind == "states" and not reader.understood:
+            print(f"{label}: what follows its head is not understood; it stays in memory", file=sys.stderr)
+            readers.append(reader)
+        else:
+            most = config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows)
+            settings = {"autocast": accelerator.autocast, "progress": progress, "max_tokens": most}
+            cache = build_or_open(reader, identity, rows, kind=kind, folder=Path(folder), name=label, **settings)
+            readers.append(cache.read)
     del reader
     gc.collect()  # modules may refer to each other in cycles: the next body is loaded only once this one is gone
-    return found
-
-
-def _opened(
-    reader: ResponseReader,
-    config: TrainConfig,
-    rows: Sequence[EncodedPair],
-    kind: str | None,
-    name: str,
-    settings: dict,
-) -> Read | None:
-    if not (rows and kind):
-        return None
-    if kind == "states" and not reader.understood:
-        print(f"{name}: what follows its head is not understood; it stays in memory", file=sys.stderr)
-        return reader
-    most = config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows)
-    return build_or_open(reader, pairs=rows, kind=kind, name=name, max_tokens=most, **settings).read
-
-
-def _kinds(loss_type: str, name: str) -> tuple[str | None, str | None]:
-    """What of a frozen model is cached for the training and for the held-out pairs, which keep the reference for their kl/*."""
-    needs = losses.OBJECTIVES[loss_type].needs
-    if name == "guide":
-        return ("logps" if "guide_logps" in needs else None,) * 2
-    return "states" if "kl" in needs else "logps" if "ref_logps" in needs else None, "states"
+    return FrozenReader(*readers)
 
 
 def identify(reader: ResponseReader, precision: str) -> dict:
@@ -171,11 +141,6 @@ def identify(reader: ResponseReader, precision: str) -> dict:
     }
 
 
-def cache_key(identity: dict, pairs: Sequence[EncodedPair], kind: str) -> str:
-    """A name for the values: the model's identity and all token ids, which are data, tokenizer and truncation in one."""
-    return content_key([FORMAT, kind, identity, [astuple(pair) for pair in pairs]])
-
-
 def build_or_open(
     reader: ResponseReader,
     identity: dict,
@@ -191,15 +156,12 @@ def build_or_open(
     """Open the cache of what a frozen model says about pairs; build it where it is missing or damaged.
 
     Args:
-        reader: the model.
-        identity: `identify` of it.
-        pairs: the pairs, their rows all different.
+        reader: the model; `identity` is `identify` of it.
+        pairs: their rows all different.
         kind: "logps" or "states" (the reader's head must be understood).
         folder: where caches live; this one is `<name>-<kind>-<first 16 digits of its key>`.
-        name: what the model is called in that name and in messages.
-        max_tokens: tokens of a forward pass while building, padding included; raised to what the longest pair takes.
+        max_tokens: of a forward pass while building, padding included; raised to what the longest pair takes.
         autocast: makes the context in which the model is read in training.
-        progress: show a progress bar.
 
     Raises:
         ValueError: two pairs have the same row.
@@ -211,21 +173,21 @@ def build_or_open(
             f"{name}: row {row} stands for {count} pairs, but a cache finds a pair by its row; number the pairs anew with "
             "dataclasses.replace(pair, row=i), or train without cache_dir"
         )
-    key = cache_key(identity, pairs, kind)
+    # all token ids: data, tokenizer and truncation in one
+    key = content_key([FORMAT, kind, identity, [astuple(pair) for pair in pairs]])
     path = folder / f"{name}-{kind}-{key[:16]}"
-    head = reader.head if kind == "states" else None
-    opened = partial(_open, key=key, head=head)
-    build = partial(_build, partial(_values, reader, kind, autocast), pairs, key, path, max_tokens, progress)
+    opened = partial(_open, key=key, head=reader.head if kind == "states" else None)
+    read = partial(_values, reader, kind, autocast)
 
     def made() -> FrozenCache:
-        write_atomically(path, build)
+        write_atomically(path, lambda to: _build(read, pairs, key, path, max_tokens, progress, to))
         return opened(path)
 
     return found_or_made(path, opened, made)
 
 
 def _open(path: Path, key: str, head: Head | None) -> FrozenCache:
-    """Map the cache in a folder that verifies; CheckpointError where it is none."""
+    """Map the cache in a folder that verifies."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         dtype, count = getattr(torch, meta["dtype"]), torch.Size(meta["shape"]).numel()
@@ -252,7 +214,7 @@ def _values(reader: ResponseReader, kind: str, autocast: Callable, batch: PairBa
 
 def _build(
     read: Callable, pairs: Sequence[EncodedPair], key: str, path: Path, max_tokens: int, progress: bool, to: Path
-) -> None:
+):
     """Write values.bin, index.safetensors and meta.json into the folder `to`, which will become `path`."""
     first = read(collate(pairs[:1]))  # tells type and width before anything is written
     _announce(path, pairs, first)
@@ -288,8 +250,7 @@ def _announce(path: Path, pairs: Sequence[EncodedPair], first: Tensor) -> None:
         f"-> {path}{note}",
         file=sys.stderr,
     )
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
+    if size > (free := shutil.disk_usage(path.parent).free):
         raise OSError(
             f"{path.parent} has {free / 1e6:,.1f} MB free, the cache takes {size / 1e6:,.1f} MB; free some, choose another "
             "--cache-dir, or train without one"

@@ -1,9 +1,8 @@
 """`stats.pair_loss` without ever making an (N, T, V) tensor: the gradient is made in the forward pass, tile by tile.
 
-The textbook step turns every hidden state into V logits, keeps them, and lets autograd walk back through them. Here the head
-runs on the response tokens of a few pairs, one tile at a time (tiles.py has the derivation). While the tile is there, the
-objective is asked for its two numbers a token, g = dL / d log pi(y) and k = dL / d KL (autograd over the objective alone), and
-dL/dh and dL/dW are added up at once; then the next tile takes its place.
+The head runs on the response tokens of a few pairs, one tile at a time (tiles.py has the derivation). While the tile is there,
+the objective is asked for its two numbers a token, g = dL / d log pi(y) and k = dL / d KL (autograd over the objective alone),
+and dL/dh and dL/dW are added up at once; then the next tile takes its place.
 
 Matrix products with the vocabulary: policy 1, reference 1 where the KL is read, dL/dh 1, dL/dW 1. TDPO1 reads log pi + KL
 alone, and where nobody wants its statistics the policy's logits are not made either: reference 1, u 1, dL/dW 1.
@@ -68,25 +67,21 @@ def pair_loss(
     logged: bool = True,
     tile_bytes: int | None = None,
 ) -> tuple[LossOutput, TokenStats | None]:
-    """`stats.pair_loss`, equal in value and gradient, in less time and memory.
+    """`stats.pair_loss`, equal in value and gradient, in less time and memory. What differs:
 
     Args:
-        objective: (chosen, rejected) -> LossOutput, in which no pair depends on another; for instance
-            `functools.partial(losses.tdpo2, beta=0.1, alpha=0.5)`.
-        policy, labels, ref, guide, with_kl, paired, logged: as in `stats.pair_loss`. A policy whose head is None (not
-            understood) takes the textbook path; gradients flow into states and head (a frozen head skips its own).
+        objective: no pair may depend on another in it.
         tile_bytes: size of one tile of logits; None chooses it from the device's memory. Pairs are taken together as far as
             they fit; one that is larger alone still is one tile.
 
     Returns:
-        LossOutput, whose loss (B,) is differentiable, and the statistics, which are not; None for these if they were not made.
+        The statistics are not differentiable; None for them if they were not made.
 
     Raises:
-        NotFinite: a statistic is not finite; see `stats.check_finite`.
-        ValueError: as `stats.pair_loss`; in backward, if the pairs' losses do not all carry the same weight (take their sum
-            or mean: what flows into the head has been added up over the pairs by then).
+        ValueError: also in backward, if the pairs' losses do not all carry the same weight (take their sum or mean: what
+            flows into the head has been added up over the pairs by then).
     """
-    if policy.head is None:
+    if policy.head is None:  # not understood
         return stats.pair_loss(objective, policy, labels, ref, guide=guide, with_kl=with_kl, paired=paired)
     starts = [part.start for part in stats.halves(len(labels))] if paired else [0]  # of the sides in the batch
     tiles, numbers = prepare(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile_bytes)
@@ -119,21 +114,16 @@ def pair_loss(
     return output, None if merged else tokens
 
 
-def prepare(
-    policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_bytes: int | None
-) -> tuple[Tiles, Numbers]:
-    """Check what was read, and read at once what no gradient flows into; the rest of the numbers is still to come.
-
-    Raises:
-        ValueError: positions or vocabularies do not fit, or with_kl is asked for and ref is no Reading.
-    """
+def prepare(policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_bytes: int | None):
+    """Check what was read, and read at once what no gradient flows into: (Tiles, Numbers), the other numbers still to come."""
     if with_kl and not isinstance(ref, Reading):
         raise ValueError(stats.KL_NEEDS_READING)
     mask = stats.response_mask(labels)  # (N, T-1)
     targets = labels[:, 1:][mask]  # (R,)
     stats.check_vocabulary(labels, policy.vocab)
     for name, reading in (("policy", policy), ("ref", ref), ("guide", guide)):
-        _check(name, reading, len(targets), policy.vocab)
+        if reading is not None:
+            _check(name, reading, len(targets), policy.vocab)
     # under the KL, the reference is read tile by tile beside the policy, for its whole distribution is needed
     tiles = Tiles(policy, targets, ref if with_kl else None, tile_bytes)
     empty = partial(torch.empty_like, targets, dtype=tiles.exact)
@@ -179,24 +169,18 @@ def _grouped(mask: Tensor, starts: list[int], most: int) -> Iterator[tuple[Tenso
         first = last
 
 
-def _ask(
-    objective, numbers: Numbers, index: Tensor, sides: list[Side], *, gradient: bool
-) -> tuple[LossOutput, list[Asked]]:
-    """The objective's output on a tile's pairs, and what it asks of each side."""
-    names = ("logps",) if numbers.kl is None else ("logps", "kl")
+def _ask(objective, numbers: Numbers, index: Tensor, sides: list[Side], *, gradient: bool):
+    """The objective's output on a tile's pairs, and the list of what it asks of each side."""
+    names, wanted, parts = ("logps",) if numbers.kl is None else ("logps", "kl"), [], []
     with torch.enable_grad():
-        leaves = [
-            {name: getattr(numbers, name)[index[side.rows]].detach().requires_grad_(gradient) for name in names}
-            for side in sides
-        ]
-        parts = [
-            numbers.token_stats(side.sequences, index[side.rows], **leaf)
-            for side, leaf in zip(sides, leaves, strict=True)
-        ]
+        for side in sides:
+            at = index[side.rows]
+            leaves = {name: getattr(numbers, name)[at].detach().requires_grad_(gradient) for name in names}
+            parts.append(numbers.token_stats(side.sequences, at, **leaves))
+            wanted += leaves.values()
         output = objective(*parts, *[None] * (2 - len(parts)))
     if not gradient:
         return output, []
-    wanted = [leaf for side in leaves for leaf in side.values()]
     found = iter(torch.autograd.grad(output.loss.sum(), wanted, allow_unused=True))
     asked = [Asked(side.rows, next(found), None if numbers.kl is None else next(found)) for side in sides]
     return replace(output, loss=output.loss.detach()), asked
@@ -205,15 +189,13 @@ def _ask(
 def _joined(outputs: list[LossOutput], sides: int) -> LossOutput:
     """The outputs of consecutive tiles as one; token weights have the chosen ones first again."""
 
-    def join(name: str) -> Tensor | None:
+    def join(name: str, sides: int = 1) -> Tensor | None:
         parts = [getattr(output, name) for output in outputs]
-        return None if parts[0] is None else torch.cat(parts)
+        if parts[0] is None:
+            return None
+        return torch.cat([part.chunk(sides)[side] for side in range(sides) for part in parts])
 
-    weights = None
-    if outputs[0].token_weights is not None:
-        parts = [output.token_weights.chunk(sides) for output in outputs]
-        weights = torch.cat([part[side] for side in range(sides) for part in parts])
-    return LossOutput(join("loss"), join("chosen_reward"), join("rejected_reward"), weights)
+    return LossOutput(*map(join, ("loss", "chosen_reward", "rejected_reward")), join("token_weights", sides))
 
 
 class _Attached(torch.autograd.Function):
