@@ -32,12 +32,11 @@ FAMILIES = {
 # fmt: on
 
 
-class SharedReader(ResponseReader):
-    """A ResponseReader that reads the two responses of a pair behind one prompt.
+REFUSED = "share_prefix does not work with {} ({}); train without it"
 
-    Raises:
-        ValueError: prompts cannot be shared in this architecture; the message says why.
-    """
+
+class SharedReader(ResponseReader):
+    """A ResponseReader that reads the two responses of a pair behind one prompt; errors are those of `layer_windows`."""
 
     def __init__(self, model) -> None:
         super().__init__(model)
@@ -62,9 +61,7 @@ class SharedReader(ResponseReader):
         except (TypeError, ValueError, RuntimeError) as error:
             same, reason = False, f"{type(error).__name__}: {error}"
         if not same:
-            raise ValueError(
-                f"share_prefix does not work with {type(self.model).__name__} ({reason}); train without it"
-            )
+            raise ValueError(REFUSED.format(type(self.model).__name__, reason))
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,7 @@ class SharedBatch:
 
 
 def share(batch: PairBatch) -> SharedBatch:
-    """Lay B pairs out with one prompt each.
-
-    Raises:
-        ValueError: the two sequences of a pair begin with different prompts; the message names the pair.
-    """
+    """Lay B pairs out with one prompt each; ValueError names a pair that begins with two."""
     input_ids, attention_mask, labels = batch.input_ids, batch.attention_mask, batch.labels
     b, device = len(labels) // 2, labels.device
     lengths = attention_mask.sum(1)  # (N,)
@@ -99,9 +92,7 @@ def share(batch: PairBatch) -> SharedBatch:
     same = (input_ids[:b] == input_ids[b:]) | (column >= prompt)
     bad = ((prompts[:b] != prompts[b:]) | ~same.all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"pair {bad[0]} of the batch has two prompts, so they cannot be shared; train without share_prefix"
-        )
+        raise ValueError(f"pair {bad[0]} of the batch has two prompts, not one to share; train without share_prefix")
     chosen_end = lengths[:b, None]  # (B, 1), where the rejected response begins
     ends = chosen_end + lengths[b:, None] - prompt  # (B, 1)
     where = column.expand(len(labels), -1).clone()  # (N, T)
@@ -135,29 +126,18 @@ def layer_windows(config) -> dict[str | None, int | None]:
         reason = f"{attention} takes no mask of ours; load it with attn_implementation='sdpa'"
     else:
         return {"full_attention": None, "sliding_attention": window} if kinds else {None: window}
-    raise ValueError(f"share_prefix does not work with {config.model_type} ({reason}); train without it")
+    raise ValueError(REFUSED.format(config.model_type, reason))
 
 
 def shared_states(body, windows: dict, pairs: PairBatch) -> Tensor:
-    """(N, T, d) hidden states of a transformers body, every prompt read once; padding gets those of some other position.
-
-    windows is what `layer_windows` says of it.
-    """
+    """(N, T, d) hidden states of a body with these `layer_windows`, prompts read once; padding gets another position's."""
     batch, kind = share(pairs), next(body.parameters()).dtype
-    back = (
-        batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]
-    )  # (B, 1, S, S), in the own sequence
-    masks = {
-        layer: torch.zeros(back.shape, dtype=kind, device=back.device).masked_fill_(
-            ~(batch.visible if window is None else batch.visible & (back < window)), torch.finfo(kind).min
-        )
-        for layer, window in windows.items()
-    }
-    states = body(
-        input_ids=batch.input_ids,
-        attention_mask=masks.get(None, masks),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )[0]  # (B, S, d)
+    place, masks = batch.position_ids, {}
+    back = place[:, None, :, None] - place[:, None, None, :]  # (B, 1, S, S), in the own sequence
+    for layer, window in windows.items():
+        hidden = ~batch.visible if window is None else ~(batch.visible & (back < window))
+        masks[layer] = torch.zeros_like(back, dtype=kind).masked_fill_(hidden, torch.finfo(kind).min)
+    mask = masks.get(None, masks)
+    states = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=place, use_cache=False)[0]  # (B, S, d)
     row = torch.arange(len(pairs.rows), device=back.device).repeat(2)[:, None]  # (N, 1)
     return states[row, batch.where.clamp(min=0)]  # (N, T, d)

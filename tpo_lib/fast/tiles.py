@@ -54,23 +54,16 @@ class Asked:
 
 @dataclass
 class Tile:
-    """Rows of logits as they were read; the buffers are those of the next tile too.
-
-    Attributes:
-        logps, kl, ref_logps: (rows,) nats; the last two are None without a reference.
-        logp: (rows, V) log pi; `gradient` overwrites it.
-        q: (rows, V) the reference's probabilities, or None.
-        lse: (rows, 1) logsumexp of the policy's logits.
-    """
+    """Rows of logits as they were read; the buffers are those of the next tile too."""
 
     tiles: Tiles
     targets: Tensor  # (rows, 1)
-    logps: Tensor
-    kl: Tensor | None
+    logps: Tensor  # (rows,) nats
+    kl: Tensor | None  # (rows,) nats; without a reference None, as are ref_logps and q
     ref_logps: Tensor | None
-    logp: Tensor
-    q: Tensor | None
-    lse: Tensor
+    logp: Tensor  # (rows, V) log pi; `gradient` overwrites it
+    q: Tensor | None  # (rows, V) the reference's probabilities
+    lse: Tensor  # (rows, 1) logsumexp of the policy's logits
 
     def gradient(self, asked: Sequence[Asked]) -> tuple[slice, Tensor, None] | None:
         """The rows that a loss reads and its gradient there with respect to h W^T; None where it reads none."""
@@ -104,20 +97,14 @@ class Tile:
 
 @dataclass
 class MergedTile:
-    """Rows read as log pi(y) + KL alone, for a loss that has one gradient for both.
-
-    Attributes:
-        logps: (rows,) log pi(y) + KL; kl: zeros, so that their sum is right.
-        difference: (rows, V) e_y - q.
-        slope: (rows, d) u.
-    """
+    """Rows read as log pi(y) + KL alone, for a loss that has one gradient for both."""
 
     tiles: Tiles
-    logps: Tensor
-    kl: Tensor
+    logps: Tensor  # (rows,) log pi(y) + KL
+    kl: Tensor  # (rows,) zeros, so that the sum of the two is right
     ref_logps: Tensor
-    difference: Tensor
-    slope: Tensor
+    difference: Tensor  # (rows, V) e_y - q
+    slope: Tensor  # (rows, d) u
 
     def gradient(self, asked: Sequence[Asked]) -> tuple[slice, Tensor, Tensor]:
         """All rows, dL/d(h W^T) = g (e_y - q), and dL/dh = g u, which needs no product any more."""
@@ -127,31 +114,23 @@ class MergedTile:
 
 
 class Tiles:
-    """Makes tiles of a policy's logits, and of the reference's beside them, in buffers that all tiles share.
+    """Makes tiles of a policy's logits, and of the reference's beside them, in buffers that all tiles share."""
 
-    Attributes:
-        exact: type of every number: float32, or float64 where the states are.
-        compute: type of the matrix products.
-        rows: of a tile, at most.
-    """
-
-    def __init__(
-        self, policy: Reading, targets: Tensor, ref: Reading | None = None, tile_bytes: int | None = None
-    ) -> None:
+    def __init__(self, policy: Reading, targets: Tensor, ref: Reading | None = None, tile_bytes: int | None = None):
         self.policy, self.targets, self.ref = policy, targets, ref
         self.vocab, self.device = policy.vocab, policy.states.device
-        self.exact = torch.promote_types(policy.states.dtype, torch.float32)
+        self.exact = torch.promote_types(policy.states.dtype, torch.float32)  # type of every number
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind)
-        self.compute = torch.get_autocast_dtype(kind) if autocast else policy.states.dtype
+        self.compute = torch.get_autocast_dtype(kind) if autocast else policy.states.dtype  # of the matrix products
         self.rows = max(1, (tile_bytes or choose_tile_bytes(self.device)) // (self.exact.itemsize * self.vocab))
         self._forbids = ref is not None and (_may_forbid(policy) or _may_forbid(ref))
         self._buffers: dict[str, Tensor] = {}
         self._cast: dict[int, Tensor] = {}  # weights in the type of the products, where theirs is another
 
     def slices(self) -> Iterator[slice]:
-        """The R positions in tiles."""
-        return (slice(i, min(i + self.rows, len(self.targets))) for i in range(0, len(self.targets), self.rows))
+        """The R positions in tiles of at most `rows`."""
+        return _cut(len(self.targets), self.rows)
 
     def read(self, index: slice | Tensor) -> Tile:
         """Read the positions `index`."""
@@ -220,7 +199,8 @@ class Tiles:
         if head is None:
             return out.copy_(states)
         states, weight = states.detach().to(self.compute), self.weight(head)
-        for part in self._columns():
+        # on a CPU, products into its cache are 1.3 times as fast as in one piece
+        for part in _cut(self.vocab, BLOCK_COLUMNS if self.device.type == "cpu" else self.vocab):
             if self.compute == self.exact:
                 torch.mm(states, weight[part].T, out=out[:, part])
             else:
@@ -232,7 +212,7 @@ class Tiles:
         return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
     def weight(self, head: Head) -> Tensor:
-        """The head's weight in the type of the products; where that is another type, it is converted once for all tiles."""
+        """The head's weight in the type of the products, converted once for all tiles."""
         weight = head.weight.detach()
         if weight.dtype == self.compute:
             return weight
@@ -240,23 +220,18 @@ class Tiles:
             self._cast[weight.data_ptr()] = weight.to(self.compute)
         return self._cast[weight.data_ptr()]
 
-    def _columns(self) -> Iterator[slice]:
-        """The vocabulary, cut so that a CPU multiplies into its cache: 1.3 times as fast as in one piece."""
-        step = self.vocab if self.device.type != "cpu" else BLOCK_COLUMNS
-        return (slice(i, min(i + step, self.vocab)) for i in range(0, self.vocab, step))
-
     def blocks(self, rows: int) -> Iterator[slice]:
         """A tile's rows, cut so that a block fits a CPU's cache; on a GPU the tile is one block."""
         step = rows if self.device.type != "cpu" else max(1, BLOCK_BYTES // (self.exact.itemsize * self.vocab))
-        return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+        return _cut(rows, step)
+
+
+def _cut(count: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
 def response_logps(reading: Reading, labels: Tensor) -> Tensor:
-    """(R,) log-probabilities of the response tokens, in nats, in the order of `stats.response_mask`.
-
-    Raises:
-        ValueError: as `stats.response_mask` and `stats.check_vocabulary`.
-    """
+    """(R,) log-probabilities of the response tokens, in nats, in the order of `stats.response_mask`."""
     mask = stats.response_mask(labels)
     stats.check_vocabulary(labels, reading.vocab)
     return Tiles(reading, labels[:, 1:][mask]).logps(reading)
@@ -306,9 +281,7 @@ class Gradients:
     def take(self, factor: Tensor | None = None) -> list[Tensor | None]:
         """The sums, times a factor, in the types of their tensors; they are given away once."""
         if self.sums is None:
-            raise RuntimeError(
-                "the gradient of pair_loss was made once, in its forward pass; run it again for another backward"
-            )
+            raise RuntimeError("the gradient of pair_loss was made once, in forward; run it again for another backward")
         sums, self.sums = self.sums, None
         if factor is not None:
             sums = [x if x is None else x.mul_(factor) for x in sums]
