@@ -1,7 +1,5 @@
 """The comparison: every objective from one start, on one set of pairs, evaluated on one set of held-out prompts.
 
-    python -m tpo_lib run
-
 An interrupted comparison continues where it was: pairs are cached, every training run resumes from its checkpoint, and an
 evaluation that was written down is not made again.
 """
@@ -41,55 +39,35 @@ EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's es
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """One comparison.
-
-    Attributes:
-        stage: start, reward, judge, pairs and prompts that all runs share.
-        objectives: the training runs, in order; a tgdpo run is guided by the dpo run before it.
-        evaluations: how often each run is evaluated, evenly spaced, the end included.
-    """
+    """One comparison."""
 
     stage: StageConfig
-    objectives: tuple[TrainConfig, ...]
-    evaluations: int
+    objectives: tuple[TrainConfig, ...]  # in order; a tgdpo run is guided by the dpo run before it
+    evaluations: int  # how often each run is evaluated, evenly spaced, the end included
 
 
 def pocket_objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
     """Every objective that learns from pairs, on the pocket model: one learning rate, one schedule, `pocket` of the records."""
-    entries = ((name, entry.hyperparameters) for name, entry in OBJECTIVES.items() if entry.paired)
-    return tuple(
-        replace(common, loss_type=name, **{key: h.pocket for key, h in known.items()}) for name, known in entries
-    )
+    entries = {name: entry.hyperparameters for name, entry in OBJECTIVES.items() if entry.paired}
+    pocket = {name: {key: h.pocket for key, h in known.items()} for name, known in entries.items()}
+    return tuple(replace(common, loss_type=name, **known) for name, known in pocket.items())
 
 
 def pocket_comparison(*, quick: bool = False, seed: int = 0) -> CompareConfig:
     """The comparison of `make run` (at most ten minutes on two cores), or a small one of about a minute."""
     stage = pocket_stage_config(quick=quick, seed=seed)
     common = TrainConfig(
-        lr=3e-4,
-        batch_size=32,
-        warmup_steps=5,
-        max_length=stage.max_length,
-        epochs=1,
-        seed=seed,
-        log_every=2,
-        keep=1,
+        lr=3e-4, batch_size=32, warmup_steps=5, max_length=stage.max_length, epochs=1, seed=seed, log_every=2, keep=1,
         device=stage.device,
-    )
+    )  # fmt: skip
     return CompareConfig(stage=stage, objectives=pocket_objectives(common), evaluations=1 if quick else 5)
 
 
 def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True) -> dict:
-    """Run (or continue) a comparison and write everything below `folder`.
-
-    Writes summary.json, metrics.jsonl, frontier.png, seqkl.png, diversity.png, gaps.png, report.md and report.html, and
-    points the link `latest` beside `folder` to it.
+    """Run (or continue) a comparison, write all of it below `folder`, and point the link `latest` beside it there.
 
     Args:
-        config: what is compared.
-        folder: where; a folder that holds another comparison is refused unless `fresh`, one that is not ours in any case.
-        fresh: throw away what an earlier comparison left in the folder.
-        progress: show one overall progress bar.
+        fresh: throw away what an earlier comparison left in the folder; without it another comparison is refused.
 
     Returns:
         The summary, as in summary.json.
@@ -130,12 +108,8 @@ class _Comparison:
         self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
         self.every = max(1, self.updates // config.evaluations)
         each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))
-        self.bar = tqdm(
-            total=round(EVALUATION_COST + each * len(config.objectives)),
-            desc="comparison",
-            disable=not progress,
-            unit="update",
-        )
+        total = round(EVALUATION_COST + each * len(config.objectives))
+        self.bar = tqdm(total=total, desc="comparison", disable=not progress, unit="update")
         self.start_evaluation = self.evaluated(folder / "start", 0, self.stage.start, None)
 
     def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
@@ -147,7 +121,7 @@ class _Comparison:
         said = result.record()
         row = {"step": step, "pairs_seen": step * train.batch_size if train else 0} | said["metrics"]
         row["samples"] = said["samples"]
-        row["by_prompt"] = {name: [float(v) for v in values] for name, values in result.by_prompt.items()}
+        row["by_prompt"] = {name: list(map(float, values)) for name, values in result.by_prompt.items()}
         store.write_json(path, row)
         self.clock += time.time()
         store.write_json(self.folder / "wall_time.json", {"seconds": self.clock})
@@ -170,7 +144,7 @@ class _Comparison:
 
         settings = replace(train, output_dir=str(folder), eval_every=self.every, save_every=self.every)
         more = {"guide": guide, "tokenizer": stage.tokenizer, "callbacks": [callback]}
-        run = runs.train(settings, stage.policy(), stage.start, stage.pairs, **more)
+        run = runs.train(settings, *stage.fresh(), **more)
         self.training[train.loss_type] = run.rows
         for step in [*range(self.every, run.updates, self.every), run.updates]:
             if not (path := _evaluation(folder, step)).exists():
@@ -183,7 +157,7 @@ class _Comparison:
         if not (fitting and folder.name in self.training):
             folder = self.folder / "guide"
             settings = replace(train, output_dir=str(folder))
-            runs.train_guide(settings, stage.policy(), stage.start, stage.pairs, tokenizer=stage.tokenizer)
+            runs.train_guide(settings, *stage.fresh(), tokenizer=stage.tokenizer)
         return frozen_copy(load_model(folder / "final", device=stage.start.device))
 
     def collect(self) -> tuple[dict, dict, dict]:
@@ -193,15 +167,12 @@ class _Comparison:
             paths = sorted(_evaluation(self.folder / name, 0).parent.glob("*.json"))
             rows = [start, *(store.read_json(path, FIX) for path in paths)]
             curves[name] = [{key: value for key, value in row.items() if key != "samples"} for row in rows]
-            samples[name] = [
-                {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
-                | {
-                    f"{when}_{kind}": s[kind]
-                    for when, s in (("before", a), ("after", b))
-                    for kind in ("reward", "judge")
-                }
-                for a, b in zip(start["samples"], rows[-1]["samples"], strict=True)
-            ]
+            samples[name] = []
+            for a, b in zip(start["samples"], rows[-1]["samples"], strict=True):
+                sample = {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
+                scores = ("reward", "judge")
+                sample |= {f"before_{kind}": a[kind] for kind in scores} | {f"after_{kind}": b[kind] for kind in scores}
+                samples[name].append(sample)
         config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
         config = config.pop("stage") | config | {"pairs": len(self.stage.pairs)}
         config |= {"held_out_pairs": len(self.stage.held_out_pairs), "held_out_prompts_seen": self.stage.seen_prompts}
@@ -234,11 +205,7 @@ def _metrics(row: dict) -> dict:
 
 
 def run_folder(runs: str | Path, name: str) -> Path:
-    """The folder of the comparison `name`.
-
-    Raises:
-        ValueError: the name is not one of a single folder below `runs`, or the link's own.
-    """
+    """The folder of the comparison `name`; ValueError if that names no single folder below `runs`, or is the link's."""
     if name in ("", ".", "..", LATEST) or "/" in name or "\\" in name:
         raise ValueError(
             f"--name {name!r} must be a name of one folder below {runs}, and not {LATEST!r}; move with --runs"

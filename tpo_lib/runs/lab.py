@@ -24,28 +24,18 @@ from tpo_lib.runs.stage import Stage
 
 
 class Laboratory:
-    """Runs on one stage, by name.
-
-    Attributes:
-        stage: what they share.
-        runs: {name: Trained}, in the order they were made; ended runs alone.
-        start: evaluation of the start.
-    """
+    """Runs on one stage, by name."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.runs: dict[str, Trained] = {}
+        self.runs: dict[str, Trained] = {}  # in the order they were made; ended runs alone
         self.start = stage.evaluate(stage.start)
         self._guides: dict[TrainConfig, torch.nn.Module] = {}
 
     def config(self, loss_type: str, *, lr: float, updates: int, **settings) -> TrainConfig:
-        """Settings of a run of so many updates on the stage's pairs.
+        """Settings of a run of so many updates on the stage's pairs; ValueError names a value out of range.
 
-        Args:
-            settings: hyperparameters of any objective, of which this one takes its own, and other settings of TrainConfig.
-
-        Raises:
-            ValueError: a value is out of range (it is named).
+        `settings` are hyperparameters of any objective, of which this one takes its own, and others of TrainConfig.
         """
         base = PRESETS["pocket"].train
         per_epoch = len(self.stage.pairs) // base.batch_size
@@ -65,12 +55,9 @@ class Laboratory:
         on_log: runs.OnLog = lambda run: None,
         on_stage: Callable[[str], None] = lambda words: None,
     ) -> Trained:
-        """Train from the start, evaluate on the held-out prompts and keep the run.
-
-        A TGDPO run without a fitting guide first trains one: DPO with the same learning rate and number of updates.
+        """Train from the start, its guide first where it needs one, evaluate on the held-out prompts and keep the run.
 
         Args:
-            name: None takes a free one.
             on_log: called after every update; returns True to stop.
             on_stage: called with a few words when something else begins.
 
@@ -86,21 +73,18 @@ class Laboratory:
             if guide is None:
                 return Trained(config, stopped=True)
         on_stage(f"training {name}")
-        run = runs.train(config, *self._from_start(), guide=guide, on_log=on_log)
+        run = runs.train(config, *self.stage.fresh(), guide=guide, on_log=on_log)
         if run.updates:
             on_stage(f"evaluating {name}")
             run.evaluation = self.stage.evaluate(run.policy, config, guide=guide)
             self.runs[name] = run
         return run
 
-    def _from_start(self) -> tuple:
-        return self.stage.policy(), self.stage.start, self.stage.pairs
-
     def _guide(self, config: TrainConfig, on_log, on_stage) -> torch.nn.Module | None:
         settings = runs.guide_settings(config)
         if settings not in self._guides:
             on_stage(f"training the DPO guide, beta {settings.beta:g}")
-            run = runs.train_guide(config, *self._from_start(), on_log=on_log)
+            run = runs.train_guide(config, *self.stage.fresh(), on_log=on_log)
             if run.stopped:
                 return None
             self._guides[settings] = frozen_copy(run.policy)
@@ -116,11 +100,7 @@ class Laboratory:
         return next(name for name in names if name not in self.runs)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a run another name; the order stays.
-
-        Raises:
-            ValueError: the new name is empty or taken.
-        """
+        """Give a run another name; the order stays. ValueError where the new name is empty or taken."""
         if not new.strip() or (new != old and new in self.runs):
             raise ValueError(f"cannot rename {old!r} to {new!r}: the name is {'taken' if new.strip() else 'empty'}")
         self.runs = {new if name == old else name: run for name, run in self.runs.items()}
@@ -144,11 +124,7 @@ class Laboratory:
         return path
 
     def record(self, *, samples: int | None = None) -> dict:
-        """Every run (settings, curves, figures, samples), the start, the stage and the versions, as JSON has them.
-
-        Args:
-            samples: how many of each run's samples, None for all.
-        """
+        """Every run with so many samples (None: all), the start, the stage and the versions, as JSON has them."""
         return {
             "start": self.start.record(samples),
             "runs": {name: run.record(samples) for name, run in self.runs.items()},

@@ -96,10 +96,9 @@ def score_gaps(report: PairReport) -> Figure:
     axes = figure.add_subplot()
     edges = report.gap_edges
     axes.bar(edges[:-1], report.gap_counts, width=np.diff(edges), align="edge", edgecolor="white")
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_xlabel(f"score gap, chosen - rejected (reward units{', 0 to 1' if report.bounded else ''})")
-    axes.set_ylabel("pairs (count)")
-    axes.set_title(f"{report.kept:,} pairs kept, {sum(report.dropped.values()):,} dropped")
+    words = f"score gap, chosen - rejected (reward units{', 0 to 1' if report.bounded else ''})"
+    title = f"{report.kept:,} pairs kept, {sum(report.dropped.values()):,} dropped"
+    axes.set(xlim=(edges[0], edges[-1]), xlabel=words, ylabel="pairs (count)", title=title)
     return figure
 
 
@@ -111,10 +110,7 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
     fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, itertools.chain(*curves.values())))
-    first = next(iter(curves.values()))[0]
-    ax.annotate(
-        "start", (mean(first, "kl"), mean(first, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
-    )
+    _star(ax, next(iter(curves.values()))[0], "kl", y, named=True)
     ends = {name: (mean(points[-1], "kl"), mean(points[-1], y)) for name, points in curves.items()}
     if min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
         _label_ends(ax, ends)
@@ -132,22 +128,10 @@ def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str =
     """
     fig, (ax,) = panels(1, width=7.0, height=4.2)
     for name, (objective, point) in runs.items():
-        style = style_of(objective)
-        x, v = point["kl"], point[y]
-        ax.errorbar(
-            x["mean"],
-            v["mean"],
-            **_bars(x, v),
-            fmt=style.marker,
-            color=style.colour,
-            markersize=9,
-            markeredgecolor="white",
-        )
-        ax.annotate(name, (x["mean"], v["mean"]), xytext=(8, 6), textcoords="offset points", fontsize=FONT - 1)
-    ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
-    ax.annotate(
-        "start", (mean(start, "kl"), mean(start, y)), xytext=(9, -13), textcoords="offset points", fontsize=FONT
-    )
+        _with_bars(ax, objective, point, y, markersize=9, markeredgecolor="white")
+        at = mean(point, "kl"), mean(point, y)
+        ax.annotate(name, at, xytext=(8, 6), textcoords="offset points", fontsize=FONT - 1)
+    _star(ax, start, "kl", y, named=True)
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(point for _, point in runs.values())]))
     ax.margins(0.12)
     return fig
@@ -165,10 +149,8 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
         style = style_of(run["objective"])
         kind = {"color": style.colour, "marker": style.marker, "markersize": 6, "alpha": 0.35, "linestyle": "none"}
         ax.plot(mean(run["metrics"], "kl"), mean(run["metrics"], y), **kind)
-    style, x, v = style_of(chosen["objective"]), chosen["metrics"]["kl"], chosen["metrics"][y]
-    ax.errorbar(x["mean"], v["mean"], **_bars(x, v), fmt=style.marker, color=style.colour, markersize=12,
-                markeredgecolor="black", zorder=6)  # fmt: skip
-    ax.plot(mean(start, "kl"), mean(start, y), zorder=5, **_star())
+    _with_bars(ax, chosen["objective"], chosen["metrics"], y, markersize=12, markeredgecolor="black", zorder=6)
+    _star(ax, start, "kl", y)
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
     drawn = {run["objective"] for run in (chosen, *others)}
     order = [name for name in OBJECTIVES if name in drawn] + sorted(drawn - set(OBJECTIVES))  # whichever run is chosen
@@ -176,12 +158,12 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     return fig
 
 
-def _bars(x: Mapping, y: Mapping) -> dict:
-    """Error bars of a point from two intervals, as matplotlib takes them."""
-    return {
-        "xerr": [[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
-        "yerr": [[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
-    }
+def _with_bars(ax: Axes, objective: str, point: Mapping, y: str, **look) -> None:
+    """A run's point over its KL, with the intervals of both."""
+    style = style_of(objective)
+    bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (point["kl"], point[y])]
+    at = mean(point, "kl"), mean(point, y)
+    ax.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt=style.marker, color=style.colour, **look)
 
 
 def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
@@ -190,11 +172,10 @@ def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     titles = {"seqkl_chosen": "chosen responses", "seqkl_rejected": "rejected responses", "seqkl_margin": "margin"}
     for ax, (metric, title) in zip(axes, titles.items(), strict=True):
         _over_training(ax, curves, metric)
-        ax.set_title(title)
-        ax.set_ylabel(AXIS[metric])
-    low, high = (pick(axes[0].get_ylim()[i], axes[1].get_ylim()[i]) for i, pick in ((0, min), (1, max)))
+        ax.set(title=title, ylabel=AXIS[metric])
+    lows, highs = zip(axes[0].get_ylim(), axes[1].get_ylim(), strict=True)
     for ax in axes[:2]:
-        ax.set_ylim(low, high)  # one scale for the two sides of a pair
+        ax.set_ylim(min(lows), max(highs))  # one scale for the two sides of a pair
     axes[2].axhline(0, color="#555555", linewidth=0.8)
     _legend(fig, curves)
     return fig
@@ -216,20 +197,16 @@ def training(rows: Mapping[str, Sequence[Mapping]]) -> Figure:
     The thin line is every logged row, the thick one its moving mean over an eighth of the run.
     """
     fig, axes = panels(3, width=12.5, height=4.4)
-    metrics = {
-        "loss": "loss, nats",
-        "rewards/margins": "implicit reward margin, nats",
-        "rewards/accuracies": "accuracy (share)",
-    }
-    for ax, (name, label) in zip(axes, metrics.items(), strict=True):
+    words = ("loss, nats", "implicit reward margin, nats", "accuracy (share)")
+    for ax, name, label in zip(axes, ("loss", "rewards/margins", "rewards/accuracies"), words, strict=True):
         for objective, run in rows.items():
-            style = style_of(objective)
             points = [(row["step"], row[name]) for row in run if name in row]
             if not points:
                 continue
+            style, eighth = style_of(objective), max(1, len(points) // 8)
             steps, values = np.array(points, dtype=float).T
             ax.plot(steps, values, color=style.colour, linewidth=0.8, alpha=0.3)
-            _curve(ax, steps, _moving_mean(values, max(1, len(values) // 8)), style, every=max(1, len(values) // 8))
+            _curve(ax, steps, _moving_mean(values, eighth), style, every=eighth)
         ax.set(xlabel="update", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(fig, rows)
@@ -261,17 +238,21 @@ def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: 
     for name, points in curves.items():
         style = style_of(name)
         xs, ys = [mean(p, x) for p in points], [mean(p, y) for p in points]
-        bars = [[max(0.0, v - p[y]["low"]) for v, p in zip(ys, points, strict=True)]]
-        bars += [[max(0.0, p[y]["high"] - v) for v, p in zip(ys, points, strict=True)]]
+        bars = [[max(0.0, p[y]["mean"] - p[y]["low"]) for p in points]]
+        bars += [[max(0.0, p[y]["high"] - p[y]["mean"]) for p in points]]
         ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
         _curve(ax, xs, ys, style)
-    first = next(iter(curves.values()))[0]
-    ax.plot(mean(first, x), mean(first, y), zorder=5, **_star())
+    _star(ax, next(iter(curves.values()))[0], x, y)
 
 
-def _star() -> dict:
-    style = OTHERS["start"]
-    return {"color": style.colour, "marker": style.marker, "linestyle": "none", "markersize": 13, "label": style.label}
+_STAR = {"color": "#000000", "marker": "*", "linestyle": "none", "markersize": 13, "label": "start"}
+
+
+def _star(ax: Axes, start: Mapping, x: str, y: str, *, named: bool = False) -> None:
+    at = mean(start, x), mean(start, y)
+    ax.plot(*at, zorder=5, **_STAR)
+    if named:
+        ax.annotate("start", at, xytext=(9, -13), textcoords="offset points", fontsize=FONT)
 
 
 def _over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: str) -> None:
@@ -327,7 +308,7 @@ def _legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False)
         Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.linestyle, label=s.label, linewidth=2, markersize=7)
         for s in map(style_of, curves)
     ]
-    handles += [Line2D([], [], **extra) for extra in ([_star()] if start else [])]
+    handles += [Line2D([], [], **_STAR)] * start
     columns = min(len(handles), int(fig.get_figwidth() / 1.5))  # an entry is about 1.5 inches wide
     kind = {"loc": "outside lower center", "frameon": False, "fontsize": FONT, "handlelength": 3.5}
     fig.legend(handles=handles, ncols=columns, **kind)

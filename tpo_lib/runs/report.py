@@ -1,8 +1,6 @@
 """The report of a comparison: a table for the terminal, report.md with its pictures, and report.html in one file.
 
-Its words and their order are in templates/report.j2, once for both; all text that comes from outside (prompts, samples,
-settings) is escaped in both.
-
+Its words and their order are in templates/report.j2, once for both; text from outside is escaped in both.
     summary  {"objectives": {objective: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
               "seed": int, "versions": {...}, "wall_time_s": float,
               "differences": {metric: entries of intervals.paired_differences}}        # may be missing
@@ -73,11 +71,9 @@ def summary_table(summary: Mapping, *, width: int = 100) -> str:
 def write_report(
     folder: Path, summary: Mapping, curves: Mapping, samples: Mapping, training: Mapping | None = None
 ) -> None:
-    """Draw the pictures and write report.md and a self-contained report.html into an existing folder.
+    """Write report.md, its pictures, and report.html, which needs no other file, into an existing folder.
 
     Args:
-        folder: gets frontier.png, frontier_judge.png, seqkl.png, diversity.png, training.png (those there is data for),
-            report.md (relative links) and report.html (pictures inside, no other file or address needed).
         summary, curves, samples: see the module's docstring.
         training: {objective: rows of metrics.jsonl}, if its picture is wanted.
     """
@@ -89,30 +85,27 @@ def write_report(
         pictures.append({"name": name, "file": path.name, "data": data})
     words = _content(_with_differences(summary, curves), curves, samples) | {"pictures": pictures}
     for name, escape in (("report.md", _md), ("report.html", html.escape)):
-        store.write_file(folder / name, _templates(escape).get_template(f"{name}.j2").render(words))
 
+        def escaped(value, escape=escape):
+            return value if isinstance(value, Markup) else Markup(escape(str(value)))  # a macro's words have been
 
-def _templates(escape) -> Environment:
-    """Templates in which every value goes through `escape`; what a macro made of values has been."""
-
-    def finalize(value):
-        return value if isinstance(value, Markup) else Markup(escape(str(value)))
-
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=finalize, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        templates = Environment(
+            loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=escaped, undefined=StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        store.write_file(folder / name, templates.get_template(f"{name}.j2").render(words))
 
 
 def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
     """What the templates name, pictures excepted."""
     objectives = [_label(name) for name in summary["objectives"]]
     units = {metric["n"] for row in summary["objectives"].values() for metric in row.values()}
+    minutes, rest = divmod(round(summary["wall_time_s"]), 60)
     return {
         "title": f"{', '.join(objectives)}: a comparison",
         "objectives": objectives,
         "summary": summary,
-        "duration": _duration(summary["wall_time_s"]),
+        "duration": f"{minutes} min {rest} s" if minutes else f"{rest} s",
         "units": " or ".join(map(str, sorted(units))),
         "results": _results(summary),
         "equal": [(title, *found) for x, y, title in EQUAL if (found := _equal(curves, x, y))],
@@ -127,24 +120,26 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
 def findings(summary: Mapping, metric: str = "reward") -> list[str]:
     """Sentences on which objectives `metric` tells apart: by paired differences, else by whether intervals overlap."""
     told, not_told = [], []
+
+    def tell(above: str, below: str, apart: bool, size: str, doubt: str = "") -> None:
+        words = (
+            f"{_label(above)} lies above {_label(below)}{size}."
+            if apart
+            else f"{_label(above)} and {_label(below)}{doubt}"
+        )
+        (told if apart else not_told).append(words)
+
     differences = summary.get("differences", {}).get(metric)
     digits = COLUMNS[metric][1] + 1
     for entry in differences or []:
         sign = 1 if entry["mean"] >= 0 else -1
-        above, below = (entry["a"], entry["b"])[::sign]
         low, high = sorted((sign * entry["low"], sign * entry["high"]))
         size = f"{abs(entry['mean']):.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
-        if low > 0:
-            told.append(f"{_label(above)} lies above {_label(below)} by {size}.")
-        else:
-            not_told.append(f"{_label(above)} and {_label(below)} (difference {size})")
+        tell(*(entry["a"], entry["b"])[::sign], low > 0, f" by {size}", f" (difference {size})")
     if differences is None:
         results = {name: row[metric] for name, row in summary["objectives"].items() if metric in row}
         for a, b in itertools.combinations(sorted(results, key=lambda name: -results[name]["mean"]), 2):
-            if results[a]["low"] > results[b]["high"]:
-                told.append(f"{_label(a)} lies above {_label(b)}: their intervals do not overlap.")
-            else:
-                not_told.append(f"{_label(a)} and {_label(b)}")
+            tell(a, b, results[a]["low"] > results[b]["high"], ": their intervals do not overlap")
     if not_told:
         told.append(f"Not told apart by this evaluation, which does not make them equal: {'; '.join(not_told)}.")
     return told
@@ -154,8 +149,7 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
     """Read y off every curve at equal levels of x, by linear interpolation where the curve first reaches the level.
 
     Returns:
-        Up to five round levels inside the range that at least two objectives reach, and objective -> one y a level
-        (None where the objective never gets there).
+        Up to five round levels that at least two objectives reach, and objective -> one y a level (None: it never gets there).
     """
     reach = sorted((max(plots.mean(p, x) for p in points) for points in curves.values()), reverse=True)
     start = max(plots.mean(points[0], x) for points in curves.values())
@@ -166,12 +160,10 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
 
 def _with_differences(summary: Mapping, curves: Mapping) -> dict:
     """The summary, with paired differences of the final evaluations where these kept one number a prompt."""
-    final = {name: points[-1].get("by_prompt", {}) for name, points in curves.items()}
-    known = set.intersection(*map(set, final.values())) & {"reward", "judge"}
-    made = {
-        metric: paired_differences({name: values[metric] for name, values in final.items()}, seed=summary["seed"])
-        for metric in known
-    }
+    final, made = {name: points[-1].get("by_prompt", {}) for name, points in curves.items()}, {}
+    for metric in set.intersection(*map(set, final.values())) & {"reward", "judge"}:
+        values = {name: by_prompt[metric] for name, by_prompt in final.items()}
+        made[metric] = paired_differences(values, seed=summary["seed"])
     return {**summary, "differences": made | summary.get("differences", {})}
 
 
@@ -245,11 +237,6 @@ def _scores(row: Mapping) -> dict[str, str]:
         f"{when}_scores": f"reward {row[f'{when}_reward']:.2f}" + ("" if judge is None else f", judge {judge:.2f}")
         for when, judge in judges.items()
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _md(text: str) -> str:

@@ -17,20 +17,13 @@ from tpo_lib.runs.run import fit
 
 @dataclass
 class Trained:
-    """A run of training, ended or under way.
-
-    Attributes:
-        config: its settings.
-        rows: metrics rows of training so far (names as in metrics.jsonl).
-        stopped: ended before its last update.
-        policy, evaluation: there when the run has ended, and where it was evaluated.
-    """
+    """A run of training, ended or under way."""
 
     config: TrainConfig
-    rows: list[dict] = field(default_factory=list)
-    stopped: bool = False
-    policy: torch.nn.Module | None = None
-    evaluation: Evaluation | None = None
+    rows: list[dict] = field(default_factory=list)  # so far, names as in metrics.jsonl
+    stopped: bool = False  # ended before its last update
+    policy: torch.nn.Module | None = None  # when the run has ended
+    evaluation: Evaluation | None = None  # where it was made
 
     @property
     def updates(self) -> int:
@@ -58,9 +51,7 @@ def train(
 ) -> Trained:
     """`fit` of one run; with `config.output_dir` it goes on where it was, without one it stays in memory.
 
-    Args:
-        on_log: called at every row of metrics; returns True to stop.
-        more: `fit`'s guide, tokenizer, fast, callbacks.
+    `on_log`, called at every row of metrics, returns True to stop; `more` is `fit`'s guide, tokenizer, fast, callbacks.
     """
     run = Trained(config)
 
@@ -89,9 +80,5 @@ def train_guide(config: TrainConfig, policy, reference, pairs: Sequence[EncodedP
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result, and the machine."""
     names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
-    here = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
+    here = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
     return here | {name: importlib.metadata.version(name) for name in names}

@@ -29,74 +29,51 @@ from tpo_lib.runs.run import shared_prompts
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a stage is built from.
+    """What a stage is built from."""
 
-    Attributes:
-        model, reward, judge: folders or hub names; judge None means no judge.
-        train_prompts, held_out_prompts: prompts for the pairs, and for everything that is reported.
-        samples_per_prompt: completions of a training prompt; all their pairs are used (4 give the papers' 6).
-        held_out_samples: completions of a held-out prompt for the held-out pairs.
-        max_new_tokens: longest completion.
-        min_gap: smallest difference of scores in a pair.
-        max_pairs, max_held_out_pairs: training and held-out pairs used (the first ones; the rest is counted as unused).
-        max_length: longest prompt and response together, tokens.
-        seed: of prompts, samples and bootstrap.
-        device: as in models.choose_device; None takes the best there is.
-    """
-
-    model: str
+    model: str  # folders or hub names
     reward: str
     judge: str | None
-    train_prompts: int
-    held_out_prompts: int
-    samples_per_prompt: int
+    train_prompts: int  # for the pairs
+    held_out_prompts: int  # for everything that is reported
+    samples_per_prompt: int  # all their pairs are used (4 give the papers' 6)
     held_out_samples: int
     max_new_tokens: int
-    min_gap: float
+    min_gap: float  # smallest difference of scores in a pair
     max_pairs: int
     max_held_out_pairs: int
-    max_length: int = 128
-    seed: int = 0
-    device: str | None = None
+    max_length: int = 128  # prompt and response together, tokens
+    seed: int = 0  # of prompts, samples and bootstrap
+    device: str | None = None  # as in models.choose_device
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A configuration carried out.
-
-    Attributes:
-        start: the model that every run starts from, frozen: it is the reference too.
-        table: the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`).
-        pairs, held_out_pairs: tokenized.
-        report: how the training pairs came about.
-        seen_prompts: held-out prompts that begin or continue a training prompt (none is equal to one).
-        reference_cache: log-probabilities of the reference on the held-out pairs, filled by the first evaluation.
-    """
+    """A configuration carried out."""
 
     config: StageConfig
-    start: torch.nn.Module
+    start: torch.nn.Module  # every run starts from it, frozen: it is the reference too
     tokenizer: object
     reward: Callable
     judge: Callable | None
-    table: Dataset
+    table: Dataset  # the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`)
     pairs: list[EncodedPair]
     held_out_pairs: list[EncodedPair]
     held_out_prompts: list[str]
-    report: PairReport
-    seen_prompts: int
-    reference_cache: dict = field(default_factory=dict, repr=False)
+    report: PairReport  # how the training pairs came about
+    seen_prompts: int  # held-out prompts that begin or continue a training prompt (none is equal to one)
+    reference_cache: dict = field(default_factory=dict, repr=False)  # filled by the first evaluation
 
     def policy(self) -> torch.nn.Module:
         """A copy of the start that can be trained."""
         return frozen_copy(self.start).requires_grad_(True)
 
-    def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
-        """`evaluation.evaluate` of a policy on the held-out prompts and pairs.
+    def fresh(self) -> tuple:
+        """A new policy, its reference and the pairs: what `runs.train` begins with."""
+        return self.policy(), self.start, self.pairs
 
-        Args:
-            config: what the policy was trained with; None for one that was not.
-            guide: TGDPO's.
-        """
+    def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
+        """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs."""
         return evaluate(
             policy,
             self.start,
@@ -128,9 +105,6 @@ def build_stage(
         start: the model, where it is not the one that config.model names; its tokenizer is.
         prompts: train_prompts + held_out_prompts of them; None samples them from the start.
         sampled_together: completions at a time; they depend on it.
-
-    Raises:
-        ValueError: as in `build_pairs`.
     """
     device = choose_device(config.device)
     start = frozen_copy(start or load_model(config.model, device=device))
@@ -141,18 +115,9 @@ def build_stage(
     prompts = prompts or sample_prompts(start, tokenizer, count, seed=config.seed + 1)
 
     def make(prompts: list[str], samples: int, seed: int, most: int) -> tuple[Dataset, list[EncodedPair], PairReport]:
-        table, report = build_pairs(
-            start,
-            tokenizer,
-            reward,
-            prompts=prompts,
-            samples_per_prompt=samples,
-            max_new_tokens=config.max_new_tokens,
-            min_gap=config.min_gap,
-            seed=seed,
-            cache_dir=cache_dir,
-            batch_size=sampled_together,
-        )
+        settings = {"max_new_tokens": config.max_new_tokens, "min_gap": config.min_gap, "cache_dir": cache_dir}
+        settings |= {"prompts": prompts, "samples_per_prompt": samples, "seed": seed, "batch_size": sampled_together}
+        table, report = build_pairs(start, tokenizer, reward, **settings)
         table = table.shuffle(seed=seed).select(range(min(most, len(table))))
         encoded, _ = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")
         return table, encoded, report
@@ -168,25 +133,14 @@ def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
     small = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
     whole = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
-    return StageConfig(
-        model=str(POCKET),
-        reward=str(POCKET),
-        judge=str(POCKET / "judge"),
-        samples_per_prompt=4,
-        held_out_samples=4,
-        max_new_tokens=40,
-        min_gap=0.4,
-        seed=seed,
-        **(small if quick else whole),
-    )
+    models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge")}
+    sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
+    return StageConfig(**models, **sampled, seed=seed, **(small if quick else whole))
 
 
 def pocket_stage(**changes) -> Stage:
-    """The small stage on the bundled model, about half a minute on two cores; its pairs are kept for the next call.
+    """The small stage on the bundled model, about half a minute on two cores, with `changes` such as min_gap=0.0.
 
-    They are kept in `store.cache_folder()`.
-
-    Args:
-        changes: fields of StageConfig that shall differ, for instance min_gap=0.0.
+    Its pairs are kept in `store.cache_folder()`.
     """
     return build_stage(replace(pocket_stage_config(quick=True), **changes), cache_dir=store.cache_folder() / "pairs")

@@ -36,8 +36,6 @@ def grid() -> Iterator[tuple[str, float, float]]:
 def sweep(path: Path, *, progress: bool = True) -> dict:
     """Make every run of the grid that `path` does not hold yet; the file is complete after each of them.
 
-    A second sweep into the same file waits for the first, and makes what is missing then.
-
     Returns:
         The file's content: {"lr", "updates", "start", "stage", "versions", "runs": [{"objective", "beta", "alpha",
         "training", "metrics", "samples"}]}.
@@ -46,7 +44,7 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
         ValueError: `path` holds something else, or runs from another start or with other settings.
         CheckpointError: it is damaged.
     """
-    with store.alone(path):
+    with store.alone(path):  # a second sweep waits, and makes what is missing then
         known = _known(path)  # first: a stage is minutes of work
         lab = Laboratory(pocket_stage(**STAGE))
         content = _begin(path, known, lab)
@@ -80,7 +78,7 @@ def _begin(path: Path, known: dict | None, lab: Laboratory) -> dict:
         was, now = (found[name]["metrics"] if name == "start" else found[name] for found in (known, content))
         if was != now:
             raise ValueError(
-                f"{path} holds runs of another sweep ({name} differs); remove it, or choose another --output"
+                f"{path} holds runs of another sweep ({name} differs); remove it, or name another --output"
             )
     return known
 
