@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from browser.chapters import NOTEBOOKS
+from browser.chapters import NOTEBOOKS, cells
 from browser.harness import Lab, NotebookPage, browse, find_chromium, open_notebook, serve
 
 
@@ -31,6 +31,31 @@ def lab(browser, tmp_path_factory) -> Iterator[Lab]:
     shutil.copytree(NOTEBOOKS, root)
     with serve(root, tmp_path_factory.mktemp("jupyter")) as running:
         yield running
+
+
+STEPS = """
+from tpo_course.derivations import DERIVATIONS
+widgets.step_through(DERIVATIONS["dpo"])
+"""
+BROKEN = """
+import ipywidgets
+button = ipywidgets.Button(description="Break")
+button.on_click(lambda _: 1 / 0)
+display(button)
+"""
+
+
+@pytest.fixture(scope="package")
+def shelf(browser, lab) -> Iterator[NotebookPage]:
+    """One notebook of widgets that train nothing: in cells 1 and 2 the loss labs of chapters 4 and 5, on TDPO1 and TGDPO; in
+    cell 3 the memory lab; in cell 4 the steps of DPO; in cell 5 a button whose callback fails."""
+    labs = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
+    labs += cells("08_scale", "widgets.memory_lab()")
+    lab.write("shelf.ipynb", ["from tpo_course import widgets", *labs, STEPS, BROKEN])
+    page = open_notebook(browser, lab, "shelf.ipynb", height=1300)
+    page.run_all()
+    yield page
+    page.close()
 
 
 @pytest.fixture

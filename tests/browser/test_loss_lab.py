@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
-from browser.chapters import cells
-from browser.harness import at_once, open_notebook
+from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
-
-
-@pytest.fixture(scope="module")
-def labs(browser, lab):
-    """Cell 1: chapter 4's, on TDPO1; cell 2: chapter 5's, on TGDPO."""
-    chosen = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
-    lab.write("loss_labs.ipynb", ["from tpo_course import widgets", *chosen])
-    page = open_notebook(browser, lab, "loss_labs.ipynb", height=1300)
-    page.run_all()
-    yield page
-    page.close()
 
 
 def move(page, action, said: str) -> None:
@@ -32,8 +18,8 @@ def move(page, action, said: str) -> None:
     page.idle()
 
 
-def test_loss_lab(labs, tmp_path):
-    page = labs.output(1)
+def test_loss_lab(shelf, tmp_path):
+    page = shelf.output(1)
     page.wait_for_text("TDPO1, β = 0.1.")
     assert "SeqKL 6.0 (chosen), 10.0 (rejected) nats." in page.text
     place = page.locator(PICTURE).bounding_box()
@@ -75,8 +61,8 @@ def test_loss_lab(labs, tmp_path):
     page.assert_clean()
 
 
-def test_loss_lab_of_chapter_5(labs, tmp_path):
-    page = labs.output(2)
+def test_loss_lab_of_chapter_5(shelf, tmp_path):
+    page = shelf.output(2)
     page.wait_for_text("TGDPO, β = 0.1, α = 0.5, f = linear.")
     on_floor = re.compile(r"(\d+) of 12 tokens \(\d+%\) on the floor 0.01")
     before = on_floor.search(page.text)
@@ -86,8 +72,8 @@ def test_loss_lab_of_chapter_5(labs, tmp_path):
     page.assert_clean()
 
 
-def test_loss_lab_answers_at_once(labs):
-    page = labs.output(2)
+def test_loss_lab_answers_at_once(shelf):
+    page = shelf.output(2)
     page.choose("objective", "TGDPO")
     page.press("β", "Home")
     page.wait_for_text("β = 0.01, ")

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from browser.chapters import cells
-from browser.harness import at_once, open_notebook
+from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
 
 
-@pytest.fixture(scope="module")
-def page(browser, lab):
-    """Cell 1: the lab, on Llama-3.2-1B."""
-    lab.write("memory_lab.ipynb", ["from tpo_course import widgets", *cells("08_scale", "widgets.memory_lab()")])
-    page = open_notebook(browser, lab, "memory_lab.ipynb", height=1300)
-    page.run_all()
-    yield page.output(1)
-    page.close()
+@pytest.fixture
+def page(shelf):
+    return shelf.output(3)
 
 
 def test_memory_lab(page, tmp_path):

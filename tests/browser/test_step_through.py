@@ -6,24 +6,14 @@ import re
 
 import pytest
 
-from browser.harness import at_once, open_notebook
+from browser.harness import at_once
 
-CELL = """
-from tpo_course import widgets
-from tpo_course.derivations import DERIVATIONS
-widgets.step_through(DERIVATIONS["dpo"])
-"""
 WORLD = "World 0: V = 3, T = 3, 2 prompts"
 
 
-@pytest.fixture(scope="module")
-def page(browser, lab):
-    lab.write("step_through.ipynb", [CELL])
-    shown = open_notebook(browser, lab, "step_through.ipynb")
-    shown.run_all()
-    shown.wait_for_text("Step 1 of 12: residual")
-    yield shown
-    shown.close()
+@pytest.fixture
+def page(shelf):
+    return shelf.output(4)
 
 
 def verdict(page) -> str:
@@ -31,6 +21,7 @@ def verdict(page) -> str:
 
 
 def test_step_through(page, tmp_path):
+    page.wait_for_text("Step 1 of 12: residual")
     assert "1. The objective, by response and by token." in page.text
     assert WORLD in page.text
     page.page.wait_for_selector(".widget-output mjx-container")
@@ -95,16 +86,9 @@ def test_a_key_is_answered_at_once(page):
     at_once("step_through, Next", seconds)
 
 
-def test_the_harness_sees_an_error_in_a_callback(notebook):
-    broken = notebook(
-        "broken.ipynb",
-        [
-            "import ipywidgets\nbutton = ipywidgets.Button(description='Break')\n"
-            "button.on_click(lambda _: 1 / 0)\ndisplay(button)"
-        ],
-    )
-    broken.run_all()
-    broken.click("Break")
-    broken.page.wait_for_function("() => window.kernelErrors.length > 0")
+def test_the_harness_sees_an_error_in_a_callback(shelf):
+    shelf.output(5).click("Break")
+    shelf.page.wait_for_function("() => window.kernelErrors.length > 0")
     with pytest.raises(AssertionError, match="kernel: ZeroDivisionError"):
-        broken.assert_clean()
+        shelf.assert_clean()
+    shelf.page.evaluate("() => { window.kernelErrors = []; }")
