@@ -128,9 +128,13 @@ def test_frozen_copy_is_a_copy():
     assert copy.model.norm.weight.abs().sum() > 0
 
 
-def test_precision_is_chosen_from_the_device():
+def test_precision_is_chosen_from_the_device(monkeypatch):
     assert models.choose_precision(torch.device("cpu")) == "no"
     assert models.choose_precision(torch.device("cpu"), "bf16") == "bf16"
+    for speedup, found in ((2.0, "bf16"), (1.1, "no")):
+        monkeypatch.setattr(models, "_cpu_speedup", lambda speedup=speedup: speedup)
+        assert models.choose_precision(torch.device("cpu"), "auto") == found
+        assert models.choose_precision(torch.device("cpu")) == "no"
     with pytest.raises(ValueError, match="fp16 needs a CUDA device, this run is on cpu"):
         models.choose_precision(torch.device("cpu"), "fp16")
 

@@ -73,6 +73,22 @@ def next_probabilities(model, tokenizer, prompt):
         return model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].softmax(-1)
 
 
+def test_sampling_in_bf16_reads_nearly_the_same_distribution(llama, tokenizer):
+    """The most likely tokens stay the same where no two are close; outside of the call nothing is in bf16."""
+    kinds = []
+    handle = llama.lm_head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    settings = {"max_new_tokens": 4, "temperature": 0.0, "seed": 0}
+    try:
+        whole, short = (
+            sampling.generate(llama, tokenizer, ["a", "the film"], precision=p, **settings) for p in ("no", "bf16")
+        )
+    finally:
+        handle.remove()
+    assert set(kinds) == {torch.float32, torch.bfloat16}
+    assert [c.token_ids[:1] for [c] in short] == [c.token_ids[:1] for [c] in whole]
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_left_padded_batches_continue_as_single_prompts_do(model, tokenizer):
     together = sampling.generate(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0, seed=0)
     for prompt, completions in zip(PROMPTS, together, strict=True):

@@ -54,7 +54,9 @@ class TrainConfig:
         128, "tokens of prompt and response together; longer responses are cut and counted", above=1
     )
     precision: str | None = setting(
-        None, "no (float32), bf16 or fp16 autocast; None chooses from the device", choices=("no", "bf16", "fp16")
+        None,
+        "no (float32), bf16 or fp16 autocast; None chooses by the device, auto measures on a CPU, too",
+        choices=("no", "bf16", "fp16", "auto"),
     )
     device: str | None = setting(None, "cpu, cuda or mps; None chooses")
     lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")

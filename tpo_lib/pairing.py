@@ -211,6 +211,7 @@ def build_pairs(
     seed: int,
     cache_dir: Path | None,
     batch_size: int = 256,
+    precision: str = "no",
     progress: Progress | None = None,
 ) -> tuple[Dataset, PairReport]:
     """Sample completions, score them and make pairs; the second call with the same content reads them from the cache.
@@ -228,7 +229,7 @@ def build_pairs(
         ValueError: no pair was left (the message says why), or as in `generate`, `score` and `pairs_from_scores`.
     """
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    sampling |= {"seed": seed, "batch_size": batch_size}
+    sampling |= {"seed": seed, "batch_size": batch_size, "precision": precision}
     pairing = {"rule": rule, "min_gap": min_gap}
 
     def make() -> tuple[Dataset, PairReport]:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
 
 from tpo_lib import stats
 from tpo_lib.files.tokens import prompt_token_ids, response_texts
-from tpo_lib.models import check_sequences
+from tpo_lib.models import autocast, check_sequences
 from tpo_lib.types import PAD
 
 NOISE = 1e-3  # of the largest logit: thirty layers round otherwise with a mask; padding that is read moves far more
@@ -104,17 +104,19 @@ def generate(
     top_p: float = 1.0,
     seed: int,
     batch_size: int = 256,
+    precision: str = "no",
     progress: Progress | None = None,
 ) -> list[list[Completion]]:
     """Sample `samples_per_prompt` completions of every prompt; result[i][k] is the k-th one of prompts[i].
 
     The model runs in eval mode; its own generation settings (top_k and the like) do not act. The global random state is
-    left as it was. The samples depend on the seed and on batch_size.
+    left as it was. The samples depend on the seed, on batch_size and on the precision.
 
     Args:
         temperature: 1 is the model's own distribution, 0 the most likely token.
         top_p: in (0, 1], 1 cuts nothing.
         batch_size: sequences a forward pass.
+        precision: "no" (the type of the weights), "bf16" or "fp16", as in `models.autocast`.
         progress: called with (sequences done, sequences in all) after every batch.
 
     Raises:
@@ -131,7 +133,7 @@ def generate(
             raise ValueError(f"prompt {i} has no tokens, so nothing predicts the first one; give it text")
     check_sequences(model, ((f"prompt {i}", ids) for i, ids in enumerate(encoded)), room=max_new_tokens)
     rows = [ids for ids in encoded for _ in range(samples_per_prompt)]
-    with seeded(seed, model.device):
+    with seeded(seed, model.device), autocast(model.device, precision):
         sampled = sample_ids(model, tokenizer, rows, sampler, batch_size, progress)
     texts = response_texts(tokenizer, rows, [ids for ids, _ in sampled])
     done = [Completion(text, tuple(ids), end) for text, (ids, end) in zip(texts, sampled, strict=True)]
@@ -200,7 +202,9 @@ def _check_padding(model) -> None:
     """Refuse a model that reads the padding left of a prompt (RWKV does): it would write what it is not scored on."""
     settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
     padded, alone = (_continue(model, [[1, 2]], width, [], **settings).logits[0].float() for width in (5, 2))
-    if not stats.close(padded, alone, max(64 * torch.finfo(model.dtype).eps, NOISE)):
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    if not stats.close(padded, alone, max(64 * torch.finfo(dtype).eps, NOISE)):
         raise ValueError(
             f"{type(model).__name__} reads the padding before a prompt, so prompts of several lengths cannot be sampled "
             "together; give prompts of one length, or another model"

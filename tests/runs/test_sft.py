@@ -3,9 +3,9 @@
 import math
 
 import pytest
+import tiny
 import torch
 
-from tests import tiny
 from tpo_lib.runs import sft
 from tpo_lib.runs.sft import SftConfig
 
