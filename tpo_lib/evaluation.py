@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tpo_lib import stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio
@@ -26,8 +27,7 @@ from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
-from tpo_lib.stats import NotFinite, check_finite, from_readings, kl_and_entropy, response_mask, split, unpack
-from tpo_lib.types import PairBatch, Reading, TokenStats
+from tpo_lib.types import TokenStats
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def evaluate(
     batch_size: int = 128,
     sampled_together: int = 256,
     seed: int = 0,
+    pair_loss: Callable = stats.pair_loss,
     reference_cache: dict | None = None,
     cache_dir: Path | None = None,
 ) -> Evaluation:
@@ -97,7 +98,7 @@ def evaluate(
         batch_size: sequences whose logits are alive at a time.
         sampled_together: sequences that are sampled at a time; a GPU takes a thousand of 135 M parameters as fast as ten. The
             samples depend on it.
-        reference_cache: see `pair_stats`; worth it where the same pairs are evaluated many times.
+        pair_loss, reference_cache: see `pair_stats`.
         cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
     Raises:
@@ -112,24 +113,24 @@ def evaluate(
             check_pairs(model, pairs, name=name, policy=policy)
     _check_ranking(pairs, objective, hyperparameters, guide)
     probe(reward, judge)
-    sizes = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
+    sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
+    sampling |= {"seed": seed, "batch_size": sampled_together, "cache_dir": cache_dir}
     with _eval_mode(policy, reference, guide):
-        drawn = sample_cached(
-            policy, tokenizer, prompts, cache_dir=cache_dir, seed=seed, batch_size=sampled_together, **sizes
-        )
+        drawn = sample_cached(policy, tokenizer, prompts, **sampling)
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         flat = [completion for group in drawn for completion in group]
-        stats = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
+        sums = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
         scorers = {"reward": reward, "judge": judge}
         scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
         by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
         metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
-        metrics |= sample_metrics(stats, [c.token_ids for c in flat], len(prompts), seed=seed)
+        metrics |= sample_metrics(sums, [c.token_ids for c in flat], len(prompts), seed=seed)
         if pairs:
-            few, frozen = max(1, batch_size // 2), {"guide": guide, "cache": reference_cache}
-            held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, batch_size=few, **frozen)
+            few = max(1, batch_size // 2)  # a pair is two sequences
+            how = {"guide": guide, "cache": reference_cache, "pair_loss": pair_loss, "batch_size": few}
+            held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, **how)
             metrics |= pair_metrics(held_out, objective, hyperparameters, seed=seed)
-    by_prompt["kl"] = _by_prompt(stats.kl, len(prompts)) / samples_per_prompt
+    by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
     columns = [scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in scorers]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
     return Evaluation(metrics, samples, by_prompt)
@@ -158,10 +159,10 @@ def _check_ranking(pairs: Sequence[EncodedPair], objective: str | None, hyperpar
 @contextlib.contextmanager
 def _eval_mode(*models) -> Iterator[None]:
     """Put every submodule in eval mode and, afterwards, back in the mode it was in."""
-    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    models = [model for model in models if model is not None]
+    before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
-        if model is not None:
-            model.eval()
+        model.eval()
     try:
         yield
     finally:
@@ -189,7 +190,6 @@ def sequence_kl(
     responses (cut at max_new_tokens), with less noise than the mean of log pi_theta(y) - log pi_ref(y).
 
     Args:
-        policy, reference: causal language models that share the tokenizer, in eval mode.
         prompts, completions: S texts, and what the policy sampled behind each at temperature 1; its own ids are scored.
         batch_size: sequences whose logits are alive at a time.
 
@@ -205,9 +205,10 @@ def sequence_kl(
         rows = order[start : start + batch_size]
         batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows]).to(policy.device)
         logits = [model(batch).logits() for model in models]  # (R, V)
-        mask = response_mask(batch.labels)  # (N, T-1)
-        for total, per_step in zip((kl, entropy), kl_and_entropy(*logits), strict=True):
-            total[rows] = unpack(per_step.double(), mask).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
+        mask = stats.response_mask(batch.labels)  # (N, T-1)
+        # the policy first: the samples are its own, so its expectation is the one they estimate
+        for total, per_step in zip((kl, entropy), stats.kl_and_entropy(*logits), strict=True):
+            total[rows] = stats.unpack(per_step.double(), mask).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
         steps[rows] = mask.double().sum(-1).cpu()
     for i in (~(kl + entropy).isfinite()).nonzero().flatten().tolist():
         raise ValueError(
@@ -218,12 +219,12 @@ def sequence_kl(
 
 
 def sample_metrics(
-    stats: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
+    sums: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
 ) -> dict[str, Metric]:
-    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each.
+    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each side by side.
 
     Args:
-        stats: (P K,) sums, samples of one prompt side by side.
+        sums: (P K,) each.
         token_ids: P K lists of token ids, without the token that ends a text.
     """
     per = len(token_ids) // prompts
@@ -231,8 +232,8 @@ def sample_metrics(
     count = _by_prompt([len(own) for own in bigrams], prompts)
     repeats = _by_prompt([len(own) - len(set(own)) for own in bigrams], prompts)
     return {
-        "kl": bootstrap(_by_prompt(stats.kl, prompts) / per, seed=seed),
-        "entropy": bootstrap_ratio(_by_prompt(stats.entropy, prompts), _by_prompt(stats.steps, prompts), seed=seed),
+        "kl": bootstrap(_by_prompt(sums.kl, prompts) / per, seed=seed),
+        "entropy": bootstrap_ratio(_by_prompt(sums.entropy, prompts), _by_prompt(sums.steps, prompts), seed=seed),
         "distinct_2": distinct_2([token_ids[start : start + per] for start in range(0, len(token_ids), per)]),
         "repetition": bootstrap_ratio(repeats, count if count.sum() else count + 1, seed=seed),  # no bigram: 0
         "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
@@ -240,14 +241,9 @@ def sample_metrics(
 
 
 def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float = 0.95) -> Metric:
-    """Distinct bigrams / bigrams over all samples together (distinct-2, Li et al. 2016, on token ids).
+    """Distinct bigrams / bigrams over the token ids of all samples, grouped by prompt (distinct-2, Li et al. 2016); else 0.
 
-    It falls as samples are added, so compare it at equal numbers of samples only. A bootstrap would draw samples twice
-    and see too few distinct bigrams; the interval here is mean +- z times the jackknife's standard error (one prompt left
-    out at a time), which errs on the wide side. Without any bigram it is 0.
-
-    Args:
-        groups: for each prompt its samples' token ids.
+    It falls as samples are added, so compare it at equal numbers of samples only.
 
     Example:
         >>> distinct_2([[[1, 2, 3]], [[1, 2, 4]]]).mean  # (1,2) (2,3) | (1,2) (2,4): 3 of 4
@@ -258,7 +254,9 @@ def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float =
     if not total:
         return Metric(0.0, 0.0, 0.0, len(groups))
     distinct, count = len(total), total.total()
-    without = np.array(  # distinct-2 with one prompt left out
+    # The jackknife, distinct-2 with one prompt left out at a time, errs on the wide side. A bootstrap would draw samples twice
+    # and see too few distinct bigrams.
+    without = np.array(
         [(distinct - sum(own[pair] == total[pair] for pair in own)) / max(1, count - own.total()) for own in bigrams]
     )
     n = len(groups)
@@ -285,6 +283,7 @@ def pair_stats(
     batch_size: int = 64,
     guide=None,
     with_kl: bool = True,
+    pair_loss: Callable = stats.pair_loss,
     cache: dict | None = None,
 ) -> TokenStats:
     """TokenStats of any number of pairs, batch by batch: (2P, T-1) fields, all chosen first, on the CPU.
@@ -293,23 +292,28 @@ def pair_stats(
         batch_size: pairs that are read at a time.
         guide: TGDPO's frozen guide, if its log-probabilities are wanted.
         with_kl: also KL(pi_ref || pi_theta) at every response token.
+        pair_loss: what makes the statistics of a batch; `fast.pair_loss` never has all its logits at once.
         cache: a dict kept between calls with the same reference and guide; their hidden states are stored in it (4 d bytes
             a response token each) and not computed again for pairs seen before.
     """
     _check_ranking(pairs, None, None, guide)
-    given = {"policy": policy, "ref": reference, "guide": guide}
-    models, parts = {name: ResponseReader(model) for name, model in given.items() if model is not None}, []
+    frozen = {"ref": reference, "guide": guide}
+    frozen = {name: ResponseReader(model) for name, model in frozen.items() if model is not None}
+    reader, parts = ResponseReader(policy), []
     for start in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(policy.device)
-        kept = {"policy": {}, "ref": cache, "guide": cache}  # the policy is another one each time
-        read = {name: _read(name, model, batch, kept[name]) for name, model in models.items()}
-        guided = {"guide": read.get("guide"), "with_kl": with_kl}
-        tokens = from_readings(read["policy"], batch.labels, read.get("ref"), **guided)
-        try:
-            check_finite(tokens)
-        except NotFinite as error:
+        kept = {} if cache is None else cache
+        key = tuple(ids.cpu().numpy().tobytes() for ids in (batch.input_ids, batch.labels))
+        for name, read in frozen.items():
+            if (name, *key) not in kept:
+                kept[name, *key] = read(batch)
+        said = {name: kept[name, *key] for name in frozen}
+        settings = {"guide": said.get("guide"), "with_kl": with_kl}
+        try:  # the statistics alone are wanted, so any objective will do
+            _, tokens = pair_loss(OBJECTIVES["sft"].fn, reader(batch), batch.labels, said.get("ref"), **settings)
+        except stats.NotFinite as error:
             raise ValueError(error.at(batch.rows)) from error
-        parts.append(split(tokens))
+        parts.append(stats.split(tokens))
     halves = [part[0] for part in parts] + [part[1] for part in parts]  # all chosen first
     width = max(half.mask.shape[1] for half in halves)
 
@@ -320,37 +324,28 @@ def pair_stats(
 
 
 def pair_metrics(
-    stats: TokenStats, objective: str | None, hyperparameters: Mapping | None, *, seed: int
+    tokens: TokenStats, objective: str | None, hyperparameters: Mapping | None, *, seed: int
 ) -> dict[str, Metric]:
     """How an objective's implicit reward ranks held-out pairs, and where the sequential KL goes.
 
     Args:
-        stats: as from `pair_stats`, with kl.
+        tokens: as from `pair_stats`, with kl.
         objective: key of OBJECTIVES; None reads the plain log-ratio (DPO at beta = 1).
-        hyperparameters: those the objective was trained with; entries it does not take are ignored, those that are missing are
-            its defaults.
+        hyperparameters: those the objective was trained with; others are ignored, missing ones are its defaults.
 
     Returns:
-        seqkl_{chosen,rejected,margin} in nats, accuracy (share of pairs whose chosen reward is the larger one; a tie, as
-        all pairs are at the start, counts one half), reward_margin (chosen - rejected).
+        seqkl_{chosen,rejected,margin} in nats, accuracy (share of pairs whose chosen reward is the larger one), reward_margin
+        (chosen - rejected).
     """
-    chosen, rejected = split(stats)
+    chosen, rejected = stats.split(tokens)
     entry = OBJECTIVES[objective or "dpo"]
     given = {"beta": 1.0} if objective is None else dict(hyperparameters or {})
     output = entry.fn(chosen, rejected, **entry.settings(given))
     margin = (output.chosen_reward - output.rejected_reward).double()  # (P,)
     values = {}
-    if stats.kl is not None:
+    if tokens.kl is not None:
         kl_w, kl_l = chosen.kl.double().sum(-1), rejected.kl.double().sum(-1)  # (P, T-1) -> (P,)
         values = {"seqkl_chosen": kl_w, "seqkl_rejected": kl_l, "seqkl_margin": kl_l - kl_w}
+    # a tie, as all pairs are at the start, counts one half
     values |= {"accuracy": (margin > 0).double() + 0.5 * (margin == 0).double(), "reward_margin": margin}
     return {name: bootstrap(value, seed=seed) for name, value in values.items()}
-
-
-def _read(name: str, model: ResponseReader, batch: PairBatch, cache: dict | None) -> Reading:
-    """What a model says, from the cache if these tokens were seen before."""
-    cache = {} if cache is None else cache
-    key = name, *(ids.cpu().numpy().tobytes() for ids in (batch.input_ids, batch.labels))
-    if key not in cache:
-        cache[key] = model(batch)
-    return cache[key]

@@ -30,9 +30,12 @@ def bootstrap(values, *, seed: int, resamples: int = RESAMPLES, confidence: floa
     """Mean of n >= 1 values with its percentile bootstrap interval; of equal values it has length 0.
 
     Args:
-        values: (n,) tensor or array; one that is not finite raises a ValueError that names its index.
+        values: (n,) tensor or array.
         seed: equal seeds and equal n draw equal resamples.
         resamples, confidence: means of n values drawn with replacement, and the share of them inside, in (0, 1).
+
+    Raises:
+        ValueError: there is no value, or one is not finite (its index is named).
 
     Example:
         >>> bootstrap([1.0, 1.0, 1.0], seed=0)
