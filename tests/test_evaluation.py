@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tpo_lib
 from tpo_lib import evaluation as ev
-from tpo_lib import pairing
+from tpo_lib import fast, pairing, stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.intervals import Metric
 from tpo_lib.losses import OBJECTIVES
@@ -165,16 +166,17 @@ def direct(policy, ref, guide, pairs):
     return token_stats(logits[0], batch.labels, logits[1], guide_logits=logits[2], with_kl=True)
 
 
+@pytest.mark.parametrize("pair_loss", [stats.pair_loss, fast.pair_loss], ids=["textbook", "fast"])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_pair_stats_are_those_of_one_batch(llamas, batch_size):
+def test_pair_stats_are_those_of_one_batch(llamas, batch_size, pair_loss):
     policy, ref, guide = llamas
     pairs = encoded_pairs()
     expected = direct(policy, ref, guide, pairs)
-    found = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, guide=guide)
+    found = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, guide=guide, pair_loss=pair_loss)
     assert torch.equal(found.mask, expected.mask)
     for name in ("logps", "ref_logps", "kl", "guide_logps"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
-    bare = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, with_kl=False)
+    bare = ev.pair_stats(policy, ref, pairs, 0, batch_size=batch_size, with_kl=False, pair_loss=pair_loss)
     assert bare.kl is None
     assert bare.guide_logps is None
 
@@ -255,6 +257,16 @@ def test_the_cache_spares_the_frozen_models_and_knows_the_pairs(llamas):
 def run(models, tokenizer, **changes) -> ev.Evaluation:
     settings = {"pairs": encoded_pairs(), "max_new_tokens": 6, "batch_size": 4, "seed": 7, "judge": Shouting()}
     return ev.evaluate(models[0], models[1], tokenizer, PROMPTS, Shouting(), **settings | changes)
+
+
+def test_what_people_call_takes_the_fast_path(llamas, tokenizer, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        ev, "pair_stats", lambda *_, **how: taken.append(how["pair_loss"]) or direct(*llamas, encoded_pairs())
+    )
+    for evaluate in (tpo_lib.evaluate, ev.evaluate):
+        evaluate(*llamas[:2], tokenizer, PROMPTS, Shouting(), pairs=encoded_pairs(), max_new_tokens=2)
+    assert taken == [fast.pair_loss, stats.pair_loss]
 
 
 def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):

@@ -40,7 +40,7 @@ _HOME = {  # module: what it gives
     "config": ("TrainConfig", "PRESETS"),
     "runs.run": ("fit",),
     "fast.path": ("FastPath",),
-    "evaluation": ("evaluate",),
+    "fast.evaluation": ("evaluate",),
     "intervals": ("bootstrap", "paired_differences"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

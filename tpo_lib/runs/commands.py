@@ -15,7 +15,7 @@ import accelerate
 from tpo_lib import pairing
 from tpo_lib.config import PRESETS, TrainConfig
 from tpo_lib.data import encode_pairs
-from tpo_lib.evaluation import evaluate as evaluate_policy
+from tpo_lib.fast.evaluation import evaluate as evaluate_policy
 from tpo_lib.files import store
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs

@@ -17,7 +17,8 @@ from datasets import Dataset
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
-from tpo_lib.evaluation import Evaluation, evaluate
+from tpo_lib.evaluation import Evaluation
+from tpo_lib.fast.evaluation import evaluate
 from tpo_lib.files import store
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.models import choose_device, frozen_copy
