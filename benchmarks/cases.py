@@ -18,31 +18,20 @@ PROMPT = 5  # tokens, as IMDb prefixes have
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a step.
+    """The size of a step; on CUDA it runs under bfloat16 autocast."""
 
-    Attributes:
-        vocab: V.
-        pairs: B; there are 2B sequences.
-        length: T, the longest sequence in tokens.
-        ragged: lengths spread evenly from 28% of T to T (60% response positions, 36% padding at T = 128); else all are T.
-        layers, width: of the model.
-        family: "gpt2" or "llama".
-        spread: standard deviation of the embeddings; 0.06 gives logits of about 1, a large one makes softmax underflow.
-        device: "cpu" or "cuda"; on CUDA a step runs under bfloat16 autocast.
-        inner, kv_heads: a Llama's width between its two projections and its heads for keys; None is 4 d and d / 256.
-    """
-
-    vocab: int
-    pairs: int = 8
-    length: int = 128
+    vocab: int  # V
+    pairs: int = 8  # B; there are 2B sequences
+    length: int = 128  # T, the longest sequence in tokens
+    # lengths spread evenly from 28% of T to T (60% response positions, 36% padding at T = 128); else all are T
     ragged: bool = True
     layers: int = 4
     width: int = 256
-    family: str = "gpt2"
-    spread: float = 0.06
-    device: str = "cpu"
-    inner: int | None = None
-    kv_heads: int | None = None
+    family: str = "gpt2"  # or "llama"
+    spread: float = 0.06  # of the embeddings: logits of about 1; a large one makes softmax underflow
+    device: str = "cpu"  # or "cuda"
+    inner: int | None = None  # a Llama's width between its two projections; None is 4 d
+    kv_heads: int | None = None  # a Llama's heads for keys; None is d / 256
 
     @property
     def precision(self) -> str:
@@ -60,14 +49,10 @@ class Shape:
 
 @dataclass
 class Case:
-    """A shape made real.
-
-    Attributes:
-        readers: of "policy", which is trained, "ref" and perhaps "guide", frozen, of the same shape with other weights.
-    """
+    """A shape made real."""
 
     shape: Shape
-    readers: dict[str, ResponseReader]
+    readers: dict[str, ResponseReader]  # of "policy", which is trained, "ref" and perhaps "guide", frozen
     batch: PairBatch
 
     @property

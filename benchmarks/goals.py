@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks import contestants, measure
 from tpo_lib.losses import OBJECTIVES
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One limit.
+class Goal(NamedTuple):
+    """One limit."""
 
-    Attributes:
-        number: of the goal; one goal may have several limits.
-        text: what is compared.
-        limit: largest value allowed.
-        read: sections -> the measured value; raises KeyError where it was not measured.
-    """
-
-    number: int
-    text: str
-    limit: float
-    read: Callable[[Mapping], float]
+    number: int  # one goal may have several limits
+    text: str  # what is compared
+    limit: float  # largest value allowed
+    read: Callable[[Mapping], float]  # sections -> the measured value; raises KeyError where it was not measured
 
 
 def evaluate(sections: Mapping[str, Mapping]) -> list[dict]:
@@ -64,9 +56,7 @@ def _slowest_run(sections: Mapping) -> float:
 
 
 def _not_finite(sections: Mapping) -> float:
-    """Number of our paths that are not finite."""
-    found = sections["finite"]["finite"]
-    return sum(not found[label] for label in contestants.OURS)
+    return sum(not sections["finite"]["finite"][label] for label in contestants.OURS)
 
 
 GOALS = (

@@ -35,36 +35,23 @@ from tpo_lib.runs.stage import Stage, StageConfig, build_stage
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the papers take 25,000 prompts and gpt2-large.
+    """How much of everything; the papers take 25,000 prompts and gpt2-large."""
 
-    Attributes:
-        reviews, review_tokens: for SFT; a review is cut there.
-        prompts, held_out: prompts for pairs, and for everything reported.
-        new_tokens: longest completion.
-        pairs, held_out_pairs: at most.
-        min_gap: smallest difference of scores in a pair.
-        batch: pairs of an update, and reviews of one of SFT.
-        updates: of every run, at most; fewer where the time would not do for all runs.
-        evaluations: of every run, evenly spaced.
-        seeds: each a replication of the whole recipe.
-        lr, sft_lr: peak learning rates.
-    """
-
-    reviews: int = 6_000
-    review_tokens: int = 96
-    prompts: int = 2_000
-    held_out: int = 256
-    new_tokens: int = 48
-    pairs: int = 12_800
-    held_out_pairs: int = 256
-    min_gap: float = 0.2
-    batch: int = 64
-    updates: int = 200
-    evaluations: int = 3
-    seeds: tuple[int, ...] = (0, 1)
-    lr: float = 7e-5
-    sft_lr: float = 1e-4
-    sampled_together: int = 2048
+    reviews: int = 6_000  # for SFT
+    review_tokens: int = 96  # a review is cut there
+    prompts: int = 2_000  # for pairs
+    held_out: int = 256  # prompts for everything reported
+    new_tokens: int = 48  # longest completion
+    pairs: int = 12_800  # at most
+    held_out_pairs: int = 256  # at most
+    min_gap: float = 0.2  # smallest difference of scores in a pair
+    batch: int = 64  # pairs of an update, and reviews of one of SFT
+    updates: int = 200  # of every run, at most; fewer where the time would not do for all runs
+    evaluations: int = 3  # of every run, evenly spaced
+    seeds: tuple[int, ...] = (0, 1)  # each a replication of the whole recipe
+    lr: float = 7e-5  # peak
+    sft_lr: float = 1e-4  # peak
+    sampled_together: int = 2048  # completions
 
 
 SMALL = Size(reviews=16, review_tokens=24, prompts=12, held_out=6, new_tokens=8, pairs=32, held_out_pairs=4, min_gap=0.0,

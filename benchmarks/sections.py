@@ -29,19 +29,12 @@ FLOOR = {  # body forwards b and head GEMMs u that cannot be left out: uncached,
 
 @dataclass(frozen=True)
 class Plan:
-    """How thoroughly to measure.
+    """How thoroughly to measure."""
 
-    Attributes:
-        quick: half the pairs, fewer sections and contestants.
-        repetitions: rounds of timing.
-        labels: contestants to measure; empty means all.
-        memory: measure peak memory too.
-    """
-
-    quick: bool = False
-    repetitions: int = 4
-    labels: tuple[str, ...] = ()
-    memory: bool = True
+    quick: bool = False  # half the pairs, fewer sections and contestants
+    repetitions: int = 4  # rounds of timing
+    labels: tuple[str, ...] = ()  # contestants; empty means all
+    memory: bool = True  # measure peak memory too
 
 
 def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = ()) -> dict:
@@ -54,8 +47,8 @@ def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = 
     case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
     entries = _chosen(objective, plan.labels or labels)
     agreement = measure.check_agreement(entries, case)
-    every = {**entries, "bodies": contestants.bodies}
-    steps = {label: partial(measure.gradient_step, fn, case) for label, fn in every.items()} | measure.floor_steps(case)
+    todo = {**entries, "bodies": contestants.bodies}
+    steps = {label: partial(measure.gradient_step, fn, case) for label, fn in todo.items()} | measure.floor_steps(case)
     times = measure.interleave(steps, plan.repetitions)
     positions = int(case.mask.sum())
     del case, steps
@@ -66,7 +59,7 @@ def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = 
         "response_positions": positions,
         "agreement": agreement,
         "times": times,
-        "memory_mib": {name: measure.peak_memory(shape, objective, name) for name in (every if plan.memory else ())},
+        "memory_mib": {name: measure.peak_memory(shape, objective, name) for name in (todo if plan.memory else ())},
         "missing": contestants.missing(objective),
     }
 

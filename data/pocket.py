@@ -9,6 +9,7 @@ reward and the judge that go with the model are trained in `sentiment.py`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from argparse import BooleanOptionalAction
 from collections.abc import Iterable, Iterator
@@ -133,21 +134,12 @@ def build_model(config: PocketConfig):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_heads,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(shape)
 
 
 def build_optimizers(model, config: PocketConfig) -> list[torch.optim.Optimizer]:
@@ -180,7 +172,7 @@ def nats_per_token(model, stream: np.ndarray, *, context: int, count: int) -> tu
 def pretrain(
     stream: np.ndarray, valid: np.ndarray, config: PocketConfig, work: Path, *, compile: bool, every: int = 100
 ):
-    """Train the language model; checkpoints and `loss.jsonl` below `work` let a killed run continue."""
+    """Train the language model; checkpoints below `work`, one in `every` steps, let a killed run continue."""
     model = build_model(config)
     optimizers = build_optimizers(model, config)
     state = load_progress(work, model, optimizers)
@@ -192,7 +184,7 @@ def pretrain(
 
     run = torch.compile(loss_of) if compile else loss_of
     total = 0.0
-    starts = {sum(config.cycles[:i]) for i in range(1, len(config.cycles))}
+    starts = set(itertools.accumulate(config.cycles[:-1]))
     bar = tqdm(windows(stream, config, step), total=config.steps, initial=step, desc="pocket model", mininterval=10)
     for batch in bar:
         if step in starts:
@@ -213,7 +205,7 @@ def pretrain(
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
             total = 0.0
         if step % every == 0 or step == config.steps:
-            if step % (5 * every) == 0 or step == config.steps:
+            if step % (5 * every) == 0 or step == config.steps:  # slow
                 log[-1]["valid_loss"] = nats_per_token(model, valid, context=config.context, count=256)[0]
                 bar.write(f"step {step}: {log[-1]}")
             save_progress(work, model, optimizers, step=step, log=log)
@@ -228,7 +220,7 @@ def build(
     sentiment: SentimentConfig,
     *,
     compile: bool,
-):
+) -> None:
     """Build everything in data/pocket: tokenizer, language model, reward, judge, and the README that says how.
 
     `imdb_source` is as in load_imdb; `work` keeps what a killed build continues from; `compile` makes the step about 1.3 times as
@@ -242,8 +234,7 @@ def build(
         store.prove(output)  # now, not hours later
         imdb = load_imdb(imdb_source)
         texts = {split: hashlib.sha256("\0".join(imdb[split]["text"]).encode()).hexdigest() for split in SPLITS}
-        signs = {split: bytes(label & 255 for label in imdb[split]["label"]) for split in SPLITS}
-        labels = {split: hashlib.sha256(sign).hexdigest() for split, sign in signs.items()}
+        labels = {split: hashlib.sha256(bytes(x & 255 for x in imdb[split]["label"])).hexdigest() for split in SPLITS}
         settings = {"config": asdict(config), "sentiment": asdict(sentiment), "texts": texts, "labels": labels}
         store.settle(work / "identity.json", settings, "remove the folder, or choose another --work-dir")
         reviews = language_model_reviews(imdb)
@@ -263,14 +254,12 @@ def build(
 
 def add_flags(command: Parser) -> None:
     """The flags of `python -m tpo_lib pocket`."""
-    words = "folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)"
-    command.add_argument("--imdb", help=words)
-    command.add_argument("--output-dir", default=str(POCKET), help="where model, reward and judge go")
-    words = "checkpoints; a killed build continues from here"
-    command.add_argument("--work-dir", default="runs/pocket-model", help=words)
-    words = "training steps of the language model, a number for every cycle"
-    command.add_argument("--steps", type=COUNT, nargs="+", help=words)
-    command.add_argument("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
+    flag = command.add_argument
+    flag("--imdb", help="folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)")
+    flag("--output-dir", default=str(POCKET), help="where model, reward and judge go")
+    flag("--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here")
+    flag("--steps", type=COUNT, nargs="+", help="training steps of the language model, a number for every cycle")
+    flag("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
 
 
 def from_flags(options) -> None:
@@ -310,15 +299,9 @@ def measure(
     texts, labels = held_out_windows(tokenizer, imdb["test"], sentiment.window, seed=1)
     reviews = slice(None, None, 10)  # every tenth: the judge reads a whole review slowly
     whole = torch.tensor(imdb["test"]["label"][reviews], dtype=torch.float32)
-    facts = {
-        "config": asdict(config),
-        "sentiment": asdict(sentiment),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "nats_per_token": nats,
-        "perplexity": math.exp(nats),
-        "scored_tokens": scored,
-        "log": log,
-    }
+    facts = {"config": asdict(config), "sentiment": asdict(sentiment)}
+    facts |= {"parameters": sum(p.numel() for p in model.parameters()), "nats_per_token": nats}
+    facts |= {"perplexity": math.exp(nats), "scored_tokens": scored, "log": log}
     for name, scorer in scorers.items():
         facts[f"{name}_windows"] = quality(scorer(texts), labels)
         facts[f"{name}_whole"] = quality(scorer(imdb["test"]["text"][reviews]), whole)

@@ -20,15 +20,12 @@ def loss_figure(log: list[dict], nats: float) -> Figure:
     """Training and validation loss over steps, in nats a token."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["step"] for row in log], [row["loss"] for row in log], color="#0072B2", lw=1, label="training")
-    valid = [row for row in log if "valid_loss" in row]
-    axes.plot(
-        [row["step"] for row in valid],
-        [row["valid_loss"] for row in valid],
-        "o",
-        color="#D55E00",
-        label="IMDb test, 256 windows",
-    )
+    looks = {
+        "loss": {"color": "#0072B2", "lw": 1, "label": "training"},
+        "valid_loss": {"color": "#D55E00", "ls": "none", "marker": "o", "label": "IMDb test, 256 windows"},
+    }
+    for name, look in looks.items():
+        axes.plot(*zip(*((row["step"], row[name]) for row in log if name in row), strict=True), **look)
     axes.axhline(nats, color="black", lw=1, ls="--", label=f"IMDb test, 4,096 windows: {nats:.3f}")
     axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", ylim=(nats - 0.2, nats + 2.5))
     axes.legend(frameon=False)
