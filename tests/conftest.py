@@ -12,8 +12,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Two processes share the files, a file at a time: the long ones first, so that both end together.
+LONG = ("test_families", "test_compare", "test_gpu", "test_train", "test_frozen", "test_run", "test_wheel")
 settings.register_profile("tpo", deadline=None, derandomize=True, database=None)
 settings.load_profile("tpo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.match("*.ipynb") and item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
+from apart import apart
 from test_data import GOOD, MESSAGES, said, write_jsonl
 
 from tpo_lib.files import formats
@@ -555,6 +557,17 @@ def test_long_lines_are_refused_before_they_are_read_whole(tmp_path, monkeypatch
             load_pairs(path)
 
 
+def read_and_tell_the_peak(path: Path) -> None:
+    formats.MAX_TABLE = 2**28
+    try:
+        [None for record in formats.read_records(path, wanted={"prompt", "chosen", "rejected"})]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+    # not getrusage: its peak is the parent's where that was larger
+    status = Path("/proc/self/status").read_text().splitlines()
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path, nested):
     import pyarrow
@@ -569,19 +582,9 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path,
     path = tmp_path / "p.parquet"
     table = pyarrow.table({"prompt": column, "chosen": column, "rejected": column})
     pyarrow.parquet.write_table(table, path, store_schema=False)  # else it would say that it is a dictionary
-    code = """if True:
-        import sys
-        from tpo_lib.files import formats
-        formats.MAX_TABLE = 2**28
-        try:
-            [None for record in formats.read_records(sys.argv[1], wanted={"prompt", "chosen", "rejected"})]
-        except ValueError as error:
-            print(error)
-        # not getrusage: its peak is the parent's where that was larger
-        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-    """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    problem, peak = done.stdout.splitlines()
+    status, told = apart(read_and_tell_the_peak, path)
+    assert status == 0, told
+    problem, peak = told.splitlines()
     assert "more than 0.25 GiB" in problem
     assert int(peak) < 2**20  # KiB
     assert path.stat().st_size < 2**20
