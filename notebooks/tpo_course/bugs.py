@@ -330,9 +330,8 @@ def footprint(statistics: Statistics, batch: PairBatch) -> Finding:
         ValueError: every sequence fills the batch's width, so that padding could not be noticed.
     """
     if bool(batch.attention_mask.all()):
-        raise ValueError(
-            "the batch has no padding, so counted padding would go unnoticed; take responses of other lengths"
-        )
+        said = "the batch has no padding, so counted padding would go unnoticed"
+        raise ValueError(f"{said}; take responses of other lengths")
     got, want = touched(statistics, batch), F.pad(response_mask(batch), (0, 1))  # (N, T); nothing follows the last
     if torch.equal(got, want):
         return Finding(True, f"exactly the {int(want.sum())} positions before a response token are touched")

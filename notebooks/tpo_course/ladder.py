@@ -39,21 +39,13 @@ PROMPT = 8  # tokens of every prompt of a scene
 
 @dataclass(frozen=True)
 class Scene:
-    """A batch, the models that read it, and the objective.
+    """A batch, the models that read it, and the objective."""
 
-    Attributes:
-        policy: trained.
-        frozen: {"ref": model, "guide": model}, as far as the objective needs them.
-        batch: B pairs.
-        objective: (chosen, rejected) -> LossOutput, its hyperparameters filled in.
-        with_kl: the objective reads KL(ref || policy).
-    """
-
-    policy: ResponseReader
-    frozen: dict[str, ResponseReader]
-    batch: PairBatch
-    objective: Callable[[TokenStats, TokenStats], LossOutput]
-    with_kl: bool
+    policy: ResponseReader  # trained
+    frozen: dict[str, ResponseReader]  # "ref" and "guide", as far as the objective needs them
+    batch: PairBatch  # of B pairs
+    objective: Callable[[TokenStats, TokenStats], LossOutput]  # its hyperparameters filled in
+    with_kl: bool  # the objective reads KL(ref || policy)
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -359,9 +359,8 @@ class TokenWorld:
             ValueError: there are more than MAX_PAIRS pairs; the message says how many.
         """
         if self.num_pairs > MAX_PAIRS:
-            raise ValueError(
-                f"the exact loss needs {self.num_pairs:,} pairs (at most {MAX_PAIRS:,}): lower horizon, vocab_size or num_prompts"
-            )
+            needs = f"the exact loss needs {self.num_pairs:,} pairs (at most {MAX_PAIRS:,})"
+            raise ValueError(f"{needs}: lower horizon, vocab_size or num_prompts")
         loss = OBJECTIVES[objective].fn if isinstance(objective, str) else objective
         stats = self.stats(logits, guide=guide)
 

@@ -148,17 +148,13 @@ def simpo_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     return tools.gradient(lambda z: _library(w, "simpo", z, h), pi), by_hand
 
 
-def _regularised_objective(w: TokenWorld, logits: Tensor, beta: float) -> Tensor:
-    return tools.objective(w, logits.log_softmax(-1), beta)
-
-
 def policy_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(7)
     advantage = w.tokenwise(w.regularised_values(pi, h.beta).a)
     discount = w.gamma ** torch.arange(w.horizon, dtype=torch.float64)
     chance = (w.prompt_probs[w.responses.prompt] * w.sequence_logps(pi).exp())[:, None]  # (R, 1)
     by_hand = tools.score(w, pi, chance * discount * advantage)
-    return tools.gradient(lambda z: _regularised_objective(w, z, h.beta), pi), by_hand
+    return tools.gradient(lambda z: tools.objective(w, z.log_softmax(-1), h.beta), pi), by_hand
 
 
 def ppo_surrogate(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -170,7 +166,7 @@ def ppo_surrogate(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
         ratio = (logits.log_softmax(-1) - old).exp()
         return (met * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)).sum()
 
-    return tools.gradient(surrogate, old), tools.gradient(lambda z: _regularised_objective(w, z, h.beta), old)
+    return tools.gradient(surrogate, old), tools.gradient(lambda z: tools.objective(w, z.log_softmax(-1), h.beta), old)
 
 
 def same_fixed_point(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:

@@ -214,15 +214,11 @@ def _repair_cases() -> tuple[Case, ...]:
 
 repaired_loss = chapter.exercise(
     "repaired_loss",
-    lambda logits, ref_logits, labels, beta: (
-        losses.dpo(*stats.split(stats.token_stats(logits, labels, ref_logits)), beta=beta).loss
-    ),
+    lambda logits, ref_logits, labels, beta: _dpo(beta)(*stats.split(stats.token_stats(logits, labels, ref_logits))),
     _repair_cases,
     all_five=partial(_repair, left=FAULTS),
     **{fault: partial(_repair, left=(fault,)) for fault in FAULTS},
-    swapped=lambda logits, ref_logits, labels, beta: _repair(
-        *(z.roll(len(labels) // 2, 0) for z in (logits, ref_logits, labels)), beta
-    ),
+    swapped=lambda beta, **given: _repair(**{name: t.roll(len(t) // 2, 0) for name, t in given.items()}, beta=beta),
 )
 
 

@@ -37,6 +37,10 @@ def _gibbs(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
     return (ref_logps + reward / beta).log_softmax(-1)
 
 
+def _over_all(scores: Tensor) -> Tensor:
+    return scores - scores.logsumexp((0, 1))
+
+
 def _gibbs_by_exp(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
     unnormalised = ref_logps.exp() * (reward / beta).exp()
     return unnormalised / unnormalised.sum(-1, keepdim=True)
@@ -49,9 +53,7 @@ gibbs = chapter.exercise(
     times_beta=lambda ref_logps, reward, beta: (ref_logps + beta * reward).log_softmax(-1),
     no_normaliser=lambda ref_logps, reward, beta: ref_logps + reward / beta,
     times_beta_no_normaliser=lambda ref_logps, reward, beta: ref_logps + beta * reward,
-    over_all_prompts=lambda ref_logps, reward, beta: (
-        (ref_logps + reward / beta) - (ref_logps + reward / beta).logsumexp((0, 1))
-    ),
+    over_all_prompts=lambda ref_logps, reward, beta: _over_all(ref_logps + reward / beta),
     over_prompts=lambda ref_logps, reward, beta: (ref_logps + reward / beta).log_softmax(0),
     no_reference=lambda ref_logps, reward, beta: (reward / beta).log_softmax(-1),
     tempered_reference=lambda ref_logps, reward, beta: ((ref_logps + reward) / beta).log_softmax(-1),
@@ -131,11 +133,11 @@ def _half(mask: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> TokenS
 def _stats_cases() -> tuple[Case, ...]:
     chosen = _half(marks("..xx.xx", "xxxxxxx", ".xx...."), seed=20)  # lengths 4, 7, 2, the first with a hole
     rejected = _half(marks("..xxx..", "x......", ".xxxxx."), seed=22)  # and 3, 1, 5
-    far = [_half(marks("xxxxx"), seed, torch.float32) for seed in (24, 26)]
-    far[0] = dataclasses.replace(far[0], logps=far[0].logps - 100.0)  # margin about -150
+    far, other = (_half(marks("xxxxx"), seed, torch.float32) for seed in (24, 26))
+    far = dataclasses.replace(far, logps=far.logps - 100.0)  # margin about -150
     return (
         Case(chosen=chosen, rejected=rejected, beta=0.3),
-        Case("a policy that is wrong about the pair by 150 nats", chosen=far[0], rejected=far[1], beta=0.3),
+        Case("a policy that is wrong about the pair by 150 nats", chosen=far, rejected=other, beta=0.3),
     )
 
 
@@ -144,8 +146,8 @@ def _loss_cases() -> tuple[Case, ...]:
     chosen, rejected = (_half(marks("xxxxx", "xxxxx"), seed) for seed in (30, 32))
     for half in (chosen, rejected):
         half.logps.requires_grad_()
-    full = {"chosen": chosen, "rejected": rejected, "beta": 0.7}
-    return *_stats_cases(), Case("two pairs without padding, with gradients", **full)
+    words = "two pairs without padding, with gradients"
+    return *_stats_cases(), Case(words, chosen=chosen, rejected=rejected, beta=0.7)
 
 
 def _tokens(s: TokenStats) -> Tensor:
@@ -180,8 +182,8 @@ dpo_loss = chapter.exercise(
     mean_over_columns=_difference(lambda s: _tokens(s).mean(-1)),
     beta_outside=_of_ratios(lambda gap, beta: -beta * F.logsigmoid(gap)),
     divided_by_beta=_of_ratios(lambda gap, beta: -F.logsigmoid(gap / beta)),
-    beta_on_policy_alone=lambda chosen, rejected, beta: (
-        -F.logsigmoid((beta * (chosen.logps - rejected.logps) - (chosen.ref_logps - rejected.ref_logps)).sum(-1))
+    beta_on_policy_alone=lambda beta, **given: _difference(lambda s: (beta * s.logps - s.ref_logps).sum(-1))(
+        **given, beta=1
     ),
     no_minus=_of_ratios(lambda gap, beta: F.logsigmoid(beta * gap)),
     no_logarithm=_of_ratios(lambda gap, beta: -torch.sigmoid(beta * gap)),
@@ -231,9 +233,7 @@ dpo_token_coefficient = chapter.exercise(
     signs_swapped=lambda **given: -_slope(**given),
     same_sign=lambda **given: -_slope(**given).abs(),
     no_reference=_pull(lambda margin, beta: beta * torch.sigmoid(-margin), ratio=lambda s: s.logps.sum(-1)),
-    divided_by_length=lambda chosen, rejected, beta: (
-        _slope(chosen, rejected, beta) / _both(chosen, rejected).sum(-1, keepdim=True)
-    ),
+    divided_by_length=lambda beta, **given: _slope(**given, beta=beta) / _both(**given).sum(-1, keepdim=True),
     no_mask=_pull(lambda margin, beta: beta * torch.sigmoid(-margin), masked=False),
     margin_per_token=_per_token,
     mean_over_batch=lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),

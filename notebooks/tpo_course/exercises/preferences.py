@@ -43,15 +43,11 @@ win_probability = chapter.exercise(
 
 
 def _batches() -> tuple[Case, ...]:
-    narrow = torch.float32
+    far_w, far_l = (_leaf(values, torch.float32) for values in ([0.5, -90.0, 80.0], [1.0, 60.0, -70.0]))
     return (
         Case(reward_w=_leaf([0.9, -1.3, 2.0, 0.1, -0.6]), reward_l=_leaf([0.2, 0.4, -1.5, 0.1, -0.9])),
         Case("a single pair", reward_w=_leaf([-0.3]), reward_l=_leaf([1.1])),
-        Case(
-            "gaps of 150 nats in float32",
-            reward_w=_leaf([0.5, -90.0, 80.0], narrow),
-            reward_l=_leaf([1.0, 60.0, -70.0], narrow),
-        ),
+        Case("gaps of 150 nats in float32", reward_w=far_w, reward_l=far_l),
     )
 
 
@@ -75,14 +71,11 @@ preference_nll = chapter.exercise(
 def _linear() -> tuple[Case, ...]:
     draw = torch.Generator().manual_seed(3)
 
-    def counts(rows: int, columns: int) -> Tensor:
-        return torch.randint(-2, 3, (rows, columns), generator=draw).double()
+    def case(rows: int, weights: list[float], words: str = "") -> Case:
+        differences = torch.randint(-2, 3, (rows, len(weights)), generator=draw).double()
+        return Case(words, weights=torch.tensor(weights, dtype=torch.float64), differences=differences)
 
-    return (
-        Case(weights=torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64), differences=counts(5, 3)),
-        Case(weights=torch.tensor([1.5, 0.0, -0.3, 0.8], dtype=torch.float64), differences=counts(3, 4)),
-        Case("weights that are still 0", weights=torch.zeros(2, dtype=torch.float64), differences=counts(7, 2)),
-    )
+    return case(5, [0.4, -0.7, 0.2]), case(3, [1.5, 0.0, -0.3, 0.8]), case(7, [0.0, 0.0], "weights that are still 0")
 
 
 def _push(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -125,9 +118,7 @@ def _right_pairs(scores: Tensor, min_gap: float) -> Tensor:
 
 
 def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
-    best, worst = (
-        F.one_hot(place, scores.shape[-1]).bool() for place in (scores.argmax(-1), scores.argmin(-1))
-    )  # (P, K)
+    best, worst = (F.one_hot(i, scores.shape[-1]).bool() for i in (scores.argmax(-1), scores.argmin(-1)))  # (P, K)
     return best[:, :, None] & worst[:, None, :] & _right_pairs(scores, min_gap)
 
 

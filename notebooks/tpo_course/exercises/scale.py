@@ -44,10 +44,8 @@ vocabulary_bytes = chapter.exercise(
 def _gradient_cases() -> tuple[Case, ...]:
     def case(rows: int, vocab: int, seed: int, words: str = "", with_kl: bool = True) -> Case:
         given = {"logits": normal(seed)(rows, vocab), "ref_logits": normal(seed + 1)(rows, vocab)}
-        given["targets"] = torch.arange(rows) * 3 % vocab
-        given["g"] = normal(seed + 2)(rows)
-        given["k"] = normal(seed + 3)(rows) * with_kl
-        return Case(words, **given)
+        given |= {"g": normal(seed + 2)(rows), "k": normal(seed + 3)(rows) * with_kl}
+        return Case(words, targets=torch.arange(rows) * 3 % vocab, **given)
 
     return (
         case(4, 7, 0),

@@ -59,8 +59,8 @@ r_hat = chapter.exercise(
     guide_beta_on_guide_alone=lambda guide_logps, ref_logps, guide_beta: (
         guide_beta * guide_logps - ref_logps
     ).detach(),
-    of_probabilities=lambda guide_logps, ref_logps, guide_beta: _token_reward(
-        guide_logps.exp(), ref_logps.exp(), guide_beta
+    of_probabilities=lambda guide_logps, ref_logps, guide_beta: (
+        guide_beta * (guide_logps.exp() - ref_logps.exp()).detach()
     ),
     ratio=lambda guide_logps, ref_logps, guide_beta: (guide_beta * (guide_logps - ref_logps).exp()).detach(),
     averaged=lambda **given: _mean_of(_token_reward(**given)),

@@ -29,17 +29,13 @@ def _moved(values: Tensor) -> Tensor:
 # ---- return_to_go
 
 
-def _accumulate(rewards: Tensor, mask: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """From the last token to the first: total = step(reward, total of what follows); 0 outside the response."""
+def _to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """From the last token to the first; 0 outside the response."""
     total, columns = torch.zeros_like(rewards[:, 0]), []
     for reward in _zero(mask, rewards).flip(1).unbind(1):
-        total = step(reward, total)
+        total = reward + gamma * total
         columns.append(total)
     return _zero(mask, torch.stack(columns[::-1], dim=1))
-
-
-def _to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    return _accumulate(rewards, mask, lambda reward, total: reward + gamma * total)
 
 
 def _from_the_start(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -54,15 +50,11 @@ def _first(values: Tensor, mask: Tensor) -> Tensor:
 def _return_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[9.0, 1.0, -0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 0.75, -3.0, 9.0, 9.0]])
     mask = marks(".xxxx.", "..xx..")
+    single = {"rewards": torch.tensor([[-2.0, 0.5, 4.0]]), "mask": marks("xxx")}
     return (
         Case("responses of 4 and 2 tokens, gamma = 0.9", rewards=rewards, mask=mask, gamma=0.9),
         Case("the same without discount", rewards=rewards, mask=mask, gamma=1.0),
-        Case(
-            "no prompt and no padding, gamma = 0.5",
-            rewards=torch.tensor([[-2.0, 0.5, 4.0]]),
-            mask=marks("xxx"),
-            gamma=0.5,
-        ),
+        Case("no prompt and no padding, gamma = 0.5", **single, gamma=0.5),
     )
 
 
@@ -70,9 +62,7 @@ return_to_go = chapter.exercise(
     "return_to_go",
     _to_go,
     _return_cases,
-    discount_off_by_one=lambda rewards, mask, gamma: _accumulate(
-        rewards, mask, lambda reward, total: gamma * (reward + total)
-    ),
+    discount_off_by_one=lambda rewards, mask, gamma: gamma * _to_go(rewards, mask, gamma),
     no_discount=lambda rewards, mask, gamma: _to_go(rewards, mask, 1.0),
     discounted_from_start=_from_the_start,
     past=lambda rewards, mask, gamma: _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1),
@@ -122,8 +112,8 @@ advantages = chapter.exercise(
     discount_off_by_one=_of_values(lambda reward, now, then, gamma: gamma * (reward + then) - now),
     no_discount=_of_values(lambda reward, now, then, gamma: reward + then - now),
     one_sample=lambda rewards, values, mask, gamma: _zero(mask, _to_go(rewards, mask, gamma) - values),
-    value_of_the_start=lambda rewards, values, mask, gamma: (
-        _advantage(rewards, values, mask, gamma) + _zero(mask, values - _first(values, mask))
+    value_of_the_start=lambda values, mask, **given: (
+        _advantage(values=values, mask=mask, **given) + _zero(mask, values - _first(values, mask))
     ),
     not_zero_outside=lambda rewards, values, mask, gamma: rewards + gamma * _moved(_zero(mask, values)) - values,
 )
@@ -200,9 +190,7 @@ token_credit = chapter.exercise(
     divided_by_beta=lambda logps, ref_logps, mask, beta: _zero(mask, (logps - ref_logps) / beta),
     no_beta=lambda logps, ref_logps, mask, beta: _credit(logps, ref_logps, mask, 1.0),
     ratio=lambda logps, ref_logps, mask, beta: _zero(mask, beta * (logps - ref_logps).exp()),
-    divided_by_length=lambda logps, ref_logps, mask, beta: (
-        _credit(logps, ref_logps, mask, beta) / mask.sum(1, keepdim=True)
-    ),
+    divided_by_length=lambda mask, **given: _credit(mask=mask, **given) / mask.sum(1, keepdim=True),
     spread_evenly=_spread,
     times_mask=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps) * mask,
     not_zero_outside=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps),
