@@ -4,8 +4,6 @@ A bug replaces one seam of a training run (`Recipe`): the token statistics, the 
 recipe on one batch; a check takes one seam alone, so it can be pointed at any other code too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -188,8 +186,8 @@ def one_batch(stage, *, pairs: int = 16, shortest: int = 6, longest: int = 24, s
 class Run:
     """What `train_broken` leaves: the case's name, the trained policy, the reference it used, one row an update.
 
-    The row of update k is measured before its step: row 0 belongs to policy = start. `loss`, `rewards/*`, `grad_norm` are
-    what the run's own code reports; `logratio/*` and `kl/*` are what the library says about the policy, in nats a response.
+    A row is measured before its step: row 0 belongs to policy = start. `loss`, `rewards/*`, `grad_norm` are what the run's
+    own code reports; `logratio/*` and `kl/*` are what the library says about the policy, in nats a response.
     """
 
     case: str

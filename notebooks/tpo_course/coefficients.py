@@ -8,8 +8,6 @@ over both responses, with c^t = d loss / d log pi_theta(y^t|s_t) and k^t = d los
 pair differ in these numbers alone. A step of gradient descent raises what has a negative coefficient.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

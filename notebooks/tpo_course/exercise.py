@@ -27,8 +27,6 @@ with one wrong function a mistake; the words are Markdown with inline HTML, and 
 You averaged over the tokens; it is their sum.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import html
@@ -41,7 +39,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tpo_lib.types import TokenStats
+from tpo_lib.types import LossOutput, TokenStats
 
 HERE = Path(__file__).parent
 SOLUTIONS = next(p for p in (HERE.parent / "solutions", HERE / "solutions") if p.is_dir())  # a checkout; installed
@@ -69,6 +67,11 @@ def normal(seed: int, dtype: torch.dtype = torch.float64) -> Callable[..., Tenso
 def marks(*rows: str) -> Tensor:
     """(N, T) bool mask for cases, one string a row: "x" is True."""
     return torch.tensor([[letter == "x" for letter in row] for row in rows])
+
+
+def loss_of(objective: Callable[..., LossOutput]) -> Callable[..., Tensor]:
+    """An objective of the library as an answer: its losses alone, (B,)."""
+    return lambda chosen, rejected, **given: objective(chosen, rejected, **given).loss
 
 
 def narrow(stats: TokenStats) -> TokenStats:

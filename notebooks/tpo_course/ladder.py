@@ -5,8 +5,6 @@ The functions of `STEPS` give the same LossOutput, with the same gradient, on th
 (`python -m tpo_course.ladder` is that process).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ positions. Everything is what `train.fit` keeps: weights, gradients and optimize
 holds the numbers against what was measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tpo_lib.fast.tiles import TILE_BYTES

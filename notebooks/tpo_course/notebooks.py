@@ -3,8 +3,6 @@
 python -m tpo_course.notebooks [NAME ...]      # = make notebooks
 """
 
-from __future__ import annotations
-
 import re
 import time
 from argparse import BooleanOptionalAction

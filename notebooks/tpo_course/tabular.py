@@ -1,7 +1,5 @@
 """Training in the enumerable token world: a policy with one logit per state, fitted to the exact expected loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

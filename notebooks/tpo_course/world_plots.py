@@ -4,8 +4,6 @@ A policy is an (S, V) tensor of log-probabilities, as everywhere in `world`. Its
 an objective ("dpo", "tdpo2 β=0.3") it has the colour and marker of `plots.style_of`, otherwise grey and a hollow marker.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from string import ascii_lowercase

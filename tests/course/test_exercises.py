@@ -28,7 +28,8 @@ EXERCISES = [
 
 
 def _notebook(module) -> list[dict]:
-    return json.loads((NOTEBOOKS / module.NOTEBOOK).read_text())["cells"]
+    (path,) = NOTEBOOKS.glob(f"0?_{module.chapter.file.stem}.ipynb")
+    return json.loads(path.read_text())["cells"]
 
 
 def _solution(exercise: Exercise):
@@ -85,7 +86,7 @@ def test_the_notebook_shows_card_stub_and_check(module, exercise):
     assert any(source.strip() == f"check.{exercise.name}" for source in code), "no card"
     assert any(f"check.{exercise.name}(" in source for source in code), "no call of the checker"
     stubs = [c for c in cells if f"exercise:{exercise.name}" in c["metadata"].get("tags", [])]
-    assert len(stubs) == 1, f"{module.NOTEBOOK}: one cell must carry the tag exercise:{exercise.name}"
+    assert len(stubs) == 1, f"{module.__name__}: one cell of its notebook must carry the tag exercise:{exercise.name}"
     namespace: dict = {}
     exec(TransformerManager().transform_cell("".join(stubs[0]["source"])), namespace)
     assert exercise(namespace[exercise.name]).status == "not attempted"

@@ -6,8 +6,6 @@
 True
 """
 
-from __future__ import annotations
-
 import pkgutil
 
 from tpo_course import source_path

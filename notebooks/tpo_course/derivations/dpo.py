@@ -1,7 +1,5 @@
 """Derivation 2: from reward maximisation under a KL penalty to DPO."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Derivation 6: SimPO and PPO in the same notation, and one map of what every objective keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Derivation 1: what preferences say about rewards, and what they cannot say."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

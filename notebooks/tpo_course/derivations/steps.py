@@ -1,7 +1,5 @@
 """What a derivation is made of: steps that show an equation and can be run, and the table that runs them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Derivation 4: TDPO, from policy improvement to the sequential KL in the loss."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Derivation 5: TGDPO, from the bound on PPO to token weights, and what its elimination of Z costs."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

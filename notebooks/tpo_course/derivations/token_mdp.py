@@ -1,7 +1,5 @@
 """Derivation 3: the token MDP, and why DPO was a token-level method all along."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

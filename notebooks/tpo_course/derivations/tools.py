@@ -1,7 +1,5 @@
 """Small exact quantities that several derivations need."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

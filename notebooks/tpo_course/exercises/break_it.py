@@ -1,7 +1,5 @@
 """The exercises of 07_break_it.ipynb; its bugs and checks, which the chapter reads from here too, lie in `tpo_course.bugs`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +10,17 @@ from torch import Tensor
 
 from tpo_course.bugs import *  # noqa: F403  (the chapter says check.train_broken as it says check.repaired_loss)
 from tpo_course.bugs import BETA, BUGS, LOG2, hand_worked, masked_stats, mean_dpo, unshifted_mask
-from tpo_course.exercise import Case, Chapter, Exercise
+from tpo_course.exercise import Case, Chapter, Exercise, loss_of
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 
-NOTEBOOK = "07_break_it.ipynb"
 chapter = Chapter(__file__)
 
 # ---- 1. write the check
 
 
 def _dpo(beta: float) -> Callable[[TokenStats, TokenStats], Tensor]:
-    return lambda chosen, rejected: losses.dpo(chosen, rejected, beta=beta).loss
+    return partial(loss_of(losses.dpo), beta=beta)
 
 
 LOSSES = {  # words: (a loss, the beta that it is meant to use)

@@ -1,7 +1,5 @@
 """Exercises of 06_compare.ipynb: an interval, a paired difference, reward at equal KL, and how many winners chance makes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -9,7 +7,6 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, Chapter
 
-NOTEBOOK = "06_compare.ipynb"
 chapter = Chapter(__file__)
 
 

@@ -1,7 +1,5 @@
 """Exercises of 02_dpo.ipynb: the Gibbs optimum, a response's log-probability, DPO's loss, its coefficient on every token."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
@@ -9,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter, marks, normal
+from tpo_course.exercise import Case, Chapter, loss_of, marks, normal
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, TokenStats
 
-NOTEBOOK = "02_dpo.ipynb"
 chapter = Chapter(__file__)
+_dpo = loss_of(losses.dpo)
 
 
 # ---- 1. the optimum of the KL-regularised objective
@@ -168,10 +166,6 @@ def _of_ratios(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor
     return lambda chosen, rejected, beta: loss(_ratio(chosen) - _ratio(rejected), beta)
 
 
-def _dpo(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
-    return losses.dpo(chosen, rejected, beta=beta).loss
-
-
 dpo_loss = chapter.exercise(
     "dpo_loss",
     _dpo,
@@ -199,7 +193,7 @@ dpo_loss = chapter.exercise(
 def _slope(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
     """(2B, T-1) derivative of every pair's own loss by its tokens' log-probabilities, from autograd."""
     both = [dataclasses.replace(half, logps=half.logps.detach().requires_grad_()) for half in (chosen, rejected)]
-    slopes = torch.autograd.grad(_dpo(*both, beta).sum(), [half.logps for half in both])
+    slopes = torch.autograd.grad(_dpo(*both, beta=beta).sum(), [half.logps for half in both])
     return torch.where(_both(chosen, rejected), torch.cat(slopes), 0.0)
 
 

@@ -1,7 +1,5 @@
 """Exercises of 01_preferences.ipynb: from scores to probabilities, to a loss, to its gradient, and to pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -10,7 +8,6 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, Chapter
 
-NOTEBOOK = "01_preferences.ipynb"
 chapter = Chapter(__file__)
 
 

@@ -1,7 +1,5 @@
 """Exercises of 08_scale.ipynb: bytes, the logits' gradient from two numbers, a softmax in tiles, batches by tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +9,6 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, Chapter, normal
 
-NOTEBOOK = "08_scale.ipynb"
 chapter = Chapter(__file__)
 
 

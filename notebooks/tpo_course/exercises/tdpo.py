@@ -1,12 +1,4 @@
-"""Exercises of chapter 4, TDPO: the forward KL of a position and of a response, and the two losses built on it.
-
->>> import torch
->>> verdict = forward_kl(lambda policy_logits, ref_logits: (policy_logits - ref_logits).sum(-1))
->>> verdict.status
-'wrong'
-"""
-
-from __future__ import annotations
+"""Exercises of chapter 4, TDPO: the forward KL of a position and of a response, and the two losses built on it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter, marks, narrow, normal
+from tpo_course.exercise import Case, Chapter, loss_of, marks, narrow, normal
 from tpo_lib import losses
 from tpo_lib.types import IGNORE, TokenStats
 
-NOTEBOOK = "04_tdpo.ipynb"
 chapter = Chapter(__file__)
 
 
@@ -185,12 +176,7 @@ def _far_apart() -> dict[str, TokenStats]:
     return {name: narrow(side) for name, side in sides.items()}
 
 
-def _tdpo1(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
-    return losses.tdpo1(chosen, rejected, beta=beta).loss
-
-
-def _tdpo2(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float) -> Tensor:
-    return losses.tdpo2(chosen, rejected, beta=beta, alpha=alpha).loss
+_tdpo1, _tdpo2 = loss_of(losses.tdpo1), loss_of(losses.tdpo2)
 
 
 def _loss(
@@ -236,7 +222,7 @@ tdpo1_loss = chapter.exercise(
     ),
     sign_of_delta=_loss(lambda u, c, r, beta: u + (r - c)),
     no_beta_on_delta=_loss(lambda u, c, r, beta: u - (r - c) / beta),
-    no_delta=lambda **given: losses.dpo(**given).loss,
+    no_delta=loss_of(losses.dpo),
     chosen_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c.detach())),
     rejected_kl_stopped=_loss(lambda u, c, r, beta: u - (r.detach() - c)),
     both_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c).detach()),

@@ -1,11 +1,4 @@
-"""Exercises of 05_tgdpo.ipynb: the guide's token reward, the weights it gives, TGDPO's loss, the largest safe alpha.
-
->>> verdict = largest_alpha(lambda r_hat, mask: 1 / r_hat.abs().max())
->>> verdict.status
-'wrong'
-"""
-
-from __future__ import annotations
+"""Exercises of 05_tgdpo.ipynb: the guide's token reward, the weights it gives, TGDPO's loss, the largest safe alpha."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, Chapter, marks, narrow, normal
+from tpo_course.exercise import Case, Chapter, loss_of, marks, narrow, normal
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
 from tpo_lib.types import TokenStats
 
-NOTEBOOK = "05_tgdpo.ipynb"
 chapter = Chapter(__file__)
 
 
@@ -150,8 +142,7 @@ def _loss_cases() -> tuple[Case, ...]:
     )
 
 
-def _loss(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    return losses.tgdpo(chosen, rejected, beta=beta, alpha=alpha, guide_beta=guide_beta).loss
+_loss = loss_of(losses.tgdpo)
 
 
 def _ratio(side: TokenStats) -> Tensor:

@@ -1,10 +1,4 @@
-"""Exercises of chapter 3, the token MDP: returns, advantages, the soft backup, and the credit of a token.
-
->>> soft_backup(lambda ref_logps, q, beta: q.max(-1).values).status
-'wrong'
-"""
-
-from __future__ import annotations
+"""Exercises of chapter 3, the token MDP: returns, advantages, the soft backup, and the credit of a token."""
 
 from collections.abc import Callable
 
@@ -13,7 +7,6 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, Chapter, marks
 
-NOTEBOOK = "03_token_mdp.ipynb"
 chapter = Chapter(__file__)
 
 

@@ -4,8 +4,6 @@ The widget sets sliders and draws; every number comes from `tpo_course.coefficie
 `tpo_lib.losses` on a small TokenStats and differentiates them by autograd.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from html import escape
 
@@ -118,9 +116,8 @@ def _response(words: Mapping[str, float], side: str, value: Mapping) -> TokenSta
 def _sentences(value: Mapping, hyper: Mapping, read: set, found: PairCoefficients, terms: Mapping) -> list[str]:
     """Everything the picture shows, as lines of text."""
     label, records = style_of(value["objective"]).label, OBJECTIVES[value["objective"]].hyperparameters
-    settings = ", ".join(
-        f"{records[n].symbol} = {v if isinstance(v, str) else f'{v:.3g}'}" for n, v in hyper.items() if n in value
-    )
+    said = {n: v if isinstance(v, str) else f"{v:.3g}" for n, v in hyper.items() if n in value}
+    settings = ", ".join(f"{records[n].symbol} = {v}" for n, v in said.items())
     state = f"Log-ratio {value['chosen_logratio']:+.1f} (chosen), {value['rejected_logratio']:+.1f} (rejected) nats"
     if "chosen_kl" in read:
         state += f"; SeqKL {value['chosen_kl']:.1f} (chosen), {value['rejected_kl']:.1f} (rejected) nats"
@@ -196,10 +193,8 @@ def _canvas() -> Figure:
     tokens.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     tokens.set_xticks(_PLACES, [*CHOSEN, *REJECTED])
     weights.set_ylabel("weight f", fontsize=FONT - 1)
-    cut = len(CHOSEN)
-    weights.set_xticks(
-        [_PLACES[cut // 2] - 0.5, _PLACES[cut + len(REJECTED) // 2] - 0.5], ["chosen response", "rejected response"]
-    )
+    middles = [_PLACES[len(CHOSEN) // 2] - 0.5, _PLACES[len(CHOSEN) + len(REJECTED) // 2] - 0.5]
+    weights.set_xticks(middles, ["chosen response", "rejected response"])
     weights.tick_params(axis="x", length=0)
     for ax in (tokens, weights):
         ax.set_xlim(-0.7, _PLACES[-1] + 0.7)

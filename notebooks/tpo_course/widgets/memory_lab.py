@@ -3,8 +3,6 @@
 The widget sets controls and draws; every number comes from `tpo_course.memory`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from html import escape

@@ -1,7 +1,5 @@
 """What several widgets are made of: controls, rows, pictures, tables, and what a cell shows."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -190,9 +188,7 @@ class Lab:
     A lab of its own draws into `figure` in `_draw` and ends with `_show`; `_follow` sets controls that go with the one moved.
     """
 
-    def __init__(
-        self, controls: dict[str, w.Widget], columns: Iterable[Iterable[str]], figure: Figure, text: int
-    ) -> None:
+    def __init__(self, controls: dict[str, w.Widget], columns: Iterable, figure: Figure, text: int) -> None:
         self.controls, self.figure = controls, figure
         self.picture, self.text = room(round(figure.get_figheight() * LAB_DPI) + 8), room(text)
         self.text.layout.max_width = "800px"

@@ -1,7 +1,5 @@
 """Finished runs over alpha and beta to slide through: nothing trains, every figure was measured."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import ipywidgets as w

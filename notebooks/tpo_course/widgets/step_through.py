@@ -3,8 +3,6 @@
 No mathematics lives here: equations, words and residuals are those of `tpo_course.derivations`.
 """
 
-from __future__ import annotations
-
 import html
 import inspect
 import math
