@@ -309,31 +309,18 @@ def test_a_file_that_is_read_is_never_the_one_that_is_written(files, tmp_path, c
     before = (tmp_path / "pairs.jsonl").read_text()
     run = {"evaluate": [files["model"]]}.get(command, [])
     output = str(tmp_path / "named" / "pairs.jsonl")
+    where = ["--model", files["model"], "--output", output, "--reward", files["reward"]]
     with pytest.raises(SystemExit, match="2"):
-        main(
-            [
-                command,
-                *run,
-                "--model",
-                files["model"],
-                flag,
-                files["pairs"],
-                "--output",
-                output,
-                "--reward",
-                files["reward"],
-            ]
-        )
+        main([command, *run, *where, flag, files["pairs"]])
     assert f"--output {output} is what {flag} reads" in capsys.readouterr().err
     assert (tmp_path / "pairs.jsonl").read_text() == before
 
 
 def test_the_histogram_takes_no_picture_of_the_users(files, tmp_path, capsys):
     (tmp_path / "made.png").write_text("mine")
+    where = ["--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "made.jsonl")]
     with pytest.raises(SystemExit, match="2"):
-        main(
-            ["pairs", "--model", files["model"], "--reward", files["reward"], "--output", str(tmp_path / "made.jsonl")]
-        )
+        main(["pairs", *where])
     assert "made.png is there, where the histogram" in capsys.readouterr().err
     assert (tmp_path / "made.png").read_text() == "mine"
 

@@ -573,24 +573,6 @@ def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch)
         trained(CONFIG)
 
 
-def test_lora_trains_adapters_alone_and_resumes(tmp_path):
-    pytest.importorskip("peft", reason="extra peft is not installed")
-    from tpo_lib.files.adapters import add_lora
-
-    def run(config, **kwargs):
-        policy = add_lora(tiny.llama(), 2, seed=1)
-        return fit(config, policy, tiny.llama(), tiny.pairs(8), progress=False, **kwargs)
-
-    config = replace(CONFIG, lora_rank=2, epochs=2)
-    whole = run(config)
-    assert whole.metrics[-1]["loss"] < math.log(2)
-    run(replace(config, output_dir=str(tmp_path / "run"), keep=5))
-    for late in sorted((tmp_path / "run" / "checkpoints").iterdir())[2:]:
-        shutil.rmtree(late)
-    resumed = run(replace(config, output_dir=str(tmp_path / "run"), keep=5), resume=True)
-    assert same(weights(resumed.policy), weights(whole.policy))
-
-
 def test_on_log_sees_every_row_and_ends_the_run():
     seen = []
     config = replace(CONFIG, log_every=1, epochs=4)

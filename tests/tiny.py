@@ -10,8 +10,8 @@ import torch
 from tpo_lib.data import EncodedPair
 
 VOCAB = 64
-
-
+ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+GPT = {"n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
 SHAPE = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -19,10 +19,8 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "initializer_range": 0.3,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
     "pad_token_id": 0,
-}
+} | ENDS
 
 
 def _build(family: str, seed: int, vocab: int, **settings):
@@ -44,17 +42,7 @@ def gpt2(seed: int = 0, vocab: int = VOCAB):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_positions=128,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, **GPT, **ENDS)).eval()
 
 
 def gemma2(seed: int = 0, vocab: int = VOCAB):
@@ -74,18 +62,7 @@ def granite(seed: int = 0, vocab: int = VOCAB):
 
 def gptj(seed: int = 0, vocab: int = VOCAB):
     """A one-layer GPT-J: its head has a bias."""
-    model = _build(
-        "GPTJ",
-        seed,
-        vocab,
-        n_positions=128,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        rotary_dim=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    model = _build("GPTJ", seed, vocab, **GPT | {"initializer_range": 0.02}, **ENDS, rotary_dim=4)
     torch.nn.init.normal_(model.lm_head.bias)
     return model
 
@@ -105,7 +82,7 @@ def phi3(seed: int = 0, vocab: int = VOCAB):
 
 WINDOW = 6  # of the layers that look back only so far: shorter than the sequences of `pairs`
 WIDE = SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128}
-GPT = {"n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+GPT2 = GPT | {"n_layer": 2}
 MIXED = WIDE | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 QWEN = WIDE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
@@ -117,11 +94,11 @@ FAMILIES = {  # model type -> settings; every one that attends causally and can 
     "gemma2": MIXED | {"final_logit_softcapping": 2.0},
     "gemma3_text": MIXED,
     "glm": WIDE,
-    "gpt2": GPT,
-    "gpt_bigcode": GPT,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
     "gpt_neox": SHAPE | {"num_hidden_layers": 2, "max_position_embeddings": 128},
     "gpt_oss": MIXED | EXPERTS,
-    "gptj": GPT | {"rotary_dim": 4},
+    "gptj": GPT2 | {"rotary_dim": 4},
     "granite": WIDE | {"logits_scaling": 3.0},
     "llama": WIDE | {"tie_word_embeddings": True},  # as SmolLM: tied, grouped queries
     "ministral": MIXED,
