@@ -86,9 +86,10 @@ def fit(
         over = finish_update() if run.pending else run.step == steps  # it may have been stopped in the midst of one
         for window in updates(config, pairs, per_update, run.step, steps) if not over else ():
             set_learning_rate(optimizer, learning_rate(config, run.step, steps))
+            logged = run.due(config.log_every, ahead=1)
             chunks, sums = micro_batches(window, pairs, config, accelerator), Sums(run.sums)
             for chunk in chunks:
-                batch, logged = collate(chunk).to(accelerator.device), run.due(config.log_every, ahead=1)
+                batch = collate(chunk).to(accelerator.device)
                 # gradients add up in .grad; processes exchange them once an update, with the last chunk
                 with nullcontext() if chunk is chunks[-1] else accelerator.no_sync(scorer):
                     output, tokens = score(scorer, frozen, batch, accelerator, logged=logged, step=run.step + 1)
@@ -154,7 +155,7 @@ class Sums:
         means = {}
         for name, (total, count) in self.totals.items():
             total = torch.as_tensor(total).float()
-            pair = torch.stack([total, torch.as_tensor(count).float().to(total.device)])
+            pair = torch.stack([total, torch.as_tensor(count).to(total)])
             total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
             means[name] = total / count
         return means
@@ -207,8 +208,8 @@ class Progress:
 
     def settle(self, logged: bool) -> None:
         """All that an update entails is done."""
-        self.pending = False
         self.bar.update(self.step - self.bar.n)
+        self.pending = False
         if logged:
             self.sums = Sums()
 
@@ -312,9 +313,8 @@ def batch_metrics(config: TrainConfig, output: LossOutput, tokens: TokenStats | 
                 values["kl/margin"] = values["kl/rejected"] - values["kl/chosen"]
     sums = {name: (value.sum(), len(value)) for name, value in values.items()}
     if output.token_weights is not None:
-        sums["guidance/floor_share"] = losses.floor_share(
-            output, tokens.mask, config.hyperparameters().get("floor", losses.F_FLOOR)
-        )
+        floor = config.hyperparameters().get("floor", losses.F_FLOOR)
+        sums["guidance/floor_share"] = losses.floor_share(output, tokens.mask, floor)
     return sums
 
 

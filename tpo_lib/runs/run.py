@@ -165,9 +165,7 @@ def read_run(folder: str | Path) -> RunRecord | None:
 
 
 def shared_prompts(training: Sequence[str], held_out: Sequence[str]) -> list[int]:
-    """Which held-out prompts the training has seen: equal to one of its prompts, a beginning of one, or a continuation.
-
-    A beginning of one character is no prompt seen.
+    """Which held-out prompts the training has seen: one of its prompts, a beginning (two characters or more) or a continuation.
 
     Example:
         >>> shared_prompts(["The film", "A"], ["The", "The film is", "The film", "Then", "T", "A plot"])
@@ -190,11 +188,7 @@ def origin(model) -> dict:
 
 
 def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
-    """The checkpoints of a run's folder, by their names.
-
-    Raises:
-        RuntimeError: it holds a run that is not to be resumed, or the model of one that cannot be.
-    """
+    """A run's checkpoints; RuntimeError where its folder holds one not to be resumed, or the model of one that cannot be."""
     checkpoints = sorted(folder.glob("checkpoints/step-*"))
     if checkpoints and not resume:
         raise RuntimeError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
@@ -310,11 +304,6 @@ class Run(Progress):
         super().advance(norm, sums)
         self._rows_before = len(self.rows)
 
-    def settle(self, logged: bool) -> None:
-        """All that an update entails is done, its rows too."""
-        super().settle(logged)
-        self._rows_before = len(self.rows)
-
     def save(self, policy, optimizer) -> None:
         """Write the checkpoint of this step, unless weights are not finite, and let go of those before the last few."""
         if self.folder is None:
@@ -356,7 +345,8 @@ class Run(Progress):
         if not (self.writes and self._whole and self.step > self._saved and not_finite(policy) is None):
             return
         self._whole = False  # another SIGTERM waits
-        del self.rows[self._rows_before :]  # they come again with what was broken off
+        if self.pending:
+            del self.rows[self._rows_before :]  # they come again with what was broken off
         try:
             self._checkpoint(policy, optimizer, [_on_cpu(self.sums)])
             print(f"{self.folder}: saved after update {self.step}; continue with --resume", file=sys.stderr)
