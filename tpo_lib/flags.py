@@ -9,7 +9,7 @@ from tpo_lib.config import PRESETS, TrainConfig, kind_of, known_hyperparameters,
 from tpo_lib.fast import FastPath
 from tpo_lib.files.own_code import title
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.parser import number
+from tpo_lib.parser import flag, number
 
 TYPES = {"int": int, "float": float}
 SEED = number(int, least=0, most=run_settings()["seed"].metadata["most"])
@@ -31,7 +31,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     for name, words in hyperparameters().items():
         choices = known_hyperparameters()[name].choices
         kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
-        group.add_argument(_flag(name), help=words.replace("%", "%%"), **kind)
+        group.add_argument(flag(name), help=words.replace("%", "%%"), **kind)
     for name, setting in {**run_settings(), **fast_settings()}.items():
         if name == "cache_dir":  # one flag for every cache, among those of sampling
             continue
@@ -41,7 +41,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
             more = {"action": argparse.BooleanOptionalAction}
         elif "choices" in setting.metadata:
             more = {"choices": tuple(setting.metadata["choices"]), "type": title if name == "loss_type" else str}
-        group.add_argument(_flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
+        group.add_argument(flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
 
 
 def read_config(options: argparse.Namespace) -> TrainConfig:
@@ -50,18 +50,15 @@ def read_config(options: argparse.Namespace) -> TrainConfig:
     Raises:
         ValueError: a value is out of range, or its flag has no effect with this objective.
     """
-    known = hyperparameters()
-    config = override(
-        PRESETS[options.preset].train, **{name: vars(options)[name] for name in {**known, **run_settings()}}
-    )
+    known = known_hyperparameters()
+    given = {name: getattr(options, name) for name in {**known, **run_settings()}}
+    config = override(PRESETS[options.preset].train, **given)
     taken = OBJECTIVES[config.loss_type].hyperparameters
     for name in known:
         if getattr(options, name) is not None and name not in taken:
-            has = ", ".join(map(_flag, taken)) or "none of these"
-            raise ValueError(
-                f"{_flag(name)} has no effect with {config.loss_type}, which takes {has}; leave it out or choose another "
-                "--loss-type"
-            )
+            idle = f"{flag(name)} has no effect with {config.loss_type}"
+            has = ", ".join(map(flag, taken)) or "none of these"
+            raise ValueError(f"{idle}, which takes {has}; leave it out or choose another --loss-type")
     return config
 
 
@@ -76,17 +73,12 @@ def fast_settings() -> dict[str, Field]:
     return {field.name: field for field in fields(FastPath)}
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _default(name: str) -> str:
     """The presets' values of a field; nothing where they set none."""
     if name in fast_settings():
         return f"(default: {fast_settings()[name].default})"
     values = {preset: getattr(PRESETS[preset].train, name) for preset in PRESETS}
-    if set(values.values()) == {None}:
-        return ""
-    if len(set(values.values())) == 1:
-        return f"(default: {next(iter(values.values()))})"
-    return f"(default: {', '.join(f'{preset} {value}' for preset, value in values.items())})"
+    if len(set(values.values())) > 1:
+        return f"(default: {', '.join(f'{preset} {value}' for preset, value in values.items())})"
+    value = next(iter(values.values()))
+    return "" if value is None else f"(default: {value})"

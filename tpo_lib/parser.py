@@ -11,6 +11,11 @@ from pathlib import Path
 MANY = 10**7  # no count of ours is larger; a slip of the keyboard is
 
 
+def flag(name: str) -> str:
+    """The flag of an option: --max-tokens of max_tokens."""
+    return "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line (the usage of sixty flags would hide them) and whose help shows defaults."""
 
@@ -28,7 +33,7 @@ class _Defaults(argparse.HelpFormatter):
         return action.help if silent or "(default" in action.help else f"{action.help} (default: %(default)s)"
 
 
-def number(kind: type, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Callable:
+def number(kind: type, *, least: float = -math.inf, most: float = math.inf) -> Callable:
     """A type for `add_argument`: an int or a float, finite and in range."""
 
     def read(text: str):
@@ -38,14 +43,9 @@ def number(kind: type, *, above: float = -math.inf, least: float = -math.inf, mo
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
-        bounds = (
-            (value > above, "greater than", above),
-            (value >= least, "at least", least),
-            (value <= most, "at most", most),
-        )
-        for fits, words, bound in bounds:
-            if not fits:
-                raise argparse.ArgumentTypeError(f"{text} must be {words} {bound}")
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
         return value
 
     return read
