@@ -111,10 +111,8 @@ def _told(show_traceback: bool) -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as stop:
         traceback.clear_frames(stop.__traceback__)
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(
-            f"{word}; the same command continues where it was (train: add --resume; run: leave out --fresh)",
-            file=sys.stderr,
-        )
+        advice = "the same command continues where it was (train: add --resume; run: leave out --fresh)"
+        print(f"{word}; {advice}", file=sys.stderr)
         sys.exit(status)
     except Exception as error:
         if show_traceback:

@@ -23,24 +23,20 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
     """accelerate, set up by the run's settings alone; afterwards the process finds accelerate as it left it.
 
-    accelerate keeps its settings in the process, where no second Accelerator may change them, and takes from the
-    environment what it is not told.
-
     Raises:
         ValueError: it is set to another device, or to shard the weights (FSDP, DeepSpeed, Megatron, tensor or context
             parallelism), which checkpoints do not gather.
     """
     device = choose_device(config.device)
     precision = choose_precision(device, config.precision)
-    for name, used in {
-        "GRADIENT_ACCUMULATION_STEPS": "1",
-        "MIXED_PRECISION": precision,
-        "DYNAMO_BACKEND": "no",
-    }.items():
+    # it takes from the environment what it is not told
+    settings = {"GRADIENT_ACCUMULATION_STEPS": "1", "MIXED_PRECISION": precision, "DYNAMO_BACKEND": "no"}
+    for name, used in settings.items():
         value = os.environ.get(f"ACCELERATE_{name}", used)
         if value.lower() != used:
             told = f"ACCELERATE_{name}={value} is not used: the run's own settings decide (--accumulation, --precision)"
             print(told, file=sys.stderr)
+    # it keeps its settings in the process, where no second Accelerator may change them
     states = (PartialState, AcceleratorState, GradientState)
     before = [(state, dict(state._shared_state)) for state in states]
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -33,8 +33,7 @@ NO_JUDGE = "none"
 
 def run(options) -> None:
     config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
-    name = ("quick" if options.quick else "pocket") if options.name is None else options.name
-    folder = compare.run_folder(options.runs, name)
+    folder = compare.run_folder(options.runs, options.name or ("quick" if options.quick else "pocket"))
     summary = compare.run(config, folder, fresh=options.fresh)
     print(report.summary_table(summary))
     minutes = summary["wall_time_s"] / 60
@@ -53,7 +52,9 @@ def train(options) -> None:
     named.check_rank(config, name)
     config = named.guided(config, options.guide)
     tokenizer = load_tokenizer(name)
-    with _main_process_first(device):  # of several processes one samples, the others read its cache
+    launched = "LOCAL_RANK" in os.environ  # of several processes one samples, the others wait and read its cache
+    process = accelerate.PartialState(cpu=device.type == "cpu") if launched else None
+    with process.main_process_first() if process else nullcontext():
         source = options.pairs or PRESETS[options.preset].pairs or str(_sampled_pairs(options))
         pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
     eval_pairs = None
@@ -78,21 +79,14 @@ def train(options) -> None:
     print(f"trained {result.steps} updates; model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}")
 
 
-def _main_process_first(device):
-    """Under `accelerate launch` the other processes wait for the main one; alone, nothing."""
-    if "LOCAL_RANK" not in os.environ:
-        return nullcontext()
-    return accelerate.PartialState(cpu=device.type == "cpu").main_process_first()
-
-
 def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[TrainConfig, Path]:
     """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
     folder = Path(config.output_dir) / "guide"
     beta = runs.guide_settings(config).hyperparameters()["beta"]
     print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
-    inside, reference = replace(config, output_dir=str(folder)), named.frozen(name, choose_device(config.device))
-    policy = named.policy(config, name)
-    runs.train_guide(inside, policy, reference, pairs, tokenizer=tokenizer, fast=fast, progress=True)
+    inside = replace(config, output_dir=str(folder))
+    models = named.policy(config, name), named.frozen(name, choose_device(config.device))
+    runs.train_guide(inside, *models, pairs, tokenizer=tokenizer, fast=fast, progress=True)
     return replace(config, guide_beta=beta), folder
 
 
@@ -124,16 +118,9 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
     prompts = training_prompts(options.prompts, options.num_prompts, model, tokenizer, seed=seed, imdb=options.imdb)
     _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
-    settings = ("samples_per_prompt", "max_new_tokens", "temperature", "rule", "min_gap")
-    table, made = pairing.build_pairs(
-        model,
-        tokenizer,
-        reward,
-        prompts=prompts.texts,
-        seed=seed,
-        cache_dir=folder,
-        **{setting: getattr(options, setting) for setting in settings},
-    )
+    names = ("samples_per_prompt", "max_new_tokens", "temperature", "rule", "min_gap")
+    settings = {name: getattr(options, name) for name in names} | {"seed": seed, "cache_dir": folder}
+    table, made = pairing.build_pairs(model, tokenizer, reward, prompts=prompts.texts, **settings)
     print(made)
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
@@ -146,21 +133,18 @@ def evaluate(options) -> None:
     named.check_names(options)
     device, record = choose_device(options.device), read_run(options.policy)
     name, source = named.reference(options, record)
-    scorers = {"reward": named.reward_name(options, name), "judge": named.judge_name(options, name)}
+    scorers = named.reward_name(options, name), named.judge_name(options, name)
     # the scorers first: what cannot score shall not cost a model
-    reward, judge = (scorer and named.scorer(scorer, device) for scorer in scorers.values())
+    reward, judge = (scorer and named.scorer(scorer, device) for scorer in scorers)
     tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
     named.check_reference(options, record, reference, tokenizer)
     seen = recorded_prompts(record, tokenizer)
-    prompts = held_out_prompts(
-        options.prompts, options.num_prompts, reference, tokenizer, seed=options.seed, imdb=options.imdb, seen=seen
-    )
+    wanted = (options.prompts, options.num_prompts, reference, tokenizer)
+    prompts = held_out_prompts(*wanted, seed=options.seed, imdb=options.imdb, seen=seen)
     ranking, words = _held_out_pairs(options, record, tokenizer, seen, device)
-    sources = {"model": options.policy, "reference": f"{name} ({source})"}
-    sources["reward"] = _scorer_words(reward, scorers["reward"])
-    same = judge and judge.fingerprint == reward.fingerprint
-    sources["judge"] = _scorer_words(judge, scorers["judge"]) + ("; it is the reward once more" if same else "")
-    sources |= {"prompts": prompts.words, **words}
+    same = "; it is the reward once more" if judge and judge.fingerprint == reward.fingerprint else ""
+    sources = {"model": options.policy, "reference": f"{name} ({source})", "reward": _scorer_words(reward, scorers[0])}
+    sources |= {"judge": _scorer_words(judge, scorers[1]) + same, "prompts": prompts.words, **words}
     _say(sources)
     result = evaluate_policy(
         load_model(options.policy, device=device),

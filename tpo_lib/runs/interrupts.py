@@ -14,17 +14,22 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def on_sigterm(handler: Callable) -> Iterator[None]:
-    """Let `handler` take SIGTERM; not outside the main thread, where Python allows none, nor where it is ignored."""
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+def _handled(number: int, handler: Callable, replaces: Callable[[object], bool]) -> Iterator[None]:
+    """Let `handler` take a signal whose handler it may replace; not outside the main thread, where Python allows none."""
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or not replaces(before):
         yield
         return
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def on_sigterm(handler: Callable):
+    """Let `handler` take SIGTERM within this block, where it is not ignored."""
+    return _handled(signal.SIGTERM, handler, lambda before: before not in (None, signal.SIG_IGN))
 
 
 def raise_terminated(number, frame) -> None:
@@ -32,24 +37,12 @@ def raise_terminated(number, frame) -> None:
     raise Terminated
 
 
-@contextmanager
-def leave_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process with one line while modules are imported and nothing has been done yet.
+def leave_at_once():
+    """Let Ctrl-C end the process with one line while modules are imported and nothing has been done yet."""
 
-    An exception would surface in the midst of torch's import, as whatever that makes of it.
-    """
-
-    def leave(number, frame) -> None:
+    def leave(number, frame) -> None:  # an exception would surface in the midst of torch's import, as anything
         os.write(2, b"interrupted before anything was done\n")
         os._exit(130)
 
-    # else somebody has decided otherwise: nohup, say
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not ours or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # where somebody has decided otherwise (nohup, say), that stays
+    return _handled(signal.SIGINT, leave, lambda before: before is signal.default_int_handler)

@@ -14,6 +14,7 @@ from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
+from tpo_lib.parser import flag
 from tpo_lib.rewards import Reward, load_reward
 from tpo_lib.runs import own
 from tpo_lib.runs.run import RunRecord, origin, read_run
@@ -28,7 +29,7 @@ def check_names(options) -> None:
     for kind in ("pairs", "eval_pairs"):
         name = getattr(options, kind, None)
         if name and folders.is_path(name) and not Path(name).exists():
-            raise folders.no_such_path(f"--{kind.replace('_', '-')}", name)
+            raise folders.no_such_path(flag(kind), name)
 
 
 def model_name(options) -> str:
@@ -41,10 +42,8 @@ def reward_name(options, model: str) -> str:
     preset = PRESETS[options.preset]
     usual, made_for = preset.reward or str(POCKET), preset.model or str(POCKET)
     if not options.reward and not _same(_start(model), made_for):
-        raise ValueError(
-            f"--reward is missing: {usual} was made for {made_for} and may say nothing about {model}; name a reward (any text "
-            "classifier), or that one if it is meant"
-        )
+        unfit = f"{usual} was made for {made_for} and may say nothing about {model}"
+        raise ValueError(f"--reward is missing: {unfit}; name one (any text classifier), or that one if it is meant")
     return options.reward or usual
 
 
@@ -89,16 +88,14 @@ def frozen(name: str | Path, device) -> Callable:
 
 
 def guided(config: TrainConfig, guide: str | None) -> TrainConfig:
-    """The settings with the beta that --guide was trained with, by its record.
-
-    It has to be a run against a reference: there log pi_guide - log pi_ref is a reward.
-    """
+    """The settings with the beta that --guide was trained with, by its record."""
     if not guide or "guide_beta" in config.hyper:
         return config
     try:
         record = read_run(guide)
     except ValueError as error:
         raise ValueError(f"{error}: pass --guide-beta") from error
+    # only of a run against a reference is log pi_guide - log pi_ref a reward
     if record and "ref_logps" not in OBJECTIVES[record.config.loss_type].needs:
         raise ValueError(
             f"--guide {record.folder} is a run of {record.config.loss_type}, which reads no reference, so that it holds no "
@@ -118,16 +115,13 @@ def reference(options, record: RunRecord | None) -> tuple[str, str]:
         return options.model, f"--model{differs}"
     if not known:
         return model_name(options), "the preset's: there is no record of what the model was started from"
-    if not known["name"]:
-        raise ValueError(
-            f"the run in {record.folder} was started from a model in memory: name its reference with --model FOLDER"
-        )
-    if folders.is_path(known["name"]) and not Path(known["name"]).exists():
-        raise FileNotFoundError(
-            f"{known['name']}, which the run in {record.folder} was started from, is not there any more: put it back, or name "
-            "the reference with --model"
-        )
-    return known["name"], "what the run was started from"
+    name, run = known["name"], f"the run in {record.folder}"
+    if not name:
+        raise ValueError(f"{run} was started from a model in memory: name its reference with --model FOLDER")
+    if folders.is_path(name) and not Path(name).exists():
+        fix = "put it back, or name the reference with --model"
+        raise FileNotFoundError(f"{name}, which {run} was started from, is not there any more: {fix}")
+    return name, "what the run was started from"
 
 
 def check_reference(options, record: RunRecord | None, model, tokenizer) -> None:
@@ -135,16 +129,14 @@ def check_reference(options, record: RunRecord | None, model, tokenizer) -> None
     # of the base of adapters that no reference was read beside, the record has a digest of another kind
     known = record and (record.start.get("reference") or record.start.get("start model"))
     if known and not options.model and origin(model)["sha256"] != known["sha256"]:
-        raise ValueError(
-            f"{known['name']} is not what the run in {record.folder} was started from: its weights have changed since; name "
-            "the reference with --model"
+        changed = (
+            f"{known['name']} is not what the run in {record.folder} was started from: its weights have changed since"
         )
+        raise ValueError(f"{changed}; name the reference with --model")
     with suppress(OSError):  # a policy without a tokenizer of its own has the reference's
         if vocabulary_name(load_tokenizer(options.policy)) != vocabulary_name(tokenizer):
-            raise ValueError(
-                f"{options.policy} has another vocabulary than the reference {tokenizer.name_or_path}: there is no KL between "
-                "them; name the model that it was trained from with --model"
-            )
+            other = f"{options.policy} has another vocabulary than the reference {tokenizer.name_or_path}"
+            raise ValueError(f"{other}: there is no KL between them; name the model it was trained from with --model")
 
 
 def recorded_guide(record: RunRecord, device):

@@ -60,17 +60,14 @@ def check_unchanged(objective: str, recorded: dict | None) -> None:
     """Refuse an objective whose file has changed since a run was trained with it."""
     now = losses.OBJECTIVES[objective].source
     if recorded and recorded["sha256"] != now:
-        raise ValueError(
-            f"{objective} has changed since the run was trained with it (sha256 {recorded['sha256'][:12]}, now {now[:12]}): "
-            "bring that file back"
-        )
+        digests = f"sha256 {recorded['sha256'][:12]}, now {now[:12]}"
+        raise ValueError(f"{objective} has changed since the run was trained with it ({digests}): bring that file back")
 
 
 def _record(spec: str, fn: object) -> Objective:
     if not inspect.isfunction(fn):
-        raise ValueError(
-            f"{spec} is a {type(fn).__name__}, neither a function (chosen, rejected, *, ...) nor an Objective"
-        )
+        kind = type(fn).__name__
+        raise ValueError(f"{spec} is a {kind}, neither a function (chosen, rejected, *, ...) nor an Objective")
     hyper = {}
     for name, keyword in inspect.signature(fn).parameters.items():
         if keyword.kind is keyword.KEYWORD_ONLY:
@@ -99,16 +96,14 @@ def _try(spec: str, record: Objective) -> set[str]:
     defaults = {name: 1.0 if h.default is None else h.default for name, h in record.hyperparameters.items()}
     output = record.fn(side(0), side(1), **defaults)
     if not isinstance(output, LossOutput):
-        raise ValueError(
-            f"{spec} returned a {type(output).__name__}, not a LossOutput(loss, chosen_reward, rejected_reward)"
-        )
+        kind = type(output).__name__
+        raise ValueError(f"{spec} returned a {kind}, not a LossOutput(loss, chosen_reward, rejected_reward)")
     for name in ("loss", "chosen_reward", "rejected_reward"):
         value = getattr(output, name)
         if not isinstance(value, torch.Tensor) or value.shape != (2,):
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"{spec} gave {name} as {found} for 2 pairs; it must be one number a pair, (2,), without a mean"
-            )
+            fix = "it must be one number a pair, (2,), without a mean"
+            raise ValueError(f"{spec} gave {name} as {found} for 2 pairs; {fix}")
     if not output.loss.requires_grad:
         raise ValueError(f"{spec}: no gradient reaches logps from its loss")
     if output.chosen_reward.requires_grad or output.rejected_reward.requires_grad:

@@ -23,37 +23,28 @@ ROUNDS = 20  # of drawing held-out prompts anew where training has seen them
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, and in words where they come from.
-
-    Attributes:
-        texts: distinct.
-        words: for the head of an output.
-        shared: how many of them training has seen (equal to one of its prompts, a beginning, or a continuation); None
-            where that is not known.
-    """
+    """Distinct prompts, and in words where they come from."""
 
     texts: list[str]
     words: str
+    # how many training has seen (equal to one of its prompts, a beginning, or a continuation); None: not known
     shared: int | None = None
 
 
 def stream(seed: int, tag: str) -> int:
-    """A seed of its own for everything that shall not share its random numbers with `seed`, nor with any seed near it."""
+    """A seed of its own for what shall not share its random numbers with `seed`, nor with any seed near it."""
     return int.from_bytes(hashlib.sha256(f"{tag} {seed}".encode()).digest()[:7], "big")
 
 
 def training_prompts(
     source: str, count: int | None, model, tokenizer, *, seed: int, imdb: str | None = None
 ) -> Prompts:
-    """Prompts to make training pairs from.
+    """Prompts to make training pairs from; OSError or ValueError where the source cannot be read, or has fewer.
 
     Args:
         source: "model" (sampled from it), "imdb" (beginnings of the training reviews), or a file, see `read_prompts`.
         count: how many; None takes 512, of a file all.
         imdb: as in `files.imdb.load_imdb`.
-
-    Raises:
-        OSError, ValueError: the source cannot be read, or has fewer prompts.
     """
     draw, words = _source(source, model, tokenizer, imdb, "train")
     texts = draw(count or (512 if source in ("model", "imdb") else None), seed)
@@ -88,18 +79,15 @@ def held_out_prompts(
     count, found, anew = count or 192, {}, 0
     for number in range(ROUNDS if seen else 1):
         fresh = [text for text in draw(count, stream(seed, f"held-out prompts {number}")) if text not in found]
-        shared = set(shared_prompts(seen or (), fresh))
-        anew += len(shared)
-        found |= dict.fromkeys(text for i, text in enumerate(fresh) if i not in shared)
+        known = set(shared_prompts(seen or (), fresh))
+        anew += len(known)
+        found |= dict.fromkeys(text for i, text in enumerate(fresh) if i not in known)
         if len(found) >= count:
             break
-    if len(found) < count:
-        raise ValueError(
-            f"only {len(found)} of {count} held-out prompts were found that training has not seen: ask for fewer "
-            "(--num-prompts), or bring your own (--prompts FILE)"
-        )
-    replaced = f" ({anew} others were drawn anew)" if anew else ""
-    shared = None if seen is None else 0
+    else:
+        few = f"only {len(found)} of {count} held-out prompts were found that training has not seen"
+        raise ValueError(f"{few}: ask for fewer (--num-prompts), or bring your own (--prompts FILE)")
+    shared, replaced = None if seen is None else 0, f" ({anew} others were drawn anew)" if anew else ""
     return Prompts(list(found)[:count], f"{count} {words}, {overlap(shared)}{replaced}", shared)
 
 
@@ -110,10 +98,7 @@ def recorded_prompts(record: RunRecord | None, tokenizer) -> list[str] | None:
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], str]:
-    """The distinct prompts of a file, and in words what was read and left out.
-
-    Args:
-        path: .jsonl with a text `prompt` in every line; any other file is text with a prompt a line.
+    """The distinct prompts of a .jsonl with a text `prompt` in every line, or of a text with one a line; and what was left out.
 
     Raises:
         OSError: there is no such file.
@@ -126,8 +111,8 @@ def read_prompts(path: str | Path) -> tuple[list[str], str]:
         lines = [line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    given = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    texts = [_prompt(path, *row) for row in given] if path.suffix == ".jsonl" else [line for _, line in given]
+    read = _prompt if path.suffix == ".jsonl" else lambda place, line: line
+    texts = [read(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no prompts; write one a line, or .jsonl with a `prompt`")
     distinct = list(dict.fromkeys(texts))
@@ -135,38 +120,35 @@ def read_prompts(path: str | Path) -> tuple[list[str], str]:
     return distinct, f"from {path}{repeated}"
 
 
-def _prompt(path: Path, number: int, line: str) -> str:
+def _prompt(place: str, line: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        raise ValueError(f"{place} is not JSON: {error}") from error
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{path}, line {number} has no text under "prompt": {line[:80]!r}')
+        raise ValueError(f'{place} has no text under "prompt": {line[:80]!r}')
     return text
 
 
 def _source(name: str, model, tokenizer, imdb: str | None, split: str):
     """How to draw (count, seed) -> prompts, and in words where from."""
-    if name == "model":
-        return lambda count, seed: sample_prompts(
-            model, tokenizer, count, seed=seed
-        ), f"sampled from {_start(tokenizer)}"
+    texts, words = None, f"sampled from {_start(tokenizer)}"
     if name == "imdb":
-        texts = load_imdb(imdb)[split]["text"]
-        lengths = {"min_tokens": 2, "max_tokens": 8}
-        return (
-            lambda count, seed: imdb_prompts(texts, tokenizer, count, **lengths, seed=seed),
-            f"beginnings of IMDb's {split} reviews",
-        )
-    texts, words = read_prompts(name)
+        texts, words = load_imdb(imdb)[split]["text"], f"beginnings of IMDb's {split} reviews"
+    elif name != "model":
+        texts, words = read_prompts(name)
 
-    def first(count: int | None, seed: int) -> list[str]:
+    def draw(count: int | None, seed: int) -> list[str]:
+        if name == "model":
+            return sample_prompts(model, tokenizer, count, seed=seed)
+        if name == "imdb":
+            return imdb_prompts(texts, tokenizer, count, seed=seed)
         if count and count > len(texts):
             raise ValueError(f"--num-prompts {count}: {name} has {len(texts)} distinct prompts")
         return texts[:count]
 
-    return first, words
+    return draw, words
 
 
 def _start(tokenizer) -> str:
@@ -182,9 +164,8 @@ def _start(tokenizer) -> str:
 
 def overlap(shared: int | None) -> str:
     """How many prompts training has seen, in words."""
-    if shared is None:
-        return "not compared with training prompts, of which there is no record"
-    return f"{shared} of them seen in training"
+    unknown = "not compared with training prompts, of which there is no record"
+    return unknown if shared is None else f"{shared} of them seen in training"
 
 
 # ---- from a model, from texts
@@ -203,10 +184,8 @@ def sample_prompts(
     _check_lengths(count, min_tokens, max_tokens)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise ValueError(
-            "the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; set bos_token, or bring "
-            "prompts (--prompts FILE)"
-        )
+        fix = "set bos_token, or bring prompts (--prompts FILE)"
+        raise ValueError(f"the tokenizer has neither a BOS nor an EOS token, so a text has no beginning; {fix}")
     check_sequences(model, [("the beginning of a text", [bos])], room=max_tokens)
     draw = random.Random(seed)
     missing = Counter(draw.randint(min_tokens, max_tokens) for _ in range(count))
@@ -218,9 +197,7 @@ def sample_prompts(
             lengths = list(missing.elements())
             lengths *= math.ceil(batch_size / len(lengths))  # a batch costs the same full or not
             sampled = sample_ids(model, tokenizer, [[bos]] * len(lengths), Sampler(max(missing)), batch_size)
-            rows = [
-                ids[:length] if len(ids) >= length else [] for (ids, _), length in zip(sampled, lengths, strict=True)
-            ]
+            rows = _cut([ids for ids, _ in sampled], lengths)
             for text, length in zip(_prompt_texts(rows, tokenizer), lengths, strict=True):
                 if text is not None and text not in found and missing[length]:
                     found[text] = None
@@ -246,8 +223,8 @@ def imdb_prompts(
         heads = [text[: 64 * max_tokens] for text in texts[start : start + 1000]]
         lengths = [draw.randint(min_tokens, max_tokens) for _ in heads]
         encoded = tokenizer(heads, add_special_tokens=False)["input_ids"]
-        rows = [ids[:length] if len(ids) >= length else [] for ids, length in zip(encoded, lengths, strict=True)]
-        found |= dict.fromkeys(text for text in _prompt_texts(rows, tokenizer) if text is not None)
+        whole = _prompt_texts(_cut(encoded, lengths), tokenizer)
+        found |= dict.fromkeys(text for text in whole if text is not None)
         if len(found) >= count:
             break
     return _shuffled(dict.fromkeys(itertools.islice(found, count)), count, draw)
@@ -255,25 +232,30 @@ def imdb_prompts(
 
 def _check_lengths(count: int, min_tokens: int, max_tokens: int) -> None:
     if count < 1 or not 1 <= min_tokens <= max_tokens:
-        raise ValueError(
-            f"count must be at least 1 and 1 <= min_tokens <= max_tokens, got {count}, {min_tokens}, {max_tokens}"
-        )
+        given = f"{count}, {min_tokens}, {max_tokens}"
+        raise ValueError(f"count must be at least 1 and 1 <= min_tokens <= max_tokens, got {given}")
+
+
+def _cut(rows: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    """Rows of ids cut to their lengths; empty where they ended before."""
+    return [ids[:length] if len(ids) >= length else [] for ids, length in zip(rows, lengths, strict=True)]
 
 
 def _prompt_texts(rows: list[list[int]], tokenizer) -> list[str | None]:
     """Decode rows of ids; None where the text is blank or broken, or would tokenize to other ids."""
     texts = response_texts(tokenizer, [[]] * len(rows), rows)
     again = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    good = [ids == back and bool(text.strip()) for ids, back, text in zip(rows, again, texts, strict=True)]
-    return [text if ok and "\ufffd" not in text else None for text, ok in zip(texts, good, strict=True)]
+    return [
+        text if ids == back and text.strip() and "\ufffd" not in text else None
+        for ids, back, text in zip(rows, again, texts, strict=True)
+    ]
 
 
 def _shuffled(found: dict[str, None], count: int, draw: random.Random) -> list[str]:
     """All prompts in random order: the last ones found are mostly short, and callers split the list."""
     if len(found) < count:
-        raise ValueError(
-            f"only {len(found)} of {count} distinct prompts were found; ask for fewer, raise max_tokens, or give more texts"
-        )
+        few = f"only {len(found)} of {count} distinct prompts were found"
+        raise ValueError(f"{few}; ask for fewer, raise max_tokens, or give more texts")
     prompts = list(found)
     draw.shuffle(prompts)
     return prompts
