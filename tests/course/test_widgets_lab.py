@@ -26,7 +26,7 @@ from tpo_lib.stats import split
 def lab(small_stage) -> Laboratory:
     lab = Laboratory(small_stage)
     for name, loss_type in (("plain", "dpo"), ("with KL", "tdpo2")):
-        lab.train(lab.config(loss_type, beta=0.1, alpha=0.5, lr=1e-3, updates=2), name)
+        lab.train(lab.config(loss_type, beta=0.1, alpha=0.5, lr=1e-3, updates=2, batch_size=8), name)
     return lab
 
 
@@ -167,7 +167,7 @@ def bare(small_stage):
 
     stage = replace(small_stage, judge=None, reward=words, table=small_stage.table.map(scaled), reference_cache={})
     lab = Laboratory(stage)
-    lab.train(lab.config("dpo", beta=0.1, alpha=0.5, lr=3e-4, updates=2), "mine")
+    lab.train(lab.config("dpo", beta=0.1, alpha=0.5, lr=3e-4, updates=2, batch_size=8), "mine")
     return lab
 
 

@@ -14,7 +14,7 @@ from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.report import write_report
 from tpo_lib.types import LossOutput
 
-SMALL = {"lr": 3e-4, "updates": 2}
+SMALL = {"lr": 3e-4, "updates": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,15 @@ def test_tgdpo_trains_its_guide_once(lab):
 
 
 def test_stop(lab):
-    run = lab.train(lab.config("dpo", beta=0.1, alpha=0.5, lr=1e-4, updates=5), on_log=lambda run: run.updates == 2)
+    run = lab.train(
+        lab.config("dpo", beta=0.1, alpha=0.5, lr=1e-4, updates=5, batch_size=8), on_log=lambda run: run.updates == 2
+    )
     assert run.stopped
     assert run.updates == 2
     assert run.evaluation is not None
-    guideless = lab.train(lab.config("tgdpo", beta=0.1, alpha=0.5, lr=9e-5, updates=5), on_log=lambda run: True)
+    guideless = lab.train(
+        lab.config("tgdpo", beta=0.1, alpha=0.5, lr=9e-5, updates=5, batch_size=8), on_log=lambda run: True
+    )
     assert guideless.stopped
     assert len(lab.runs) == 1  # a run that never began is not kept
 

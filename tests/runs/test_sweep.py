@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tpo_course.widgets.run_browser import run_browser
+from tpo_lib.config import PRESETS
 from tpo_lib.files.store import CheckpointError, read_json, write_json
-from tpo_lib.runs import sweep
+from tpo_lib.runs import lab, sweep
 
 WHOLE = tuple(sweep.grid())  # the fixture below replaces it
 GRID = (("dpo", 0.1, 0.0), ("tdpo2", 0.1, 0.3), ("tdpo2", 0.5, 1.0), ("tdpo2", 0.5, 0.3), ("tdpo2", 0.1, 1.0))
@@ -17,6 +20,8 @@ def swept(small_stage, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "pocket_stage", lambda **changes: small_stage)
         patch.setattr(sweep, "UPDATES", 2)
+        pocket = PRESETS["pocket"]
+        patch.setattr(lab, "PRESETS", {"pocket": replace(pocket, train=replace(pocket.train, batch_size=8))})
         path = tmp_path_factory.mktemp("sweep") / "runs.json"
         patch.setattr(sweep, "grid", lambda: iter(GRID[:1]))
         first = sweep.sweep(path, progress=False)
