@@ -36,6 +36,20 @@ def test_a_contestant_that_computes_something_else_is_refused(scale, what):
         measure.check_agreement({"textbook": entries["textbook"], "wrong": wrong}, build(TINY))
 
 
+def test_who_disagrees_or_breaks_is_written_down_where_that_is_asked_for():
+    entries = contestants.available("dpo")
+
+    def breaks(case):
+        raise RuntimeError("no kernel for this card")
+
+    of = {"textbook": entries["textbook"], "breaks": breaks, "wrong": lambda case: 2 * entries["fused"](case)}
+    found = measure.check_agreement(of | {"fused": entries["fused"]}, build(TINY), catch=Exception)
+    assert found["breaks"] == {"refused": "RuntimeError: no kernel for this card"}
+    assert found["wrong"]["loss"] == pytest.approx(1.0)
+    assert "Disagreement: wrong differs from textbook in its loss by 1.0e+00" in found["wrong"]["refused"]
+    assert "refused" not in found["fused"]
+
+
 def test_the_batch_is_as_ragged_as_stated():
     batch = make_batch(Shape(vocab=50257))
     response, padding = (batch.labels >= 0).float().mean(), 1 - batch.attention_mask.float().mean()
