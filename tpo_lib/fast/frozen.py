@@ -43,17 +43,15 @@ Read = Callable[[PairBatch], Reading | Tensor]
 
 @dataclass(frozen=True)
 class FrozenCache:
-    """Values of a frozen model at the response positions of pairs, memory-mapped.
+    """Values of a frozen model at the response positions of pairs, memory-mapped."""
 
-    Attributes:
-        values: (tokens,) log-probabilities in nats, or (tokens, d) hidden states in the type the model gave them in.
-        spans: row of a pair -> (start, end) of its chosen and (start, end) of its rejected tokens in `values`.
-        head: for hidden states, what turns them into logits; else None.
-    """
-
-    values: Tensor
-    spans: dict[int, list[int]]
-    head: Head | None
+    values: (
+        Tensor  # (tokens,) log-probabilities in nats, or (tokens, d) hidden states in the type the model gave them in
+    )
+    spans: dict[
+        int, list[int]
+    ]  # row of a pair -> start, end of its chosen and start, end of its rejected tokens in `values`
+    head: Head | None  # for hidden states, what turns them into logits
 
     def read(self, batch: PairBatch) -> Reading | Tensor:
         """(R,) log-probabilities, or a Reading with (R, d) hidden states, in the order of `stats.response_mask`.
@@ -94,11 +92,7 @@ def open_frozen(
 ) -> FrozenReader | None:
     """What a frozen model, "reference" or "guide", says of all pairs, from the caches in `folder`; None if nothing is needed.
 
-    `load` gives its reader, on the device: the model is read where a cache is missing, and let go of.
-
-    Raises:
-        ValueError: two pairs of one cache have the same row.
-        OSError: the disk has no room for a cache.
+    `load` gives its reader, on the device: the model is read where a cache is missing, and let go of. Raises as `build_or_open`.
     """
     needs = losses.OBJECTIVES[config.loss_type].needs
     if name == "guide":

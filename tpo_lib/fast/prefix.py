@@ -66,19 +66,12 @@ class SharedReader(ResponseReader):
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """B pairs as B sequences of S tokens.
+    """B pairs as B sequences of S tokens."""
 
-    Attributes:
-        input_ids: (B, S) int64, prompt, chosen, rejected, padding.
-        position_ids: (B, S) int64, positions in the pair's own two sequences.
-        visible: (B, 1, S, S) bool, which position may look at which.
-        where: (N, T) int64, the place in its row of every position of the two-sequence layout; -1 for padding.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    visible: Tensor
-    where: Tensor
+    input_ids: Tensor  # (B, S) int64: prompt, chosen, rejected, padding
+    position_ids: Tensor  # (B, S) int64: positions in the pair's own two sequences
+    visible: Tensor  # (B, 1, S, S) bool: which position may look at which
+    where: Tensor  # (N, T) int64: the place in its row of every position of the two-sequence layout; -1 for padding
 
 
 def share(batch: PairBatch) -> SharedBatch:

@@ -50,9 +50,7 @@ def check_rank(rank: int, config) -> None:
     """Raise ValueError if adapters of this rank would be no smaller than the layers they adapt."""
     width = config.get_text_config().hidden_size
     if rank > width:
-        raise ValueError(
-            f"--lora-rank {rank} is above the model's width of {width}, and adapters that large save nothing; take 8 or 16"
-        )
+        raise ValueError(f"--lora-rank {rank} is above the model's width of {width}, which saves nothing; take 8 or 16")
 
 
 def meaning(settings: dict) -> dict:

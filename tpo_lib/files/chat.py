@@ -22,6 +22,7 @@ from tpo_lib.files.formats import Bad
 
 MORE = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # what templates may render of a message besides
 COLUMNS = ("tools", "documents")  # ... and of a row
+_ALIASES = {"reasoning_content": "thinking"}  # gpt-oss reads it by this name
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # ShareGPT's names
 ASSISTANT = ("assistant", "model")  # the second is Gemma's; every other role is somebody else's
 MAX_LITERAL = 2**20  # characters; Python's parser takes a hundred times as much memory
@@ -148,21 +149,16 @@ def _calls(value: Any, column: str) -> str:
     return json.dumps(calls, ensure_ascii=False)
 
 
-def check_ends(sides: dict[str, list[Message]]) -> None:
-    """Raise Bad where a side does not end with the assistant's turn."""
+def check_turn(sides: dict[str, list[Message]], place: int, verb: str, fix: str) -> None:
+    """Raise Bad where a side's turn at `place` is not the assistant's."""
     for column, side in sides.items():
-        if side and side[-1]["role"] not in ASSISTANT:
-            problem = f"ends with a turn of {side[-1]['role']!r}, not of the assistant"
-            raise Bad(column, problem, "add the assistant's turn or remove the row")
+        if side and side[place]["role"] not in ASSISTANT:
+            raise Bad(column, f"{verb} with a turn of {side[place]['role']!r}, not of the assistant", fix)
 
 
 def check_turns(sides: dict[str, list[Message]], notes: Notes) -> None:
     """Raise Bad where a response does not begin with the assistant's turn, or what others say in the two responses differs."""
-    for column, side in sides.items():
-        if side[0]["role"] not in ASSISTANT:
-            problem = f"begins with a turn of {side[0]['role']!r}, not of the assistant"
-            fix = "let all sides begin with the same prompt, or none, and then the assistant answer"
-            raise Bad(column, problem, fix)
+    check_turn(sides, 0, "begins", "let all sides begin with the same prompt, or none, and then the assistant answer")
     others = [[message for message in side if message["role"] not in ASSISTANT] for side in sides.values()]
     if others[0] != others[-1]:
         fix = "let both responses answer the same turns"
@@ -218,9 +214,6 @@ def render(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, B
     return texts, bad
 
 
-_ALIASES = {"reasoning_content": "thinking"}  # gpt-oss reads it by this name
-
-
 def _filled(message: dict[str, str | None]) -> dict[str, Any]:
     """A message as templates expect it."""
     found: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
@@ -245,13 +238,10 @@ def _run(tokenizer, jobs: list[dict], *, per_row: int) -> tuple[set[str], list[d
     """The words of the template, and for every job {"text"} or {"error"}."""
     templates = [tokenizer.get_chat_template(tools=tools) for tools in (None, [{}])]  # some have two
     lines = [{"templates": templates, "special": tokenizer.special_tokens_map}, *jobs]
-    done = subprocess.run(  # a template is a program of somebody else's: it gets bounds on time and memory
-        [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))],
-        input="".join(json.dumps(line, default=str) + "\n" for line in lines),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # a template is a program of somebody else's: it gets bounds on time and memory
+    worker = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py"))]
+    given = "".join(json.dumps(line, default=str) + "\n" for line in lines)
+    done = subprocess.run(worker, input=given, capture_output=True, text=True, check=False)
     words, *answers = [json.loads(line) for line in done.stdout.split("\n")[:-1]] or [None]
     if words is None or len(answers) < len(jobs):
         errors = re.findall(r"^\w+Error: .*", done.stderr, re.MULTILINE)

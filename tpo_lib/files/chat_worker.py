@@ -38,9 +38,8 @@ def main() -> None:
         chat = json.loads(line)
         template = given["templates"]["tools" in chat]
         try:
-            (text,), _ = render_jinja_template(
-                [chat.pop("messages")], chat_template=template, **chat, **given["special"]
-            )
+            chats = [chat.pop("messages")]
+            (text,), _ = render_jinja_template(chats, chat_template=template, **chat, **given["special"])
             written += len(text)
             if written > CHARACTERS:
                 raise MemoryError

@@ -136,16 +136,14 @@ def _read_csv(path: Path) -> Iterator[Record]:
             while True:
                 place = f" ({path.name}, from line {reader.line_num + 1})"
                 try:
-                    fields = next(reader)
-                except StopIteration:
-                    return
+                    if (fields := next(reader, None)) is None:
+                        return
+                    if len(fields) > len(header):
+                        yield Record(place, {}, f"{len(fields)} fields under a header of {len(header)}")
+                    elif fields:
+                        yield Record(place, dict(zip(header, fields, strict=False)))
                 except csv.Error as error:
                     yield Record(place, {}, f"not valid CSV: {error}")
-                    continue
-                if len(fields) > len(header):
-                    yield Record(place, {}, f"{len(fields)} fields under a header of {len(header)}")
-                elif fields:
-                    yield Record(place, dict(zip(header, fields, strict=False)))
     finally:
         csv.field_size_limit(limit)
 
@@ -335,7 +333,7 @@ def _hub_table(name: str, split: str, config: str | None) -> Dataset:
         return load_dataset(name, config, split=split)
     except (ConnectionError, FileNotFoundError) as error:
         kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
-        reason = str(error).splitlines()[0][:200] if str(error) else ""
+        reason = str(error).partition("\n")[0][:200]
         raise kind(
             f"the data set {name!r} (split {split!r}) is not a local file or folder and could not be fetched from the hub "
             f"({type(error).__name__}: {reason}). Check the name and the network, pass a local .jsonl, .csv or .parquet file "

@@ -14,11 +14,10 @@ def clean_review(text: str) -> str:
 
 
 def load_imdb(source: str | None) -> dict[str, dict[str, list]]:
-    """Load IMDb as {split: {"text": [...], "label": [...]}}, from a folder of parquet files or from the hub.
+    """Load IMDb as {split: {"text": [...], "label": [...]}}.
 
     Args:
-        source: folder with train.parquet, test.parquet and unsupervised.parquet (columns text, label), or None for
-            the hub data set `stanfordnlp/imdb`.
+        source: folder with SPLITS as parquet files (columns text, label), or None for the hub's `stanfordnlp/imdb`.
     """
     from datasets import load_dataset
 
@@ -26,13 +25,11 @@ def load_imdb(source: str | None) -> dict[str, dict[str, list]]:
         data = load_dataset("stanfordnlp/imdb")
     else:
         files = {split: str(Path(source) / f"{split}.parquet") for split in SPLITS}
-        missing = [path for path in files.values() if not Path(path).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"--imdb {source}: {', '.join(missing)} not found; expected one parquet file per split"
-            )
+        if missing := [path for path in files.values() if not Path(path).is_file()]:
+            raise FileNotFoundError(f"--imdb {source}: {', '.join(missing)} not found; each split has a parquet file")
         data = load_dataset("parquet", data_files=files)
+    found = {split: data[split] for split in SPLITS}
     return {
-        split: {"text": [clean_review(text) for text in data[split]["text"]], "label": list(data[split]["label"])}
-        for split in SPLITS
+        split: {"text": list(map(clean_review, table["text"])), "label": list(table["label"])}
+        for split, table in found.items()
     }

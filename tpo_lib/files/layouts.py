@@ -5,6 +5,7 @@ A row that cannot be brought into that form is named by its number and column. W
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -115,7 +116,11 @@ def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes
         sides["rejected"] = text_or_messages(values, layout.rejected, notes)
         if isinstance(sides["chosen"], str) != isinstance(sides["rejected"], str):
             raise Bad("rejected", "one response is text, the other a list of messages", "store both in the same form")
-    prompt = None if layout.prompt is None else _prompt(values, layout.prompt, notes)
+    prompt = None if layout.prompt is None else text_or_messages(values, layout.prompt, notes)
+    if layout.prompt == "instruction" and values.get("input"):
+        if not isinstance(prompt, str):
+            raise Bad("input", "stands beside an instruction of messages", "add it to these, or remove it")
+        prompt = f"{prompt}\n{text_or_messages(values, 'input', notes)}"  # as LLaMA-Factory joins the two
     row = (_split_text if isinstance(sides["chosen"], str) else _split_messages)(prompt, sides)
     if before or isinstance(row["prompt"], list):
         row = _as_messages(row, _turns_before(values, notes))
@@ -127,15 +132,6 @@ def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes
     numbers = _numbers(values, columns, sides)
     notes.used |= numbers.keys() | {SCORES.get(column) for column in numbers}
     return row | numbers
-
-
-def _prompt(values: dict[str, Any], column: str, notes: Notes) -> str | list[chat.Message]:
-    prompt = text_or_messages(values, column, notes)
-    if column == "instruction" and values.get("input"):
-        if not isinstance(prompt, str):
-            raise Bad("input", "stands beside an instruction of messages", "add it to these, or remove it")
-        prompt = f"{prompt}\n{text_or_messages(values, 'input', notes)}"  # as LLaMA-Factory joins the two
-    return prompt
 
 
 _Sides = dict[str, Any]  # "chosen" and, except for SFT, "rejected": texts, or message lists
@@ -175,7 +171,7 @@ def _split_text(prompt: str | list[chat.Message] | None, sides: _Sides) -> dict[
 
 def _split_messages(prompt: str | list[chat.Message] | None, sides: _Sides) -> dict[str, Any]:
     chats = list(sides.values())
-    chat.check_ends(sides)
+    chat.check_turn(sides, -1, "ends", "add the assistant's turn or remove the row")
     shared = 0
     while shared < min(map(len, chats)) - 1 and all(chats[0][shared] == side[shared] for side in chats):
         shared += 1
@@ -227,22 +223,19 @@ def _as_messages(row: dict[str, Any], before: list[chat.Message]) -> dict[str, A
 
 
 def _score(value: Any, column: str) -> float | None:
-    if value is None or value == "":
+    if value in (None, ""):
         return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Bad(column, f"is not a finite number but {short(value)}", "store the score as a number or leave it out")
-    return number
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise Bad(column, f"is not a finite number but {short(value)}", "store the score as a number or leave it out")
 
 
 def _flag(value: Any, column: str) -> bool:
-    flags = {"true": True, "1": True, "": True, "none": True, "false": False, "0": False}
-    if str(value).lower() not in flags:
+    said = str(value).lower()
+    if said not in ("true", "1", "", "none", "false", "0"):
         raise Bad(column, f"is neither true nor false but {short(value)}", "write true or false")
-    return flags[str(value).lower()]
+    return said not in ("false", "0")
 
 
 def _token_ids(value: Any, column: str) -> list[int] | None:

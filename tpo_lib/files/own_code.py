@@ -25,11 +25,7 @@ def title(name: str) -> str:
 
 
 def load(spec: str) -> tuple[object, str]:
-    """What the file holds by that name, and the file's SHA-256.
-
-    Raises:
-        OSError, ValueError: there is no such file or name, or the file fails.
-    """
+    """What the file holds by that name, and the file's SHA-256; OSError or ValueError where it fails or holds none."""
     path, name = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
     if not path.is_file():
         raise FileNotFoundError(f"{spec}: there is no file {path}")

@@ -43,11 +43,10 @@ def load_pairs(
         paired: a rejected side is needed; False for SFT (`losses.Objective.paired`), which is content with less.
 
     Returns:
-        The table: prompt, chosen, rejected (all text, or all messages; no rejected where it has none), and where given
-        tools, documents (JSON), chosen_score, rejected_score
-        (float), chosen_complete, rejected_complete (bool: the response ends by itself, was not cut), and of sampled
-        pairs chosen_ids, rejected_ids (the token ids that were sampled) and tokenizer (what names their vocabulary).
-        And the rows left out.
+        The table: prompt, chosen, rejected (all text, or all messages; no rejected where it has none), and where given tools,
+        documents (JSON), chosen_score, rejected_score (float), chosen_complete, rejected_complete (bool: it ends by itself,
+        was not cut), and of sampled pairs chosen_ids, rejected_ids and tokenizer (what names their vocabulary). And the rows
+        left out.
 
     Raises:
         BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.

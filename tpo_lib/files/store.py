@@ -93,12 +93,7 @@ def write_json(path: str | Path, content: dict, *, indent: int | None = None) ->
 
 
 def read_json(path: str | Path, fix: str) -> dict:
-    """Read what `write_json` wrote.
-
-    Raises:
-        CheckpointError: it is no JSON object, or was altered; the message names the file and ends with `fix`.
-        OSError: it cannot be read.
-    """
+    """Read what `write_json` wrote; CheckpointError, which ends with `fix`, where it was altered."""
     try:
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):
@@ -111,11 +106,7 @@ def read_json(path: str | Path, fix: str) -> dict:
 
 
 def settle(path: Path, facts: dict, fix: str) -> None:
-    """Write down, in a JSON file, what the work in its folder was begun with; names that are not in it yet are added.
-
-    Raises:
-        RuntimeError: a value differs from the one in the file, so that the work would go on with something else.
-    """
+    """Add to a JSON file what the work in its folder was begun with; RuntimeError where it would go on with something else."""
     known, facts = read_json(path, fix) if path.exists() else {}, json.loads(json.dumps(facts))
     changed = [name for name, value in facts.items() if known.get(name, value) != value]
     if changed:
@@ -390,9 +381,9 @@ def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
 
     def busy(lock) -> None:
         lock.seek(0)
-        owner = lock.read().strip() or "unknown"
+        owner = f"another run (process {lock.read().strip() or 'unknown'})"
         raise RuntimeError(
-            f"{folder} is in use by another run (process {owner}); choose another --output-dir or wait for it to end"
+            f"{folder} is in use by {owner}; choose another --output-dir or wait for it to end"
         ) from None
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -407,11 +398,13 @@ def exclusive(folder: Path, kind: str = "run") -> Iterator[None]:
 
 
 def found_or_made(folder: Path, read: Callable[[Path], Any], make: Callable[[], Any]) -> Any:
-    """What `read` finds in a folder that verifies, else what `make` makes, which writes the folder; others wait meanwhile.
-
-    `read` raises CheckpointError, OSError, ValueError or TypeError where it finds something else; that is told.
-    """
-    unusable = (CheckpointError, OSError, ValueError, TypeError)
+    """What `read` finds in a folder that verifies, else what `make` makes, which writes the folder; others wait meanwhile."""
+    unusable = (
+        CheckpointError,
+        OSError,
+        ValueError,
+        TypeError,
+    )  # what `read` raises where it finds something else; it is told
 
     def found() -> Any:
         verify(folder)

@@ -32,11 +32,9 @@ def leading_ids(tokenizer) -> list[int]:
 def token_ids(
     tokenizer, texts: Sequence[str], *, lead: list[int], most: int | None = None, plain: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Token ids of texts, led by `lead`.
+    """Token ids of texts, led by `lead`; in the texts numbered in `plain`, special tokens are text like any other.
 
-    Args:
-        most: what follows the first `most` tokens may be missing: of a book, a page is tokenized to keep a page.
-        plain: numbers of the texts whose special tokens are text like any other.
+    What follows the first `most` tokens may be missing: of a book, a page is tokenized to keep a page.
     """
     short = [text if most is None else text[: 16 * (most + SPARE)] for text in texts]
     rows = tokenizer(short, add_special_tokens=False)["input_ids"] if short else []
@@ -51,13 +49,11 @@ def token_ids(
 
 
 def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[str]:
-    """What responses add to the text of their prompts, special tokens left out.
-
-    A response is decoded behind its prompt: alone, sentencepiece would drop the space before its first word.
-    """
+    """What responses add to the text of their prompts, special tokens left out."""
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if not prompts:
         return []
+    # behind their prompts: alone, sentencepiece would drop the space before their first word
     whole = decode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
     heads, alone = decode(list(prompts)), decode(list(responses))
     return [w[len(h) :] if w.startswith(h) else a for h, w, a in zip(heads, whole, alone, strict=True)]
@@ -96,9 +92,7 @@ def complete(pairs: Dataset, column: str) -> list[bool]:
     return [flag is not False for flag in flags]
 
 
-def sampled_ids(
-    pairs: Dataset, texts, prompts: list[list[int]], tokenizer
-) -> tuple[dict[int, tuple[list[int], ...]], int]:
+def sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> tuple[dict[int, tuple], int]:
     """The ids (prompt, chosen, rejected) of sampled rows, where they can be trained; and in how many rows they cannot.
 
     They can where the vocabulary is the same, and they still say the text and the flag that stand beside them: whoever
@@ -114,11 +108,8 @@ def sampled_ids(
         ends, text = complete(pairs, column), texts[column]
         spoken = [ids[row][:-1] if ends[row] else ids[row] for row in good]
         said = response_texts(tokenizer, [prompts[row] for row in good], spoken)
-        good = [
-            row
-            for row, words in zip(good, said, strict=True)
-            if words == text[row] and (ends[row] or ids[row][-1] != tokenizer.eos_token_id)
-        ]
+        as_said = [row for row, words in zip(good, said, strict=True) if words == text[row]]
+        good = [row for row in as_said if ends[row] or ids[row][-1] != tokenizer.eos_token_id]
     return {row: (prompts[row], chosen[row], rejected[row]) for row in good}, len(given) - len(good)
 
 
@@ -129,9 +120,7 @@ def check_ids(prompt: list[int], responses: list[list[int]], max_length: int, eo
         raise Bad("prompt", "has no tokens of its own, so nothing predicts the response", "give it text or a BOS token")
     if room < 1:
         more = " or more" if len(prompt) > max_length + SPARE else ""  # it may have been cut
-        problem = (
-            f"takes {len(prompt)} tokens{more}, which leaves no room for a response within max_length {max_length}"
-        )
+        problem = f"takes {len(prompt)} tokens{more}, which leaves a response no room within max_length {max_length}"
         raise Bad("prompt", problem, f"raise max_length above {len(prompt)} or shorten the prompt")
     for column, ids in zip(("chosen", "rejected"), responses, strict=False):
         if ids in ([], [eos]):

@@ -67,11 +67,10 @@ class Laboratory:
         name = name or self.free_name(config)
         if name in self.runs:
             raise ValueError(f"there is a run {name!r} already; rename or remove it, or choose another name")
-        guide = None
-        if "guide_logps" in OBJECTIVES[config.loss_type].needs:
-            guide = self._guide(config, on_log, on_stage)
-            if guide is None:
-                return Trained(config, stopped=True)
+        guided = "guide_logps" in OBJECTIVES[config.loss_type].needs
+        guide = self._guide(config, on_log, on_stage) if guided else None
+        if guided and guide is None:
+            return Trained(config, stopped=True)
         on_stage(f"training {name}")
         run = runs.train(config, *self.stage.fresh(), guide=guide, on_log=on_log)
         if run.updates:

@@ -1,8 +1,4 @@
-"""Data in, matplotlib Figure out: the pictures of the comparison.
-
-An objective has one colour, marker and line style everywhere in the course (`style_of`). Figures are made without pyplot:
-nothing is left open.
-
+"""Data in, matplotlib Figure out, made without pyplot so that nothing is left open: the pictures of the comparison.
 `curves` is {objective: [point, ...]} with point = {"step": int, "pairs_seen": int, metric: {"mean", "low", "high", "n"},
 ...}; the first point of every objective is the start model at step 0.
 """
@@ -32,7 +28,7 @@ GRID = {"color": "#DDDDDD", "linewidth": 0.8}
 
 
 class Style(NamedTuple):
-    """How one objective looks, in every picture."""
+    """How one objective looks, in every picture of the course."""
 
     label: str
     colour: str
@@ -120,12 +116,7 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
 
 
 def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str = "reward") -> Figure:
-    """Single runs on the plane of the frontier: reward (or `y`) against KL(policy ‖ reference), with both 95% intervals.
-
-    Args:
-        runs: {name of the run: (objective, point)}; objective decides colour and marker, the name stands beside it.
-        start: the start's point.
-    """
+    """Runs {name: (objective, point)} and the start's point on the plane of the frontier, with both 95% intervals."""
     fig, (ax,) = panels(1, width=7.0, height=4.2)
     for name, (objective, point) in runs.items():
         _with_bars(ax, objective, point, y, markersize=9, markeredgecolor="white")
@@ -138,12 +129,7 @@ def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str =
 
 
 def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str = "reward") -> Figure:
-    """One run among many on the plane of the frontier: the chosen one large and with its intervals, the others faint.
-
-    Args:
-        others, chosen: {"objective", "metrics": {metric: {mean, low, high, n}}}, as in the runs of a sweep.
-        start: the start's metrics.
-    """
+    """One run of a sweep on the plane of the frontier, large and with its intervals, the others faint."""
     fig, (ax,) = panels(1, width=7.0, height=4.2)
     for run in others:
         style = style_of(run["objective"])
@@ -268,9 +254,12 @@ def _over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: st
 
 
 def _curve(ax: Axes, xs: Sequence[float], ys: Sequence[float], style: Style, every: int = 1) -> None:
-    kind = {"color": style.colour, "linestyle": style.linestyle, "marker": style.marker, "label": style.label}
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
-    ax.plot(xs, ys, linewidth=2.0, markersize=8, markevery=every, zorder=3, **kind, **edge)
+    ax.plot(xs, ys, linewidth=2.0, markersize=8, markevery=every, zorder=3, **_line(style), **edge)
+
+
+def _line(style: Style) -> dict:
+    return {"color": style.colour, "linestyle": style.linestyle, "marker": style.marker, "label": style.label}
 
 
 def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -304,10 +293,7 @@ def dark(colour: str) -> tuple[float, ...]:
 
 def _legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) -> None:
     """One legend below all panels: it covers no data."""
-    handles = [
-        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.linestyle, label=s.label, linewidth=2, markersize=7)
-        for s in map(style_of, curves)
-    ]
+    handles = [Line2D([], [], linewidth=2, markersize=7, **_line(style_of(name))) for name in curves]
     handles += [Line2D([], [], **_STAR)] * start
     columns = min(len(handles), int(fig.get_figwidth() / 1.5))  # an entry is about 1.5 inches wide
     kind = {"loc": "outside lower center", "frameon": False, "fontsize": FONT, "handlelength": 3.5}
