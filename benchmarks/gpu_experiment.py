@@ -28,7 +28,7 @@ from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.runs import runs
-from tpo_lib.runs.compare import pocket_objectives
+from tpo_lib.runs.presets import objectives as objectives_of
 from tpo_lib.runs.prompts import imdb_prompts, sample_prompts
 from tpo_lib.runs.stage import Stage, StageConfig, build_stage
 
@@ -120,7 +120,7 @@ def replication(
 
 def objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
     """Every objective of pairs, TDPO2 with its paper's alpha of 0.5."""
-    return tuple(replace(c, alpha=0.5) if c.loss_type == "tdpo2" else c for c in pocket_objectives(common))
+    return objectives_of(common, {"tdpo2": {"alpha": 0.5}})
 
 
 def read_reviews(folder: str) -> dict[str, list[str]]:

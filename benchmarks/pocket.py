@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from benchmarks import measure
-from tpo_lib.config import PRESETS
 from tpo_lib.fast import FastPath
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import runs
+from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.stage import Stage, pocket_stage
 
 # AdamW divides by the size of a gradient, so where one is nearly 0 its rounding decides the step

@@ -27,14 +27,14 @@ from tpo_course.exercises import dpo as check
 from tpo_data import pocket
 from tpo_lib.files.load import POCKET
 from tpo_lib import losses
-from tpo_lib.runs import compare, sweep
+from tpo_lib.runs import compare, presets, sweep
 
 here = pathlib.Path(tpo_lib.__file__).parent.parent
 assert here == pathlib.Path(pocket.__file__).parent.parent == POCKET.parent.parent, here
 assert importlib.metadata.version("tpo-lib") == tpo_lib.__version__
 assert "notebooks" not in str(here)
 
-config = compare.pocket_comparison(quick=True)
+config = presets.comparison(quick=True)
 small = {"train_prompts": 12, "held_out_prompts": 4, "max_pairs": 32, "max_held_out_pairs": 4}
 small |= {"max_new_tokens": 8, "min_gap": 0.0}
 summary = compare.run(

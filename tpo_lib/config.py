@@ -163,52 +163,6 @@ def check_setting(setting: Field, value) -> None:
         check_number(setting.name, value, above=bounds.get("above", -math.inf), least=0, most=most)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A named starting point: which model, reward, judge and pairs (folder or hub name), and how to train on them."""
-
-    train: TrainConfig
-    source: dict[str, str]  # where each value comes from, so that nobody takes ours for the papers'
-    model: str | None = None  # None is the bundled one, "pocket"
-    reward: str | None = None  # None is the bundled one
-    judge: str | None = None  # None is none
-    pairs: str | None = None  # None samples pairs from the model
-
-
-_OURS = "ours, chosen for the pocket model"
-
-PRESETS = {
-    "pocket": Preset(
-        train=TrainConfig(beta=0.1, lr=2e-4),
-        source={"beta": "DPO's and TDPO's default", "everything else": _OURS},
-    ),
-    "gpt2-imdb": Preset(
-        model="lvwerra/gpt2-imdb",
-        reward="lvwerra/distilbert-imdb",
-        train=TrainConfig(
-            beta=0.1, optimizer="rmsprop", lr=5e-6, schedule="constant", warmup_steps=150, batch_size=16, accumulation=4
-        ),
-        source={
-            "beta, optimizer, lr, warmup_steps, batch (16 x 4 = 64)": "TDPO's settings for IMDb",
-            "model and reward": "ours: GPT-2 small and DistilBERT instead of gpt2-large and RoBERTa-large, to fit a free GPU",
-        },
-    ),
-    "gpt2-large-imdb": Preset(
-        model="openai-community/gpt2-large",
-        reward="siebert/sentiment-roberta-large-english",
-        train=TrainConfig(
-            beta=0.1, optimizer="rmsprop", lr=5e-6, schedule="constant", warmup_steps=150, batch_size=64, max_length=512
-        ),
-        source={
-            "reward, beta, optimizer, lr, warmup_steps, batch": "the papers' settings for IMDb",
-            "max_length, clip": "the TDPO authors' code",
-            "model": "gpt2-large; the papers first fine-tune it for an epoch on IMDb: run `--loss-type sft` first",
-            "schedule": "ours where the papers are silent: constant after the warm-up",
-        },
-    ),
-}
-
-
 def override(config: TrainConfig, **values) -> TrainConfig:
     """Return the config with those values replaced that are not None; another loss_type brings its own defaults."""
     values = {name: value for name, value in values.items() if value is not None}

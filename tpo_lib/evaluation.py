@@ -41,11 +41,11 @@ class SampleStats:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation and its scores; `judge` is None where no judge was given."""
+    """One continuation and its scores; None where there is no reward or judge."""
 
     prompt: str
     text: str
-    reward: float
+    reward: float | None
     judge: float | None
 
 
@@ -68,7 +68,7 @@ def evaluate(
     reference,
     tokenizer,
     prompts: Sequence[str],
-    reward,
+    reward=None,
     *,
     judge=None,
     pairs: Sequence[EncodedPair] | None = None,
@@ -79,6 +79,7 @@ def evaluate(
     samples_per_prompt: int = 1,
     batch_size: int = 128,
     sampled_together: int = 256,
+    precision: str = "no",
     seed: int = 0,
     pair_loss: Callable = stats.pair_loss,
     reference_cache: dict | None = None,
@@ -92,12 +93,14 @@ def evaluate(
 
     Args:
         policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
-        reward, judge: callables, texts -> one finite score each; see `rewards.py`. Both are tried before anything is sampled.
+        reward, judge: callables, texts -> one finite score each, see `rewards.py`, or None. They are tried before anything is
+            sampled.
         pairs: held-out pairs, tokenized.
         objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
         batch_size: sequences whose logits are alive at a time.
         sampled_together: sequences that are sampled at a time; a GPU takes a thousand of 135 M parameters as fast as ten. The
             samples depend on it.
+        precision: of sampling alone, as in `sampling.generate`; what is measured of the samples is read in float32.
         pair_loss, reference_cache: see `pair_stats`.
         cache_dir: folder that keeps the samples, as in `pairing.sample_cached`.
 
@@ -114,7 +117,7 @@ def evaluate(
     _check_ranking(pairs, objective, hyperparameters, guide)
     probe(reward, judge)
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
-    sampling |= {"seed": seed, "batch_size": sampled_together, "cache_dir": cache_dir}
+    sampling |= {"seed": seed, "batch_size": sampled_together, "precision": precision, "cache_dir": cache_dir}
     with _eval_mode(policy, reference, guide):
         drawn = sample_cached(policy, tokenizer, prompts, **sampling)
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import Field, fields
 
-from tpo_lib.config import PRESETS, TrainConfig, kind_of, known_hyperparameters, override, run_settings
+from tpo_lib.config import TrainConfig, kind_of, known_hyperparameters, override, run_settings
 from tpo_lib.fast import FastPath
 from tpo_lib.files.own_code import title
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.parser import flag, number
+from tpo_lib.runs.presets import PRESETS
 
 TYPES = {"int": int, "float": float}
 SEED = number(int, least=0, most=run_settings()["seed"].metadata["most"])
@@ -74,11 +75,10 @@ def fast_settings() -> dict[str, Field]:
 
 
 def _default(name: str) -> str:
-    """The presets' values of a field; nothing where they set none."""
+    """The pocket preset's value of a field; `presets` tells those of the others."""
     if name in fast_settings():
         return f"(default: {fast_settings()[name].default})"
-    values = {preset: getattr(PRESETS[preset].train, name) for preset in PRESETS}
-    if len(set(values.values())) > 1:
-        return f"(default: {', '.join(f'{preset} {value}' for preset, value in values.items())})"
-    value = next(iter(values.values()))
-    return "" if value is None else f"(default: {value})"
+    value = getattr(PRESETS["pocket"].train, name)
+    others = {getattr(preset.train, name) for preset in PRESETS.values()} - {value}
+    known = [*([] if value is None else [f"default: {value}"]), *(["other presets: others"] if others else [])]
+    return f"({'; '.join(known)})" if known else ""

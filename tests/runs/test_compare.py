@@ -12,9 +12,9 @@ import pytest
 
 from tpo_lib import losses
 from tpo_lib.cli import main
-from tpo_lib.config import PRESETS
 from tpo_lib.files import store
-from tpo_lib.runs import compare, stage
+from tpo_lib.runs import compare, presets, stage
+from tpo_lib.runs.presets import PRESETS
 
 OBJECTIVES = {name for name, entry in losses.OBJECTIVES.items() if entry.paired}
 
@@ -23,7 +23,7 @@ OBJECTIVES = {name for name, entry in losses.OBJECTIVES.items() if entry.paired}
 def finished(tmp_path_factory):
     """A finished small comparison, interrupted once on the way."""
     folder = tmp_path_factory.mktemp("runs") / "quick"
-    config = compare.pocket_comparison(quick=True)
+    config = presets.comparison(quick=True)
     small = {
         "train_prompts": 64,
         "held_out_prompts": 32,
@@ -167,7 +167,7 @@ def test_latest_is_a_link_or_left_as_it_is(tmp_path, capsys, kind):
 
 
 def test_nothing_is_tuned_in_favour_of_one():
-    full = compare.pocket_comparison()
+    full = presets.comparison()
     for field in ("lr", "optimizer", "schedule", "warmup_steps", "batch_size", "epochs", "seed", "clip", "max_length"):
         assert len({getattr(run, field) for run in full.objectives}) == 1, field
     assert {run.beta for run in full.objectives if run.loss_type != "simpo"} == {PRESETS["pocket"].train.beta}

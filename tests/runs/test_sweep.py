@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tpo_course.widgets.run_browser import run_browser
-from tpo_lib.config import PRESETS
 from tpo_lib.files.store import CheckpointError, read_json, write_json
 from tpo_lib.runs import lab, sweep
+from tpo_lib.runs.presets import PRESETS
 
 WHOLE = tuple(sweep.grid())  # the fixture below replaces it
 GRID = (("dpo", 0.1, 0.0), ("tdpo2", 0.1, 0.3), ("tdpo2", 0.5, 1.0), ("tdpo2", 0.5, 0.3), ("tdpo2", 0.1, 1.0))

@@ -13,16 +13,17 @@ from pathlib import Path
 import accelerate
 
 from tpo_lib import pairing
-from tpo_lib.config import PRESETS, TrainConfig
+from tpo_lib.config import TrainConfig
 from tpo_lib.data import encode_pairs
 from tpo_lib.fast.evaluation import evaluate as evaluate_policy
-from tpo_lib.files import store
+from tpo_lib.files import smollm2, store
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.runs import compare, named, own, report, runs
+from tpo_lib.runs import compare, named, own, presets, report, runs
 from tpo_lib.runs.plots import score_gaps
+from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import fit, read_run, shared_prompts
 from tpo_lib.runs.sweep import RUNS
@@ -32,12 +33,31 @@ NO_JUDGE = "none"
 
 
 def run(options) -> None:
-    config = compare.pocket_comparison(quick=options.quick, seed=options.seed)
-    folder = compare.run_folder(options.runs, options.name or ("quick" if options.quick else "pocket"))
+    given = {
+        name: getattr(options, name) for name in ("prompts", "reward", "judge", "device") if getattr(options, name)
+    }
+    config = presets.comparison(options.preset, quick=options.quick, seed=options.seed, imdb=options.imdb, **given)
+    if options.objectives:
+        config = replace(
+            config, objectives=tuple(run for run in config.objectives if run.loss_type in options.objectives)
+        )
+    config = presets.changed(config, options.set or ())
+    usual = options.preset if options.preset != "pocket" or not options.quick else "quick"
+    usual += "-quick" if options.quick and options.preset != "pocket" else ""
+    folder = compare.run_folder(options.runs, options.name or usual)
     summary = compare.run(config, folder, fresh=options.fresh)
     print(report.summary_table(summary))
     minutes = summary["wall_time_s"] / 60
     print(f"\n{minutes:.1f} minutes; report: {folder / 'report.html'} (also {folder / 'report.md'})")
+
+
+def list_presets(options) -> None:
+    print(presets.table())
+
+
+def get(options) -> None:
+    folder = smollm2.get(options.source)
+    print(f"{folder}: run --preset {smollm2.NAME}")
 
 
 def sweep(options) -> None:
@@ -55,7 +75,7 @@ def train(options) -> None:
     launched = "LOCAL_RANK" in os.environ  # of several processes one samples, the others wait and read its cache
     process = accelerate.PartialState(cpu=device.type == "cpu") if launched else None
     with process.main_process_first() if process else nullcontext():
-        source = options.pairs or PRESETS[options.preset].pairs or str(_sampled_pairs(options))
+        source = options.pairs or PRESETS[options.preset].stage.pairs or str(_sampled_pairs(options))
         pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
     eval_pairs = None
     if options.eval_pairs:
@@ -114,7 +134,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     name, folder = named.model_name(options), Path(options.cache_dir or "runs/pairs")
     device, seed = choose_device(options.device), options.seed or 0
     scorer = named.reward_name(options, name)
-    reward = named.scorer(scorer, device)  # first: what cannot score shall not cost a model
+    reward = own.scorer(scorer, device)  # first: what cannot score shall not cost a model
     model, tokenizer = load_model(name, device=device), load_tokenizer(name)
     prompts = training_prompts(options.prompts, options.num_prompts, model, tokenizer, seed=seed, imdb=options.imdb)
     _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
@@ -135,7 +155,7 @@ def evaluate(options) -> None:
     name, source = named.reference(options, record)
     scorers = named.reward_name(options, name), named.judge_name(options, name)
     # the scorers first: what cannot score shall not cost a model
-    reward, judge = (scorer and named.scorer(scorer, device) for scorer in scorers)
+    reward, judge = (scorer and own.scorer(scorer, device) for scorer in scorers)
     tokenizer, reference = load_tokenizer(name), load_model(name, device=device)
     named.check_reference(options, record, reference, tokenizer)
     seen = recorded_prompts(record, tokenizer)

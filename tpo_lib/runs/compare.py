@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,15 @@ from tpo_lib.files import store
 from tpo_lib.files.load import load_model
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy
-from tpo_lib.runs import plots, report, runs
-from tpo_lib.runs.stage import StageConfig, build_stage, pocket_stage_config
+from tpo_lib.runs import costs, plots, report, runs
+from tpo_lib.runs.stage import StageConfig, build_stage
 from tpo_lib.train import planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or another --name"
 LATEST = "latest"  # the link to the last comparison
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
-    r"(identity|wall_time|summary|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
+    r"(identity|wall_time|summary|costs|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
     r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
 )
 EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's estimate alone
@@ -44,23 +45,6 @@ class CompareConfig:
     stage: StageConfig
     objectives: tuple[TrainConfig, ...]  # in order; a tgdpo run is guided by the dpo run before it
     evaluations: int  # how often each run is evaluated, evenly spaced, the end included
-
-
-def pocket_objectives(common: TrainConfig) -> tuple[TrainConfig, ...]:
-    """Every objective that learns from pairs, on the pocket model: one learning rate, one schedule, `pocket` of the records."""
-    entries = {name: entry.hyperparameters for name, entry in OBJECTIVES.items() if entry.paired}
-    pocket = {name: {key: h.pocket for key, h in known.items()} for name, known in entries.items()}
-    return tuple(replace(common, loss_type=name, **known) for name, known in pocket.items())
-
-
-def pocket_comparison(*, quick: bool = False, seed: int = 0) -> CompareConfig:
-    """The comparison of `make run` (at most ten minutes on two cores), or a small one of about a minute."""
-    stage = pocket_stage_config(quick=quick, seed=seed)
-    common = TrainConfig(
-        lr=3e-4, batch_size=32, warmup_steps=5, max_length=stage.max_length, epochs=1, seed=seed, log_every=2, keep=1,
-        device=stage.device,
-    )  # fmt: skip
-    return CompareConfig(stage=stage, objectives=pocket_objectives(common), evaluations=1 if quick else 5)
 
 
 def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True) -> dict:
@@ -98,28 +82,45 @@ class _Comparison:
     def __init__(self, config: CompareConfig, folder: Path, progress: bool):
         self.config, self.folder = config, folder
         self.training: dict[str, list[dict]] = {}  # objective -> its metrics rows
+        self.costs, self.evaluation_s = folder / "costs.json", 0.0
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (store.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
         identity = partial(store.settle, folder / "identity.json", fix=OTHER)
         identity({"config": asdict(config)})  # before the work, and once more with what was loaded
-        self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
-        identity({"model": fingerprint(self.stage.start), "reward": self.stage.reward.fingerprint})
-        store.write_file(folder / "gaps.png", partial(plots.score_gaps(self.stage.report).savefig, dpi=110))
-        self.updates = planned_steps(config.objectives[0], len(self.stage.pairs), config.objectives[0].batch_size)
+        with self.costing("start, prompts and pairs"):
+            self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
+        reward = self.stage.reward and getattr(self.stage.reward, "fingerprint", None)
+        identity({"model": fingerprint(self.stage.start), "reward": reward})
+        if self.stage.report:
+            store.write_file(folder / "gaps.png", partial(plots.score_gaps(self.stage.report).savefig, dpi=110))
+        first = config.objectives[0]
+        self.updates = planned_steps(first, len(self.stage.pairs), first.batch_size * first.accumulation)
         self.every = max(1, self.updates // config.evaluations)
         each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))
         total = round(EVALUATION_COST + each * len(config.objectives))
         self.bar = tqdm(total=total, desc="comparison", disable=not progress, unit="update")
         self.start_evaluation = self.evaluated(folder / "start", 0, self.stage.start, None)
 
+    @contextmanager
+    def costing(self, name: str) -> Iterator[dict]:
+        """Add what the block costs, and what it puts into the dict, to what `name` has cost before."""
+        with costs.measured() as cost:
+            yield cost
+        known = store.read_json(self.costs, FIX)["costs"] if self.costs.exists() else {}
+        store.write_json(self.costs, {"costs": known | {name: costs.total(known.get(name), cost)}})
+
     def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
         """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
         path = _evaluation(folder, step)
         if path.exists():
             return store.read_json(path, FIX)
+        clock = time.monotonic()
         result = self.stage.evaluate(policy, train, guide=guide)
+        self.evaluation_s += time.monotonic() - clock
         said = result.record()
-        row = {"step": step, "pairs_seen": step * train.batch_size if train else 0} | said["metrics"]
+        row = {"step": step, "pairs_seen": step * train.batch_size * train.accumulation if train else 0} | said[
+            "metrics"
+        ]
         row["samples"] = said["samples"]
         row["by_prompt"] = {name: list(map(float, values)) for name, values in result.by_prompt.items()}
         store.write_json(path, row)
@@ -144,7 +145,12 @@ class _Comparison:
 
         settings = replace(train, output_dir=str(folder), eval_every=self.every, save_every=self.every)
         more = {"guide": guide, "tokenizer": stage.tokenizer, "callbacks": [callback]}
-        run = runs.train(settings, *stage.fresh(), **more)
+        with self.costing(train.loss_type) as cost:
+            evaluated = self.evaluation_s
+            run = runs.train(settings, *stage.fresh(train), **more)
+            each = sum(pair.size for pair in stage.pairs) / len(stage.pairs)
+            cost["tokens"] = each * run.updates * train.batch_size * train.accumulation
+            cost["seconds"] = self.evaluation_s - evaluated  # not of training
         self.training[train.loss_type] = run.rows
         for step in [*range(self.every, run.updates, self.every), run.updates]:
             if not (path := _evaluation(folder, step)).exists():
@@ -157,7 +163,7 @@ class _Comparison:
         if not (fitting and folder.name in self.training):
             folder = self.folder / "guide"
             settings = replace(train, output_dir=str(folder))
-            runs.train_guide(settings, *stage.fresh(), tokenizer=stage.tokenizer)
+            runs.train_guide(settings, *stage.fresh(settings), tokenizer=stage.tokenizer)
         return frozen_copy(load_model(folder / "final", device=stage.start.device))
 
     def collect(self) -> tuple[dict, dict, dict]:
@@ -176,12 +182,15 @@ class _Comparison:
         config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
         config = config.pop("stage") | config | {"pairs": len(self.stage.pairs)}
         config |= {"held_out_pairs": len(self.stage.held_out_pairs), "held_out_prompts_seen": self.stage.seen_prompts}
+        if self.stage.sft:
+            config |= {f"sft {name}": value for name, value in self.stage.sft.items()}
         summary = {
             "objectives": {name: _metrics(curve[-1]) for name, curve in curves.items()},
             "start": _metrics(start),
             "config": config,
             "seed": self.config.stage.seed,
             "versions": runs.versions(),
+            "costs": store.read_json(self.costs, FIX)["costs"],
             "wall_time_s": store.read_json(self.folder / "wall_time.json", FIX)["seconds"],
         }
         return summary, curves, samples

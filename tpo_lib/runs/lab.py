@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from tpo_lib.config import PRESETS, TrainConfig, known_hyperparameters, override
+from tpo_lib.config import TrainConfig, known_hyperparameters, override
 from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs import runs
+from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.runs import Trained
 from tpo_lib.runs.stage import Stage
 

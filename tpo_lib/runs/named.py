@@ -7,16 +7,15 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tpo_lib.config import PRESETS, TrainConfig
+from tpo_lib.config import TrainConfig
 from tpo_lib.files import adapters, folders
-from tpo_lib.files.load import POCKET, load_config, load_model, load_tokenizer
+from tpo_lib.files.load import load_config, load_model, load_tokenizer
 from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
 from tpo_lib.parser import flag
-from tpo_lib.rewards import Reward, load_reward
-from tpo_lib.runs import own
+from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.run import RunRecord, origin, read_run
 
 
@@ -34,15 +33,15 @@ def check_names(options) -> None:
 
 def model_name(options) -> str:
     """--model, or the preset's."""
-    return options.model or PRESETS[options.preset].model or str(POCKET)
+    return options.model or PRESETS[options.preset].model
 
 
 def reward_name(options, model: str) -> str:
     """The reward to score with: the preset's own scores what comes of the preset's model, and nothing else unasked."""
     preset = PRESETS[options.preset]
-    usual, made_for = preset.reward or str(POCKET), preset.model or str(POCKET)
-    if not options.reward and not _same(_start(model), made_for):
-        unfit = f"{usual} was made for {made_for} and may say nothing about {model}"
+    usual, made_for = preset.stage.reward, preset.model
+    if not options.reward and (usual is None or not _same(_start(model), made_for)):
+        unfit = f"{usual} was made for {made_for} and may say nothing about {model}" if usual else "the preset has none"
         raise ValueError(f"--reward is missing: {unfit}; name one (any text classifier), or that one if it is meant")
     return options.reward or usual
 
@@ -50,14 +49,7 @@ def reward_name(options, model: str) -> str:
 def judge_name(options, model: str) -> str | None:
     """--judge, or the preset's where the model is the preset's too."""
     preset = PRESETS[options.preset]
-    if options.judge or not _same(_start(model), preset.model or str(POCKET)):
-        return options.judge
-    return preset.judge if preset.model else str(POCKET / "judge")
-
-
-def scorer(name: str, device) -> Reward:
-    """A reward by folder or hub name, or one of your own by FILE.py:NAME."""
-    return own.load_reward(name) if is_own(name) else load_reward(name, device=device)
+    return options.judge or (preset.stage.judge if _same(_start(model), preset.model) else None)
 
 
 def _start(model: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from tpo_lib import losses
-from tpo_lib.files.own_code import guarded, load, title
+from tpo_lib import losses, rewards
+from tpo_lib.files.own_code import guarded, is_own, load, title
 from tpo_lib.files.store import content_key
 from tpo_lib.losses import Hyperparameter, Objective
 from tpo_lib.rewards import Reward, probe
@@ -54,6 +54,11 @@ def load_reward(spec: str) -> Reward:
     reward.fingerprint = getattr(found, "fingerprint", content_key({"file": digest, "name": title(spec)}))
     probe(reward)
     return reward
+
+
+def scorer(name: str, device) -> Reward:
+    """A reward by folder or hub name, or one of your own by FILE.py:NAME."""
+    return load_reward(name) if is_own(name) else rewards.load_reward(name, device=device)
 
 
 def check_unchanged(objective: str, recorded: dict | None) -> None:

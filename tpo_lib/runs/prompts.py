@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpo_lib.files.imdb import load_imdb
+from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.tokens import response_texts
 from tpo_lib.models import check_sequences
 from tpo_lib.runs.run import RunRecord, shared_prompts
 from tpo_lib.sampling import Sampler, sample_ids, seeded
 
+SOURCES = ("model", "pocket", "imdb")  # any other is a file
 ROUNDS = 20  # of drawing held-out prompts anew where training has seen them
 
 
@@ -42,12 +44,13 @@ def training_prompts(
     """Prompts to make training pairs from; OSError or ValueError where the source cannot be read, or has fewer.
 
     Args:
-        source: "model" (sampled from it), "imdb" (beginnings of the training reviews), or a file, see `read_prompts`.
+        source: "model" (sampled from it), "pocket" (openings by the bundled model, in whole words), "imdb" (beginnings of the
+            training reviews), or a file, see `read_prompts`.
         count: how many; None takes 512, of a file all.
         imdb: as in `files.imdb.load_imdb`.
     """
     draw, words = _source(source, model, tokenizer, imdb, "train")
-    texts = draw(count or (512 if source in ("model", "imdb") else None), seed)
+    texts = draw(count or (512 if source in SOURCES else None), seed)
     return Prompts(texts, f"{len(texts)} {words}")
 
 
@@ -72,7 +75,7 @@ def held_out_prompts(
         seen: the training prompts; None where they are not known.
     """
     draw, words = _source(source, model, tokenizer, imdb, "test")
-    if source not in ("model", "imdb"):
+    if source not in SOURCES:
         texts = draw(count, seed)
         shared = None if seen is None else len(shared_prompts(seen, texts))
         return Prompts(texts, f"{len(texts)} {words}, {overlap(shared)}", shared)
@@ -136,6 +139,8 @@ def _source(name: str, model, tokenizer, imdb: str | None, split: str):
     texts, words = None, f"sampled from {_start(tokenizer)}"
     if name == "imdb":
         texts, words = load_imdb(imdb)[split]["text"], f"beginnings of IMDb's {split} reviews"
+    elif name == "pocket":
+        words = "openings that the bundled model writes"
     elif name != "model":
         texts, words = read_prompts(name)
 
@@ -144,11 +149,31 @@ def _source(name: str, model, tokenizer, imdb: str | None, split: str):
             return sample_prompts(model, tokenizer, count, seed=seed)
         if name == "imdb":
             return imdb_prompts(texts, tokenizer, count, seed=seed)
+        if name == "pocket":
+            return pocket_openings(count, seed=seed, device=model.device)
         if count and count > len(texts):
             raise ValueError(f"--num-prompts {count}: {name} has {len(texts)} distinct prompts")
         return texts[:count]
 
     return draw, words
+
+
+def pocket_openings(count: int, *, seed: int, device="cpu") -> list[str]:
+    """Distinct beginnings of reviews by the bundled model, of two whole words or more, for models that read other tokens.
+
+    Cut in the midst of a word, they would send a model that was not made for reviews into lists and code.
+    """
+    model, tokenizer = load_model(POCKET, device=device), load_tokenizer(POCKET)
+    found: dict[str, None] = {}
+    for number in range(ROUNDS):
+        drawn = sample_prompts(model, tokenizer, count, min_tokens=4, max_tokens=10, seed=seed + number)
+        whole = (
+            text.strip().rsplit(maxsplit=1)[0] for text in drawn if len(text.split()) > 2
+        )  # the last word may go on
+        found |= dict.fromkeys(whole)
+        if len(found) >= count:
+            break
+    return _shuffled(dict.fromkeys(itertools.islice(found, count)), count, random.Random(seed))
 
 
 def _start(tokenizer) -> str:

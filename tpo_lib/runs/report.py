@@ -99,6 +99,7 @@ def write_report(
 def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
     """What the templates name, pictures excepted."""
     objectives = [_label(name) for name in summary["objectives"]]
+    known = set.intersection(*(set(point) for points in curves.values() for point in points))
     units = {metric["n"] for row in summary["objectives"].values() for metric in row.values()}
     minutes, rest = divmod(round(summary["wall_time_s"]), 60)
     return {
@@ -108,12 +109,13 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
         "duration": f"{minutes} min {rest} s" if minutes else f"{rest} s",
         "units": " or ".join(map(str, sorted(units))),
         "results": _results(summary),
-        "equal": [(title, *found) for x, y, title in EQUAL if (found := _equal(curves, x, y))],
+        "equal": [(title, *found) for x, y, title in EQUAL if {x, y} <= known and (found := _equal(curves, x, y))],
         "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in ("reward", "judge")},
         "samples": {_label(name): [row | _scores(row) for row in rows[:SHOWN]] for name, rows in samples.items()},
         "shown": SHOWN,
         "count": max(map(len, samples.values()), default=0),
         "settings": _settings(summary),
+        "costs": _costs(summary.get("costs", {})),
     }
 
 
@@ -184,12 +186,13 @@ def _settings(summary: Mapping) -> list[Table]:
 def _figures(curves: Mapping, training: Mapping | None) -> dict[str, Figure]:
     """The pictures there is data for."""
     known = set.intersection(*(set(point) for points in curves.values() for point in points))
-    figures = {"frontier": plots.frontier(curves)}
+    figures = {"frontier": plots.frontier(curves, "reward" if "reward" in known else "accuracy")}
     if "judge" in known:
         figures["frontier_judge"] = plots.frontier(curves, "judge")
     if "seqkl_margin" in known:
         figures["seqkl"] = plots.seqkl(curves)
-    figures["diversity"] = plots.diversity(curves)
+    if "reward" in known:
+        figures["diversity"] = plots.diversity(curves)
     if training:
         figures["training"] = plots.training(training)
     return figures
@@ -200,6 +203,16 @@ def _results(summary: Mapping) -> Table:
     metrics = [metric for metric in COLUMNS if any(metric in row for row in rows.values())]
     body = [[_label(name), *(_cell(row.get(metric), metric) for metric in metrics)] for name, row in rows.items()]
     return ["", *(COLUMNS[metric][0] for metric in metrics)], body
+
+
+def _costs(costs: Mapping) -> Table | None:
+    """Seconds, tokens a second and peak memory of every part of a comparison."""
+    rows = []
+    for name, cost in costs.items():
+        speed = f"{cost['tokens'] / cost['seconds']:,.0f}" if cost.get("tokens") else "-"
+        peak = f"{cost['peak_gb']:.1f}" if "peak_gb" in cost else "-"
+        rows.append([_label(name), f"{cost['seconds']:,.0f}", speed, peak])
+    return (["", "seconds", "tokens/s", "peak memory, GB"], rows) if rows else None
 
 
 def _equal(curves: Mapping, x: str, y: str) -> Table | None:
@@ -232,10 +245,12 @@ def _label(name: str) -> str:
 
 
 def _scores(row: Mapping) -> dict[str, str]:
-    judges = {when: row.get(f"{when}_judge") for when in ("before", "after")}
+    kinds = ("reward", "judge")
     return {
-        f"{when}_scores": f"reward {row[f'{when}_reward']:.2f}" + ("" if judge is None else f", judge {judge:.2f}")
-        for when, judge in judges.items()
+        f"{when}_scores": ", ".join(
+            f"{kind} {row[key]:.2f}" for kind in kinds if row.get(key := f"{when}_{kind}") is not None
+        )
+        for when in ("before", "after")
     }
 
 

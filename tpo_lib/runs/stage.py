@@ -8,8 +8,10 @@ stage.evaluate(policy, config).metrics["reward"]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +21,16 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.fast.evaluation import evaluate
-from tpo_lib.files import store
+from tpo_lib.files import adapters, chat, store
+from tpo_lib.files.imdb import load_imdb
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
-from tpo_lib.models import choose_device, frozen_copy
+from tpo_lib.files.pairs import load_pairs
+from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
-from tpo_lib.rewards import load_reward
-from tpo_lib.runs.prompts import sample_prompts
+from tpo_lib.runs import own
+from tpo_lib.runs.prompts import SOURCES, held_out_prompts, read_prompts, sample_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
+from tpo_lib.runs.sft import SftConfig, fine_tune
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class StageConfig:
     """What a stage is built from."""
 
     model: str  # folders or hub names
-    reward: str
+    reward: str | None  # without one, runs are compared on held-out pairs and KL alone
     judge: str | None
     train_prompts: int  # for the pairs
     held_out_prompts: int  # for everything that is reported
@@ -44,6 +49,14 @@ class StageConfig:
     max_pairs: int
     max_held_out_pairs: int
     max_length: int = 128  # prompt and response together, tokens
+    prompts: str = "model"  # it writes them itself; "pocket": the bundled model does; "imdb"; or a file
+    imdb: str | None = None  # folder of the reviews; None: the hub's
+    pairs: str | None = None  # file, folder or hub name: these are taken, and none sampled
+    eval_pairs: str | None = None  # held-out ones; None: `eval_split` of `pairs`, or where that is None a tenth of them
+    eval_split: str | None = None
+    sft: SftConfig | None = None  # the start is fine-tuned on reviews first
+    precision: str = "no"  # of sampling, as in models.choose_precision
+    sampled_together: int = 256  # sequences at a time; what is sampled depends on it
     seed: int = 0  # of prompts, samples and bootstrap
     device: str | None = None  # as in models.choose_device
 
@@ -61,17 +74,21 @@ class Stage:
     pairs: list[EncodedPair]
     held_out_pairs: list[EncodedPair]
     held_out_prompts: list[str]
-    report: PairReport  # how the training pairs came about
+    report: PairReport | None  # how the training pairs came about; None of pairs that were there
+    sft: dict | None  # what `sft.fine_tune` said
     seen_prompts: int  # held-out prompts that begin or continue a training prompt (none is equal to one)
     reference_cache: dict = field(default_factory=dict, repr=False)  # filled by the first evaluation
 
-    def policy(self) -> torch.nn.Module:
-        """A copy of the start that can be trained."""
-        return frozen_copy(self.start).requires_grad_(True)
+    def policy(self, config: TrainConfig | None = None) -> torch.nn.Module:
+        """A copy of the start that can be trained, or of which adapters can, where `config` has a rank."""
+        model = frozen_copy(self.start)
+        if config and config.lora_rank:
+            return adapters.add_lora(model, config.lora_rank, seed=config.seed)
+        return model.requires_grad_(True)
 
-    def fresh(self) -> tuple:
+    def fresh(self, config: TrainConfig | None = None) -> tuple:
         """A new policy, its reference and the pairs: what `runs.train` begins with."""
-        return self.policy(), self.start, self.pairs
+        return self.policy(config), self.start, self.pairs
 
     def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
         """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs."""
@@ -87,6 +104,8 @@ class Stage:
             hyperparameters=config and config.hyperparameters(),
             guide=guide,
             max_new_tokens=self.config.max_new_tokens,
+            sampled_together=self.config.sampled_together,
+            precision=choose_precision(self.start.device, self.config.precision),
             seed=self.config.seed + 4,
             reference_cache=self.reference_cache,
         )
@@ -98,45 +117,120 @@ def build_stage(
     cache_dir: Path | None,
     start: torch.nn.Module | None = None,
     prompts: list[str] | None = None,
-    sampled_together: int = 256,
 ) -> Stage:
-    """Load the models, sample prompts and build the pairs (read from `cache_dir` if they were built before).
+    """Load the models, fine-tune the start where that is asked for, and sample the pairs or load them.
 
     Args:
+        cache_dir: sampled pairs and the fine-tuned start are kept there, and read the next time.
         start: the model, where it is not the one that config.model names; its tokenizer is.
-        prompts: train_prompts + held_out_prompts of them; None samples them from the start.
-        sampled_together: completions at a time; they depend on it.
+        prompts: train_prompts + held_out_prompts of them; None takes them from config.prompts.
     """
     device = choose_device(config.device)
-    start = frozen_copy(start or load_model(config.model, device=device))
-    tokenizer = load_tokenizer(config.model)
-    reward = load_reward(config.reward, device=device)
-    judge = load_reward(config.judge, device=device) if config.judge else None
-    count = config.train_prompts + config.held_out_prompts
-    prompts = prompts or sample_prompts(start, tokenizer, count, seed=config.seed + 1)
-
-    def make(prompts: list[str], samples: int, seed: int, most: int) -> tuple[Dataset, list[EncodedPair], PairReport]:
-        settings = {"max_new_tokens": config.max_new_tokens, "min_gap": config.min_gap, "cache_dir": cache_dir}
-        settings |= {"prompts": prompts, "samples_per_prompt": samples, "seed": seed, "batch_size": sampled_together}
-        table, report = build_pairs(start, tokenizer, reward, **settings)
-        table = table.shuffle(seed=seed).select(range(min(most, len(table))))
-        encoded, _ = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")
-        return table, encoded, report
-
-    train, held_out = prompts[: config.train_prompts], prompts[config.train_prompts :]
-    table, pairs, report = make(train, config.samples_per_prompt, config.seed + 2, config.max_pairs)
-    _, held_out_pairs, _ = make(held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs)
+    start, tokenizer = start or load_model(config.model, device=device), load_tokenizer(config.model)
+    said = None
+    if config.sft:
+        folder = cache_dir and cache_dir / "sft"
+        reviews = load_imdb(config.imdb)
+        said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder)
+    start = frozen_copy(start)
+    reward, judge = (name and own.scorer(name, device) for name in (config.reward, config.judge))
+    if config.pairs:
+        table, held_out_table = given_pairs(config)
+        held_out = prompts_of(held_out_table, tokenizer)[: config.held_out_prompts]
+        train, report = prompts_of(table, tokenizer), None
+    else:
+        train, held_out = stage_prompts(config, start, tokenizer, prompts)
+        sample = partial(sampled_pairs, config, start, tokenizer, reward, cache_dir)
+        table, report = sample(train, config.samples_per_prompt, config.seed + 2, config.max_pairs)
+        held_out_table, _ = sample(held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs)
+    encode = partial(encode_pairs, tokenizer=tokenizer, max_length=config.max_length, on_bad_rows="skip")
+    pairs, held_out_pairs = (encode(each)[0] for each in (table, held_out_table))
     seen = len(shared_prompts(train, held_out))
-    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, seen)
+    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, said, seen)
+
+
+def stage_prompts(config: StageConfig, start, tokenizer, given: list[str] | None) -> tuple[list[str], list[str]]:
+    """Prompts for the pairs, and held-out ones."""
+    count = config.train_prompts + config.held_out_prompts
+    if given is None and config.prompts == "model":
+        given = sample_prompts(start, tokenizer, count, seed=config.seed + 1)
+    elif given is None and config.prompts not in SOURCES:
+        given, _ = read_prompts(config.prompts)
+        if len(given) < count:
+            raise ValueError(
+                f"{config.prompts} has {len(given)} distinct prompts, {count} are needed; --set stage.train_prompts=N"
+            )
+    if given:  # one list, cut in two
+        return given[: config.train_prompts], given[config.train_prompts : count]
+    source = {"imdb": config.imdb, "seed": config.seed + 1}
+    train = training_prompts(config.prompts, config.train_prompts, start, tokenizer, **source).texts
+    held_out = held_out_prompts(config.prompts, config.held_out_prompts, start, tokenizer, seen=train, **source).texts
+    return train, held_out
+
+
+def sampled_pairs(
+    config: StageConfig,
+    start,
+    tokenizer,
+    reward,
+    cache_dir: Path | None,
+    prompts: list[str],
+    samples: int,
+    seed: int,
+    most: int,
+) -> tuple[Dataset, PairReport]:
+    """The pairs of several completions of every prompt, in random order, and how they came about."""
+    precision = choose_precision(start.device, config.precision)
+    settings = {"max_new_tokens": config.max_new_tokens, "min_gap": config.min_gap, "cache_dir": cache_dir}
+    settings |= {
+        "samples_per_prompt": samples,
+        "seed": seed,
+        "batch_size": config.sampled_together,
+        "precision": precision,
+    }
+    table, report = build_pairs(start, tokenizer, reward, prompts=prompts, **settings)
+    return table.shuffle(seed=seed).select(range(min(most, len(table)))), report
+
+
+def given_pairs(config: StageConfig) -> tuple[Dataset, Dataset]:
+    """Pairs that were there, in random order: for training, and held out.
+
+    Raises:
+        BadRowsError, FileNotFoundError, ConnectionError, ValueError: as `load_pairs`, or there are too few to hold any out.
+    """
+
+    def load(name: str, split: str | None, most: int) -> Dataset:
+        table, bad = load_pairs(name, split=split, on_bad_rows="skip")
+        for row in bad:
+            print(f"skipped {row}", file=sys.stderr)
+        return table.shuffle(seed=config.seed + 2).select(range(min(most, len(table))))
+
+    if config.eval_pairs or config.eval_split:
+        held_out = load(config.eval_pairs or config.pairs, config.eval_split, config.max_held_out_pairs)
+        return load(config.pairs, None, config.max_pairs), held_out
+    table = load(config.pairs, None, config.max_pairs + config.max_held_out_pairs)
+    held_out = min(config.max_held_out_pairs, len(table) // 10)
+    if not held_out:
+        raise ValueError(f"{config.pairs} has {len(table)} pairs, too few to hold a tenth out; name --eval-pairs")
+    return table.select(range(held_out, len(table))), table.select(range(held_out))
+
+
+def prompts_of(table: Dataset, tokenizer) -> list[str]:
+    """The distinct prompts of pairs as text; messages as the chat template has them before a reply."""
+    as_text = all(isinstance(prompt, str) for prompt in table["prompt"])
+    texts = table["prompt"] if as_text else chat.render(table, tokenizer)[0]["prompt"]
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+QUICK = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
 
 
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
-    small = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
-    whole = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
+    sizes = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
     models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge")}
     sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
-    return StageConfig(**models, **sampled, seed=seed, **(small if quick else whole))
+    return StageConfig(**models, **sampled, seed=seed, **(QUICK if quick else sizes))
 
 
 def pocket_stage(**changes) -> Stage:

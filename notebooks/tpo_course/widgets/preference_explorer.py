@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tpo_course.widgets import parts
 from tpo_course.widgets.parts import bundle, button, frame, image, interval, look, on, one_line, room, row
-from tpo_lib.config import PRESETS
+from tpo_lib.runs.presets import PRESETS
 
 if TYPE_CHECKING:
     from tpo_lib.runs.stage import Stage

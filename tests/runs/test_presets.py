@@ -1,0 +1,74 @@
+"""Presets: what each comes to, where its values come from, and that single fields of a comparison can be changed."""
+
+from dataclasses import replace
+
+import pytest
+
+from tpo_lib import losses
+from tpo_lib.runs import presets
+from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.stage import pocket_stage_config
+
+IMDB_PAPERS = ("gpt2-imdb", "gpt2-large-imdb", "imdb-ready-pairs", "pythia-2.8b-hh")
+
+
+def test_every_preset_says_what_it_is_what_it_needs_and_where_it_comes_from():
+    said = presets.table()
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.words}" in said
+        assert preset.needs in said
+        assert preset.source
+        for quick in (False, True):
+            config = presets.comparison(name, quick=quick)
+            assert [run.loss_type for run in config.objectives] == [n for n, o in losses.OBJECTIVES.items() if o.paired]
+            per_update = config.objectives[0].batch_size * config.objectives[0].accumulation
+            assert config.stage.max_pairs >= 2 * per_update, name
+
+
+def test_the_pocket_comparison_is_the_stage_of_the_notebooks():
+    assert presets.comparison(quick=True).stage == pocket_stage_config(quick=True)
+    assert presets.comparison(seed=3).stage == pocket_stage_config(seed=3)
+    tdpo2 = next(run for run in presets.comparison().objectives if run.loss_type == "tdpo2")
+    assert tdpo2.hyperparameters() == {"beta": 0.1, "alpha": 0.2}
+
+
+@pytest.mark.parametrize("name", IMDB_PAPERS)
+def test_the_papers_settings_are_theirs(name):
+    runs = {run.loss_type: run for run in presets.comparison(name).objectives}
+    assert runs["tdpo2"].hyperparameters() == {"beta": 0.1, "alpha": 0.5}
+    for run in runs.values():
+        assert (run.optimizer, run.lr, run.warmup_steps, run.clip) == ("rmsprop", 5e-6, 150, 10.0)
+        assert run.batch_size * run.accumulation == 64
+
+
+def test_reviews_bring_fine_tuning_and_prompts():
+    alone, with_reviews = presets.comparison("smollm2-135m"), presets.comparison("smollm2-135m", imdb="reviews")
+    assert (alone.stage.prompts, alone.stage.sft) == ("pocket", None)
+    assert (with_reviews.stage.prompts, with_reviews.stage.imdb) == ("imdb", "reviews")
+    assert with_reviews.stage.sft.epochs <= 2
+
+
+def test_single_fields_are_changed():
+    config = presets.comparison("smollm2-135m", imdb="reviews")
+    settings = ["train.lr=1e-5", "stage.min_gap=0.3", "sft.reviews=100", "stage.judge=null", "train.beta=0.5"]
+    found = presets.changed(config, settings)
+    assert {run.lr for run in found.objectives} == {1e-5}
+    assert {run.beta for run in found.objectives} == {0.5}
+    assert (found.stage.min_gap, found.stage.sft.reviews, found.stage.judge) == (0.3, 100, None)
+    assert presets.changed(found, ["stage.judge=some/name"]).stage == replace(found.stage, judge="some/name")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lr=1", "PART.NAME=VALUE"),
+        ("stage.lr=1", "stage has model, reward"),
+        ("train.leanring_rate=1", "no setting"),
+        ("train.lr=fast", "lr='fast' must be a number"),
+        ("train.lr", "PART.NAME=VALUE"),
+        ("sft.reviews=5", "there is no fine-tuning"),
+    ],
+)
+def test_a_field_that_is_not_there_is_named(setting, words):
+    with pytest.raises(ValueError, match=words):
+        presets.changed(presets.comparison(), [setting])
