@@ -22,14 +22,14 @@ from benchmarks import contestants, measure
 from benchmarks.cases import Case, Shape
 from benchmarks.gpu_numerics import row
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, collate
-from tpo_lib.fast.tiles import response_logps
+from tpo_lib.data import collate
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.runs import runs
 from tpo_lib.runs.presets import objectives as objectives_of
 from tpo_lib.runs.prompts import imdb_prompts, sample_prompts
+from tpo_lib.runs.sft import SftConfig, fine_tune
 from tpo_lib.runs.stage import Stage, StageConfig, build_stage
 
 
@@ -133,39 +133,13 @@ def read_reviews(folder: str) -> dict[str, list[str]]:
     return {name: texts(Path(folder) / f"{name}.parquet") for name in ("train", "test")}
 
 
-# ---- supervised fine-tuning
-
-
-def review_rows(texts: list[str], tokenizer, most: int) -> list[EncodedPair]:
-    """A review's first token as the prompt, the rest as the response; EOS where it was not cut."""
-    encoded = tokenizer([t[: 12 * most] for t in texts], add_special_tokens=False)["input_ids"]
-    whole = [[*ids, tokenizer.eos_token_id][:most] for ids in encoded]
-    return [EncodedPair(i, ids[:1], ids[1:]) for i, ids in enumerate(ids for ids in whole if len(ids) > 2)]
-
-
 def sft(model, tokenizer, texts: dict[str, list[str]], size: Size, seed: int, device: str) -> dict:
     """One epoch on reviews, in place; perplexity of held-out reviews before and after."""
-    rows = review_rows(texts["train"][: size.reviews], tokenizer, size.review_tokens)
-    held_out = review_rows(texts["test"][-min(500, size.reviews) :], tokenizer, size.review_tokens)
-    before, clock = perplexity(model, held_out), time.perf_counter()
-    config = TrainConfig(loss_type="sft", lr=size.sft_lr, batch_size=size.batch if len(rows) >= size.batch else 4,
-                         warmup_steps=10, max_length=size.review_tokens, log_every=10, seed=seed, device=device)  # fmt: skip
-    made = runs.train(config, model, None, rows)
+    clock, batch = time.perf_counter(), min(size.batch, size.reviews // 4)
+    config = SftConfig(reviews=size.reviews, tokens=size.review_tokens, lr=size.sft_lr, batch_size=batch)
+    said = fine_tune(model, tokenizer, config, {k: {"text": v} for k, v in texts.items()}, seed=seed, folder=None)
     measure.synchronise(device)
-    seconds = time.perf_counter() - clock
-    model.requires_grad_(False).zero_grad(set_to_none=True)
-    return {"kind": "sft", "reviews": len(rows), "tokens": sum(r.length for r in rows), "updates": made.updates,
-            "seconds": seconds, "perplexity_before": before, "perplexity_after": perplexity(model, held_out)}  # fmt: skip
-
-
-@torch.no_grad()
-def perplexity(model, rows: list[EncodedPair]) -> float:
-    """exp of the mean negative log-probability of a token."""
-    reader, found = ResponseReader(model), []
-    for start in range(0, len(rows), 64):
-        batch = collate(rows[start : start + 64], 0).to(model.device)
-        found.append(response_logps(reader(batch), batch.labels).double())  # (R,)
-    return torch.cat(found).mean().neg().exp().item()
+    return {"kind": "sft", "seconds": time.perf_counter() - clock} | said
 
 
 # ---- prompts, pairs, runs
@@ -182,9 +156,9 @@ def make_stage(size: Size, folder: str, start, texts: dict[str, list[str]] | Non
         model=folder, reward=str(POCKET), judge=str(POCKET / "judge"), train_prompts=size.prompts,
         held_out_prompts=size.held_out, samples_per_prompt=4, held_out_samples=4, max_new_tokens=size.new_tokens,
         min_gap=size.min_gap, max_pairs=size.pairs, max_held_out_pairs=size.held_out_pairs, max_length=LENGTH,
-        seed=10 * seed, device=device,
+        seed=10 * seed, device=device, sampled_together=size.sampled_together,
     )  # fmt: skip
-    return build_stage(config, cache_dir=None, start=start, prompts=prompts, sampled_together=size.sampled_together)
+    return build_stage(config, cache_dir=None, start=start, prompts=prompts)
 
 
 def evaluation(stage: Stage, policy, step: int, config: TrainConfig | None, guide=None) -> dict:

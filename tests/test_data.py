@@ -127,7 +127,7 @@ def test_long_responses_are_cut_at_the_end_and_counted(tokenizer, swap):
             GOOD | {"prompt": "x" * 20},
             21,
             "prompt",
-            "takes 21 tokens, which leaves no room",
+            "takes 21 tokens, which leaves a response no room",
             "raise max_length above 21",
         ),
         (GOOD | {"chosen": EOS}, 64, "chosen", "tokenizes to nothing", "write a response"),
@@ -323,7 +323,7 @@ def test_of_a_book_a_page_is_tokenized(monkeypatch):
     assert max(read) < 1000
     assert pair.chosen_ids == tokenizer(" is bad" * 20)["input_ids"][1 : 17 - len(pair.prompt_ids)]
     assert report.truncated == 2
-    with pytest.raises(BadRowsError, match=r"'prompt': takes \d+ tokens or more, which leaves no room"):
+    with pytest.raises(BadRowsError, match=r"'prompt': takes \d+ tokens or more, which leaves a response no room"):
         data.encode_pairs(table_of(row | {"prompt": "the plot" * 100_000}), tokenizer, max_length=16)
 
 

@@ -14,7 +14,7 @@ from tpo_lib import cli
 from tpo_lib.config import TrainConfig
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.rewards import scores_of
-from tpo_lib.runs import named, own
+from tpo_lib.runs import own
 from tpo_lib.runs.plots import style_of
 from tpo_lib.runs.run import fit, read_run
 
@@ -152,10 +152,10 @@ def test_what_fails_later_names_the_file_and_the_line(written):
 
 def test_a_reward_of_ones_own_scores(written, tmp_path):
     spec = written(REWARD) + ":score"
-    reward = named.scorer(spec, torch.device("cpu"))
+    reward = own.scorer(spec, torch.device("cpu"))
     assert (reward.name, reward.scope) == ("mine.py:score", "response")
     assert scores_of(reward, ["good good", "bad"]).tolist() == pytest.approx([0.2, 0.0])
-    assert reward.fingerprint != named.scorer(written(REWARD + "\n") + ":score", "cpu").fingerprint
+    assert reward.fingerprint != own.scorer(written(REWARD + "\n") + ":score", "cpu").fingerprint
     for text, message in (
         ("def score(texts): return 1.0", r"'mine\.py:score' returned shape \(\) for 2 texts"),
         ("def score(): return 1.0", r"mine\.py:score raised TypeError"),
@@ -163,9 +163,9 @@ def test_a_reward_of_ones_own_scores(written, tmp_path):
         ("score = 'good'", "is a str, not a function texts -> scores"),
     ):
         with pytest.raises(ValueError, match=message):
-            named.scorer(written(text) + ":score", "cpu")
+            own.scorer(written(text) + ":score", "cpu")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.py"):
-        named.scorer(str(tmp_path / "none.py:score"), "cpu")
+        own.scorer(str(tmp_path / "none.py:score"), "cpu")
 
 
 def test_both_from_the_command_line(written, small_stage, tmp_path, capsys):

@@ -14,7 +14,6 @@ from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.parser import flag
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.run import RunRecord, origin, read_run
 
@@ -28,7 +27,7 @@ def check_names(options) -> None:
     for kind in ("pairs", "eval_pairs"):
         name = getattr(options, kind, None)
         if name and folders.is_path(name) and not Path(name).exists():
-            raise folders.no_such_path(flag(kind), name)
+            raise folders.no_such_path("--" + kind.replace("_", "-"), name)
 
 
 def model_name(options) -> str:

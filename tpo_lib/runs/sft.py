@@ -5,7 +5,6 @@ A row is a review without a rejected side: its first token is the prompt, what f
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tpo_lib import stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast.tiles import response_logps
 from tpo_lib.models import ResponseReader
 from tpo_lib.runs import runs
 
@@ -62,14 +61,13 @@ def review_rows(texts: Sequence[str], tokenizer, most: int) -> list[EncodedPair]
 
 
 @torch.no_grad()
-def perplexity(model, rows: Sequence[EncodedPair], *, batch_size: int = 16) -> float:
+def perplexity(model, rows: Sequence[EncodedPair], *, batch_size: int = 64) -> float:
     """exp of the mean negative log-probability of a response token, over all rows' tokens."""
-    reader, total, count = ResponseReader(model), 0.0, 0
+    reader, found = ResponseReader(model), []
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], 0).to(model.device)
-        tokens = stats.from_readings(reader(batch), batch.labels, None)
-        total, count = total + tokens.logps.double().sum().item(), count + int(tokens.mask.sum())
-    return math.exp(-total / count)
+        found.append(response_logps(reader(batch), batch.labels).double())  # (R,)
+    return torch.cat(found).mean().neg().exp().item()
 
 
 def fine_tune(start, tokenizer, config: SftConfig, reviews: dict, *, seed: int, folder: Path | None) -> dict:
@@ -82,8 +80,9 @@ def fine_tune(start, tokenizer, config: SftConfig, reviews: dict, *, seed: int, 
     Returns:
         {"reviews", "tokens", "updates", "perplexity_before", "perplexity_after"}; perplexities of reviews of "test", cut alike.
     """
-    draw = random.Random(seed)
-    texts, held_out = (draw.sample(reviews[k]["text"], n) for k, n in (("train", config.reviews), ("test", HELD_OUT)))
+    draw, held_out = random.Random(seed), reviews["test"]["text"]
+    texts = draw.sample(reviews["train"]["text"], config.reviews)
+    held_out = draw.sample(held_out, min(HELD_OUT, len(held_out)))
     rows, held_out = (review_rows(part, tokenizer, config.tokens) for part in (texts, held_out))
     said = {
         "reviews": len(rows),

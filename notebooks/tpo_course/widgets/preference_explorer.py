@@ -13,7 +13,6 @@ from matplotlib.ticker import MaxNLocator
 
 from tpo_course.widgets import parts
 from tpo_course.widgets.parts import bundle, button, frame, image, interval, look, on, one_line, room, row
-from tpo_lib.runs.presets import PRESETS
 
 if TYPE_CHECKING:
     from tpo_lib.runs.stage import Stage
@@ -107,6 +106,7 @@ class PreferenceExplorer:
             self.train_button.disabled = False
 
     def _compare(self) -> None:
+        from tpo_lib import PRESETS
         from tpo_lib.runs.lab import Laboratory  # brings what trains and evaluates, which leafing through needs not
 
         large = self._gaps >= self.smallest.value
