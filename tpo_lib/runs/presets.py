@@ -58,7 +58,7 @@ class Preset:
 _SMALL = pocket_stage_config()
 _SMOL = replace(_SMALL, model=smollm2.HUB, prompts="pocket", min_gap=0.2, precision="auto")
 _SMOL_RUN = {"lr": 1e-4, "batch_size": 32, "warmup_steps": 5, "log_every": 2, "keep": 1, "max_length": 128}
-_REVIEWS = {"prompts": "imdb", "sft": SftConfig(reviews=2000, tokens=64, epochs=1, lr=1e-4, batch_size=32)}
+_REVIEWS = {"prompts": "imdb", "sft": SftConfig(reviews=2000, tokens=64, lr=1e-4, batch_size=32, precision="auto")}
 _PAPER = {"optimizer": "rmsprop", "lr": 5e-6, "schedule": "constant", "warmup_steps": 150}
 _GPT2 = StageConfig(
     model="openai-community/gpt2-large",
@@ -76,7 +76,7 @@ _GPT2 = StageConfig(
     sampled_together=512,
     samples_per_prompt=4,
     held_out_samples=4,
-    sft=SftConfig(reviews=25_000, tokens=512, epochs=1, lr=1e-5, batch_size=16),
+    sft=SftConfig(reviews=25_000, tokens=512, lr=1e-5, batch_size=16, precision="auto"),
 )
 
 
