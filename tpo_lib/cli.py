@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with leave_at_once():
-        _load_objective(arguments)
+        _load_objectives(arguments)
         parser = build_parser(*[word for word in arguments if word in COMMANDS][:1])
     call(parser, arguments)
 
@@ -125,11 +125,13 @@ def _told(show_traceback: bool) -> Iterator[None]:
         sys.exit(2)
 
 
-def _load_objective(arguments: Sequence[str]) -> None:
-    """Execute the file of --loss-type FILE.py:NAME before the flags are built: its hyperparameters have flags too."""
+def _load_objectives(arguments: Sequence[str]) -> None:
+    """Execute the files of --loss-type and --objectives before the flags are built: their hyperparameters have flags, too."""
     scan = Parser(add_help=False)
     scan.add_argument("--loss-type")
-    if is_own(spec := scan.parse_known_args(arguments)[0].loss_type):
+    scan.add_argument("--objectives", nargs="*", default=[])
+    found = scan.parse_known_args(arguments)[0]
+    for spec in filter(is_own, (found.loss_type, *found.objectives)):
         from tpo_lib.runs.own import load_objective
 
         with _told("--traceback" in arguments):
@@ -300,7 +302,12 @@ FLAGS = {  # those of one command stand behind its name
         "help": "by the start model, by the bundled one, real reviews' beginnings, or a file (default: the preset's)",
     },
     "run --imdb": {"help": "folder of IMDb's reviews (parquet): prompts begin them, and smollm2 is fine-tuned on them"},
-    "--objectives": {"nargs": "+", "metavar": "NAME", "help": "these alone (default: all that learn from pairs)"},
+    "--objectives": {
+        "nargs": "+",
+        "type": title,
+        "metavar": "NAME",
+        "help": "these alone, FILE.py:NAME of your own too (default: all that learn from pairs)",
+    },
     "--set": {
         "action": "append",
         "metavar": "PART.NAME=VALUE",

@@ -191,3 +191,16 @@ def test_both_from_the_command_line(written, small_stage, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--pairs", pairs, "--output-dir", run, "--loss-type", "nosuch.py:hinge"])
     assert "there is no file nosuch.py" in capsys.readouterr().err
+
+
+def test_it_takes_part_in_a_comparison(written, tmp_path, monkeypatch):
+    seen = []
+
+    def run(config, folder, fresh):
+        seen.append(config)
+        return {"wall_time_s": 1.0}
+
+    monkeypatch.setattr("tpo_lib.runs.compare.run", run)
+    monkeypatch.setattr("tpo_lib.runs.report.summary_table", lambda summary: "table")
+    cli.main(["run", "--quick", "--runs", str(tmp_path), "--objectives", "dpo", written(OBJECTIVE) + ":hinge"])
+    assert [config.loss_type for config in seen[0].objectives] == ["dpo", "mine.py:hinge"]

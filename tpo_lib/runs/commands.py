@@ -38,6 +38,9 @@ def run(options) -> None:
     }
     config = presets.comparison(options.preset, quick=options.quick, seed=options.seed, imdb=options.imdb, **given)
     if options.objectives:
+        known = [run.loss_type for run in config.objectives]
+        if unknown := sorted(set(options.objectives) - set(known)):
+            raise ValueError(f"--objectives {' '.join(unknown)}: choose from {', '.join(known)}")
         config = replace(
             config, objectives=tuple(run for run in config.objectives if run.loss_type in options.objectives)
         )
