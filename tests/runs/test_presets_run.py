@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pandas
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 from tpo_lib.runs import compare, presets
+from tpo_lib.runs.plan import plan
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.sft import SftConfig
 
@@ -106,3 +108,12 @@ def test_a_preset_runs_from_its_start_to_its_report(name, hub, tmp_path, capsys)
     assert all(cost["seconds"] > 0 for cost in costs.values())
     assert costs["dpo"]["tokens"] > 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_plan_names_every_part_and_writes_nothing(hub, tmp_path):
+    for name in ("gpt2-large-imdb", "pythia-2.8b-hh"):
+        said = plan(stand_in(name, hub), tmp_path / name)
+        parts = [line.split()[0] for line in said.splitlines()[:-2]]
+        assert parts == [*(["fine-tuning"] if name.startswith("gpt2") else []), "pairs", "dpo", "tdpo2", "tgdpo", "in"]
+        assert re.search(r"memory about \d+\.\d GB on cpu in no, disk about 0\.0 GB", said)
+        assert not (tmp_path / name).exists()

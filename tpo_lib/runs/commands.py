@@ -22,6 +22,7 @@ from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
 from tpo_lib.runs import compare, named, own, presets, report, runs
+from tpo_lib.runs.plan import plan
 from tpo_lib.runs.plots import score_gaps
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
@@ -48,6 +49,8 @@ def run(options) -> None:
     usual = options.preset if options.preset != "pocket" or not options.quick else "quick"
     usual += "-quick" if options.quick and options.preset != "pocket" else ""
     folder = compare.run_folder(options.runs, options.name or usual)
+    if options.dry_run:
+        return print(plan(config, folder))
     summary = compare.run(config, folder, fresh=options.fresh)
     print(report.summary_table(summary))
     minutes = summary["wall_time_s"] / 60
