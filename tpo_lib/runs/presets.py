@@ -123,7 +123,7 @@ def _ultrafeedback(model: str, pairs: str, needs: str) -> Preset:
 PRESETS = {
     "pocket": Preset(
         words="the bundled model of 3 M parameters on prompts it writes itself",
-        needs="two CPU cores, 3 minutes, 2 GB; measured",
+        needs="two CPU cores, 4 minutes, 1.4 GB; measured",
         source={"beta": "DPO's and TDPO's default", "everything else": f"{OURS}, chosen for the pocket model"},
         stage=_SMALL,
         train=TrainConfig(beta=0.1, lr=2e-4),
@@ -132,7 +132,7 @@ PRESETS = {
     ),
     "smollm2-135m": Preset(
         words="SmolLM2-135M-Instruct, a real small Llama, on openings by the pocket model or of IMDb's reviews",
-        needs="two CPU cores with bf16, about an hour, 6 GB",
+        needs="two CPU cores with bf16, 8 GB (measured), about an hour (estimated)",
         source={
             "beta": "DPO's and TDPO's default",
             "everything else": f"{OURS}: the pocket model's, at a lower learning rate",
