@@ -72,3 +72,21 @@ def test_single_fields_are_changed():
 def test_a_field_that_is_not_there_is_named(setting, words):
     with pytest.raises(ValueError, match=words):
         presets.changed(presets.comparison(), [setting])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("pythia-2.8b-hh", {"imdb": "reviews"}, "--imdb has no effect with pythia-2.8b-hh"),
+        ("pythia-2.8b-hh", {"prompts": "imdb"}, "--prompts has no effect"),
+        ("pocket", {"imdb": "reviews"}, "add --prompts imdb"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(name, given, words):
+    with pytest.raises(ValueError, match=words):
+        presets.comparison(name, **given)
+
+
+def test_the_pocket_model_takes_real_beginnings_where_they_are_asked_for():
+    stage = presets.comparison(imdb="reviews", prompts="imdb").stage
+    assert (stage.prompts, stage.imdb, stage.sft) == ("imdb", "reviews", None)

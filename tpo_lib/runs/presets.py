@@ -263,11 +263,20 @@ def comparison(
         quick: the small one, of `--quick`.
         imdb: folder of IMDb's reviews; a preset that can do without then takes its prompts from there.
         given: fields of StageConfig that differ.
+
+    Raises:
+        ValueError: reviews or prompts are named that nothing would read.
     """
     preset = PRESETS[name]
     reviews = preset.imdb | {"imdb": imdb} if imdb else {}
     changes = {"model": preset.model, "seed": seed} | reviews | (preset.quick if quick else {})
     stage = replace(preset.stage, **changes | given)
+    if stage.pairs and (imdb or "prompts" in given):
+        raise ValueError(
+            f"--{'imdb' if imdb else 'prompts'} has no effect with {name}, whose pairs are {stage.pairs}; leave it out"
+        )
+    if imdb and stage.prompts != "imdb" and not stage.sft:
+        raise ValueError(f"--imdb has no effect: the prompts of {name} come from {stage.prompts}; add --prompts imdb")
     common = replace(preset.train, **preset.run | (preset.quick_run if quick else {}))
     common = replace(common, max_length=stage.max_length, seed=seed, device=stage.device)
     return CompareConfig(stage, objectives(common, preset.objectives), 1 if quick else preset.evaluations)
