@@ -306,3 +306,20 @@ def test_a_typo_is_refused_before_anything_is_loaded(command, message, monkeypat
         cli.main([*command, *more])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_gated_model_says_where_its_licence_is_accepted(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+
+    class Gated(GatedRepoError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "403 Client Error")
+
+    def download(*_, **__):
+        raise Gated
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(
+        OSError, match=r"gated: accept its licence on https://huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct"
+    ):
+        load_model("meta-llama/Llama-3.2-1B-Instruct")

@@ -142,9 +142,15 @@ def base_of(source: Source) -> str:
 
 def _fetch(kind: str, name: str, patterns: list[str] = TEXT, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        reason = (
+            f"it is gated: accept its licence on https://huggingface.co/{name}, then log in here with `hf auth login`"
+        )
+        raise unusable(kind, name, reason) from error
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name, [path.name for path in Path().iterdir() if path.is_dir()], n=1)
         hint = f" (did you mean ./{near[0]}?)" if near else ""
