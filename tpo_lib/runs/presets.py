@@ -79,6 +79,8 @@ _GPT2 = StageConfig(
     sft=SftConfig(reviews=25_000, tokens=512, lr=1e-5, batch_size=16, precision="auto"),
 )
 
+_READY_QUICK = {"max_pairs": 512, "max_held_out_pairs": 64, "held_out_prompts": 16}
+
 
 def _ready(model: str, pairs: str, length: int, **more) -> StageConfig:
     """A stage on pairs that others made: all of them, no reward; what is reported are held-out pairs and KL."""
@@ -115,7 +117,7 @@ def _ultrafeedback(model: str, pairs: str, needs: str) -> Preset:
             beta=0.1, lr=7e-7, schedule="cosine", warmup_steps=46, batch_size=2, accumulation=64, max_length=2048
         ),
         objectives={"tdpo2": {"alpha": 0.5}, "tgdpo": {"alpha": 0.5}},
-        quick={"max_pairs": 512, "max_held_out_pairs": 64, "held_out_prompts": 16},
+        quick=_READY_QUICK,
         evaluations=1,
     )
 
@@ -208,7 +210,7 @@ PRESETS = {
         ),
         train=TrainConfig(beta=0.1, **_PAPER, batch_size=16, accumulation=4, max_length=256),
         objectives={"tdpo2": {"alpha": 0.5}},
-        quick={"max_pairs": 512, "max_held_out_pairs": 64, "held_out_prompts": 16},
+        quick=_READY_QUICK,
         quick_run={"warmup_steps": 2, "batch_size": 16, "accumulation": 1},
         evaluations=2,
     ),
@@ -220,7 +222,7 @@ PRESETS = {
         train=TrainConfig(
             beta=0.1, lr=2e-5, lora_rank=16, batch_size=4, accumulation=16, warmup_steps=20, max_length=1024
         ),
-        quick={"max_pairs": 512, "max_held_out_pairs": 64, "held_out_prompts": 16},
+        quick=_READY_QUICK,
         evaluations=1,
     ),
     "pythia-2.8b-hh": Preset(
@@ -233,7 +235,7 @@ PRESETS = {
         stage=_ready("EleutherAI/pythia-2.8b", "Anthropic/hh-rlhf", 512),
         train=TrainConfig(beta=0.1, **_PAPER, batch_size=8, accumulation=8, max_length=512),
         objectives={"tdpo2": {"alpha": 0.5}},
-        quick={"max_pairs": 512, "max_held_out_pairs": 64, "held_out_prompts": 16},
+        quick=_READY_QUICK,
         quick_run={"warmup_steps": 2, "batch_size": 8, "accumulation": 1},
         evaluations=1,
     ),
