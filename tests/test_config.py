@@ -21,7 +21,7 @@ from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
         ("optimizer", "sgd", "adamw, rmsprop"),
         ("schedule", "step", "cosine, linear, constant"),
         ("precision", "fp8", "bf16"),
-        ("report_to", "wandb", "tensorboard"),
+        ("report_to", "mlflow", "tensorboard, wandb, trackio"),
         ("beta", 0.0, r"beta=0\.0 must be greater than 0"),
         ("beta", float("nan"), "beta=nan must be greater than 0"),
         ("lr", -1.0, "lr"),

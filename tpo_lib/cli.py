@@ -175,6 +175,7 @@ def _judge_training(options) -> None:
     from tpo_lib.losses import OBJECTIVES
     from tpo_lib.models import choose_device, choose_precision
     from tpo_lib.runs.run import checkpoints_in
+    from tpo_lib.runs.trackers import check_tracker
 
     config = options.training = flags.read_config(options)
     options.fast = flags.read_fast(options)
@@ -183,6 +184,7 @@ def _judge_training(options) -> None:
     if options.guide and "guide_logps" not in OBJECTIVES[config.loss_type].needs:
         raise ValueError(f"--guide has no effect with {config.loss_type}, which reads no guide; leave it out")
     choose_precision(choose_device(config.device), config.precision)
+    check_tracker(config)
     check_room("--output-dir", config.output_dir, folder=True)
     check_mark(Path(config.output_dir), "run")
     checkpoints_in(Path(config.output_dir), resume=options.resume)

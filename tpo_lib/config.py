@@ -70,7 +70,7 @@ class TrainConfig:
     save_every: int = setting(100, "updates between two checkpoints", above=0)
     keep: int = setting(2, "checkpoints kept", above=0)
     output_dir: str | None = setting(None, "where checkpoints and metrics.jsonl go; None keeps everything in memory")
-    report_to: str | None = setting(None, "a tracker of the metrics", choices=("tensorboard",))
+    report_to: str | None = setting(None, "a tracker of the metrics", choices=("tensorboard", "wandb", "trackio"))
 
     def __init__(self, **given) -> None:
         settings = {name: f.default for name, f in run_settings().items()}

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.models import choose_device, choose_precision
+from tpo_lib.runs.trackers import check_tracker
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -26,7 +27,9 @@ def accelerated(config: TrainConfig) -> Iterator[Accelerator]:
     Raises:
         ValueError: it is set to another device, or to shard the weights (FSDP, DeepSpeed, Megatron, tensor or context
             parallelism), which checkpoints do not gather.
+        ModuleNotFoundError, ValueError: as `check_tracker`.
     """
+    check_tracker(config)
     device = choose_device(config.device)
     precision = choose_precision(device, config.precision)
     # it takes from the environment what it is not told

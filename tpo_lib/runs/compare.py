@@ -26,6 +26,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint, frozen_copy
 from tpo_lib.runs import costs, plots, report, runs
 from tpo_lib.runs.stage import StageConfig, build_stage
+from tpo_lib.runs.trackers import check_tracker
 from tpo_lib.train import planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
@@ -60,6 +61,7 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
         FileExistsError: there is something in the folder that no comparison wrote; nothing was removed.
         RuntimeError: it holds another comparison, or another process is at work in it.
     """
+    check_tracker(replace(config.objectives[0], output_dir=str(folder)))
     with store.exclusive(folder, "comparison"):
         if fresh:
             store.clear(folder, FILES)

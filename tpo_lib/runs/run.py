@@ -15,8 +15,9 @@ import bisect
 import json
 import signal
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
 from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
+from tpo_lib.runs.trackers import begin_tracker
 from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
@@ -71,7 +73,8 @@ def fit(
             error, Ctrl-C or SIGTERM ends it.
 
     Raises:
-        ValueError, NonFiniteLoss: as `train.fit`; accelerate is set to what checkpoints do not gather (`accelerated`).
+        ValueError, NonFiniteLoss: as `train.fit`; a tracker cannot begin, or accelerate is set to what checkpoints do not
+            gather (`accelerated`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
     fast, eval_pairs = fast or FastPath(), eval_pairs or ()
@@ -119,7 +122,8 @@ class RunRecord:
     config: TrainConfig
     # What it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference", "guide" and
     # "tokenizer" as {"name": folder or hub name or None, "sha256"}; "training pairs", "held-out pairs" and "training prompts"
-    # as {"count", "sha256"}; an "objective" of your own. Empty for a run that is older than this record.
+    # as {"count", "sha256"}; an "objective" of your own; a tracker's run by its id. Empty for a run that is older than
+    # this record.
     start: dict
 
     @property
@@ -211,6 +215,7 @@ class Run(Progress):
         self.start: dict = {}
         self._checkpoints: list[Path] = []
         self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
+        self._told: set[tuple] = set()  # rows that the tracker knows from before
         self._whole = True  # weights, optimizer and step belong together
         self._terminated = False
 
@@ -229,20 +234,37 @@ class Run(Progress):
     def begin(self, policy, optimizer, steps: int, per_update: int, *, shown: bool) -> None:
         """A clean start, or the newest sound checkpoint; RuntimeError, naming every difference, where that is another run's."""
         if self.folder is not None:
-            if self.config.report_to:
-                told = {k: v for k, v in self.config.to_dict().items() if isinstance(v, int | float | str)}
-                self.accelerator.init_trackers("tensorboard", config=told)
             self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
             self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
             if source := OBJECTIVES[self.config.loss_type].source:
                 self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
             if self._checkpoints:
                 self._continue(policy, optimizer)
-            if self.writes:
-                lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-                store.write_file(self.folder / "metrics.jsonl", lines)
-                store.write_atomically(self.folder / "start", self._write_start)
+        self._begin_tracker()
+        if self.writes:
+            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+            store.write_file(self.folder / "metrics.jsonl", lines)
+            store.write_atomically(self.folder / "start", self._write_start)
         super().begin(policy, optimizer, steps, per_update, shown=shown)
+
+    def _begin_tracker(self) -> None:
+        """Begin a tracker's run, or go on with the one that is recorded; it is told what it has not been told yet."""
+        if self.config.report_to is None:
+            return
+        record, metrics = f"{self.config.report_to} run", self.folder and self.folder / "metrics.jsonl"
+        if record in self.start and metrics.exists():  # rows past the checkpoint come again, as they were
+            for line in metrics.read_text().splitlines():
+                with suppress(ValueError):  # a kill may have cut the last one
+                    self._told.add(_moment(json.loads(line)))
+        self.start.setdefault(record, uuid.uuid4().hex[:8])
+        begin_tracker(self.accelerator, self.config, self.start[record])
+        for row in self.rows:
+            self._track(row)
+
+    def _track(self, row: dict) -> None:
+        if _moment(row) not in self._told:
+            told = {name: value for name, value in row.items() if name != "step" and value is not None}
+            self.accelerator.log(told, step=row["step"])
 
     def _continue(self, policy, optimizer) -> None:
         found = store.newest(self.folder / "checkpoints")
@@ -288,7 +310,7 @@ class Run(Progress):
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        self._track(row)
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -384,6 +406,11 @@ class Run(Progress):
     def _write_training(self, target: Path) -> None:
         content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
         (target / "training.json").write_text(json.dumps(content, indent=1))
+
+
+def _moment(row: dict) -> tuple[int, bool]:
+    """What tells a row from all others: its update, and whether it is of training or of held-out pairs."""
+    return row["step"], "lr" in row
 
 
 def _on_cpu(sums: Sums) -> dict[str, list]:
