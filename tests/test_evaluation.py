@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ import tpo_lib
 from tpo_lib import evaluation as ev
 from tpo_lib import fast, pairing, stats
 from tpo_lib.data import EncodedPair, collate
-from tpo_lib.intervals import Metric
+from tpo_lib.intervals import Metric, bootstrap
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.rewards import PROBE
 from tpo_lib.sampling import Completion
 from tpo_lib.stats import split, token_stats
+from tpo_lib.types import TokenStats
 
 EOS = "<|endoftext|>"
 PROMPTS = ["the film", "a", "one more time the cat", "so it goes"]
@@ -196,7 +198,8 @@ HYPERPARAMETERS = {
 def test_pair_metrics_are_the_objectives_own(llamas, objective):
     stats = direct(*llamas, encoded_pairs(9))
     output = OBJECTIVES[objective].fn(*split(stats), **HYPERPARAMETERS[objective])
-    metrics = ev.pair_metrics(stats, objective, HYPERPARAMETERS[objective] | {"unrelated": 1}, seed=0)
+    values = ev.pair_values(stats, objective, HYPERPARAMETERS[objective] | {"unrelated": 1})
+    metrics = {name: bootstrap(value, seed=0) for name, value in values.items()}
     margin = output.chosen_reward - output.rejected_reward
     assert metrics["reward_margin"].mean == pytest.approx(margin.mean().item(), rel=1e-5)
     assert metrics["accuracy"].mean == pytest.approx((margin > 0).double().mean().item())
@@ -210,7 +213,7 @@ def test_pair_metrics_are_the_objectives_own(llamas, objective):
 
 def test_objectives_rank_by_different_rewards(llamas):
     stats = direct(*llamas, encoded_pairs(9))
-    found = {name: ev.pair_metrics(stats, name, h, seed=0)["reward_margin"].mean for name, h in HYPERPARAMETERS.items()}
+    found = {name: ev.pair_values(stats, name, h)["reward_margin"].mean().item() for name, h in HYPERPARAMETERS.items()}
     assert len({round(value, 6) for value in found.values()}) == len(found)
 
 
@@ -218,15 +221,47 @@ def test_without_an_objective_the_log_ratio_ranks_and_ties_count_half(llamas):
     stats = direct(*llamas, encoded_pairs(9))
     chosen, rejected = split(stats)
     ratio = ((chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps - rejected.ref_logps).sum(-1)).mean().item()
-    assert ev.pair_metrics(stats, None, {"beta": 7.0}, seed=0)["reward_margin"].mean == pytest.approx(ratio, rel=1e-5)
+    assert ev.pair_values(stats, None, {"beta": 7.0})["reward_margin"].mean().item() == pytest.approx(ratio, rel=1e-5)
     start = direct(llamas[1], llamas[1], llamas[2], encoded_pairs(9))
-    assert ev.pair_metrics(start, None, None, seed=0)["accuracy"].mean == 0.5
+    values = ev.pair_values(start, None, None)
+    for name in ("accuracy", "accuracy_logratio", "accuracy_mean"):
+        assert values[name].mean() == 0.5
+
+
+def test_accuracy_by_log_ratio_reads_no_label():
+    # pair 0: sums 3 > 2, means 1 < 2; pair 1: sums -1 < 1, means -0.5 < 0.5; pair 2: a tie of sums, means 1 > 0.5
+    logps = [[1.0, 1.0, 1.0], [-0.5, -0.5, 0.0], [1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]
+    lengths = torch.tensor([3, 2, 1, 1, 2, 2])
+    mask = torch.arange(3) < lengths[:, None]
+    kl = torch.arange(18.0).view(6, 3) * mask  # TDPO1 reads it on both sides
+    table = TokenStats(torch.tensor(logps) - 4.0 * mask, -4.0 * mask, mask, kl=kl, guide_logps=-3.0 * mask)
+    swapped = table.map(lambda field: field.roll(3, 0))
+    for objective in OBJECTIVES:
+        values = ev.pair_values(table, objective, HYPERPARAMETERS[objective])
+        assert values["accuracy_logratio"].tolist() == [1.0, 0.0, 0.5]
+        assert values["accuracy_mean"].tolist() == [0.0, 0.0, 1.0]
+        other = ev.pair_values(swapped, objective, HYPERPARAMETERS[objective])
+        for name in ("accuracy_logratio", "accuracy_mean"):
+            assert other[name].tolist() == [1 - value for value in values[name].tolist()]
+    assert "accuracy_mean" not in ev.pair_values(replace(table, ref_logps=None), "simpo", HYPERPARAMETERS["simpo"])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_an_objective_that_reads_no_label_ranks_swapped_pairs_the_other_way(llamas, objective):
+    pairs = encoded_pairs(9)
+    swapped = [EncodedPair(p.row, p.prompt_ids, p.rejected_ids, p.chosen_ids) for p in pairs]
+    first, second = (
+        ev.pair_values(direct(*llamas, rows), objective, {"beta": 0.3, "gamma": 0.0}) for rows in (pairs, swapped)
+    )
+    for name in ("accuracy", "accuracy_logratio", "accuracy_mean"):
+        assert second[name].mean().item() == pytest.approx(1 - first[name].mean().item())
+    assert 0 < first["accuracy_logratio"].mean() < 1
 
 
 def test_a_missing_guide_is_named(llamas):
     stats = ev.pair_stats(llamas[0], llamas[1], encoded_pairs(), 0)
     with pytest.raises(ValueError, match="guide_logps"):
-        ev.pair_metrics(stats, "tgdpo", HYPERPARAMETERS["tgdpo"], seed=0)
+        ev.pair_values(stats, "tgdpo", HYPERPARAMETERS["tgdpo"])
 
 
 def test_the_cache_spares_the_frozen_models_and_knows_the_pairs(llamas):
@@ -275,6 +310,7 @@ def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
     assert first.samples == second.samples
     assert run(llamas, tokenizer, seed=8).samples != first.samples
     names = "reward judge kl entropy distinct_2 repetition length seqkl_chosen seqkl_rejected seqkl_margin accuracy reward_margin"
+    names += " accuracy_logratio accuracy_mean"
     assert list(first.metrics) == names.split()
     for metric in first.metrics.values():
         assert metric.low <= metric.mean <= metric.high
@@ -282,7 +318,8 @@ def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
     rewards = [sample.reward for sample in first.samples]
     assert first.metrics["reward"].mean == pytest.approx(sum(rewards) / 4)
     assert first.by_prompt["reward"].tolist() == pytest.approx(rewards)
-    assert first.metrics["kl"].mean == pytest.approx(first.by_prompt["kl"].mean().item())
+    for name in ("kl", "seqkl_margin", "accuracy", "accuracy_logratio"):
+        assert first.metrics[name].mean == pytest.approx(first.by_prompt[name].mean().item())
 
 
 def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):

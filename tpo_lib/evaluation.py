@@ -55,7 +55,9 @@ class Evaluation:
 
     metrics: dict[str, Metric]  # in the order of the docstring of `evaluate`
     samples: list[Sample]  # every continuation, in the order of the prompts
-    by_prompt: dict[str, Tensor]  # metric -> (P,) float64, one number a prompt, for `intervals.paired_differences`
+    by_prompt: dict[
+        str, Tensor
+    ]  # metric -> (P,) float64, one number a prompt or pair, for `intervals.paired_differences`
 
     def record(self, samples: int | None = None) -> dict:
         """{"metrics", "samples"} as JSON has them; None: all samples."""
@@ -89,7 +91,7 @@ def evaluate(
 
     Metrics: reward, judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
     repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
-    `pair_metrics`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
+    `pair_values`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
 
     Args:
         policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
@@ -132,7 +134,8 @@ def evaluate(
             few = max(1, batch_size // 2)  # a pair is two sequences
             how = {"guide": guide, "cache": reference_cache, "pair_loss": pair_loss, "batch_size": few}
             held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, **how)
-            metrics |= pair_metrics(held_out, objective, hyperparameters, seed=seed)
+            by_prompt |= (values := pair_values(held_out, objective, hyperparameters))
+            metrics |= {name: bootstrap(value, seed=seed) for name, value in values.items()}
     by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
     columns = [scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in scorers]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
@@ -326,10 +329,8 @@ def pair_stats(
     return halves[0].map(joined, *halves[1:])
 
 
-def pair_metrics(
-    tokens: TokenStats, objective: str | None, hyperparameters: Mapping | None, *, seed: int
-) -> dict[str, Metric]:
-    """How an objective's implicit reward ranks held-out pairs, and where the sequential KL goes.
+def pair_values(tokens: TokenStats, objective: str | None, hyperparameters: Mapping | None) -> dict[str, Tensor]:
+    """How held-out pairs are ranked, and where the sequential KL goes: (P,) each.
 
     Args:
         tokens: as from `pair_stats`, with kl.
@@ -337,18 +338,22 @@ def pair_metrics(
         hyperparameters: those the objective was trained with; others are ignored, missing ones are its defaults.
 
     Returns:
-        seqkl_{chosen,rejected,margin} in nats, accuracy (share of pairs whose chosen reward is the larger one), reward_margin
-        (chosen - rejected).
+        seqkl_{chosen,rejected,margin} in nats; accuracy (1 where the chosen reward, the objective's own, is larger, 1/2 of a tie)
+        and reward_margin. TGDPO's rewards know the label, by f, and TDPO's read the KL; accuracy_logratio, by the sum of
+        log pi_theta - log pi_ref over a response, and accuracy_mean, by its mean, are the same for every objective.
     """
     chosen, rejected = stats.split(tokens)
     entry = OBJECTIVES[objective or "dpo"]
-    given = {"beta": 1.0} if objective is None else dict(hyperparameters or {})
-    output = entry.fn(chosen, rejected, **entry.settings(given))
-    margin = (output.chosen_reward - output.rejected_reward).double()  # (P,)
-    values = {}
+    given = entry.settings({"beta": 1.0} if objective is None else hyperparameters or {})
+    output = entry.fn(chosen, rejected, **given)
+    margin, values = (output.chosen_reward - output.rejected_reward).double(), {}  # (P,)
     if tokens.kl is not None:
         kl_w, kl_l = chosen.kl.double().sum(-1), rejected.kl.double().sum(-1)  # (P, T-1) -> (P,)
         values = {"seqkl_chosen": kl_w, "seqkl_rejected": kl_l, "seqkl_margin": kl_l - kl_w}
-    # a tie, as all pairs are at the start, counts one half
-    values |= {"accuracy": (margin > 0).double() + 0.5 * (margin == 0).double(), "reward_margin": margin}
-    return {name: bootstrap(value, seed=seed) for name, value in values.items()}
+    half = margin.new_tensor(0.5)  # of a tie, as all pairs are at the start
+    values |= {"accuracy": torch.heaviside(margin, half), "reward_margin": margin}
+    if tokens.ref_logps is not None:
+        ratio, steps = (tokens.logps - tokens.ref_logps).double().sum(-1), tokens.mask.sum(-1)  # (2P,)
+        for name, score in (("logratio", ratio), ("mean", ratio / steps)):
+            values[f"accuracy_{name}"] = torch.heaviside(torch.sub(*score.chunk(2)), half)
+    return values

@@ -137,6 +137,10 @@ def test_points_of_several_seeds_become_one():
     half = scipy.stats.t.ppf(0.975, parts.sum() ** 2 / (parts**2 / 2).sum()) * parts.sum() ** 0.5
     assert (entropy["low"], entropy["high"]) == pytest.approx((2.2 - half, 2.2 + half))
     assert found["distinct_2"]["seed_sd"] == 0
+    del runs[1]["by_prompt"]["reward"], runs[1]["entropy"]  # as an older evaluation may lack some
+    older = seeds.merged(runs, seed=5)
+    assert older["reward"]["seeds"] == reward["seeds"]
+    assert not {"by_prompt", "by_seed", "entropy"} & older.keys()
     assert runs[0]["reward"] == point(8, [0.2, 0.4, 0.9], 2.0)["reward"]  # what was given is as it was
 
 

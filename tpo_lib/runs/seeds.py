@@ -102,7 +102,11 @@ def merged(points: Sequence[Mapping], *, seed: int) -> dict:
     steps = [point["step"] for point in points]
     if len(set(steps)) > 1:
         raise ValueError(f"points of several seeds stand at steps {steps}; one mean needs the same step of all")
-    tables = {name: [point["by_prompt"][name] for point in points] for name in first.get("by_prompt", {})}
+    common = set.intersection(
+        *(set(point.get("by_prompt", {})) for point in points)
+    )  # an old evaluation may have fewer
+    tables = {name: [p["by_prompt"][name] for p in points] for name in first.get("by_prompt", {}) if name in common}
+    first = {name: value for name, value in first.items() if name != "by_prompt" and all(name in p for p in points)}
     for name, value in first.items():
         if isinstance(value, Mapping) and "mean" in value:
             first[name] = _merged_metric(name, [point[name] for point in points], tables.get(name), seed)
