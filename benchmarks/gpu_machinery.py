@@ -126,7 +126,7 @@ def shared_prompts(family: str, precision: str, device: str) -> Iterator[dict]:
 
     def read(share: bool) -> tuple[Tensor, Tensor]:
         body.zero_grad(set_to_none=True)
-        reader = FastPath(share_prefix=share).reader(body)
+        reader = FastPath(share_prefix=share).reader(body, TrainConfig())
         with autocast(device, precision):
             logps = ladder.token_stats(reader(batch), batch.labels, None).logps
         logps.sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -418,6 +419,26 @@ def test_rows_left_out_change_with_the_epoch_and_are_not_the_longest():
         for e in range(60)
     }
     assert len(left_out) > 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 12, 32])
+def test_the_rows_of_a_prompt_stay_together(batch_size):
+    draw = torch.Generator().manual_seed(0)
+    prompts = [p for p in range(60) for _ in range(int(torch.randint(1, 7, (1,), generator=draw)))]
+    lengths = torch.randint(5, 100, (len(prompts),), generator=draw).tolist()
+    made = partial(data.bucketed_batches, lengths, batch_size, seed=1, prompts=prompts)
+    batches = made(epoch=0)
+    rows = [row for batch in batches for row in batch]
+    assert all(len(batch) == batch_size for batch in batches)
+    assert len(set(rows)) == len(rows) == len(lengths) // batch_size * batch_size
+    apart = [len({prompts[row] for row in batch}) for batch in batches]
+    # a batch begins within a prompt that another has begun, at most: the pieces are as few as cuts and prompts
+    assert sum(apart) <= len(set(prompts)) + len(batches)
+    for batch in batches:  # and within a batch, they are neighbours
+        seen = [prompts[row] for row in batch]
+        assert seen == sorted(seen, key=seen.index)
+    assert batches == made(epoch=0)
+    assert batches != made(epoch=1)
 
 
 def test_bucketing_saves_padding():

@@ -585,6 +585,40 @@ def test_on_log_sees_every_row_and_ends_the_run():
     assert fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3
 
 
+GROUPED = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, batch_size=8, epochs=2, group_prompts=True)
+
+
+@pytest.mark.parametrize("fast", [{}, {"fused": False}, {"share_prefix": True}, {"cache_dir": "caches"}])
+def test_completions_read_once_for_their_pairs_give_the_same_run(fast, tmp_path):
+    if "cache_dir" in fast:
+        fast = {"cache_dir": str(tmp_path)}
+    pairs = tiny.of_prompts(5)  # thirty: three updates of eight, some of which begin within a prompt
+    frozen = {"reference": tiny.llama(), "guide": tiny.llama(seed=2)}
+    plain = train.fit(replace(GROUPED, output_dir=None), tiny.llama(seed=1), pairs=pairs, progress=False, **frozen)
+    assert plain.steps == 6
+    read, model = [], tiny.llama(seed=1)
+    model.model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
+    again = fit(GROUPED, model, pairs=pairs, fast=FastPath(**fast), progress=False, **frozen)
+    for name, value in weights(plain.policy).items():
+        torch.testing.assert_close(weights(again.policy)[name], value, rtol=1e-3, atol=1e-4)
+    for row, other in zip(plain.metrics, again.metrics, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "guidance/floor_share"):
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+    assert sum(read) < 0.6 * 2 * 8 * 6
+
+
+def test_a_run_of_whole_prompts_resumes_bit_for_bit_and_only_as_one(tmp_path):
+    pairs, config = tiny.of_prompts(5), replace(GROUPED, loss_type="tdpo2", save_every=1)
+    whole = fit(config, tiny.llama(seed=1), tiny.llama(), pairs, progress=False)
+    kept = replace(config, output_dir=str(tmp_path))
+    fit(kept, tiny.llama(seed=1), tiny.llama(), pairs, progress=False, on_log=lambda row: row["step"] == 2)
+    with pytest.raises(RuntimeError, match="group_prompts was True, is False"):
+        fit(replace(kept, group_prompts=False), tiny.llama(seed=1), tiny.llama(), pairs, progress=False, resume=True)
+    again = fit(kept, tiny.llama(seed=1), tiny.llama(), pairs, progress=False, resume=True)
+    assert same(weights(again.policy), weights(whole.policy))
+    assert again.metrics == whole.metrics
+
+
 @pytest.mark.parametrize(
     ("fast", "changes"), [({"share_prefix": True}, {}), ({"fused": False}, {}), ({}, {"max_tokens": 50})]
 )

@@ -259,3 +259,15 @@ def pairs(count: int, seed: int = 0, longest: int = 12, vocab: int = VOCAB) -> l
     return [
         EncodedPair(row=row, prompt_ids=[0, *ids(1)], chosen_ids=ids(2), rejected_ids=ids(2)) for row in range(count)
     ]
+
+
+def of_prompts(prompts: int, completions: int = 4, **settings) -> list[EncodedPair]:
+    """All pairs among the completions of each of some prompts, as sampling gives them: of four, six."""
+    made = []
+    for first in pairs(prompts, **settings):
+        several = [each.chosen_ids for each in pairs(completions, seed=len(made) + 1, **settings)]
+        for i, chosen in enumerate(several):
+            made += [
+                EncodedPair(len(made) + k, first.prompt_ids, chosen, other) for k, other in enumerate(several[i + 1 :])
+            ]
+    return made

@@ -37,8 +37,9 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW's; RMSprop takes none")
     clip: float = setting(10.0, "largest gradient norm", above=0)
     batch_size: int = setting(32, "pairs in one forward pass and process", above=0)
-    accumulation: int = setting(
-        1, "forward passes an update; incomplete windows at the end of an epoch are left out", above=0
+    accumulation: int = setting(1, "forward passes an update; what fills none at an epoch's end is left out", above=0)
+    group_prompts: bool = setting(
+        False, "keep a prompt's pairs in one update, where each of its responses is read once"
     )
     max_tokens: int | None = setting(
         None,
@@ -47,12 +48,8 @@ class TrainConfig:
         above=3,  # the shortest pair is two rows of two tokens
     )
     epochs: int = setting(1, "passes over the pairs", above=0)
-    max_steps: int | None = setting(
-        None, "updates after which the run ends, if that is earlier; None sets no bound", above=0
-    )
-    max_length: int = setting(
-        128, "tokens of prompt and response together; longer responses are cut and counted", above=1
-    )
+    max_steps: int | None = setting(None, "updates after which the run ends, if it has more; None: no bound", above=0)
+    max_length: int = setting(128, "tokens of prompt and response; longer responses are cut and counted", above=1)
     precision: str | None = setting(
         None,
         "no (float32), bf16 or fp16 autocast; None chooses by the device, auto measures on a CPU, too",
@@ -60,11 +57,8 @@ class TrainConfig:
     )
     device: str | None = setting(None, "cpu, cuda or mps; None chooses")
     lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
-    seed: int = setting(
-        0,
-        "orders the data; with the same seed, machine and thread count a run repeats bit for bit",
-        most=2**32 - 1,  # numpy's bound
-    )
+    # numpy's bound
+    seed: int = setting(0, "orders the data; with the same one, machine and threads a run repeats", most=2**32 - 1)
     log_every: int = setting(5, "updates between two rows of metrics", above=0)
     eval_every: int = setting(0, "updates between two evaluations on held-out pairs; 0 makes none on the way")
     save_every: int = setting(100, "updates between two checkpoints", above=0)
@@ -95,9 +89,7 @@ class TrainConfig:
                 )
             known[name].check(name, value)
         if self.optimizer == "rmsprop" and self.weight_decay:
-            raise ValueError(
-                f"weight_decay={self.weight_decay} has no effect with rmsprop; set it to 0 or choose adamw"
-            )
+            raise ValueError(f"weight_decay={self.weight_decay} has no effect with rmsprop; set it to 0, or use adamw")
 
     def hyperparameters(self) -> dict:
         """The keyword arguments of this run's objective: what was given, else its defaults."""

@@ -186,8 +186,12 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
     return PairBatch(input_ids, attention_mask, labels, torch.tensor([pair.row for pair in pairs]))
 
 
-def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+def bucketed_batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, prompts: Sequence | None = None
+) -> list[list[int]]:
     """Cut n rows into full batches of similar length, in an order that depends on seed and epoch alone.
+
+    With `prompts`, a name for every row, the rows of a prompt follow each other: but at the end of a batch, they share it.
 
     Raises:
         ValueError: there are fewer rows than batch_size, or batch_size is not positive.
@@ -201,8 +205,13 @@ def bucketed_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoc
     if len(lengths) < batch_size:
         raise ValueError(f"{len(lengths)} pairs do not fill one batch of {batch_size}; lower batch_size or add pairs")
     generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths)).tolist()
+    if prompts is not None:
+        longest = {prompt: length for length, prompt in sorted(zip(lengths, prompts, strict=True), key=lambda x: x[0])}
+        first = {prompts[row]: place for place, row in reversed([*enumerate(order)])}
+        order, lengths = sorted(order, key=lambda row: first[prompts[row]]), [longest[prompt] for prompt in prompts]
     # n mod batch_size rows are left out before the sorting, which would always leave out the longest
-    order = generator.permutation(len(lengths))[: len(lengths) // batch_size * batch_size].tolist()
+    order = order[: len(lengths) // batch_size * batch_size]
     batches, chunk = [], 50 * batch_size  # sorted within 50 batches: alike lengths, and still another order every epoch
     for start in range(0, len(order), chunk):
         rows = sorted(order[start : start + chunk], key=lambda row: lengths[row])

@@ -189,10 +189,7 @@ class ResponseReader(nn.Module):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT adapters live inside it
-        self._parts = (
-            inner.base_model,
-            inner.get_output_embeddings(),
-        )  # a tuple: no weight is registered a second time
+        self._parts = inner.base_model, inner.get_output_embeddings()  # a tuple: no weight is registered twice
         config = inner.config
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._softcap = getattr(config, "final_logit_softcapping", None)

@@ -366,10 +366,10 @@ def updates(
     config: TrainConfig, pairs: Sequence[EncodedPair], per_update: int, first: int, steps: int
 ) -> Iterator[list[int]]:
     """Yield the rows of updates first, ..., steps - 1: a pure function of seed and step, so a resumed run repeats it."""
-    lengths = [pair.length for pair in pairs]
-    step = 0
+    lengths, step = [pair.length for pair in pairs], 0
+    prompts = [tuple(pair.prompt_ids) for pair in pairs] if config.group_prompts else None
     for epoch in range(config.epochs):
-        for window in bucketed_batches(lengths, per_update, seed=config.seed, epoch=epoch):
+        for window in bucketed_batches(lengths, per_update, seed=config.seed, epoch=epoch, prompts=prompts):
             if first <= step < steps:
                 yield window
             step += 1
@@ -403,9 +403,7 @@ def check(
                 "trains without"
             )
         if 0 < len(bare) < len(rows):
-            raise ValueError(
-                f"row {bare[0]} of {table} has no rejected side and others have one; train on the two kinds apart"
-            )
+            raise ValueError(f"row {bare[0]} of {table} has no rejected side, others have; train the two kinds apart")
 
 
 def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:

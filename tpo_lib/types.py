@@ -57,6 +57,7 @@ class Reading:
 
     states: Tensor  # (R, d) hidden states after the last norm; (R, V) logits where head is None
     head: Head | None  # what turns them into logits
+    rows: Tensor | None = None  # (R,) int64, the row of `states` that each position has, where several have the same
 
     @property
     def vocab(self) -> int:
@@ -65,7 +66,8 @@ class Reading:
 
     def logits(self) -> Tensor:
         """(R, V) logits, all of them at once."""
-        return self.states if self.head is None else self.head.logits(self.states)
+        states = self.states if self.rows is None else self.states[self.rows]
+        return states if self.head is None else self.head.logits(states)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
 from tpo_lib.fast import fused
-from tpo_lib.fast.tiles import Asked, Gradients, Tiles
+from tpo_lib.fast.tiles import Asked, Gradients, Tiles, spread
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.types import IGNORE, LossOutput, PairBatch, Reading, TokenStats
 
@@ -153,6 +153,7 @@ def token_stats(
     """
     if policy.head is None:
         return stats.from_readings(policy, labels, ref, guide=guide, with_kl=with_kl)
+    policy = spread(policy)
     tiles, numbers = fused.prepare(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile_bytes)
     logps, kl = _Statistics.apply(policy.states, policy.head.weight, policy.head.bias, tiles, numbers)
     return numbers.token_stats(logps=logps, kl=kl if with_kl else None)

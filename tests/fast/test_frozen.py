@@ -292,11 +292,29 @@ def test_of_several_processes_one_builds_and_the_others_wait(tmp_path, monkeypat
     assert len(found) == 3
 
 
+def test_a_sequence_of_several_pairs_is_read_and_kept_once(tmp_path, capsys):
+    six = tiny.of_prompts(2)
+    four = {(*pair.prompt_ids, None, *side) for pair in six for side in (pair.chosen_ids, pair.rejected_ids)}
+    cache = cached(tmp_path, pairs=six, kind="states", progress=True)
+    assert len(six) == 12
+    assert len(four) == 8
+    assert "8/8" in capsys.readouterr().err
+    assert len(cache.values) == sum(len(each) - each.index(None) - 1 for each in four)
+    for rows in ([5], [11, 0, 3], range(12)):
+        batch = collate([six[i] for i in rows], 0)
+        expected = live(tiny.llama(), batch).states
+        torch.testing.assert_close(cache.read(batch).states, expected, rtol=1e-6, atol=1e-6)
+    bare = [replace(pair, rejected_ids=[]) for pair in six]
+    batch = collate(bare, 0)
+    found = cached(tmp_path, pairs=bare, kind="states").read(batch)
+    torch.testing.assert_close(found.states, live(tiny.llama(), batch).states, rtol=1e-6, atol=1e-6)
+
+
 def test_the_bar_is_optional(tmp_path, capsys):
     cached(tmp_path, progress=True)
-    assert "9/9" in capsys.readouterr().err
+    assert "18/18" in capsys.readouterr().err
     cached(tmp_path, kind="states", progress=False)
-    assert "9/9" not in capsys.readouterr().err
+    assert "18/18" not in capsys.readouterr().err
 
 
 # ---- training

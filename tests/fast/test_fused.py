@@ -459,6 +459,44 @@ REFUSED = [
 ]
 
 
+def make_repeated_case(seed: int, bias: bool) -> tuple[Case, Case]:
+    """Seven pairs among four sequences: read once each, and as fourteen, with the same leaves for gradients."""
+    few, draw = make_case(pairs=2, bias=bias, seed=seed), torch.Generator().manual_seed(seed)
+    twins = torch.randint(0, 4, (14,), generator=draw)
+    twins[7:] = torch.where(twins[7:] == twins[:7], (twins[7:] + 1) % 4, twins[7:])
+    mask = few.labels[:, 1:] != IGNORE
+    number = torch.zeros_like(mask, dtype=torch.long)
+    number[mask] = torch.arange(int(mask.sum()))
+    rows = number[twins][mask[twins]]  # (R,)
+    once = {name: replace(getattr(few, name), rows=rows) for name in ("policy", "ref", "guide")}
+    each = {name: Reading(reading.states[rows], reading.head) for name, reading in once.items()}
+    return Case(few.labels[twins], **once), Case(few.labels[twins], **each)
+
+
+@pytest.mark.parametrize("tile", [1, 900, 1 << 20])  # a pair each, some pairs, all
+@pytest.mark.parametrize("name", [*losses.OBJECTIVES, "merged"])
+def test_sequences_of_several_pairs_are_scored_once_and_count_for_all(name, tile):
+    for seed in range(4):
+        once, each = make_repeated_case(seed, bias=seed % 2 == 0)
+        inputs = once.inputs()
+        each.inputs = lambda inputs=inputs: inputs
+        path, name_ = (by_merged_pairs, "tdpo1") if name == "merged" else (by_pairs, name)
+        expected = everything(each, *(path(each, name_, 1 << 20) if name == "merged" else textbook(each, name_)))
+        assert_same(everything(once, *path(once, name_, tile)), expected, 1e-11)
+        once.ref, once.guide = each.ref, each.guide  # a cache gives every position its own
+        assert_same(everything(once, *path(once, name_, tile)), expected, 1e-11)
+        if name != "merged":
+            assert_same(everything(once, *by_all_logits(once, name_, tile)), expected, 1e-11)
+
+
+def test_a_tile_has_a_row_for_every_different_position(monkeypatch):
+    once, _ = make_repeated_case(0, bias=True)
+    read, take = [], tiles.Tiles.read
+    monkeypatch.setattr(tiles.Tiles, "read", lambda self, index: read.append(len(index)) or take(self, index))
+    by_pairs(once, "tdpo2", 1 << 20)
+    assert read == [len(once.policy.rows.unique())]
+
+
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 @pytest.mark.parametrize("path", [by_pairs, by_all_logits, by_merged_pairs])
 def test_what_cannot_be_learned_from_is_refused_with_its_place(path, settings, message):

@@ -9,7 +9,7 @@ import torch
 from tpo_lib import stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast import prefix
-from tpo_lib.fast.prefix import SharedReader
+from tpo_lib.fast.prefix import DistinctReader, SharedReader
 from tpo_lib.models import ResponseReader
 
 
@@ -25,7 +25,25 @@ def test_worked_by_hand():
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],  # the rejected token sees the prompt and itself
     ]
+    assert shared.row.tolist() == [0, 0]
     assert shared.where.tolist() == [[0, 1, 2, 3], [0, 1, 4, -1]]
+
+
+def test_what_has_room_behind_another_prompt_goes_there():
+    pairs = [EncodedPair(0, [5, 6], [7, 8], [9]), EncodedPair(1, [4], [3], [2]), EncodedPair(2, [5, 6], [7], [1])]
+    shared = prefix.share(collate(pairs, pad_token_id=0))
+    assert shared.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 1], [4, 3, 2, 0, 0, 0, 0]]
+    shared = prefix.share(collate([*pairs, EncodedPair(3, [8], [2], [3])], pad_token_id=0))
+    assert shared.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 1], [4, 3, 2, 8, 2, 3, 0]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 2], [0, 1, 1, 0, 1, 1, 0]]
+    assert shared.visible[1, 0, :6, :6].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],  # the other prompt sees itself alone
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0, 1],
+    ]
 
 
 def test_every_family_that_shares_is_tested():
@@ -58,12 +76,50 @@ def test_a_prompt_is_read_once():
     assert read == [6 * (31 + 5 + 4)]  # two sequences each: 6 * 2 * 36
 
 
-def test_pairs_with_two_prompts_are_refused():
+def every_state(reading) -> torch.Tensor:
+    return reading.states if reading.rows is None else reading.states[reading.rows]
+
+
+def test_pairs_with_two_prompts_are_read_as_they_are():
     batch = collate([EncodedPair(0, [5, 6], [7, 8], [9]), EncodedPair(1, [5, 6], [7, 8], [9])], pad_token_id=0)
-    prefix.share(batch)
     batch.input_ids[3, 1] = 4
-    with pytest.raises(ValueError, match="pair 1 of the batch has two prompts"):
-        prefix.share(batch)
+    plain, shared = (every_state(reader(tiny.llama())(batch)) for reader in (ResponseReader, SharedReader))
+    torch.testing.assert_close(plain, shared)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("reader", [DistinctReader, SharedReader])
+def test_completions_that_stand_in_three_pairs_are_read_once(reader, name):
+    model, batch, read, found = tiny.family(name), collate(tiny.of_prompts(3), 0), [], []
+    distinct = {tuple(row) for row in batch.input_ids.tolist()}
+    assert (len(batch.labels), len(distinct)) == (36, 12)
+    for each in (ResponseReader, reader):
+        model.zero_grad()
+        reading = each(model)(batch)
+        states = every_state(reading)
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        found.append((states, [p.grad.clone() for p in model.base_model.parameters()]))
+    responses = dict(zip(map(tuple, batch.input_ids.tolist()), batch.labels, strict=True)).values()
+    assert len(reading.states) == sum(int((row != -100).sum()) for row in responses)
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, one.abs().max().item()))
+    again = reader(model)
+    model.base_model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"]), with_kwargs=True)
+    again(batch)
+    if reader is DistinctReader:
+        assert sum(map(len, read)) == 12
+    else:  # a row for every prompt with all its responses, or fewer
+        assert len(read[0]) <= 3
+
+
+def test_the_same_tokens_after_another_prompt_are_another_sequence():
+    pairs = [EncodedPair(0, [5, 6], [7, 8], [9]), EncodedPair(1, [5], [6, 7, 8], [6, 9])]  # the same ids, cut elsewhere
+    batch = collate(pairs, 0)
+    for reader in (DistinctReader, SharedReader):
+        reading = reader(tiny.llama())(batch)
+        assert reading.rows is None
+        torch.testing.assert_close(reading.states, ResponseReader(tiny.llama())(batch).states)
 
 
 def test_holes_in_the_labels_are_kept():

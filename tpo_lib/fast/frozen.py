@@ -2,7 +2,8 @@
 
 A reference or a guide says the same in every epoch: one number a token ("logps": DPO and TGDPO), or a distribution
 ("states": the KL of TDPO) as the hidden state before the head, d numbers instead of V. The head itself stays in memory.
-Values agree with the model's to the rounding that depends on which pairs share a batch: 1e-6 in float32, more in bf16 and fp16.
+Each different sequence is read and kept once. Values agree with the model's to the rounding that depends on what shares a batch:
+1e-6 in float32, more in bf16 and fp16.
 
 A cache is a folder named after all that its values depend on, written as a checkpoint is (complete or absent) and verified
 before use; a damaged one is made anew. Every folder may be deleted at any time.
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tpo_lib import losses, stats
+from tpo_lib import losses
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.fast import tiles
@@ -35,7 +36,7 @@ from tpo_lib.files.store import CheckpointError, content_key, found_or_made, wri
 from tpo_lib.models import ResponseReader, fingerprint
 from tpo_lib.types import Head, PairBatch, Reading
 
-FORMAT = 2  # raise it whenever the same inputs would give other files
+FORMAT = 3  # raise it whenever the same inputs would give other files
 KINDS = {"logps": "log-probs", "states": "hidden states"}
 
 Read = Callable[[PairBatch], Reading | Tensor]
@@ -210,31 +211,41 @@ def _build(
     read: Callable, pairs: Sequence[EncodedPair], key: str, path: Path, max_tokens: int, progress: bool, to: Path
 ):
     """Write values.bin, index.safetensors and meta.json into the folder `to`, which will become `path`."""
-    first = read(collate(pairs[:1]))  # tells type and width before anything is written
-    _announce(path, pairs, first)
-    rows, spans, done = [], [], 0
-    max_tokens = max(max_tokens, *(pair.size for pair in pairs))
+    sequences, places = _distinct(pairs)
+    first = read(collate(sequences[:1]))  # tells type and width before anything is written
+    _announce(path, pairs, sequences, first)
+    done, spans = 0, {}  # number of a sequence -> start and end of its tokens
+    max_tokens = max(max_tokens, *(each.size for each in sequences))
     # Written, not mapped: of a full disk the one makes an error, the other a killed process.
-    with open(to / "values.bin", "wb") as file, tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
-        for chunk in token_budget(pairs, max_tokens):
-            batch, b = collate(chunk), len(chunk)
-            file.write(read(batch).cpu().contiguous().view(torch.uint8).numpy())
-            counts = stats.response_mask(batch.labels).sum(1).tolist()
-            counts += [0] * (2 * b - len(counts))  # no rejected side: empty spans
-            ends = torch.tensor([done, *counts]).cumsum(0).tolist()
-            spans += [[ends[i], ends[i + 1], ends[b + i], ends[b + i + 1]] for i in range(b)]
-            rows += [pair.row for pair in chunk]
-            done = ends[-1]
-            bar.update(b)
-    save_file({"rows": torch.tensor(rows), "spans": torch.tensor(spans)}, to / "index.safetensors")
+    with (
+        open(to / "values.bin", "wb") as file,
+        tqdm(total=len(sequences), unit="sequence", disable=not progress) as bar,
+    ):
+        for chunk in token_budget(sequences, max_tokens):
+            file.write(read(collate(chunk)).cpu().contiguous().view(torch.uint8).numpy())
+            for each in chunk:
+                spans[each.row] = [done, done := done + len(each.chosen_ids)]
+            bar.update(len(chunk))
+    index = {"rows": [pair.row for pair in pairs], "spans": [spans[i] + spans.get(k, [0, 0]) for i, k in places]}
+    save_file({name: torch.tensor(values) for name, values in index.items()}, to / "index.safetensors")
     meta = {"key": key, "dtype": str(first.dtype).removeprefix("torch."), "shape": [done, *first.shape[1:]]}
     (to / "meta.json").write_text(json.dumps(meta))
 
 
-def _announce(path: Path, pairs: Sequence[EncodedPair], first: Tensor) -> None:
+def _distinct(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[list[int]]]:
+    """The different sequences of pairs, numbered, as pairs without a rejected side; and the numbers of every pair's two."""
+    numbers: dict[tuple, int] = {}
+    places = []
+    for pair in pairs:
+        prompt, sides = tuple(pair.prompt_ids), (tuple(pair.chosen_ids), tuple(pair.rejected_ids))
+        places.append([numbers.setdefault((prompt, side), len(numbers)) if side else -1 for side in sides])
+    return [EncodedPair(i, [*prompt], [*side]) for (prompt, side), i in numbers.items()], places
+
+
+def _announce(path: Path, pairs: Sequence[EncodedPair], sequences: Sequence[EncodedPair], first: Tensor) -> None:
     """Say what will be cached, how large it gets and where; refuse where the disk has no room for it."""
     name, kind, _ = path.name.rsplit("-", 2)
-    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    tokens = sum(len(each.chosen_ids) for each in sequences)
     size = tokens * first[0].numel() * first.itemsize
     width = "".join(f" x {d}" for d in first.shape[1:])
     others = sum(other != path for other in path.parent.glob(f"{name}-{kind}-*"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpo_lib import losses, stats
-from tpo_lib.fast.tiles import Asked, Gradients, Tiles
+from tpo_lib.fast.tiles import Asked, Gradients, Tiles, spread
 from tpo_lib.types import LossOutput, Reading, TokenStats
 
 
@@ -33,11 +33,11 @@ class Numbers:
     kl: Tensor | None
     guide_logps: Tensor | None
 
-    def put(self, index: slice | Tensor, tile) -> None:
-        """Keep what was read of a tile at the positions `index`."""
-        self.logps[index] = tile.logps
+    def put(self, index: slice | Tensor, tile, place: slice | Tensor = slice(None)) -> None:
+        """Keep what was read of a tile, or of its rows `place`, at the positions `index`."""
+        self.logps[index] = tile.logps[place]
         if self.kl is not None:
-            self.kl[index], self.ref_logps[index] = tile.kl, tile.ref_logps
+            self.kl[index], self.ref_logps[index] = tile.kl[place], tile.ref_logps[place]
 
     def token_stats(self, sequences: slice = slice(None), index: slice | Tensor = slice(None), **leaves) -> TokenStats:
         """The statistics of `sequences`, whose positions are `index`; `leaves` take the place of fields there."""
@@ -91,12 +91,15 @@ def pair_loss(
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     gradients = Gradients(tiles, needs) if any(needs) else None  # else: evaluation
     outputs = []
-    for index, sides in _grouped(numbers.mask, starts, tiles.rows):
+    for positions, sides in _grouped(numbers.mask, starts, tiles.rows, policy.rows):
+        index, place = positions, slice(None)
+        if policy.rows is not None:  # a sequence that stands in several pairs is one sequence of the tile
+            index, place = policy.rows[positions].unique(return_inverse=True)
         tile = (tiles.read_merged if merged else tiles.read)(index)
-        numbers.put(index, tile)
-        output, asked = _ask(objective, numbers, index, sides, gradient=gradients is not None)
+        numbers.put(positions, tile, place)
+        output, asked = _ask(objective, numbers, positions, sides, gradient=gradients is not None)
         outputs.append(output)
-        if found := tile.gradient(asked) if asked else None:
+        if found := tile.gradient(_summed(asked, place, len(index))) if asked else None:
             rows, dz, dh = found
             gradients.add(index[rows], dz, dh)
     tiles.free()
@@ -122,25 +125,42 @@ def prepare(policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_
     targets = labels[:, 1:][mask]  # (R,)
     stats.check_vocabulary(labels, policy.vocab)
     for name, reading in (("policy", policy), ("ref", ref), ("guide", guide)):
-        if reading is not None:
-            _check(name, reading, len(targets), policy.vocab)
+        _check(name, reading, len(targets), policy.vocab)
+    rows = policy.rows
+    first = None if rows is None else _first(rows, len(policy.states))  # (U,) of U states, a position that has it
     # under the KL, the reference is read tile by tile beside the policy, for its whole distribution is needed
-    tiles = Tiles(policy, targets, ref if with_kl else None, tile_bytes)
+    tiles = Tiles(policy, _at(targets, first), _at(ref, first) if with_kl else None, tile_bytes)
     empty = partial(torch.empty_like, targets, dtype=tiles.exact)
 
     def logps(reading: Reading | Tensor | None) -> Tensor | None:
         if isinstance(reading, Reading):
-            return tiles.logps(reading)
+            return _at(tiles.logps(_at(reading, first)), rows)
         return None if reading is None else reading.detach().to(tiles.exact)
 
     known = {"ref_logps": empty() if with_kl else logps(ref), "guide_logps": logps(guide)}
     return tiles, Numbers(mask, empty(), kl=empty() if with_kl else None, **known)
 
 
+def _first(rows: Tensor, count: int) -> Tensor:
+    """(count,) the first position that has each state."""
+    positions = torch.arange(len(rows), device=rows.device)
+    return torch.full_like(rows[:1].expand(count), len(rows)).scatter_reduce_(0, rows, positions, "amin")
+
+
+def _at(values: Reading | Tensor, index: Tensor | None):
+    """What was read, or numbers, at some positions; None: at all of them."""
+    if isinstance(values, Tensor):
+        return values if index is None else values[index]
+    if index is None:
+        return spread(values)
+    return Reading(values.states[index if values.rows is None else values.rows[index]], values.head)
+
+
 def _check(name: str, reading: Reading | Tensor | None, positions: int, vocab: int) -> None:
     if reading is None:
         return
-    count = len(reading) if isinstance(reading, Tensor) else len(reading.states)
+    found = reading if isinstance(reading, Tensor) else reading.states if reading.rows is None else reading.rows
+    count = len(found)
     if count != positions:
         raise ValueError(f"{name} was read at {count} positions, but labels have {positions} response tokens")
     if isinstance(reading, Reading) and reading.vocab != vocab:
@@ -149,16 +169,20 @@ def _check(name: str, reading: Reading | Tensor | None, positions: int, vocab: i
         )
 
 
-def _grouped(mask: Tensor, starts: list[int], most: int) -> Iterator[tuple[Tensor, list[Side]]]:
+def _grouped(mask: Tensor, starts: list[int], most: int, rows: Tensor | None) -> Iterator[tuple[Tensor, list[Side]]]:
     """The pairs in groups of at most `most` response tokens: their positions, chosen ones first, and whose they are."""
     counts = mask.sum(1).tolist()  # N integers
     ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    names = ends if rows is None else rows[ends[:-1]].tolist()  # the same for sequences that have the same states
     pairs = len(counts) // len(starts)
-    sizes = [sum(counts[start + i] for start in starts) for i in range(pairs)]
+
+    def size(pairs: range) -> int:
+        return sum({names[start + i]: counts[start + i] for start in starts for i in pairs}.values())
+
     first = 0
     while first < pairs:
         last = first + 1
-        while last < pairs and sum(sizes[first : last + 1]) <= most:
+        while last < pairs and size(range(first, last + 1)) <= most:
             last += 1
         positions, sides = [], []
         for start in starts:
@@ -184,6 +208,18 @@ def _ask(objective, numbers: Numbers, index: Tensor, sides: list[Side], *, gradi
     found = iter(torch.autograd.grad(output.loss.sum(), wanted, allow_unused=True))
     asked = [Asked(side.rows, next(found), None if numbers.kl is None else next(found)) for side in sides]
     return replace(output, loss=output.loss.detach()), asked
+
+
+def _summed(asked: list[Asked], place: slice | Tensor, count: int) -> list[Asked]:
+    """What all positions together ask of the `count` rows of a tile, where position i has the row place[i]."""
+    if isinstance(place, slice):
+        return asked
+
+    def total(name: str) -> Tensor | None:
+        parts = [(place[side.rows], value) for side in asked if (value := getattr(side, name)) is not None]
+        return sum(value.new_zeros(count).index_add_(0, at, value) for at, value in parts) if parts else None
+
+    return [Asked(slice(0, count), total("g"), total("k"))]
 
 
 def _joined(outputs: list[LossOutput], sides: int) -> LossOutput:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from tpo_lib import stats
-from tpo_lib.config import check_setting, setting
+from tpo_lib.config import TrainConfig, check_setting, setting
 from tpo_lib.fast.fused import pair_loss
-from tpo_lib.fast.prefix import SharedReader
+from tpo_lib.fast.prefix import DistinctReader, SharedReader
 from tpo_lib.models import ResponseReader
 
 
@@ -21,7 +21,7 @@ class FastPath:
     """
 
     share_prefix: bool = setting(
-        False, "read the prompt of a pair once instead of twice (prefix.py), which pays where prompts are long"
+        False, "read a prompt once for all its responses in a batch (prefix.py), which pays where prompts are long"
     )
     fused: bool = setting(
         True, "head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once"
@@ -41,6 +41,8 @@ class FastPath:
         """The step, for `train.fit`."""
         return pair_loss if self.fused else stats.pair_loss
 
-    def reader(self, model) -> ResponseReader:
-        """What reads a model."""
-        return SharedReader(model) if self.share_prefix else ResponseReader(model)
+    def reader(self, model, config: TrainConfig) -> ResponseReader:
+        """What reads a model in a run of this config."""
+        if self.share_prefix:
+            return SharedReader(model)
+        return (DistinctReader if config.group_prompts else ResponseReader)(model)

@@ -1,13 +1,16 @@
-"""Read the prompt of a pair once: [prompt, chosen, rejected] as one sequence in which the responses do not see each other.
+"""Read once what a batch holds several times: a sequence that stands in several pairs, and the prompt of several responses.
 
-A pair as two sequences reads its prompt twice. As one sequence of Lp + Lc + Lr tokens it is read once, if
+Of a prompt with four completions come six pairs, twelve sequences of which four are different: `DistinctReader` reads these.
 
-- every token of the rejected response has the position that it has in its own sequence (Lp, Lp + 1, ...), and
-- attention lets it see the prompt and the rejected response up to itself, not the chosen one; in layers with a window
-  (Mistral, Gemma 2 and 3, Phi-3, Qwen) as much of them as the window shows in its own sequence.
+The responses of a prompt as sequences of their own read it each. As one sequence [prompt, response, response, ...] it is read
+once, if
 
-Then every hidden state is what it was. The state that predicts the first token of a response is the prompt's last one,
-for both. It pays where prompts are long beside their responses (chat data): positions drop from 2 Lp + Lc + Lr to Lp + Lc + Lr.
+- every token of a response has the position that it has in its own sequence (Lp, Lp + 1, ...), and
+- attention lets it see the prompt and its own response up to itself, not the other ones; in layers with a window (Mistral,
+  Gemma 2 and 3, Phi-3, Qwen) as much of them as the window shows in its own sequence.
+
+Then every hidden state is what it was. The state that predicts the first token of a response is the prompt's last one, for all
+of them. It pays where prompts are long beside their responses (chat data). Prompts that are short share a row, as strangers.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from tpo_lib.models import ResponseReader
 from tpo_lib.stats import response_mask
-from tpo_lib.types import IGNORE, PairBatch
+from tpo_lib.types import IGNORE, PairBatch, Reading
 
 # Families whose bodies take positions and masks from outside, and whose windows their configuration tells; each is tested.
 # Not among them: GPT-Neo (its window counts places, not positions), ALiBi (so do its biases), layers that recur (Mamba, RWKV).
@@ -35,8 +38,29 @@ FAMILIES = {
 REFUSED = "share_prefix does not work with {} ({}); train without it"
 
 
-class SharedReader(ResponseReader):
-    """A ResponseReader that reads the two responses of a pair behind one prompt; errors are those of `layer_windows`."""
+class DistinctReader(ResponseReader):
+    """A ResponseReader that reads each different sequence of a batch once."""
+
+    def forward(self, batch: PairBatch) -> Reading:
+        """As of a ResponseReader; `rows` says which positions have the same state."""
+        ids = batch.input_ids.masked_fill(batch.attention_mask == 0, -1)
+        seen: dict[tuple, int] = {}
+        twin = [
+            seen.setdefault(tuple(row), len(seen)) for row in torch.cat([ids, batch.labels], 1).tolist()
+        ]  # N numbers
+        if len(seen) == len(twin):
+            return super().forward(batch)
+        first = [twin.index(i) for i in range(len(seen))]
+        few = PairBatch(batch.input_ids[first], batch.attention_mask[first], batch.labels[first], batch.rows)
+        reading = super().forward(few)
+        mask = response_mask(few.labels)  # (distinct, T-1)
+        number = torch.zeros_like(mask, dtype=torch.long)
+        number[mask] = torch.arange(len(reading.states), device=mask.device)
+        return Reading(reading.states, reading.head, number[twin][mask[twin]])
+
+
+class SharedReader(DistinctReader):
+    """A DistinctReader that reads the responses to a prompt behind one prompt; errors are those of `layer_windows`."""
 
     def __init__(self, model) -> None:
         super().__init__(model)
@@ -66,39 +90,45 @@ class SharedReader(ResponseReader):
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """B pairs as B sequences of S tokens."""
+    """N sequences as S rows of L tokens: a prompt and its responses, and behind them, where there is room, other ones."""
 
-    input_ids: Tensor  # (B, S) int64: prompt, chosen, rejected, padding
-    position_ids: Tensor  # (B, S) int64: positions in the pair's own two sequences
-    visible: Tensor  # (B, 1, S, S) bool: which position may look at which
-    where: Tensor  # (N, T) int64: the place in its row of every position of the two-sequence layout; -1 for padding
+    input_ids: Tensor  # (S, L) int64
+    position_ids: Tensor  # (S, L) int64: positions in the token's own sequence
+    visible: Tensor  # (S, 1, L, L) bool: which position may look at which
+    row: Tensor  # (N,) int64: the row of every sequence
+    where: Tensor  # (N, T) int64: the place in its row of every position of a sequence; -1 for padding
 
 
 def share(batch: PairBatch) -> SharedBatch:
-    """Lay B pairs out with one prompt each; ValueError names a pair that begins with two."""
-    input_ids, attention_mask, labels = batch.input_ids, batch.attention_mask, batch.labels
-    b, device = len(labels) // 2, labels.device
-    lengths = attention_mask.sum(1)  # (N,)
-    prompts = response_mask(labels).int().argmax(1) + 1  # (N,) the first response token's place is the prompt's length
-    column = torch.arange(labels.shape[1], device=device)  # (T,)
-    prompt = torch.minimum(prompts[:b], prompts[b:])[:, None]  # (B, 1)
-    same = (input_ids[:b] == input_ids[b:]) | (column >= prompt)
-    bad = ((prompts[:b] != prompts[b:]) | ~same.all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"pair {bad[0]} of the batch has two prompts, not one to share; train without share_prefix")
-    chosen_end = lengths[:b, None]  # (B, 1), where the rejected response begins
-    ends = chosen_end + lengths[b:, None] - prompt  # (B, 1)
-    where = column.expand(len(labels), -1).clone()  # (N, T)
-    where[b:] += torch.where(column >= prompt, chosen_end - prompt, 0)
-    where[attention_mask == 0] = -1
-    place = torch.arange(int(ends.max()), device=device)  # (S,)
-    rejected = place >= chosen_end  # (B, S)
-    own = torch.where(rejected, place - chosen_end + prompt, place)  # (B, S) positions in the own sequence
-    own = own.clamp(max=labels.shape[1] - 1)  # past the end: padding, which nobody looks at
-    tokens = torch.where(rejected, input_ids[b:].gather(1, own), input_ids[:b].gather(1, own))
-    hidden = rejected[:, :, None] & ~rejected[:, None, :] & (place >= prompt)[:, None, :]  # rejected -> chosen response
-    visible = (place[:, None] >= place) & ~hidden  # (B, S, S)
-    return SharedBatch(tokens, own, visible[:, None], where)
+    """Lay N sequences out with one prompt for all that begin with it; rows are as long as the longest prompt with its own."""
+    device, (n, t) = batch.labels.device, batch.labels.shape
+    ids, lengths = batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist()
+    prompts = (
+        response_mask(batch.labels).int().argmax(1) + 1
+    ).tolist()  # a response's first place is the prompt's length
+    groups: dict[tuple, list[int]] = {}
+    for i in range(n):
+        groups.setdefault(tuple(ids[i][: prompts[i]]), []).append(i)
+    sizes = {prompt: len(prompt) + sum(lengths[i] - len(prompt) for i in own) for prompt, own in groups.items()}
+    room, rows = max(sizes.values()), []  # of (token, position, prompt's number, response's number or -1 in the prompt)
+    row, where = [0] * n, torch.full((n, t), -1)
+    for prompt in sorted(groups, key=sizes.get, reverse=True):  # the longest first, each into the first row with room
+        at = next((k for k, row_ in enumerate(rows) if len(row_) + sizes[prompt] <= room), len(rows))
+        rows += [[]] if at == len(rows) else []
+        start, own = len(rows[at]), groups[prompt]
+        rows[at] += [(token, place, own[0], -1) for place, token in enumerate(prompt)]
+        for i in own:
+            row[i], end = at, len(rows[at])
+            where[i, : len(prompt)] = torch.arange(start, start + len(prompt))
+            where[i, len(prompt) : lengths[i]] = torch.arange(end, end + lengths[i] - len(prompt))
+            rows[at] += [(ids[i][place], place, own[0], i) for place in range(len(prompt), lengths[i])]
+    length = max(map(len, rows))
+    laid = torch.tensor([row_ + [(0, 0, -1, -1)] * (length - len(row_)) for row_ in rows], device=device)  # (S, L, 4)
+    tokens, own, group, response = laid.unbind(-1)  # (S, L)
+    place = torch.arange(length, device=device)
+    same = (response[:, None] == response[..., None]) | (response[:, None] == -1)  # (S, L, L), of what may be looked at
+    visible = (place[:, None] >= place) & (group[:, None] == group[..., None]) & same
+    return SharedBatch(tokens, own, visible[:, None], torch.tensor(row, device=device), where.to(device))
 
 
 def layer_windows(config) -> dict[str | None, int | None]:
@@ -126,11 +156,10 @@ def shared_states(body, windows: dict, pairs: PairBatch) -> Tensor:
     """(N, T, d) hidden states of a body with these `layer_windows`, prompts read once; padding gets another position's."""
     batch, kind = share(pairs), next(body.parameters()).dtype
     place, masks = batch.position_ids, {}
-    back = place[:, None, :, None] - place[:, None, None, :]  # (B, 1, S, S), in the own sequence
+    back = place[:, None, :, None] - place[:, None, None, :]  # (S, 1, L, L), in the own sequence
     for layer, window in windows.items():
         hidden = ~batch.visible if window is None else ~(batch.visible & (back < window))
         masks[layer] = torch.zeros_like(back, dtype=kind).masked_fill_(hidden, torch.finfo(kind).min)
     mask = masks.get(None, masks)
-    states = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=place, use_cache=False)[0]  # (B, S, d)
-    row = torch.arange(len(pairs.rows), device=back.device).repeat(2)[:, None]  # (N, 1)
-    return states[row, batch.where.clamp(min=0)]  # (N, T, d)
+    states = body(input_ids=batch.input_ids, attention_mask=mask, position_ids=place, use_cache=False)[0]  # (S, L, d)
+    return states[batch.row[:, None], batch.where.clamp(min=0)]  # (N, T, d)

@@ -234,7 +234,13 @@ def response_logps(reading: Reading, labels: Tensor) -> Tensor:
     """(R,) log-probabilities of the response tokens, in nats, in the order of `stats.response_mask`."""
     mask = stats.response_mask(labels)
     stats.check_vocabulary(labels, reading.vocab)
+    reading = spread(reading)
     return Tiles(reading, labels[:, 1:][mask]).logps(reading)
+
+
+def spread(reading: Reading) -> Reading:
+    """The same with a state of its own for every position."""
+    return reading if reading.rows is None else Reading(reading.states[reading.rows], reading.head)
 
 
 class Gradients:
@@ -260,7 +266,7 @@ class Gradients:
             return self._add_half(index, dz, dh)
         dz = dz.to(self.weight.dtype)
         if to_states is not None:
-            to_states[index] = (dz @ self.weight if dh is None else dh).to(states.dtype)
+            to_states[index] += (dz @ self.weight if dh is None else dh).to(states.dtype)
         if to_weight is not None and dz.dtype == to_weight.dtype:
             to_weight.addmm_(dz.T, states[index].to(dz.dtype))
         elif to_weight is not None:
@@ -272,7 +278,7 @@ class Gradients:
         scale = _power(16, dz)
         dz = (dz * scale).half()  # (rows, V)
         if to_states is not None:
-            to_states[index] = ((dz @ self.weight).float() / scale if dh is None else dh).to(to_states.dtype)
+            to_states[index] += ((dz @ self.weight).float() / scale if dh is None else dh).to(to_states.dtype)
         if to_weight is not None:
             h = states[index].float()
             large = _power(1, h)  # a sum over rows of 16 x 1 stays within float16

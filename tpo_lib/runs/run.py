@@ -85,7 +85,7 @@ def fit(
             f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
         )
     check(config, reference, guide, pairs, eval_pairs)  # before anything is loaded
-    policy = fast.reader(policy.eval())
+    policy = fast.reader(policy.eval(), config)
     check_pairs(policy.model, everything, name="policy")
     if fast.fused and not policy.understood:
         kind = type(policy.model).__name__
@@ -97,7 +97,7 @@ def fit(
             model = model if isinstance(model, torch.nn.Module) else model()
             run.note(name, model)
             check_pairs(model, everything, name=name, policy=policy.model)
-            return fast.reader(model).to(accelerator.device)
+            return fast.reader(model, config).to(accelerator.device)
 
         def read(name: str, model):
             if model is None:
