@@ -60,6 +60,7 @@ COMMANDS = {
         f"{ROOM}.evaluate",
         f"{MODELS} --loss-type policy --judge {PROMPTS} --max-new-tokens --pairs {TABLE} --device --seed --cache-dir --output",
     ),
+    "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
     "derive": Command(
         "check every step of the derivations in small worlds, with numbers", "tpo_lib.cli._derive", "name --map"
@@ -158,7 +159,7 @@ def _judge(options, parser: Parser) -> None:
         read_prompts(options.prompts)
     if given.get("output"):
         suffixes = (".jsonl", ".parquet") if command == "pairs" else ()
-        check_room("--output", options.output, folder=command is None, suffixes=suffixes)
+        check_room("--output", options.output, folder=command in (None, "merge"), suffixes=suffixes)
         for name in ("pairs", "prompts"):
             source = Path(given.get(name) or "")
             if source.is_file() and Path(options.output).exists() and source.samefile(options.output):
@@ -258,6 +259,8 @@ FLAGS = {  # those of one command stand behind its name
     "--preset": {"default": "pocket", "help": "where everything not given comes from; `presets` lists them"},
     "--model": {"help": "start model: folder or hub name (default: the preset's)"},
     "--reward": {"help": "reward: folder or hub name of a text classifier, or FILE.py:NAME (default: the preset's)"},
+    "merge --model": {"help": "its base: folder or hub name (default: the one that the adapter names)"},
+    "adapter": {"help": "folder or hub name of the adapter, a checkpoint of a run with --lora-rank or any other"},
     "policy": {"help": "folder or name of the trained model"},
     "--judge": {"help": "second reward, for reporting only"},
     "--guide": {"help": "tgdpo: folder or name of the DPO model that guides (default: train one first)"},
@@ -297,6 +300,7 @@ FLAGS = {  # those of one command stand behind its name
     "--seed": {"default": 0, "help": "of prompts and samples"},
     "run --seed": {"default": 0, "help": "of prompts, samples and the order of the pairs"},
     "pairs --output": {"required": True, "help": "file to write: .jsonl or .parquet; the histogram goes beside it"},
+    "merge --output": {"required": True, "help": "folder to write"},
     "evaluate --output": {"help": "JSON file for metrics and samples"},
     "sweep --output": {"help": "JSON file; it is continued (default: data/runs.json)"},
     "run --prompts": {

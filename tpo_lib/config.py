@@ -38,9 +38,7 @@ class TrainConfig:
     clip: float = setting(10.0, "largest gradient norm", above=0)
     batch_size: int = setting(32, "pairs in one forward pass and process", above=0)
     accumulation: int = setting(1, "forward passes an update; what fills none at an epoch's end is left out", above=0)
-    group_prompts: bool = setting(
-        False, "keep a prompt's pairs in one update, where each of its responses is read once"
-    )
+    group_prompts: bool = setting(False, "keep a prompt's pairs in one update, which reads each response once")
     max_tokens: int | None = setting(
         None,
         "most tokens of a forward pass, padding included; None sets no bound. An update takes batch_size x accumulation pairs as "
@@ -57,6 +55,8 @@ class TrainConfig:
     )
     device: str | None = setting(None, "cpu, cuda or mps; None chooses")
     lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
+    lora_alpha: float | None = setting(None, "scales the adapters, over the rank; None is twice the rank", above=0)
+    lora_targets: str = setting("all-linear", "the adapted layers, as q_proj,v_proj; all-linear is all but the head")
     # numpy's bound
     seed: int = setting(0, "orders the data; with the same one, machine and threads a run repeats", most=2**32 - 1)
     log_every: int = setting(5, "updates between two rows of metrics", above=0)
@@ -88,8 +88,11 @@ class TrainConfig:
                     f"{name}={value!r} is no setting, and no objective takes it; they take {', '.join(known)}"
                 )
             known[name].check(name, value)
-        if self.optimizer == "rmsprop" and self.weight_decay:
-            raise ValueError(f"weight_decay={self.weight_decay} has no effect with rmsprop; set it to 0, or use adamw")
+        idle = {"weight_decay": (self.optimizer == "rmsprop", "with rmsprop; set it to 0 or choose adamw")}
+        idle |= dict.fromkeys(("lora_alpha", "lora_targets"), (not self.lora_rank, "without lora_rank; leave it out"))
+        for name, (nobody_reads_it, why) in idle.items():
+            if nobody_reads_it and getattr(self, name) != run_settings()[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect {why}")
 
     def hyperparameters(self) -> dict:
         """The keyword arguments of this run's objective: what was given, else its defaults."""

@@ -212,9 +212,7 @@ class ResponseReader(nn.Module):
         close = partial(stats.close, tolerance=tolerance, rtol=tolerance)
         name, positions = type(self.model).__name__, expected.shape[1]
         if positions != 4:
-            raise ValueError(
-                f"{name} gives logits at {positions} positions for 4 tokens; a prompt of its own cannot be read"
-            )
+            raise ValueError(f"{name} gives logits at {positions} positions for 4 tokens: it reads a prompt of its own")
         if not close(*expected[:, :3]):
             raise ValueError(
                 f"{name} looks ahead: its logits depend on the tokens that follow, so it gives no probability of a text; take "

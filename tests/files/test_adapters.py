@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -15,6 +16,7 @@ import torch
 from tpo_lib import cli, models
 from tpo_lib.files import adapters
 from tpo_lib.files.load import load_model, load_tokenizer
+from tpo_lib.runs import named, run, runs
 from tpo_lib.runs.run import origin, read_run
 
 peft = pytest.importorskip("peft", reason="extra peft is not installed")
@@ -291,6 +293,141 @@ def test_rank_above_the_width_is_refused_before_anything_is_loaded(files, capsys
         with pytest.raises(SystemExit):
             train(files, "--lora-rank", "17", model=model)
         assert capsys.readouterr().err.startswith("ValueError: --lora-rank 17 is above the model's width of 16")
+
+
+def test_what_scales_the_adapters_and_which_layers_have_them(files):
+    policy = adapters.add_lora(load_model(files / "base"), 2, seed=0, alpha=3, targets="q_proj, mlp.down_proj")
+    settings = policy.peft_config["default"]
+    assert (settings.r, settings.lora_alpha, settings.target_modules) == (2, 3, {"q_proj", "mlp.down_proj"})
+    adapted = {name.split(".")[-4] for name, p in policy.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "down_proj"}
+    train(files, "--lora-rank", "2", "--lora-alpha", "1", "--lora-targets", "v_proj", model="base")
+    written = json.loads((files / "out" / "final" / "adapter" / "adapter_config.json").read_text())
+    assert (written["lora_alpha"], written["target_modules"]) == (1, ["v_proj"])
+    usual = adapters.add_lora(load_model(files / "base"), 2, seed=0)
+    assert usual.peft_config["default"].lora_alpha == 4
+    assert sum(p.requires_grad for p in usual.parameters()) == 7 * 2  # q, k, v, o, gate, up, down
+
+
+@pytest.mark.parametrize("targets", ["q_proj,qproj", "proj", ""])
+def test_targets_that_name_no_layer_are_refused_before_anything_is_loaded(files, capsys, monkeypatch, targets):
+    with pytest.raises(ValueError, match=r"names no layer of LlamaForCausalLM; it has embed_tokens, q_proj, k_proj,"):
+        adapters.add_lora(tiny.llama(), 2, seed=0, targets=targets)
+    if targets:
+        monkeypatch.setattr("tpo_lib.files.load._load", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit):
+            train(files, "--lora-rank", "2", "--lora-targets", targets)
+        assert "ValueError: --lora-targets: " in capsys.readouterr().err
+
+
+def test_a_merge_makes_a_whole_model_of_an_adapter(files, capsys):
+    train(files, "--lora-rank", "2")
+    last = max((files / "out" / "checkpoints").iterdir())
+    for adapter in (last, files / "out" / "final" / "adapter"):
+        cli.main(["merge", str(adapter), "--output", str(files / "whole")])
+        assert models.fingerprint(load_model(files / "whole")) == models.fingerprint(load_model(files / "out"))
+    assert len(load_tokenizer(files / "whole")) == 300
+    cli.main(["merge", str(last), "--output", str(files / "whole")])
+    assert read_run(files / "whole").start == read_run(files / "out").start
+    (files / "base").rename(files / "moved")
+    cli.main(["merge", str(files / "sft"), "--model", str(files / "moved"), "--output", str(files / "sft-whole")])
+    assert len(load_tokenizer(files / "sft-whole")) == 300
+    capsys.readouterr()
+    for adapter, output, message in (
+        (files / "out", "again", "final is a whole model: there is nothing to merge"),
+        (files / "sft", "again", "its base model .* is not there"),
+        (files / "nothing", "again", "does not exist"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["merge", str(adapter), "--output", str(files / output)])
+        assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        cli.main(["merge", str(files / "out/final/adapter"), "--model", str(files / "moved"), "--output", str(files)])
+    assert "FileExistsError" in capsys.readouterr().err
+
+
+def storages(*those) -> int:
+    """Bytes of the weights and buffers of models together, each counted once."""
+    held = {
+        x.untyped_storage()._cdata: x.untyped_storage().nbytes() for m in those for x in (*m.parameters(), *m.buffers())
+    }
+    return sum(held.values())
+
+
+def test_twins_are_one_body_of_two_minds(files):
+    start = load_model(files / "base").requires_grad_(False)
+    before, alone = logits(start), models.fingerprint(start)
+    policy, other = (adapters.add_lora(adapters.twin(start), 2, seed=seed) for seed in (0, 1))
+    added = sum(p.numel() for m in (policy, other) for p in m.parameters() if p.requires_grad)
+    assert storages(start, policy, other) == storages(start) + 4 * added
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.normal_()
+    assert torch.equal(logits(start), before)
+    assert torch.equal(logits(other), before)
+    assert (logits(policy) - before).abs().max() > 0.1
+    assert models.fingerprint(start) == alone
+    adapters.whole(policy)
+    assert models.fingerprint(start) == alone
+
+
+@pytest.mark.parametrize(
+    "fast", [(), ("--no-fused",), ("--checkpointing",), ("--share-prefix",), ("--cache-dir", "cache")]
+)
+def test_one_body_trains_as_three_do(files, monkeypatch, fast):
+    """Policy, reference and guide on the same tensors, against three models that were loaded and merged one by one."""
+    fast = [str(files / word) if word == "cache" else word for word in fast]
+    lora, held = ["--lora-rank", "2", "--lr", "1e-2", "--epochs", "2", *fast], []
+
+    def rows(objective: str, out: str):
+        return train(files, "--loss-type", objective, *lora, out=out)
+
+    real = run.Run.note
+    monkeypatch.setattr(run.Run, "note", lambda self, name, model: (held.append(model), real(self, name, model))[1])
+    one = {objective: rows(objective, f"{objective}-one") for objective in ("dpo", "tdpo2", "tgdpo")}
+    reference, guide = held[-2:]
+    assert hasattr(guide, "peft_config")
+    assert storages(reference, guide) < 1.5 * storages(reference)
+    three_bodies(monkeypatch)
+    for objective, found in one.items():
+        for row, expected in zip(found, rows(objective, f"{objective}-three"), strict=True):
+            assert row == pytest.approx(expected, rel=2e-4, abs=2e-6)
+        start, other = (read_run(files / f"{objective}-{bodies}").start for bodies in ("one", "three"))
+        assert start.pop("guide", 0) != other.pop("guide", 1)  # one as adapters, one merged
+        assert start == other
+        assert start["reference"] == origin(load_model(files / "sft"))
+
+
+def three_bodies(monkeypatch) -> None:
+    def policy(config, name):
+        return adapters.add_lora(load_model(name), config.lora_rank, seed=config.seed), named.frozen(name, "cpu")
+
+    monkeypatch.setattr(named, "policy", policy)
+    monkeypatch.setattr(named, "guide", lambda config, name, reference: named.frozen(name, "cpu"))
+
+
+def test_a_guide_on_other_tensors_is_loaded_whole(files):
+    """Its adapters were trained on another start: on this one they would say something else."""
+    train(files, "--lora-rank", "2", out="guide")
+    start = load_model(files / "sft").requires_grad_(False)
+    assert hasattr(runs.load_guide(files / "guide", start), "peft_config")
+    other = load_model(files / "base").requires_grad_(False)
+    guide = runs.load_guide(files / "guide", other)
+    assert not hasattr(guide, "peft_config")
+    assert not any(p.requires_grad for p in guide.parameters())
+    torch.testing.assert_close(logits(guide), logits(load_model(files / "guide")))
+    shutil.rmtree(files / "guide" / "final" / "adapter")  # a run of an older version has none
+    (files / "guide" / "final" / "MANIFEST.json").unlink()
+    assert not hasattr(runs.load_guide(files / "guide", start), "peft_config")
+
+
+def test_an_evaluation_finds_the_guide_that_was_adapters(files):
+    train(files, "--lora-rank", "2", "--loss-type", "tgdpo")
+    record, reference = read_run(files / "out"), load_model(files / "sft")
+    guide = named.recorded_guide(record, reference)
+    assert origin(guide) == record.start["guide"]
+    assert named.recorded_guide(record, load_model(files / "base")) is None
 
 
 def test_without_peft_an_adapter_is_refused_with_the_way_to_get_it(files, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 from tpo_lib import stats
 from tpo_lib.config import TrainConfig, check_setting, setting
+from tpo_lib.fast.checkpointing import recomputing
 from tpo_lib.fast.fused import pair_loss
 from tpo_lib.fast.prefix import DistinctReader, SharedReader
 from tpo_lib.models import ResponseReader
@@ -26,6 +28,9 @@ class FastPath:
     fused: bool = setting(
         True, "head, statistics and gradient tile by tile (fused.py); False is the textbook path, all logits at once"
     )
+    checkpointing: bool = setting(
+        False, "compute a layer's activations again in backward instead of keeping them: less memory, more time"
+    )
     cache_dir: str | None = setting(
         None,
         "where what the frozen models say is kept on disk, to be read instead of them (frozen.py); None reads them anew for "
@@ -35,6 +40,10 @@ class FastPath:
     def __post_init__(self) -> None:
         for each in fields(self):
             check_setting(each, getattr(self, each.name))
+
+    def around(self, model) -> AbstractContextManager:
+        """What a policy is trained within."""
+        return recomputing(model) if self.checkpointing else nullcontext()
 
     @property
     def pair_loss(self):

@@ -1,7 +1,10 @@
-"""PEFT adapters: fresh ones on a model that is to be trained, and finished ones merged into their base.
+"""PEFT adapters: fresh ones on a model that is to be trained, and finished ones merged into their base or beside it.
 
-An adapter that was trained before is always merged: what is loaded is a plain model, so a policy and its reference start
+An adapter that a run starts from is always merged: what is loaded is a plain model, so a policy and its reference start
 out equal whatever they were started from, and fresh adapters go on top of the merged weights.
+
+Policy, reference and guide are one body in memory where two of them are adapters on the third: each is a model of its own
+(`twin`) whose tensors are the same ones. Nothing is switched on or off, so each can be read at any time.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ import copy
 import functools
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tpo_lib import stats
-from tpo_lib.files.folders import Source
+from tpo_lib.files.folders import Source, check_weights, find
 
+ALL_LINEAR = "all-linear"  # peft's word for it
 WITHOUT_MEANING = ("base_model_name_or_path", "revision", "runtime_config", "peft_version", "inference_mode")
 
 
@@ -28,16 +33,30 @@ def _peft(who: str):
     return peft
 
 
-def add_lora(model, rank: int, *, seed: int):
+def twin(model):
+    """A second model of the very same tensors: adapters on one of the two do not change what the other computes."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def add_lora(model, rank: int, *, seed: int, alpha: float | None = None, targets: str = ALL_LINEAR):
     """Wrap a model so that only low-rank adapters of its linear layers are trained; the seed draws their first weights.
+
+    The weights become W + alpha / rank * B A, with A of (rank, in) and B of (out, rank), which begins as zero.
+
+    Args:
+        model: its own weights are frozen, and stay what they are; `twin` spares the copy of one that is needed as it is.
+        alpha: None takes 2 rank.
+        targets: names of layers, or ends of their paths, with commas between; "all-linear" is all but the head.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the rank is above the model's width.
+        ValueError: the rank is above the model's width, or a target names no layer.
     """
     peft = _peft(f"--lora-rank {rank}")
-    check_rank(rank, model.config)
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    check(rank, targets, model)
+    layers = targets if targets == ALL_LINEAR else names(targets)
+    alpha = 2 * rank if alpha is None else alpha
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU; the caller's generator stays where it is
         torch.manual_seed(seed)
         policy = peft.get_peft_model(model, config)
@@ -46,11 +65,21 @@ def add_lora(model, rank: int, *, seed: int):
     return policy
 
 
-def check_rank(rank: int, config) -> None:
-    """Raise ValueError if adapters of this rank would be no smaller than the layers they adapt."""
-    width = config.get_text_config().hidden_size
+def names(targets: str) -> list[str]:
+    """The layers that a setting lists with commas between."""
+    return [name.strip() for name in targets.split(",")]
+
+
+def check(rank: int, targets: str, model) -> None:
+    """Raise ValueError if adapters of this rank are no smaller than the layers they adapt, or a target is none of these."""
+    width = model.config.get_text_config().hidden_size
     if rank > width:
         raise ValueError(f"--lora-rank {rank} is above the model's width of {width}, which saves nothing; take 8 or 16")
+    layers = [path for path, module in model.named_modules() if getattr(module, "weight", torch.empty(0)).ndim == 2]
+    for name in names(targets) if targets != ALL_LINEAR else ():
+        if not any(f".{path}".endswith(f".{name}") for path in layers):
+            known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+            raise ValueError(f"--lora-targets: {name!r} names no layer of {type(model).__name__}; it has {known}")
 
 
 def meaning(settings: dict) -> dict:
@@ -79,24 +108,47 @@ def settings(source: Source, shapes: dict[str, tuple[int, ...]]):
     return config
 
 
+def read(source: Source) -> tuple:
+    """The PEFT configuration of an adapter's folder, and the shapes of its weights; raises as `settings`."""
+    shapes = check_weights(source)
+    return settings(source, shapes), shapes
+
+
 def merge_into(base, source: Source, config, shapes: dict[str, tuple[int, ...]]):
     """Return `base` with an adapter merged into it; its embeddings grow first if the adapter brings larger ones.
 
     Raises:
         ValueError: the adapter and the base do not fit, or merging changes what they compute.
     """
-    peft = _peft(f"the adapter {source.name}")
     _resize(base, shapes)
+    plain = merged(_adapted(base, source, config))
+    plain.name_or_path = source.name  # the base that adapters on top of it will name
+    return plain.requires_grad_(True)  # peft froze what it adapted
+
+
+def beside(base, folder: Path):
+    """The frozen model that `base` and the adapter in a folder are: it shares the base's tensors, and leaves them as they are.
+
+    Raises:
+        ValueError, OSError: the adapter does not fit the base, or cannot be read.
+    """
+    source = find("adapter", folder)
+    model = _adapted(twin(base), source, read(source)[0])
+    model.name_or_path = source.name
+    return model.requires_grad_(False).eval()
+
+
+def _adapted(base, source: Source, config):
+    """`base` with an adapter's file laid over it, not merged."""
+    peft = _peft(f"the adapter {source.name}")
     with warnings.catch_warnings(action="ignore"):
         model = peft.get_peft_model(base, config)
-        result = model.load_adapter(str(source.folder), "default", torch_device="cpu")
+        result = model.load_adapter(str(source.folder), "default", torch_device=str(base.device))
     missing = [name for name in result.missing_keys if ".default" in name]  # the base's own are no part of the file
     if missing or result.unexpected_keys:
         what = f"lacks {missing[:4]}" if missing else f"has {result.unexpected_keys[:4]}, which the base lacks"
         raise ValueError(f"the adapter does not fit its base: it {what}")
-    plain = merged(model)
-    plain.name_or_path = source.name  # the base that adapters on top of it will name
-    return plain.requires_grad_(True)  # peft froze what it adapted
+    return model
 
 
 def merged(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tpo_lib import pairing
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import encode_pairs
 from tpo_lib.fast.evaluation import evaluate as evaluate_policy
-from tpo_lib.files import smollm2, store
+from tpo_lib.files import adapters, folders, smollm2, store
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
@@ -75,7 +76,7 @@ def train(options) -> None:
     config = options.training
     name, device = named.model_name(options), choose_device(config.device)
     named.check_names(options)
-    named.check_rank(config, name)
+    named.check_adapters(config, name)
     config = named.guided(config, options.guide)
     tokenizer = load_tokenizer(name)
     launched = "LOCAL_RANK" in os.environ  # of several processes one samples, the others wait and read its cache
@@ -89,13 +90,14 @@ def train(options) -> None:
     guide = options.guide
     if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
         config, guide = _own_guide(config, name, tokenizer, pairs, options.fast)
+    policy, reference = named.policy(config, name)
     result = fit(
         config,
-        named.policy(config, name),
-        named.frozen(name, device),
+        policy,
+        reference,
         pairs,
         eval_pairs=eval_pairs,
-        guide=guide and named.frozen(guide, device),
+        guide=guide and named.guide(config, guide, reference),
         tokenizer=tokenizer,
         fast=options.fast,
         resume=options.resume,
@@ -111,8 +113,7 @@ def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[
     beta = runs.guide_settings(config).hyperparameters()["beta"]
     print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     inside = replace(config, output_dir=str(folder))
-    models = named.policy(config, name), named.frozen(name, choose_device(config.device))
-    runs.train_guide(inside, *models, pairs, tokenizer=tokenizer, fast=fast, progress=True)
+    runs.train_guide(inside, *named.policy(config, name), pairs, tokenizer=tokenizer, fast=fast, progress=True)
     return replace(config, guide_beta=beta), folder
 
 
@@ -155,6 +156,26 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     return output
 
 
+def merge(options) -> None:
+    source = folders.find("adapter", options.adapter)
+    if source.adapter is None:
+        raise ValueError(
+            f"{source.folder} is a whole model: there is nothing to merge (a run's final/ is merged already)"
+        )
+    base = options.model or folders.base_of(source)
+    model = adapters.merge_into(load_model(base), source, *adapters.read(source))
+    tokenizer = load_tokenizer(base if options.model and not list(source.folder.glob("token*")) else options.adapter)
+
+    def write(target: Path) -> None:
+        model.save_pretrained(str(target))
+        tokenizer.save_pretrained(str(target))
+        if (source.folder / "training.json").is_file():  # what the run was started from, for `evaluate`
+            shutil.copy(source.folder / "training.json", target)
+
+    store.write_atomically(Path(options.output), write)
+    print(f"{options.output}: {base} with {source.name} merged into it")
+
+
 def evaluate(options) -> None:
     named.check_names(options)
     device, record = choose_device(options.device), read_run(options.policy)
@@ -167,7 +188,7 @@ def evaluate(options) -> None:
     seen = recorded_prompts(record, tokenizer)
     wanted = (options.prompts, options.num_prompts, reference, tokenizer)
     prompts = held_out_prompts(*wanted, seed=options.seed, imdb=options.imdb, seen=seen)
-    ranking, words = _held_out_pairs(options, record, tokenizer, seen, device)
+    ranking, words = _held_out_pairs(options, record, tokenizer, seen, reference)
     same = "; it is the reward once more" if judge and judge.fingerprint == reward.fingerprint else ""
     sources = {"model": options.policy, "reference": f"{name} ({source})", "reward": _scorer_words(reward, scorers[0])}
     sources |= {"judge": _scorer_words(judge, scorers[1]) + same, "prompts": prompts.words, **words}
@@ -190,7 +211,7 @@ def evaluate(options) -> None:
         store.write_file(options.output, json.dumps({"sources": sources} | result.record(), indent=1) + "\n")
 
 
-def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dict[str, str]]:
+def _held_out_pairs(options, record, tokenizer, seen, reference) -> tuple[dict, dict[str, str]]:
     """Arguments of `evaluate` for --pairs, and the line that says how they rank; by what the run was trained with."""
     if not options.pairs:
         return {}, {}
@@ -203,7 +224,7 @@ def _held_out_pairs(options, record, tokenizer, seen, device) -> tuple[dict, dic
         return ranking, {"pairs": f"{words} the plain log-ratio (no record of an objective)"}
     own.check_unchanged(config.loss_type, record.start.get("objective"))
     if "guide_logps" in OBJECTIVES[config.loss_type].needs:
-        ranking["guide"] = named.recorded_guide(record, device)
+        ranking["guide"] = named.recorded_guide(record, reference)
         if ranking["guide"] is None:
             return ranking, {"pairs": f"{words} the plain log-ratio ({config.loss_type}'s guide is not where it was)"}
     ranking |= {"objective": config.loss_type, "hyperparameters": config.hyperparameters()}

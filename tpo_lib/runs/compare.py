@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
-from tpo_lib.files.load import load_model
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import fingerprint, frozen_copy
+from tpo_lib.models import fingerprint
 from tpo_lib.runs import costs, plots, report, runs
 from tpo_lib.runs.stage import StageConfig, build_stage
 from tpo_lib.runs.trackers import check_tracker
@@ -166,7 +165,7 @@ class _Comparison:
             folder = self.folder / "guide"
             settings = replace(train, output_dir=str(folder))
             runs.train_guide(settings, *stage.fresh(settings), tokenizer=stage.tokenizer)
-        return frozen_copy(load_model(folder / "final", device=stage.start.device))
+        return runs.load_guide(folder, stage.start)
 
     def collect(self) -> tuple[dict, dict, dict]:
         """Return (summary, curves, samples) in the schemas of report.write_report."""

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import adapters, folders
 from tpo_lib.files.load import load_config, load_model, load_tokenizer
@@ -14,8 +16,9 @@ from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
+from tpo_lib.runs import runs
 from tpo_lib.runs.presets import PRESETS
-from tpo_lib.runs.run import RunRecord, origin, read_run
+from tpo_lib.runs.run import ADAPTER, RunRecord, origin, read_run
 
 
 def check_names(options) -> None:
@@ -61,21 +64,36 @@ def _same(a: str, b: str) -> bool:
     return a == b or Path(a).resolve() == Path(b).resolve()
 
 
-def policy(config, name: str):
-    """What is trained: the start model, or fresh adapters on it."""
-    model = load_model(name, device=choose_device(config.device))
-    return adapters.add_lora(model, config.lora_rank, seed=config.seed) if config.lora_rank else model
-
-
-def check_rank(config, name: str) -> None:
-    """Refuse a rank that the start model's layers do not take, before it is loaded."""
+def policy(config, name: str) -> tuple:
+    """What is trained, and a function that gives its reference: the start is loaded once more, or adapters leave it as it is."""
+    device = choose_device(config.device)
+    start = load_model(name, device=device)
     if config.lora_rank:
-        adapters.check_rank(config.lora_rank, load_config(name))
+        return runs.new_policy(config, start.requires_grad_(False)), lambda: start
+    return start, frozen(name, device)
+
+
+def check_adapters(config, name: str) -> None:
+    """Refuse a rank or targets that the start model does not take, before it is loaded."""
+    if config.lora_rank:
+        from transformers import AutoModelForCausalLM
+
+        settings = load_config(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        adapters.check(config.lora_rank, config.lora_targets, model)
 
 
 def frozen(name: str | Path, device) -> Callable:
     """A function that loads a reference or guide; `fit` calls it when it needs the model, and may let it go."""
     return lambda: load_model(name, device=device).requires_grad_(False)
+
+
+def guide(config, name: str | Path, reference: Callable) -> Callable:
+    """A function that loads the guide, on the reference's tensors where policy and guide are adapters of it."""
+    if config.lora_rank:
+        return lambda: runs.load_guide(name, reference())
+    return frozen(name, choose_device(config.device))
 
 
 def guided(config: TrainConfig, guide: str | None) -> TrainConfig:
@@ -130,9 +148,12 @@ def check_reference(options, record: RunRecord | None, model, tokenizer) -> None
             raise ValueError(f"{other}: there is no KL between them; name the model it was trained from with --model")
 
 
-def recorded_guide(record: RunRecord, device):
+def recorded_guide(record: RunRecord, reference):
     """The guide of a run, or None where its record does not lead to the same model any more."""
     known = record.start.get("guide") or {"name": None}
-    with suppress(OSError):
-        guide = known["name"] and load_model(known["name"], device=device)
+    with suppress(OSError, ValueError):  # as adapters it fits the reference that it was trained from alone
+        place = known["name"] and Path(known["name"])
+        guide = place and (
+            adapters.beside(reference, place) if place.name == ADAPTER else load_model(place, device=reference.device)
+        )
         return guide if guide and origin(guide)["sha256"] == known["sha256"] else None

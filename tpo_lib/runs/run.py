@@ -2,7 +2,7 @@
 
     RUN/start/         written before the first update: training.json, prompts.safetensors
     RUN/checkpoints/   step-00000100, ...: a model folder with training.json and the state of the loop
-    RUN/final/         the trained model, with training.json
+    RUN/final/         the trained model, with training.json; of adapters the merged model, and in final/adapter they alone
     RUN/metrics.jsonl  a row a line
 
 training.json holds the settings and, under "start", fingerprints of the models, the tokenizer and the pairs. A run goes on
@@ -40,6 +40,7 @@ from tpo_lib.runs.trackers import begin_tracker
 from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
+ADAPTER = "adapter"  # folder in final/
 FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}  # may change on a resume
 RETIRED = {"share_prefix", "fused", "cache_dir"}  # settings that were: how models are read, which changes no number
 ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
@@ -90,7 +91,7 @@ def fit(
     if fast.fused and not policy.understood:
         kind = type(policy.model).__name__
         print(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
-    with accelerated(config) as accelerator:
+    with accelerated(config) as accelerator, fast.around(policy.model):
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
 
         def load(name: str, model) -> ResponseReader:
@@ -189,6 +190,12 @@ def shared_prompts(training: Sequence[str], held_out: Sequence[str]) -> list[int
 def origin(model) -> dict:
     """Where a model comes from: {"name": folder or hub name or None, "sha256": `models.fingerprint`}."""
     return {"name": _place(model.name_or_path), "sha256": fingerprint(model)}
+
+
+def adapter_base(policy) -> dict:
+    """Like `origin`, of what a model with adapters on it was without them; names in it depend on which layers are adapted."""
+    kept = {name: p for name, p in policy.named_parameters() if not (p.requires_grad or ".default" in name)}
+    return {"name": _place(policy.get_base_model().name_or_path), "sha256": fingerprint(kept)}
 
 
 def checkpoints_in(folder: Path, *, resume: bool) -> list[Path]:
@@ -339,7 +346,8 @@ class Run(Progress):
         """Write the trained model, unless its weights are not finite."""
         super().finish(policy)
         if self.writes:
-            self._write(self.folder / "final", adapters.whole(policy))
+            whole = adapters.whole(policy)
+            self._write(self.folder / "final", whole, adapter=None if whole is policy else policy)
 
     @contextmanager
     def guarded(self, policy, optimizer) -> Iterator[None]:
@@ -384,11 +392,13 @@ class Run(Progress):
         self._saved = self.step
         store.keep_last(self.folder / "checkpoints", self.config.keep)
 
-    def _write(self, folder: Path, policy, state: dict | None = None) -> None:
+    def _write(self, folder: Path, policy, state: dict | None = None, adapter=None) -> None:
         """A `from_pretrained` folder, atomically; with a state also what it takes to continue."""
 
         def write(target: Path) -> None:
             policy.save_pretrained(str(target))
+            if adapter is not None:
+                adapter.save_pretrained(str(target / ADAPTER))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(target))
             self._write_training(target)
@@ -420,12 +430,9 @@ def _on_cpu(sums: Sums) -> dict[str, list]:
 def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]) -> dict:
     """All that a run is started from and that is known before the frozen models are loaded."""
     if hasattr(policy, "peft_config"):
-        parts = {False: {}, True: {}}  # frozen, trained
-        for name, p in policy.named_parameters():
-            parts[p.requires_grad][name] = p
-        place = _place(policy.get_base_model().name_or_path)
-        found = {"adapter base": {"name": place, "sha256": fingerprint(parts[False])}}
-        found["start adapter"] = {"name": None, "sha256": fingerprint(parts[True])}
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        found = {"adapter base": adapter_base(policy)}
+        found["start adapter"] = {"name": None, "sha256": fingerprint(trained)}
     else:
         found = {"start model": origin(policy)}
     if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Runs of training, in memory or in a folder, and the one place where a guide is made."""
+"""Runs of training, in memory or in a folder, and the one place where policies and guides are made."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tpo_lib.config import TrainConfig, override
 from tpo_lib.data import EncodedPair
 from tpo_lib.evaluation import Evaluation
-from tpo_lib.runs.run import fit
+from tpo_lib.files import adapters, folders
+from tpo_lib.files.load import load_model
+from tpo_lib.models import frozen_copy
+from tpo_lib.runs.run import ADAPTER, adapter_base, fit, read_run
 
 
 @dataclass
@@ -64,6 +68,28 @@ def train(
     result = fit(config, policy, reference, pairs, on_log=logged, resume=resume, progress=progress, **more)
     run.rows, run.policy = result.metrics, result.policy.eval()
     return run
+
+
+def new_policy(config: TrainConfig | None, start):
+    """What a run trains, while `start` stays as it is: a copy of it, or where `config` has a rank adapters on its tensors."""
+    if config is None or not config.lora_rank:
+        return frozen_copy(start).requires_grad_(True)
+    how = {"alpha": config.lora_alpha, "targets": config.lora_targets, "seed": config.seed}
+    return adapters.add_lora(adapters.twin(start), config.lora_rank, **how)
+
+
+def load_guide(name: str | Path, start):
+    """The frozen guide in a folder or of the hub: on the tensors of `start` where it was trained as adapters of the same."""
+    try:
+        record = read_run(name)
+    except ValueError:  # its record does not matter to what it says
+        record = None
+    if record and (record.folder / ADAPTER).is_dir():
+        folders.find("guide", name)  # as what was saved
+        guide = adapters.beside(start, record.folder / ADAPTER)
+        if adapter_base(guide)["sha256"] == record.start["adapter base"]["sha256"]:
+            return guide
+    return load_model(name, device=start.device).requires_grad_(False)
 
 
 def guide_settings(config: TrainConfig) -> TrainConfig:

@@ -21,13 +21,13 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.fast.evaluation import evaluate
-from tpo_lib.files import adapters, chat, store
+from tpo_lib.files import chat, store
 from tpo_lib.files.imdb import load_imdb
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
-from tpo_lib.runs import own
+from tpo_lib.runs import own, runs
 from tpo_lib.runs.prompts import SOURCES, held_out_prompts, read_prompts, sample_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.sft import SftConfig, fine_tune
@@ -80,11 +80,8 @@ class Stage:
     reference_cache: dict = field(default_factory=dict, repr=False)  # filled by the first evaluation
 
     def policy(self, config: TrainConfig | None = None) -> torch.nn.Module:
-        """A copy of the start that can be trained, or of which adapters can, where `config` has a rank."""
-        model = frozen_copy(self.start)
-        if config and config.lora_rank:
-            return adapters.add_lora(model, config.lora_rank, seed=config.seed)
-        return model.requires_grad_(True)
+        """A copy of the start that can be trained, or adapters on the start's own tensors, where `config` has a rank."""
+        return runs.new_policy(config, self.start)
 
     def fresh(self, config: TrainConfig | None = None) -> tuple:
         """A new policy, its reference and the pairs: what `runs.train` begins with."""
