@@ -52,10 +52,10 @@ notebooks: setup  ## execute and clean every notebook of the course, in place
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))
 
-bench:  ## time and memory beside TRL and Liger, 40 minutes (QUICK=1: three); the peers get an environment of their own
+bench:  ## time and memory beside TRL and Liger, two hours (QUICK=1: three minutes; ONLY=loop: whole loops); the peers get an environment of their own
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -e ".[bench]" -c constraints.txt
-	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick)
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(MODEL),--model $(MODEL))
 
 gpu: setup  ## numerics, steps and the papers' experiment on one GPU, ten minutes; on a CPU SMALL=1. MODEL=folder of SmolLM2-135M, IMDB=folder
 	$(BIN)/python -m benchmarks.gpu $(if $(SMALL),--small) $(if $(MODEL),--model $(MODEL)) $(if $(IMDB),--imdb $(IMDB))

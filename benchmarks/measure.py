@@ -21,6 +21,7 @@ from benchmarks import contestants
 from benchmarks.cases import Case, Shape, build
 from tpo_lib.losses import OBJECTIVES
 
+RESET = Path("/proc/self/clear_refs")  # Linux alone has it
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"float32": 1e-5, "bf16": 3e-2}
@@ -158,8 +159,6 @@ def peak_memory(shape: Shape, objective: str, label: str) -> float | None:
 
 
 def _peak_here(shape: Shape, objective: str, label: str, threads: int) -> float | None:
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     torch.set_num_threads(threads)
     fn = contestants.bodies if label == "bodies" else contestants.CONTESTANTS[objective][label]
     case = build(shape, guide="guide_logps" in OBJECTIVES[objective].needs)
@@ -168,14 +167,26 @@ def _peak_here(shape: Shape, objective: str, label: str, threads: int) -> float 
         _ = case.known_states, case.known_logps
     case.policy.zero_grad(set_to_none=True)
     gc.collect()
+    before = start_of_peak()
+    gradient_step(fn, case)
+    return peak_since(before)
+
+
+def start_of_peak() -> int | None:
+    """Memory in use, in KiB, from where a peak is now counted; None where it cannot be read."""
+    if not RESET.exists():
+        return None
     libc = ctypes.CDLL(None)
     for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):  # what is freed is given back: what is counted is in use
         libc.mallopt(option, 1 << 20)
     libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    gradient_step(fn, case)
-    return (_status("VmHWM") - before) / 1024
+    RESET.write_text("5")  # the high-water mark starts anew
+    return _status("VmRSS")
+
+
+def peak_since(before: int | None) -> float | None:
+    """MiB above what `start_of_peak` found."""
+    return None if before is None else (_status("VmHWM") - before) / 1024
 
 
 def _status(name: str) -> int:

@@ -38,7 +38,8 @@ def write(results: Mapping, folder: Path) -> None:
 
 def section_text(section: Mapping) -> str:
     """One section as Markdown."""
-    return {"step": _step, "scaling": _scaling, "pocket": _pocket, "finite": _finite}[section["kind"]](section)
+    of = {"step": _step, "scaling": _scaling, "pocket": _pocket, "finite": _finite, "loop": _loop}
+    return of[section["kind"]](section)
 
 
 def goals_table(rows: Sequence[Mapping]) -> str:
@@ -90,6 +91,43 @@ def _step(section: Mapping) -> str:
     lines += [f"{NAMES.get(label, label)}: {why}." for label, why in section["missing"].items()]
     worst = max((d["gradient"] for d in section["agreement"].values()), default=0)
     lines.append(f"Before timing, losses and gradients agreed with the textbook's to {worst:.0e} at worst.")
+    return "\n".join(lines)
+
+
+LOOPS = {
+    "authors": "the authors' loop", "authors-cached": "the authors' loop, reference's hidden states kept",
+    "trl": "TRL's DPOTrainer", "trl-cached": "TRL's DPOTrainer, reference precomputed",
+    "fit": "**`fit`**", "fit-cached": "**`fit`**, reference cached",
+}  # fmt: skip
+
+
+def _loop(section: Mapping) -> str:
+    times, memory, rows = section["times"], section["memory_mib"], []
+    for label, clocks in times.items():
+        objective, name = label.split("/")
+        cells = [_spread(measure.summary(clocks[clock])) for clock in ("wall_s", "cpu_s", "ready_s")]
+        for against in ("authors", "trl"):
+            there = f"{objective}/{against}" in times
+            cells.append(_spread(measure.ratio(times, label, f"{objective}/{against}", "wall_s")) if there else "")
+        used = memory[label]
+        shares = [
+            f"{used / memory[other]:.2f}" if used and memory.get(other := f"{objective}/{against}") else ""
+            for against in ("authors", "trl")
+        ]
+        rows.append((style_of(objective).label, LOOPS[name], *cells, f"{used:.0f}" if used else "", *shares))
+    head = (
+        "objective",
+        "loop",
+        "wall s a pair",
+        "CPU s a pair",
+        "beforehand, s a pair",
+        "time / authors'",
+        "time / TRL's",
+    )
+    lines = [f"{section['loop']['text']}; {section['threads']} threads", ""]
+    lines.append(table((*head, "peak MiB", "memory / authors'", "memory / TRL's"), rows))
+    lines += ["", *(f"{label}: {why}." for label, why in section["missing"].items())]
+    lines.append(f"Losses of all updates agreed to {max(section['gaps'].values()):.0e} at worst.")
     return "\n".join(lines)
 
 
@@ -207,12 +245,16 @@ def readme(results: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-HEADINGS = {"finite": "Far-apart logits: who stays finite", "pocket": "The pocket model, a whole run"}
+HEADINGS = {
+    "loop": "Whole training loops",
+    "finite": "Far-apart logits: who stays finite",
+    "pocket": "The pocket model, a whole run",
+}
 
 INTRODUCTION = """# What a training step costs
 
-This file is written by `python -m benchmarks` (or `make bench`) from `results.json`, in about forty minutes; `--quick`
-takes three, `--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
+This file is written by `python -m benchmarks` (or `make bench`) from `results.json`, in about two hours; `--quick`
+takes three minutes, `--only NAME` repeats a section. The peers come with `pip install -e ".[bench]" -c constraints.txt`.
 
 A step is forward and backward of the mean loss over the pairs, with every frozen model's forward pass unless it is
 cached. Contestants run in one process, one after the other, in rounds whose order rotates; times are medians with
@@ -225,6 +267,12 @@ measured in a process of its own whose allocator gives back what is freed. Nothi
 - **Liger**: its fused linear DPO loss, eager on a CPU.
 - **ours**: `ResponseReader` and `fused.pair_loss`, which training uses by default; **cached**: what the frozen models say
   is known, as from the second epoch on.
+- **Whole training loops** of real bodies, each in a process of its own: `fit` beside TRL's `DPOTrainer` (its own defaults,
+  gradient checkpointing among them, but float32) and a loop around the authors' step; same pairs, updates and optimizer, and
+  the same losses. "Beforehand" is what caching the reference takes. Peak memory is what is above weights, gradients and
+  AdamW's two moments. "Together" means that the six pairs of a prompt stand in one update (`--group-prompts`): `fit` reads
+  their four responses once, the others read twelve sequences.
+- Steps of four layers of d = 256 are mostly head: they show what the head costs, not what a user of a real body saves.
 - The **floor** counts what no implementation can leave out: b, a body's forward pass without most of the padding (its
   backward is two), and u, one matrix product with the head over response positions."""
 

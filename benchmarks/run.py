@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import contestants, goals, report, sections
+from benchmarks import contestants, goals, loops, report, sections
 from tpo_lib.files.store import read_json
 
 HERE = Path(__file__).resolve().parent
@@ -29,16 +29,18 @@ def run(
     labels: Sequence[str] = (),
     memory: bool = True,
     repetitions: int | None = None,
+    model: str | None = None,
 ) -> dict:
     """Measure, print, and write results.json, README.md and scaling.png.
 
     Args:
         folder: where they go; None is this folder, or runs/bench if the measurement is not the whole one (`quick`).
-        quick: about three minutes instead of forty.
+        quick: about three minutes instead of two hours.
         only: beginnings of section names; the other sections keep what results.json has.
         labels: contestants to measure beside the textbook; what was measured is printed, not written.
         memory: measure peak memory too.
         repetitions: rounds of timing; None is 4, or 2 with `quick`.
+        model: folder of SmolLM2-135M's weights; None takes them where `tpo_lib get` left them, else random ones.
 
     Raises:
         ValueError: no section or contestant is called so.
@@ -47,8 +49,9 @@ def run(
     """
     folder = folder or (Path("runs/bench") if quick else HERE)
     repetitions = repetitions or (2 if quick else 4)
-    todo = sections.every(sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory))
-    there = sorted({label for entries in contestants.CONTESTANTS.values() for label in entries})
+    plan = sections.Plan(quick=quick, repetitions=repetitions, labels=tuple(labels), memory=memory, model=model)
+    todo = sections.every(plan)
+    there = sorted({label for entries in (*contestants.CONTESTANTS.values(), loops.LOOPS) for label in entries})
     for what, names, known, fits in (
         ("section", only, todo, str.startswith),
         ("contestant", labels, there, str.__eq__),

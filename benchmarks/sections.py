@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import contestants, measure, pocket
+from benchmarks import contestants, loops, measure, pocket
 from benchmarks.cases import Shape, build
 from tpo_lib.losses import OBJECTIVES
 
@@ -18,6 +18,11 @@ AXES = {  # the other two sizes stay as in BASE
     "vocab": (1024, 4096, 16384, 50257),
     "length": (32, 64, 128, 256),
     "pairs": (1, 2, 4, 8),
+}
+IMDB = Shape(vocab=50257, length=53, ragged=False, layers=12, width=768)  # of IMDb's lengths: a prompt and 48 tokens
+REAL = {  # the bodies that people train, with random weights
+    "gpt2-small": IMDB,
+    "smollm2-135m": replace(IMDB, vocab=49152, layers=30, width=576, family="llama", inner=1536, kv_heads=3),
 }
 FLOOR = {  # body forwards b and head GEMMs u that cannot be left out: uncached, cached
     "tdpo2": ((4, 4), (3, 4)),
@@ -35,6 +40,7 @@ class Plan:
     repetitions: int = 4  # rounds of timing
     labels: tuple[str, ...] = ()  # contestants; empty means all
     memory: bool = True  # measure peak memory too
+    model: str | None = None  # folder of SmolLM2-135M; None: see loops.Loop
 
 
 def step(objective: str, shape: Shape, plan: Plan, *, labels: Collection[str] = ()) -> dict:
@@ -107,4 +113,11 @@ def every(plan: Plan) -> dict[str, Callable[[], dict]]:
         found[f"{objective}-unpadded"] = partial(step, objective, shape, shorter, labels=("liger", "fused", "cached"))
     found["pocket"] = partial(pocket.whole_runs, plan.repetitions)
     found |= {f"scaling-{axis}": partial(scaling, plan, axis) for axis in AXES}
+    for body, shape in REAL.items():
+        for objective in ("tdpo2", "dpo"):
+            found[f"{objective}-{body}"] = partial(step, objective, shape, shorter, labels=few)
+    found |= {
+        name: partial(loops.whole_loops, loop, min(2, plan.repetitions), plan.labels)
+        for name, loop in loops.every(plan.model).items()
+    }
     return found

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
-from benchmarks import contestants, goals, measure, pocket, report, run, sections
+from benchmarks import contestants, goals, loops, measure, pocket, report, run, sections
 from benchmarks.cases import Shape, build, make_batch
 
 TINY = Shape(vocab=97, pairs=2, length=16, layers=1, width=16)
@@ -173,3 +174,87 @@ def test_whole_runs_end_at_the_same_weights(small_stage):
     found = pocket.whole_runs(1, small_stage, objectives=("tdpo2",), updates=2, batch_size=4)
     assert 0 < found["gaps"]["tdpo2"] <= pocket.TOLERANCE
     assert list(found["times"]) == ["tdpo2/textbook", "tdpo2/default"]
+
+
+TINY_LOOP = loops.Loop("tiny", together=True, pairs=12, updates=2)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield 1
+    torch.set_num_threads(before)
+
+
+def test_whole_loops_make_the_same_updates(threads):
+    found = loops.whole_loops(TINY_LOOP, 2, threads=threads, run=loops._here)
+    ran = [label for label in loops.LOOPS if not label.startswith("dpo/trl") or not contestants.MISSING["trl"]]
+    assert list(found["times"]) == ran
+    assert found["gaps"].keys() == set(ran)
+    assert all(len(values) == 2 for clocks in found["times"].values() for values in clocks.values())
+    results = {"about": run.about(), "goals": goals.evaluate({}), "sections": {}}
+    results["sections"]["loop-tiny"] = found | {"load": [0, 0], "commit": "none"}
+    page = report.readme(json.loads(json.dumps(results)))
+    assert "## Whole training loops, tiny" in page
+    assert "| TDPO2 | **`fit`**, reference cached |" in page
+
+
+def test_a_loop_runs_in_a_process_of_its_own(threads):
+    found = loops.alone(TINY_LOOP, "tdpo2/fit", threads)
+    assert found["losses"] == loops._here(TINY_LOOP, "tdpo2/fit", threads)["losses"]
+    assert found["wall_s"] > 0
+
+
+def test_loops_learn_the_same_and_who_does_not_is_refused(threads):
+    fast = replace(TINY_LOOP, updates=1, pairs=6)
+    assert loops.LOOPS["dpo/fit"](fast, clock=loops.Clock()) == pytest.approx([0.6931472], abs=1e-6)
+    calls = []
+
+    def other(loop, label, threads):
+        calls.append(label)
+        return {"losses": [0.5 if label == "dpo/fit" else 0.6]}
+
+    with pytest.raises(
+        measure.Disagreement, match=r"dpo/fit: its losses \[0\.5\] are not those of the first loop, \[0\.6\]"
+    ):
+        loops.whole_loops(TINY_LOOP, 9, threads=1, run=other)
+    assert len(calls) == len(set(calls))  # one round
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_pairs_of_a_loop_are_as_stated(together):
+    loop = loops.Loop(pairs=12, updates=40, together=together)
+    pairs = loops.make_pairs(loop, 49152)
+    lengths = torch.tensor([len(pair.chosen_ids) for pair in pairs])
+    assert (lengths == 48).float().mean().item() == pytest.approx(0.8, abs=0.06)
+    assert {len(pair.prompt_ids) for pair in pairs} == set(range(2, 9))
+    updates = loops.windows(loop, pairs)
+    assert [len(window) for window in updates] == [12] * 40
+    for window in updates:
+        assert len({tuple(pair.prompt_ids) for pair in window}) == (2 if together else 12)
+        sides = {tuple(ids) for pair in window for ids in (pair.chosen_ids, pair.rejected_ids)}
+        assert len(sides) == (8 if together else 24)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+def test_memory_of_a_loop_is_what_lies_above_the_state(threads):
+    clock, model = loops.Clock(), torch.nn.Linear(1, 1)
+    clock.start(model)
+    torch.ones(64 << 18).sum()  # 64 MiB
+    clock.stop()
+    assert clock.found["memory_mib"] == pytest.approx(64, abs=8)
+    large = torch.nn.Linear(2048, 2048)  # 16 MiB, of which 48 are subtracted: gradients and two moments
+    clock.start(large)
+    torch.ones(64 << 18).sum()
+    clock.stop()
+    assert clock.found["memory_mib"] == pytest.approx(16, abs=8)
+
+
+def test_goals_of_loops():
+    times = {f"tdpo2/{name}": {"wall_s": [value] * 2} for name, value in (("authors", 1.0), ("fit", 0.4))}
+    times["tdpo2/fit-cached"] = times["tdpo2/fit"]
+    section = {"times": times, "memory_mib": {"tdpo2/fit": 60.0, "tdpo2/authors": 100.0}}
+    rows = [row for row in goals.evaluate({"loop-smollm2-135m-imdb-prompts": section}) if row["measured"] is not None]
+    assert [(row["number"], row["measured"], row["holds"]) for row in rows] == [
+        (7, 0.4, True), (7, 0.4, True), (7, 0.6, False), (8, 0.4, True),
+    ]  # fmt: skip

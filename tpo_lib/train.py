@@ -403,7 +403,7 @@ def check(
                 "trains without"
             )
         if 0 < len(bare) < len(rows):
-            raise ValueError(f"row {bare[0]} of {table} has no rejected side, others have; train the two kinds apart")
+            raise ValueError(f"row {bare[0]} of {table} has no rejected side and others have one; train them apart")
 
 
 def _stop_if_bad(values: Tensor, rows: Tensor, step: int) -> None:
