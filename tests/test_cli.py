@@ -13,7 +13,8 @@ import tiny
 from tpo_data.pocket import train_tokenizer
 from tpo_lib.cli import main
 from tpo_lib.files.pairs import load_pairs
-from tpo_lib.runs import commands
+from tpo_lib.runs import commands, plots
+from tpo_lib.runs.run import Run
 
 PAIRS = [
     {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(12)
@@ -46,7 +47,38 @@ def test_train_writes_a_model_and_its_metrics(files, tmp_path, capsys, model):
     assert rows[-1]["step"] == 3
     assert "eval_kl/margin" in rows[-1]
     assert json.loads((tmp_path / "out" / "final" / "training.json").read_text())["beta"] == 0.2
-    assert "trained 3 updates" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained 3 updates" in said
+    assert said.splitlines()[-1].endswith(f"curves: {tmp_path / 'out' / 'curves.png'}")
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_stopped_has_its_curves_and_a_resumed_one_all_of_them(files, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "run", lambda name, rows, real=plots.run: drawn.append(rows) or real(name, rows))
+    monkeypatch.setattr(Run, "log", stop_at(2, Run.log))
+    often = ("--loss-type", "dpo", "--log-every", "1", "--save-every", "1")
+    with pytest.raises(SystemExit, match="130"):
+        train(files, *often)
+    assert [row["step"] for row in drawn[0]] == [1, 2]
+    before = (tmp_path / "out" / "curves.png").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(plots, "run", lambda name, rows, real=plots.run: drawn.append(rows) or real(name, rows))
+    with pytest.raises(SystemExit, match="2"):
+        train(files, *often, "--beta", "0.3", "--resume")  # another run: nothing of the first is touched
+    assert (tmp_path / "out" / "curves.png").read_bytes() == before
+    train(files, *often, "--resume")
+    assert [row["step"] for row in drawn[-1]] == [1, 2, 3]
+    assert (tmp_path / "out" / "curves.png").read_bytes() != before
+
+
+def stop_at(step: int, log):
+    def logged(run, row) -> None:
+        log(run, row)
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return logged
 
 
 def test_simpo_takes_its_own_defaults_a_long_warm_up_is_said_and_its_run_is_no_guide(

@@ -258,3 +258,131 @@ def test_a_reward_of_another_scale_is_not_said_to_lie_between_0_and_1():
     assert plots.diversity(points).axes[0].get_xlabel() == "mean reward"
     ends = {name: (name, rows[-1]) for name, rows in points.items()}
     assert plots.run_points(ends, points["dpo"][0]).axes[0].get_ylabel() == "mean reward"
+
+
+# ---- settings and seeds
+
+SETTINGS = [f"{name} β.{beta}" for name in ("dpo", "tdpo1", "tdpo2", "simpo") for beta in ("05", "1", "5")]
+
+
+def light(colour) -> float:
+    red, green, blue = to_rgb(colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def seeded(labels, seeds: int = 3) -> dict:
+    """Curves whose last three points have a mean, a lowest and a highest seed: mean - .1, mean, mean + .1."""
+    data = curves(labels)
+    for points in data.values():
+        for point in points[1:]:
+            for value in point.values():
+                if isinstance(value, dict):
+                    value["seeds"] = [value["mean"] + 0.1 * (i - 1) for i in range(seeds)]
+    return data
+
+
+def test_settings_have_their_objectives_hue_a_shade_and_a_marker():
+    styles = {name: plots.style_of(name, SETTINGS) for name in SETTINGS}
+    assert styles["tdpo2 β.05"].label == "TDPO2 β.05"
+    for name in ("dpo", "tdpo1", "tdpo2", "simpo"):
+        own = [styles[f"{name} β.{beta}"] for beta in ("05", "1", "5")]
+        shades = [light(style.colour) for style in own]
+        assert (
+            0.76 > shades[0] > shades[1] + 0.05 > shades[2] + 0.1
+        )  # readable on white, darker the later, in greyscale too
+        assert [style.marker for style in own] == ["o", "s", "^"]  # of the setting, the same for all objectives
+        assert {style.linestyle for style in own} == {plots.style_of(name).linestyle}
+    looks = [(style.marker, str(style.linestyle)) for style in styles.values()]
+    assert len(set(looks)) == len(looks)  # told apart without any colour
+    assert plots.style_of("tdpo2 β.05")[1:] == plots.style_of("tdpo2")[1:]  # alone, it is the objective's
+    assert to_rgb(plots.style_of("tdpo2 β.05", ["tdpo2 β.05", "dpo"]).colour) == to_rgb(plots.style_of("tdpo2").colour)
+    assert plots.style_of("dpo", [*SETTINGS, "dpo"]) == plots.style_of("dpo")
+    assert plots.style_of("read from a file", ["read from a file"]).label == "read from a file"
+
+
+def all_figures(data, rows) -> list:
+    return [plots.frontier(data), plots.seqkl(data), plots.diversity(data), plots.training(rows)]
+
+
+@pytest.mark.parametrize("labels", [SETTINGS, SETTINGS[:6], SETTINGS[:7], ["tgdpo", *SETTINGS[:3]]])
+def test_with_settings_and_seeds_the_legend_covers_no_data(labels):
+    rows = dict.fromkeys(labels, [training_rows()["dpo"]] * 3)
+    for figure in all_figures(seeded(labels), rows):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert box.y0 >= 0
+        for ax in figure.axes:
+            assert box.y1 <= ax.get_tightbbox().y0 + 2
+            assert ax.get_window_extent().height > 200  # the figure grew, not the legend alone
+        shown = [
+            text.get_text() for text in legend.get_texts() if text.get_text().strip() and text.get_text() != "start"
+        ]
+        assert shown == [plots.style_of(name).label for name in labels]
+
+
+def test_a_column_of_the_legend_is_an_objective():
+    for figure in (plots.seqkl(seeded(SETTINGS)), plots.diversity(seeded(SETTINGS))):
+        figure.draw_without_rendering()
+        places = {text.get_text(): text.get_window_extent().x0 for text in figure.legends[0].get_texts()}
+        for name in ("DPO", "TDPO1", "TDPO2", "SimPO"):
+            assert len({round(places[f"{name} β.{beta}"]) for beta in ("05", "1", "5")}) == 1
+
+
+def test_bands_reach_from_the_lowest_to_the_highest_seed():
+    data = seeded(["dpo", "tdpo2"])
+    for figure, x, y in ((plots.frontier(data), "kl", "reward"), (plots.seqkl(data), "pairs_seen", "seqkl_chosen")):
+        band = figure.axes[0].collections[0].get_paths()[0].vertices
+        last = data["dpo"][-1]
+        at = last[x]["mean"] if x == "kl" else last[x]
+        ends = [value for where, value in band if where == pytest.approx(at)]
+        assert (min(ends), max(ends)) == pytest.approx((last[y]["mean"] - 0.1, last[y]["mean"] + 0.1))
+        (line,) = lines(figure.axes[0], "DPO")
+        assert line.get_ydata()[-1] == last[y]["mean"]
+
+
+def test_training_of_several_seeds_is_their_mean_in_a_band():
+    runs = [[{"step": i, "loss": level + i} for i in range(1, 5)] for level in (1.0, 2.0, 6.0)]
+    runs[2] = runs[2][:3]  # one that has not come so far: the steps that all have are drawn
+    ax = plots.training({"dpo β.1": runs, "dpo β.5": runs}).axes[0]
+    (line,) = lines(ax, "DPO β.1")
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == pytest.approx([4, 5, 6])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (2, 9)
+    assert len(ax.get_lines()) == 2  # no line of single updates
+
+
+def test_a_run_is_drawn_with_its_held_out_pairs_beside_it():
+    rows = [
+        {
+            "step": i,
+            "loss": 1 / i,
+            "rewards/margins": i,
+            "kl/chosen": 2 * i,
+            "kl/rejected": 3 * i,
+            "lr": 1e-4 * i,
+            "grad_norm": None,
+        }
+        for i in range(1, 9)
+    ]
+    rows[3] |= {"eval_loss": 0.4, "eval_kl/rejected": 11.0}
+    rows.append({"step": 8, "eval_loss": 0.3})
+    figure = plots.run("tdpo2", rows)
+    figure.draw_without_rendering()
+    named = {ax.get_ylabel(): ax for ax in figure.axes}
+    assert list(named) == [
+        plots.LOGGED[name] for name in ("loss", "rewards/margins", "kl/chosen", "lr")
+    ]  # what there is
+    (held_out,) = lines(named["loss, nats"], "held-out pairs")
+    assert (list(held_out.get_xdata()), list(held_out.get_ydata())) == ([4, 8], [0.4, 0.3])
+    kl = named[plots.LOGGED["kl/chosen"]]
+    assert [text.get_text() for text in kl.texts] == ["chosen", "rejected"]
+    assert [list(line.get_ydata()) for line in lines(kl, "held-out pairs")] == [[11.0]]
+    (rate,) = [line for line in named["learning rate"].get_lines() if line.get_linewidth() == 2]
+    assert list(rate.get_ydata()) == [row["lr"] for row in rows[:8]]  # not smoothed
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()) >= 10
+    assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["held-out pairs"]
+    assert len(plots.run("sft", [{"step": 1, "loss": 1.0}]).legends[0].get_texts()) == 1
+    plots.run("dpo", [{"step": 1, "eval_loss": 1.0}]).draw_without_rendering()

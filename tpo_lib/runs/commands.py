@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.runs import compare, named, own, presets, report, runs
+from tpo_lib.runs import compare, named, own, plots, presets, report, runs
+from tpo_lib.runs.interrupts import Terminated
 from tpo_lib.runs.plan import plan
-from tpo_lib.runs.plots import score_gaps
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import fit, read_run, shared_prompts
@@ -91,20 +92,42 @@ def train(options) -> None:
     if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
         config, guide = _own_guide(config, name, tokenizer, pairs, options.fast)
     policy, reference = named.policy(config, name)
-    result = fit(
-        config,
-        policy,
-        reference,
-        pairs,
-        eval_pairs=eval_pairs,
-        guide=guide and named.guide(config, guide, reference),
-        tokenizer=tokenizer,
-        fast=options.fast,
-        resume=options.resume,
-    )
+    with _drawn(config) as picture:
+        result = fit(
+            config,
+            policy,
+            reference,
+            pairs,
+            eval_pairs=eval_pairs,
+            guide=guide and named.guide(config, guide, reference),
+            tokenizer=tokenizer,
+            fast=options.fast,
+            resume=options.resume,
+        )
     print(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
     folder = result.output_dir
-    print(f"trained {result.steps} updates; model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}")
+    print(
+        f"trained {result.steps} updates; model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}, curves: {picture}"
+    )
+
+
+@contextmanager
+def _drawn(config: TrainConfig) -> Iterator[Path]:
+    """Draw the curves of a run when it has ended, and those so far where Ctrl-C, SIGTERM or what is not finite ended it."""
+    folder = Path(config.output_dir)
+    picture, rows = folder / "curves.png", folder / "metrics.jsonl"
+
+    def draw() -> None:
+        logged = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        if logged and os.environ.get("RANK", "0") == "0":  # one of several processes
+            store.write_file(picture, partial(plots.run(config.loss_type, logged).savefig, dpi=110))
+
+    try:
+        yield picture
+    except (KeyboardInterrupt, Terminated, FloatingPointError):
+        draw()
+        raise
+    draw()
 
 
 def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[TrainConfig, Path]:
@@ -152,7 +175,7 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     if output is None:  # named by its content: another run may sample into the same folder
         output = folder / f"sampled-{store.content_key(table.to_dict())[:16]}.jsonl"
     save_pairs(table, output)
-    store.write_file(output.with_suffix(".png"), partial(score_gaps(made).savefig, dpi=110))
+    store.write_file(output.with_suffix(".png"), partial(plots.score_gaps(made).savefig, dpi=110))
     return output
 
 

@@ -1,18 +1,21 @@
 """Data in, matplotlib Figure out, made without pyplot so that nothing is left open: the pictures of the comparison.
-`curves` is {objective: [point, ...]} with point = {"step": int, "pairs_seen": int, metric: {"mean", "low", "high", "n"},
-...}; the first point of every objective is the start model at step 0.
+`curves` is {label: [point, ...]} with point = {"step": int, "pairs_seen": int, metric: {"mean", "low", "high", "n"}, ...}; the
+first point of every label is the start model at step 0. A label is an objective, or one with a setting: "tdpo2 β.05 α.5". Of
+several seeds (`seeds.merged`) a metric has "seeds", the mean of each, and bands reach from the lowest to the highest.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -44,6 +47,8 @@ OTHERS = {  # what is drawn beside the objectives
 # For objectives whose record has no look: Tol's dark colours, and markers that nobody else has.
 OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
 OWN_MARKERS = ("p", "h", "<", "8", "d")
+SETTING_MARKERS = ("o", "s", "^", "D", "v", "P", ">", "X", "<", "p", "h", "d", "8", "*")  # in the order of the settings
+MANY = 7  # curves that can be named beside their ends, and whose every update can be shown
 
 AXIS = {  # metric -> axis label with its unit
     "reward": "mean reward (0 to 1)",
@@ -57,13 +62,30 @@ AXIS = {  # metric -> axis label with its unit
     "seqkl_rejected": "SeqKL(reference ‖ policy), nats",
     "seqkl_margin": "rejected minus chosen, nats",
     "accuracy": "accuracy on held-out pairs (share)",
+    "accuracy_logratio": "pairs whose chosen log-ratio is larger (share)",
+}
+LOGGED = {  # names of metrics.jsonl -> axis label
+    "loss": "loss, nats",
+    "rewards/margins": "implicit reward margin, nats",
+    "rewards/accuracies": "accuracy (share)",
+    "kl/chosen": "SeqKL(reference ‖ policy), nats",
+    "kl/rejected": "SeqKL(reference ‖ policy), nats",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
 }
 
 
-def style_of(name: str) -> Style:
-    """As its record says; without a look by its place among those that have none, any other name by its letters."""
+def style_of(name: str, among: Iterable[str] = ()) -> Style:
+    """As its record says; without a look by its place among those that have none, any other name by its letters.
+
+    A setting of an objective ("tdpo2 β.05 α.5") looks like the objective; beside `among`, the labels of a picture, it has a shade
+    of its colour, darker the later it stands, and the marker of the setting.
+    """
     if name in OTHERS:
         return OTHERS[name]
+    objective, _, setting = name.partition(" ")
+    if setting and objective in OBJECTIVES:
+        return _setting(style_of(objective), name, setting, list(among))
     entry = OBJECTIVES.get(name)
     label = (entry and entry.label) or name
     if entry and entry.look:
@@ -72,6 +94,23 @@ def style_of(name: str) -> Style:
     number = own.index(name) if name in own else crc32(name.encode())
     colour, marker = OWN_COLOURS[number % len(OWN_COLOURS)], OWN_MARKERS[number % len(OWN_MARKERS)]
     return Style(label, colour, marker, (0, (2 + number % 5, 2, 1, 2)))
+
+
+def _setting(whole: Style, name: str, setting: str, among: Sequence[str]) -> Style:
+    """An objective's look in the shade of one of its settings."""
+    style = whole._replace(label=f"{whole.label} {setting}")
+    parts = [other.partition(" ") for other in among]
+    own = [rest for objective, _, rest in parts if rest and objective == name.partition(" ")[0]]
+    if setting not in own:
+        return style
+    every = list(dict.fromkeys(rest for _, _, rest in parts if rest))
+    colour, place = np.array(to_rgb(whole.colour)), own.index(setting) / max(1, len(own) - 1)  # 0 to 1
+    light = float(colour @ (0.2126, 0.7152, 0.0722))
+    white = max(0.0, min(0.4, (0.72 - light) / (1 - light)))  # a lighter one would be lost on white
+    palest, darkest = colour + white * (1 - colour), 0.5 * colour
+    if len(own) > 1:
+        colour = palest + place * (darkest - palest)
+    return style._replace(colour=to_hex(colour), marker=SETTING_MARKERS[every.index(setting) % len(SETTING_MARKERS)])
 
 
 def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
@@ -99,16 +138,17 @@ def score_gaps(report: PairReport) -> Figure:
 
 
 def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:
-    """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve an objective.
+    """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve a label.
 
-    Bars are 95% intervals. Up and to the left is better: more reward at less distance from the reference.
+    Bars are 95% intervals, bands reach from the lowest to the highest seed. Up and to the left is better: more reward at less
+    distance from the reference.
     """
     fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, itertools.chain(*curves.values())))
     _star(ax, next(iter(curves.values()))[0], "kl", y, named=True)
     ends = {name: (mean(points[-1], "kl"), mean(points[-1], y)) for name, points in curves.items()}
-    if min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
+    if len(ends) <= MANY and min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
         _label_ends(ax, ends)
     else:  # a line from a curve that ends far left would cross the others
         _legend(fig, curves)
@@ -177,33 +217,80 @@ def diversity(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     return fig
 
 
-def training(rows: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """Loss, reward margin and accuracy over the updates of one or several runs: {objective: rows of metrics.jsonl}.
+def training(rows: Mapping[str, Sequence]) -> Figure:
+    """Loss, reward margin and accuracy over the updates of one or several runs: {label: rows of metrics.jsonl}.
 
-    The thin line is every logged row, the thick one its moving mean over an eighth of the run.
+    The thin line is every logged row, the thick one its moving mean over an eighth of the run. Of {label: [rows of every seed]}
+    it is the mean of the moving means, in a band from the lowest to the highest.
     """
     fig, axes = panels(3, width=12.5, height=4.4)
-    words = ("loss, nats", "implicit reward margin, nats", "accuracy (share)")
-    for ax, name, label in zip(axes, ("loss", "rewards/margins", "rewards/accuracies"), words, strict=True):
-        for objective, run in rows.items():
-            points = [(row["step"], row[name]) for row in run if name in row]
-            if not points:
-                continue
-            style, eighth = style_of(objective), max(1, len(points) // 8)
-            steps, values = np.array(points, dtype=float).T
-            ax.plot(steps, values, color=style.colour, linewidth=0.8, alpha=0.3)
-            _curve(ax, steps, _moving_mean(values, eighth), style, every=eighth)
-        ax.set(xlabel="update", ylabel=label)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for ax, name in zip(axes, ("loss", "rewards/margins", "rewards/accuracies"), strict=True):
+        for label, runs in rows.items():
+            style, seeds = style_of(label, rows), [runs] if not runs or isinstance(runs[0], Mapping) else runs
+            _over_updates(ax, seeds, name, style, raw=len(rows) <= MANY and len(seeds) == 1)
+        ax.set(xlabel="update", ylabel=LOGGED[name])
     _legend(fig, rows)
     return fig
 
 
-def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the course's style with `count` panels side by side; width and height in inches."""
+def _over_updates(ax: Axes, runs: Sequence[Sequence[Mapping]], name: str, style: Style, *, raw: bool) -> None:
+    """One logged metric of the seeds of one setting, at the steps that all of them have."""
+    found = [{row["step"]: row[name] for row in run if row.get(name) is not None} for run in runs]
+    steps = np.array([step for step in found[0] if all(step in seed for seed in found)], dtype=float)
+    if not len(steps):
+        return
+    eighth = max(1, len(steps) // 8) if name != "lr" else 1  # which has no noise
+    values = np.array([[seed[step] for step in steps] for seed in found], dtype=float)  # (S, n)
+    smooth = np.array([_moving_mean(row, eighth) for row in values])
+    if raw:
+        ax.plot(steps, values[0], color=style.colour, linewidth=0.8, alpha=0.3)
+    elif len(runs) > 1:
+        ax.fill_between(steps, smooth.min(0), smooth.max(0), color=style.colour, alpha=0.15, linewidth=0)
+    _curve(ax, steps, smooth.mean(0), style, every=eighth)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def run(objective: str, rows: Sequence[Mapping]) -> Figure:
+    """One run from its rows of metrics.jsonl: what was logged of the names in LOGGED, held-out pairs (eval_*) beside training."""
+    known = {name for name in LOGGED if any(row.get(name) is not None for row in rows)} or {"loss"}
+    shown = [list(names) for _, names in itertools.groupby(filter(known.__contains__, LOGGED), LOGGED.get)]
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    fig, axes = panels(columns, width=max(6.0, 4.2 * columns), height=0.6 + 3.4 * lines, count=len(shown))
+    style = style_of(objective)._replace(
+        label="training (thin: as logged, thick: moving mean)", marker="None", linestyle="-"
+    )
+    held_out = Style("held-out pairs", dark(style.colour), "D", (0, (3, 1)))
+    for ax, names in zip(axes, shown, strict=True):
+        ax.set(xlabel="update", ylabel=LOGGED[names[0]])
+        for name in names:
+            _over_updates(ax, [rows], name, style, raw=True)
+            points = [(row["step"], row[f"eval_{name}"]) for row in rows if row.get(f"eval_{name}") is not None]
+            if points:
+                _curve(ax, *zip(*points, strict=True), held_out)
+            if len(names) > 1 and ax.lines:  # two sides of a pair on one scale
+                end = ax.lines[-1].get_xydata()[-1]
+                ax.annotate(
+                    name.partition("/")[2], end, (-4, 6), textcoords="offset points", fontsize=FONT - 1, ha="right"
+                )
+    drawn = [style, held_out][: 1 + any(name.startswith("eval_") for row in rows for name in row)]
+    handles = [Line2D([], [], linewidth=2, markersize=7, **_line(each)) for each in drawn]
+    fig.suptitle(style_of(objective).label, fontsize=FONT)
+    fig.legend(handles=handles, ncols=2, loc="outside lower center", frameon=False, fontsize=FONT, handlelength=3.5)
+    return fig
+
+
+def panels(columns: int, *, width: float, height: float, count: int | None = None) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the course's style; width and height in inches.
+
+    Args:
+        columns: panels side by side.
+        count: panels in all, where there are more than one row of them.
+    """
+    count = columns if count is None else count
     fig = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
     fig.get_layout_engine().set(wspace=0.06)
-    axes = list(fig.subplots(1, count, squeeze=False)[0])
+    axes = [fig.add_subplot(math.ceil(count / columns), columns, 1 + i) for i in range(count)]
     for ax in axes:
         ax.grid(**GRID)
         ax.set_axisbelow(True)
@@ -220,15 +307,31 @@ def mean(point: Mapping, metric: str) -> float:
 
 
 def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: str) -> None:
-    """One curve an objective through its points (x, y), vertical bars for the 95% interval of y, a star at the start."""
+    """One curve a label through its points (x, y), with vertical bars (or the band of its seeds), and a star at the start."""
     for name, points in curves.items():
-        style = style_of(name)
+        style = style_of(name, curves)
         xs, ys = [mean(p, x) for p in points], [mean(p, y) for p in points]
-        bars = [[max(0.0, p[y]["mean"] - p[y]["low"]) for p in points]]
-        bars += [[max(0.0, p[y]["high"] - p[y]["mean"]) for p in points]]
-        ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
+        lows, highs = _bounds(points, y)
+        if has_seeds(points):
+            ax.fill_between(xs, lows, highs, color=style.colour, alpha=0.15, linewidth=0)
+        else:
+            bars = np.maximum(0.0, [np.subtract(ys, lows), np.subtract(highs, ys)])
+            ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
         _curve(ax, xs, ys, style)
     _star(ax, next(iter(curves.values()))[0], x, y)
+
+
+def has_seeds(points: Sequence[Mapping]) -> bool:
+    """Whether several seeds stand behind a curve."""
+    return any("seeds" in metric for metric in points[-1].values() if isinstance(metric, Mapping))
+
+
+def _bounds(points: Sequence[Mapping], metric: str) -> tuple[list[float], list[float]]:
+    """What is drawn around a curve: the 95% interval of one run, the lowest and highest mean of several seeds."""
+    if not has_seeds(points):
+        return [p[metric]["low"] for p in points], [p[metric]["high"] for p in points]
+    seeds = [p[metric].get("seeds", [mean(p, metric)]) for p in points]  # the start is the same for all
+    return [min(each) for each in seeds], [max(each) for each in seeds]
 
 
 _STAR = {"color": "#000000", "marker": "*", "linestyle": "none", "markersize": 13, "label": "start"}
@@ -242,12 +345,11 @@ def _star(ax: Axes, start: Mapping, x: str, y: str, *, named: bool = False) -> N
 
 
 def _over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: str) -> None:
-    """One curve an objective over the pairs seen (or the updates), with its 95% band."""
+    """One curve a label over the pairs seen (or the updates), with the band of its interval or of its seeds."""
     x = "pairs_seen" if all("pairs_seen" in p for points in curves.values() for p in points) else "step"
     for name, points in curves.items():
-        style, xs = style_of(name), [p[x] for p in points]
-        ax.fill_between(xs, [p[metric]["low"] for p in points], [p[metric]["high"] for p in points],
-                        color=style.colour, alpha=0.15, linewidth=0)  # fmt: skip
+        style, xs = style_of(name, curves), [p[x] for p in points]
+        ax.fill_between(xs, *_bounds(points, metric), color=style.colour, alpha=0.15, linewidth=0)
         _curve(ax, xs, [mean(p, metric) for p in points], style)
     ax.set_xlabel("training pairs seen" if x == "pairs_seen" else "updates")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -278,7 +380,7 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     over = max(0.0, max(heights.values()) - high)
     right = ax.get_xlim()[1]
     for name, height in heights.items():
-        style = style_of(name)
+        style = style_of(name, ends)
         ax.annotate(
             style.label, xy=ends[name], xytext=(right, height - over), xycoords="data", textcoords="data",
             fontsize=FONT, fontweight="bold", color=dark(style.colour), va="center", ha="left", annotation_clip=False,
@@ -292,9 +394,19 @@ def dark(colour: str) -> tuple[float, ...]:
 
 
 def _legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) -> None:
-    """One legend below all panels: it covers no data."""
-    handles = [Line2D([], [], linewidth=2, markersize=7, **_line(style_of(name))) for name in curves]
-    handles += [Line2D([], [], **_STAR)] * start
-    columns = min(len(handles), int(fig.get_figwidth() / 1.5))  # an entry is about 1.5 inches wide
+    """One legend below all panels, for which the figure grows: it covers no data."""
+    handles = [Line2D([], [], linewidth=2, markersize=7, **_line(style_of(name, curves))) for name in curves]
+    star = [Line2D([], [], **_STAR)] * start
+    inches = max(1.5, 0.95 + 0.092 * max(len(handle.get_label()) for handle in handles))  # of an entry
+    groups = Counter(name.partition(" ")[0] for name in curves)
+    if len(groups) < len(curves) and len(set(groups.values())) == 1:  # a column an objective
+        columns, lines = len(groups), len(curves) // len(groups)
+        blank = Line2D([], [], linestyle="none", label=" ")
+        heads = [star, *[[blank] * start] * (columns - 1)]
+        handles = [each for i, head in enumerate(heads) for each in (*head, *handles[i * lines : (i + 1) * lines])]
+        fig.set_figwidth(max(fig.get_figwidth(), columns * inches))
+    else:
+        handles, columns = handles + star, min(len(handles) + start, int(fig.get_figwidth() / inches))
+    fig.set_figheight(fig.get_figheight() + 0.24 * max(0, math.ceil(len(handles) / columns) - 2))
     kind = {"loc": "outside lower center", "frameon": False, "fontsize": FONT, "handlelength": 3.5}
     fig.legend(handles=handles, ncols=columns, **kind)

@@ -12,7 +12,7 @@ import torch
 from tpo_course.coefficients import coefficients
 from tpo_course.widgets.parts import bundle, knob, look, on, page, room, row
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
-from tpo_lib.runs import plots
+from tpo_lib.runs import heatmap, plots
 from tpo_lib.stats import split
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ QUANTITIES = {  # name: (what it is, unit)
     "KL coefficient": ("d loss / d KL: negative is pushed up", ""),
 }
 LINE = 110  # characters that surely fit beside a label
-POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
 
 
 class TokenMicroscope:
@@ -159,7 +158,7 @@ class TokenMicroscope:
         if values is None:
             return f'<div style="line-height:2">{head}<i>this objective has none</i></div>'
         spans = [
-            _span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"), framed=i == self.token.value)
+            heatmap.span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"), framed=i == self.token.value)
             for i in range(*where.indices(len(self._pieces)))
         ]
         return f'<div style="line-height:2;padding-left:7.5em;text-indent:-7.5em">{head}{"".join(spans)}</div>'
@@ -172,18 +171,6 @@ class TokenMicroscope:
             numbers = [f"{key} {float(v[index]):+.3g}" for key, v in values.items() if v is not None]
             lines.append(f"{plots.style_of(name).label}: {', '.join(numbers)}")
         return separator.join(html.escape(line, quote=True) for line in lines)
-
-
-def _span(piece: str, value: float, largest: float, title: str, *, framed: bool) -> str:
-    share = min(1.0, abs(value) / largest) if largest else 0.0
-    red, green, blue = POSITIVE if value >= 0 else NEGATIVE
-    line = "solid" if value >= 0 else "dashed"
-    frame = "outline:2px solid black;" if framed else ""
-    return (
-        f'<span title="{title}" style="background:rgba({red},{green},{blue},{0.55 * share:.2f});'
-        f"border-bottom:2px {line} rgba({red},{green},{blue},{share:.2f});"
-        f'{frame}white-space:pre-wrap">{html.escape(piece).replace(chr(10), "⏎")}</span>'
-    )
 
 
 token_microscope = TokenMicroscope  # as the chapters call it
