@@ -304,10 +304,13 @@ def all_figures(data, rows) -> list:
     return [plots.frontier(data), plots.seqkl(data), plots.diversity(data), plots.training(rows)]
 
 
-@pytest.mark.parametrize("labels", [SETTINGS, SETTINGS[:6], SETTINGS[:7], ["tgdpo", *SETTINGS[:3]]])
+@pytest.mark.parametrize("labels", [SETTINGS, SETTINGS[:6], ["tgdpo", *SETTINGS[:3]]])
 def test_with_settings_and_seeds_the_legend_covers_no_data(labels):
     rows = dict.fromkeys(labels, [training_rows()["dpo"]] * 3)
-    for figure in all_figures(seeded(labels), rows):
+    data = seeded(labels)
+    for point in data[labels[-1]]:
+        point["kl"] = metric(20 * point["kl"]["mean"])  # far from the others: names go below the frontier
+    for figure in all_figures(data, rows):
         figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()

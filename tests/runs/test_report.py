@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import copy
+import itertools
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from test_plots import curves, metric, training_rows
 
-from tpo_lib.runs import report
+from tpo_lib.intervals import bootstrap
+from tpo_lib.runs import report, seeds
 
 EVIL = '<script>alert("x")</script> | *bold* `code` [link](http://example.org) & <img src=http://example.org/x.png>\n# title'
 
@@ -295,3 +298,124 @@ def test_the_same_numbers_write_the_same_report(written, tmp_path):
     report.write_report(tmp_path, summary(), curves(), samples(), training_rows())
     for name in ("report.md", "report.html", "frontier.png"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+
+
+# ---- settings and seeds
+
+
+def seeded() -> tuple[dict, dict]:
+    """Summary and curves of three settings, three seeds and 30 prompts; the second is .2 better, the third like the first."""
+    generator = np.random.default_rng(0)
+    prompts = generator.normal(size=30) * 0.1
+
+    def point(step: int, better: float, shift: float) -> dict:
+        values = 0.5 + better + shift + prompts + 0.02 * generator.normal(size=30)
+        held = {"reward": values.tolist(), "accuracy_logratio": (values > 0.5).astype(float).tolist()}
+        made = {name: bootstrap(held[name], seed=0).as_dict() for name in held}
+        return {"step": step, "pairs_seen": 32 * step, "by_prompt": held, "kl": metric(step / 10)} | made
+
+    better = {"dpo β.1": 0.0, "tdpo2 β.1 α.5": 0.2, "dpo β.5": 0.0}
+    data = {}
+    for name, gain in better.items():
+        runs = [[point(0, 0, 0), *(point(step, gain, shift) for step in (10, 20))] for shift in (-0.02, 0.0, 0.02)]
+        data[name] = [seeds.merged(at, seed=0) for at in zip(*runs, strict=True)]
+    facts = summary()
+    facts["objectives"] = {
+        name: {key: value for key, value in points[-1].items() if isinstance(value, dict) and "mean" in value}
+        for name, points in data.items()
+    }
+    facts["start"] = {}
+    facts["config"] = {"seeds": [3, 4, 5]}
+    return facts, data
+
+
+def test_seeds_and_prompts_stand_apart(tmp_path, unillustrated):
+    facts, data = seeded()
+    report.write_report(tmp_path, facts, data, {})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "3 settings of 2 objectives with 3 seeds each" in text
+    assert "Seeds 3, 4, 5, 6 min 12 s" in text
+    assert "a second seed may differ" not in text
+    reward = facts["objectives"]["dpo β.1"]["reward"]
+    row = next(line for line in text.splitlines() if line.startswith(f"| DPO β.1 | {reward['mean']:.3f} |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3:5] == [f"{reward['seed_sd']:.3f}", f"{reward['evaluation']:.3f}"]
+    assert cells[5] == ", ".join(f"{seed:.3f}" for seed in reward["seeds"])
+    assert 0.015 < reward["seed_sd"] < 0.025
+    assert 0.02 < reward["evaluation"] < 0.06
+
+
+def test_settings_are_told_apart_over_seeds_and_prompts_and_holm_is_counted(tmp_path, unillustrated):
+    facts, data = seeded()
+    report.write_report(tmp_path, facts, data, {})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- TDPO2 β.1 α.5 lies above DPO β.1 by 0." in text
+    assert "make them equal: DPO β.1 and DPO β.5 (difference" in text
+    assert "Of 3 comparisons 2 are told apart one at a time, 2 after Holm's correction for all 3 at once" in text
+    assert "By pair accuracy, log-ratio at the end of training:" in text
+    assert "95% interval over seeds and prompts" in text
+
+
+def test_what_does_not_survive_holm_is_marked():
+    numbers = summary()
+    entry = {"mean": 0.03, "low": 0.01, "high": 0.05, "n": 64}
+    numbers["differences"] = {
+        "reward": [
+            {"a": "dpo", "b": "simpo", "p": 0.001, "holm": 0.003} | entry,
+            {"a": "dpo", "b": "tdpo1", "p": 0.04, "holm": 0.08} | entry,
+            {"a": "tdpo1", "b": "simpo", "p": 0.9, "holm": 0.9} | entry | {"low": -0.01},
+        ]
+    }
+    told = report.findings(numbers)
+    assert told[0] == "DPO lies above SimPO by 0.030 [0.010, 0.050]."
+    assert told[1] == "DPO lies above TDPO1 by 0.030 [0.010, 0.050]*."
+    assert told[3].startswith("Of 3 comparisons 2 are told apart one at a time, 1 after Holm's correction")
+    assert told[3].endswith("below 5% (*: not after it).")
+
+
+def test_many_settings_are_told_setting_by_setting():
+    labels = [f"dpo β.{i}" for i in range(1, 8)]  # 21 comparisons
+    entries = [
+        {
+            "a": a,
+            "b": b,
+            "mean": -0.1,
+            "low": -0.2,
+            "high": -0.05 if b == labels[-1] else 0.05,
+            "n": 9,
+            "p": 0.01,
+            "holm": 0.02,
+        }
+        for a, b in itertools.combinations(labels, 2)
+    ]
+    told = report.findings({"objectives": {}, "differences": {"reward": entries}})
+    assert len(told) == 1 + 1 + 1
+    assert told[0].startswith("DPO β.7 lies above DPO β.1 by 0.100 [0.050, 0.200], DPO β.2 by")
+    assert "DPO β.2 or DPO β.1 or" not in told[1]
+    assert "Not told apart" in told[1]
+    assert told[2].startswith("Of 21 comparisons 6")
+
+
+def test_without_a_reward_the_frontier_is_of_pair_accuracy_by_log_ratio(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.plots, "frontier", lambda curves, y: drawn.append(y))
+    _, data = seeded()
+    for points in data.values():
+        for point in points:
+            del point["reward"]
+    report._figures(data, None)
+    assert drawn == ["accuracy_logratio"]
+
+
+def test_tokens_are_shown_in_both_reports_and_escaped(tmp_path, unillustrated):
+    side = {"pieces": ["<i>", " film"], "logratio": [1.0, -1.0], "kl": [0.1, 0.2]}
+    maps = {"dpo": [{"prompt": EVIL, "chosen": side, "rejected": side}], "simpo": []}
+    report.write_report(tmp_path, summary(), curves(), {}, tokens=maps)
+    text, source = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    page = Page(source)
+    assert page.open == []
+    assert "<script" not in source
+    assert " ".join(EVIL.split()) in " ".join("".join(page.text).split())
+    assert source.count("<span title=") == 5 + 2 * 2 * 2
+    assert re.findall(r"!\[[^\]]*\]\((tokens[^)]*)\)", text) == ["tokens_logratio.png", "tokens_kl.png"]
+    assert all((tmp_path / f"tokens_{name}.png").stat().st_size > 5000 for name in ("logratio", "kl"))

@@ -1,12 +1,15 @@
 """The report of a comparison: a table for the terminal, report.md with its pictures, and report.html in one file.
 
 Its words and their order are in templates/report.j2, once for both; text from outside is escaped in both.
-    summary  {"objectives": {objective: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
+    summary  {"objectives": {label: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
               "seed": int, "versions": {...}, "wall_time_s": float,
-              "differences": {metric: entries of intervals.paired_differences}}        # may be missing
-    curves   {objective: [{"step", "pairs_seen", metric: {...}, "by_prompt": {metric: [...]}}, ...]}, the start model first;
-             where differences are missing they are made from by_prompt, which may be missing too
-    samples  {objective: [{"prompt", "before", "after", "before_reward", "after_reward", "before_judge", "after_judge"}]}
+              "differences": {metric: entries of seeds.paired_over_seeds}}        # may be missing
+    curves   {label: [{"step", "pairs_seen", metric: {...}, "by_prompt": {metric: [...]}}, ...]}, the start model first; where
+             differences are missing they are made from by_seed or by_prompt, which may be missing too
+    samples  {label: [{"prompt", "before", "after", "before_reward", "after_reward", "before_judge", "after_judge"}]}
+    tokens   {label: heatmap.token_map}
+A label is an objective, or one with a setting ("tdpo2 β.05 α.5"); of several seeds, metrics and points are as `seeds.merged`
+makes them.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.files import store
-from tpo_lib.intervals import paired_differences
-from tpo_lib.runs import plots
+from tpo_lib.runs import heatmap, plots
+from tpo_lib.runs.seeds import paired_over_seeds
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 6  # samples an objective
@@ -46,6 +49,10 @@ COLUMNS = {  # metric -> heading with its unit, digits after the point
     "seqkl_rejected": ("SeqKL rejected, nats", 1),
     "seqkl_margin": ("SeqKL margin, nats", 1),
 }
+COMPARED = ("reward", "judge", "accuracy_logratio")  # what is compared setting by setting
+APART = (*COMPARED, "kl", "entropy")  # what seeds and prompts do to it is shown apart
+MANY = 15  # comparisons that are told one by one
+NOT_AFTER = "*"  # marks what is told apart by its own interval, and not by Holm's correction
 EQUAL = (("kl", "reward", "Reward at equal KL"), ("reward", "entropy", "Entropy at equal reward"))
 Table = tuple[list[str], list[list[str]]]  # header and rows of plain cells; the first column names the row
 
@@ -71,21 +78,26 @@ def summary_table(summary: Mapping, *, width: int = 100) -> str:
 
 
 def write_report(
-    folder: Path, summary: Mapping, curves: Mapping, samples: Mapping, training: Mapping | None = None
+    folder: Path,
+    summary: Mapping,
+    curves: Mapping,
+    samples: Mapping,
+    training: Mapping | None = None,
+    tokens: Mapping | None = None,
 ) -> None:
     """Write report.md, its pictures, and report.html, which needs no other file, into an existing folder.
 
     Args:
-        summary, curves, samples: see the module's docstring.
-        training: {objective: rows of metrics.jsonl}, if its picture is wanted.
+        summary, curves, samples, tokens: see the module's docstring.
+        training: {label: rows of metrics.jsonl, or a list of them a seed}, if its picture is wanted.
     """
-    folder, pictures = Path(folder), []
-    for name, figure in _figures(curves, training).items():
-        path = folder / f"{name}.png"
-        store.write_file(path, partial(figure.savefig, dpi=150))
-        data = base64.b64encode(path.read_bytes()).decode()
-        pictures.append({"name": name, "file": path.name, "data": data})
-    words = _content(_with_differences(summary, curves), curves, samples) | {"pictures": pictures}
+    folder = Path(folder)
+    pictures = [_saved(folder, name, figure) for name, figure in _figures(curves, training).items()]
+    words = _content(_with_differences(summary, curves), curves, samples) | {"pictures": pictures, "tokens": None}
+    tokens = {label: maps for label, maps in (tokens or {}).items() if maps}
+    if tokens:
+        drawn = [_saved(folder, f"tokens_{name}", heatmap.picture(tokens, name)) for name in heatmap.QUANTITIES]
+        words["tokens"] = {"pictures": drawn, "page": heatmap.page(tokens)}
     for name, escape in (("report.md", _md), ("report.html", html.escape)):
 
         def escaped(value, escape=escape):
@@ -98,21 +110,37 @@ def write_report(
         store.write_file(folder / name, templates.get_template(f"{name}.j2").render(words))
 
 
+def _saved(folder: Path, name: str, figure: Figure) -> dict:
+    path = folder / f"{name}.png"
+    store.write_file(path, partial(figure.savefig, dpi=150))
+    return {"name": name, "file": path.name, "data": base64.b64encode(path.read_bytes()).decode()}
+
+
 def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
     """What the templates name, pictures excepted."""
     objectives = [_label(name) for name in summary["objectives"]]
     known = set.intersection(*(set(point) for points in curves.values() for point in points))
     units = {metric["n"] for row in summary["objectives"].values() for metric in row.values()}
     minutes, rest = divmod(round(summary["wall_time_s"]), 60)
+    plain = list(dict.fromkeys(_label(name.partition(" ")[0]) for name in summary["objectives"]))
+    plain = plain if len(plain) < len(objectives) else objectives
+    seeds = max(
+        (len(metric.get("seeds", [1])) for row in summary["objectives"].values() for metric in row.values()), default=1
+    )
     return {
-        "title": f"{', '.join(objectives)}: a comparison",
+        "title": f"{', '.join(plain)}: a comparison",
         "objectives": objectives,
+        "plain": plain,
+        "several": seeds if seeds > 1 else 0,
+        "seeds": ", ".join(map(str, summary["config"].get("seeds") or [summary["seed"]])),
+        "spread": _spread(summary),
+        "known": known,
         "summary": summary,
         "duration": f"{minutes} min {rest} s" if minutes else f"{rest} s",
         "units": " or ".join(map(str, sorted(units))),
         "results": _results(summary),
         "equal": [(title, *found) for x, y, title in EQUAL if {x, y} <= known and (found := _equal(curves, x, y))],
-        "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in ("reward", "judge")},
+        "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in COMPARED},
         "samples": {_label(name): [row | _scores(row) for row in rows[:SHOWN]] for name, rows in samples.items()},
         "shown": SHOWN,
         "count": max(map(len, samples.values()), default=0),
@@ -122,31 +150,50 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
 
 
 def findings(summary: Mapping, metric: str = "reward") -> list[str]:
-    """Sentences on which objectives `metric` tells apart: by paired differences, else by whether intervals overlap."""
-    told, not_told = [], []
+    """Sentences on which settings `metric` tells apart: by paired differences, else by whether intervals overlap.
 
-    def tell(above: str, below: str, apart: bool, size: str, doubt: str = "") -> None:
-        words = (
-            f"{_label(above)} lies above {_label(below)}{size}."
-            if apart
-            else f"{_label(above)} and {_label(below)}{doubt}"
-        )
-        (told if apart else not_told).append(words)
-
-    differences = summary.get("differences", {}).get(metric)
-    digits = COLUMNS[metric][1] + 1
+    Up to `MANY` comparisons are told one by one, more of them setting by setting.
+    """
+    differences, digits = summary.get("differences", {}).get(metric), COLUMNS[metric][1] + 1
+    told, not_told = [], []  # (above, below, by how much), (a, b, the difference)
     for entry in differences or []:
         sign = 1 if entry["mean"] >= 0 else -1
         low, high = sorted((sign * entry["low"], sign * entry["high"]))
         size = f"{abs(entry['mean']):.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
-        tell(*(entry["a"], entry["b"])[::sign], low > 0, f" by {size}", f" (difference {size})")
+        pair = [_label(entry[side]) for side in "ab"][::sign]
+        mark = NOT_AFTER if entry.get("holm", 0.0) >= 0.05 else ""
+        (told if low > 0 else not_told).append((*pair, f" by {size}{mark}" if low > 0 else f" (difference {size})"))
     if differences is None:
         results = {name: row[metric] for name, row in summary["objectives"].items() if metric in row}
         for a, b in itertools.combinations(sorted(results, key=lambda name: -results[name]["mean"]), 2):
-            tell(a, b, results[a]["low"] > results[b]["high"], ": their intervals do not overlap")
-    if not_told:
-        told.append(f"Not told apart by this evaluation, which does not make them equal: {'; '.join(not_told)}.")
-    return told
+            apart = results[a]["low"] > results[b]["high"]
+            (told if apart else not_told).append(
+                (_label(a), _label(b), ": their intervals do not overlap" if apart else "")
+            )
+    if len(told) + len(not_told) <= MANY:
+        sentences = [f"{above} lies above {below}{size}." for above, below, size in told]
+        pairs = [f"{a} and {b}{doubt}" for a, b, doubt in not_told]
+    else:
+        sentences = [f"{above} lies above {', '.join(below)}." for above, below in _by_first(told)]
+        pairs = [f"{a} and {' or '.join(b)}" for a, b in _by_first([(a, b, "") for a, b, _ in not_told])]
+    if pairs:
+        sentences.append(f"Not told apart by this evaluation, which does not make them equal: {'; '.join(pairs)}.")
+    if differences and "holm" in differences[0]:
+        count, kept = len(differences), sum(NOT_AFTER not in size for *_, size in told)
+        left = f" ({NOT_AFTER}: not after it)" if kept < len(told) else ""
+        sentences.append(
+            f"Of {count} comparisons {len(told)} are told apart one at a time, {kept} after Holm's correction for all {count} at "
+            f"once, which keeps the chance of a single wrong one below 5%{left}."
+        )
+    return sentences
+
+
+def _by_first(triples: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:
+    """(a, b, words) grouped by a: a and all its "b words"."""
+    groups: dict[str, list[str]] = {}
+    for a, b, words in triples:
+        groups.setdefault(a, []).append(f"{b}{words}")
+    return list(groups.items())
 
 
 def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -163,12 +210,38 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
 
 
 def _with_differences(summary: Mapping, curves: Mapping) -> dict:
-    """The summary, with paired differences of the final evaluations where these kept one number a prompt."""
-    final, made = {name: points[-1].get("by_prompt", {}) for name, points in curves.items()}, {}
-    for metric in set.intersection(*map(set, final.values())) & {"reward", "judge"}:
-        values = {name: by_prompt[metric] for name, by_prompt in final.items()}
-        made[metric] = paired_differences(values, seed=summary["seed"])
+    """The summary, with paired differences of the final evaluations where these kept one number a prompt and seed."""
+    made = {}
+    for metric in COMPARED:
+        tables = {name: _table(points[-1], metric) for name, points in curves.items()}
+        if all(tables.values()):
+            made[metric] = paired_over_seeds(tables, seed=summary["seed"])
     return {**summary, "differences": made | summary.get("differences", {})}
+
+
+def _table(point: Mapping, metric: str) -> list | None:
+    """(S, n) numbers of a metric at one point of a curve, if it kept them."""
+    one = point.get("by_prompt", {}).get(metric)
+    return point.get("by_seed", {}).get(metric) or (one and [one])
+
+
+def _spread(summary: Mapping) -> list[tuple]:
+    """(title, header, rows) a metric: what seeds do to it beside what the prompts leave open; [] with one seed."""
+    tables = []
+    for metric in APART:
+        rows = {name: row[metric] for name, row in summary["objectives"].items() if "seeds" in row.get(metric, {})}
+        heading, digits = COLUMNS[metric][0], COLUMNS[metric][1] + 1
+        body = [
+            [
+                _label(name), f"{m['mean']:z.{digits}f}", f"[{m['low']:z.{digits}f}, {m['high']:z.{digits}f}]",
+                f"{m['seed_sd']:.{digits}f}", f"{m['evaluation']:.{digits}f}",
+                ", ".join(f"{seed:z.{digits}f}" for seed in m["seeds"]),
+            ]
+            for name, m in rows.items()
+        ]  # fmt: skip
+        header = ["", "mean", "95% interval", "SD over seeds", "half-width from prompts alone", "mean of each seed"]
+        tables += [(heading, header, body)] if body else []
+    return tables
 
 
 def _settings(summary: Mapping) -> list[Table]:
@@ -188,7 +261,8 @@ def _settings(summary: Mapping) -> list[Table]:
 def _figures(curves: Mapping, training: Mapping | None) -> dict[str, Figure]:
     """The pictures there is data for."""
     known = set.intersection(*(set(point) for points in curves.values() for point in points))
-    figures = {"frontier": plots.frontier(curves, "reward" if "reward" in known else "accuracy")}
+    height = next((metric for metric in ("reward", "accuracy_logratio") if metric in known), "accuracy")
+    figures = {"frontier": plots.frontier(curves, height)}
     if "judge" in known:
         figures["frontier_judge"] = plots.frontier(curves, "judge")
     if "seqkl_margin" in known:
