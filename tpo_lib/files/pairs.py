@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
 
 from tpo_lib.files import chat, store
-from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows, check_on_bad_rows, read_records
+from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows, Record, check_on_bad_rows, read_records
 from tpo_lib.files.layouts import COMPLETE, SAMPLED, SCORES, WANTED, read_rows
 
 
@@ -59,6 +60,14 @@ def load_pairs(
     if bad and (on_bad_rows == "error" or not good):
         raise BadRowsError(bad, str(name_or_path))
     return pairs_table(good), bad
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], name: str) -> Dataset:
+    """The table of pairs that are in memory, of any layout that `load_pairs` knows; BadRowsError where some cannot be used."""
+    good, bad = read_rows([Record(f" ({name}, row {i})", dict(row)) for i, row in enumerate(rows)], name, paired=True)
+    if bad:
+        raise BadRowsError(bad, name)
+    return pairs_table(good)
 
 
 def pairs_table(rows: list[dict[str, Any]]) -> Dataset:

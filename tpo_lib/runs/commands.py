@@ -29,6 +29,7 @@ from tpo_lib.runs.plan import plan
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import fit, read_run, shared_prompts
+from tpo_lib.runs.settings import CompareConfig
 from tpo_lib.runs.sweep import RUNS
 from tpo_lib.runs.sweep import sweep as sweep_runs
 
@@ -51,9 +52,21 @@ def run(options) -> None:
     usual = options.preset if options.preset != "pocket" or not options.quick else "quick"
     usual += "-quick" if options.quick and options.preset != "pocket" else ""
     folder = compare.run_folder(options.runs, options.name or usual)
+    _compare(replace(config, seeds=tuple(options.seeds or ())), folder, options)
+
+
+def compare_own(options) -> None:
+    config, folder = options.comparison, Path(options.output_dir)
+    named.check_names(config.stage)
+    for each in config.objectives:
+        named.check_adapters(each, config.stage.model)
+    _compare(config, folder, options, latest=False)
+
+
+def _compare(config: CompareConfig, folder: Path, options, **more) -> None:
     if options.dry_run:
         return print(plan(config, folder))
-    summary = compare.run(config, folder, fresh=options.fresh)
+    summary = compare.run(config, folder, fresh=options.fresh, **more)
     print(report.summary_table(summary))
     minutes = summary["wall_time_s"] / 60
     print(f"\n{minutes:.1f} minutes; report: {folder / 'report.html'} (also {folder / 'report.md'})")

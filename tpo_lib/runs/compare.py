@@ -1,4 +1,4 @@
-"""The comparison: every objective from one start, on one set of pairs, evaluated on one set of held-out prompts.
+"""The comparison: every setting and seed from one start, on one set of pairs, evaluated on one set of held-out prompts.
 
 An interrupted comparison continues where it was: pairs are cached, every training run resumes from its checkpoint, and an
 evaluation that was written down is not made again.
@@ -11,47 +11,38 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
-from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import fingerprint
-from tpo_lib.runs import costs, plots, report, runs
-from tpo_lib.runs.stage import StageConfig, build_stage
+from tpo_lib.runs import configs, costs, plots, report, runs, seeds, work
+from tpo_lib.runs.settings import CompareConfig, Run
+from tpo_lib.runs.stage import build_stage
 from tpo_lib.runs.trackers import check_tracker
 from tpo_lib.train import planned_steps
 
 FIX = "restore it, or pass --fresh to make the comparison anew"
-OTHER = "pass --fresh to replace the comparison there, or another --name"
+OTHER = "pass --fresh to replace the comparison there, or name another folder (run: --name; compare: --output-dir)"
 LATEST = "latest"  # the link to the last comparison
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
-    r"(identity|wall_time|summary|costs|\d{8})\.json|metrics\.jsonl|report\.(md|html)|"
+    r"(identity|wall_time|summary|costs|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
     r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
 )
-EVALUATION_COST = 4.0  # one evaluation in units of one update, for the bar's estimate alone
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """One comparison."""
-
-    stage: StageConfig
-    objectives: tuple[TrainConfig, ...]  # in order; a tgdpo run is guided by the dpo run before it
-    evaluations: int  # how often each run is evaluated, evenly spaced, the end included
-
-
-def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True) -> dict:
-    """Run (or continue) a comparison, write all of it below `folder`, and point the link `latest` beside it there.
+def run(
+    config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True, latest: bool = True
+) -> dict:
+    """Run (or continue) a comparison and write all of it below `folder`.
 
     Args:
         fresh: throw away what an earlier comparison left in the folder; without it another comparison is refused.
+        latest: point the link `latest` beside the folder there.
 
     Returns:
         The summary, as in summary.json.
@@ -65,15 +56,20 @@ def run(config: CompareConfig, folder: Path, *, fresh: bool = False, progress: b
         if fresh:
             store.clear(folder, FILES)
         comparison = _Comparison(config, folder, progress)
-        for train in config.objectives:
-            comparison.train(train)
-        comparison.bar.close()
+        with closing(comparison.bar):
+            comparison.begin()
+            for each in comparison.runs:
+                comparison.train(each)
         summary, curves, samples = comparison.collect()
-        report.write_report(folder, summary, curves, samples, training=comparison.training)
-        lines = "".join(json.dumps(row) + "\n" for row in comparison.rows(curves))
+        several = len(config.seeds) > 1
+        training = {label: [comparison.rows[run.name] for run in each] for label, each in comparison.settings.items()}
+        training = training if several else {label: rows for label, (rows,) in training.items()}
+        report.write_report(folder, summary, curves, samples, training=training)
+        lines = "".join(json.dumps(row) + "\n" for row in comparison.logged())
         store.write_file(folder / "metrics.jsonl", lines)
         store.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        _link_latest(folder)
+        if latest:
+            _link_latest(folder)
     return summary
 
 
@@ -82,25 +78,34 @@ class _Comparison:
 
     def __init__(self, config: CompareConfig, folder: Path, progress: bool):
         self.config, self.folder = config, folder
-        self.training: dict[str, list[dict]] = {}  # objective -> its metrics rows
+        self.runs, self.guides = config.runs(), config.guides()
+        self.settings: dict[str, list[Run]] = {}  # label -> its runs, a seed each
+        for each in self.runs:
+            self.settings.setdefault(each.label, []).append(each)
+        self.rows: dict[str, list[dict]] = {}  # run -> its metrics rows, once it has ended
         self.costs, self.evaluation_s = folder / "costs.json", 0.0
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (store.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
-        identity = partial(store.settle, folder / "identity.json", fix=OTHER)
-        identity({"config": asdict(config)})  # before the work, and once more with what was loaded
+        self.identity = partial(store.settle, folder / "identity.json", fix=OTHER)
+        self.identity({"config": self._recorded()})  # before the work, and once more with what was loaded
+        store.write_file(folder / "config.yaml", configs.written(config))
+        self.bar = work.Bar(self._parts(), shown=progress)
+
+    def begin(self) -> None:
+        """Build the stage and evaluate its start."""
+        folder, config = self.folder, self.config.stage
+        self.bar.at("fine-tuning", _made(folder / "pairs" / "sft") / work.reviewed(self.config), before=True)
         with self.costing("start, prompts and pairs"):
-            self.stage = build_stage(config.stage, cache_dir=folder / "pairs")
+            self.stage = build_stage(config, cache_dir=folder / "pairs", progress=self.bar.at)
+        for part in ("fine-tuning", "pairs"):
+            self.bar.at(part, 1.0, before=True)  # what was not told was there
         reward = self.stage.reward and getattr(self.stage.reward, "fingerprint", None)
-        identity({"model": fingerprint(self.stage.start), "reward": reward})
+        self.identity({"model": fingerprint(self.stage.start), "reward": reward})
         if self.stage.report:
             store.write_file(folder / "gaps.png", partial(plots.score_gaps(self.stage.report).savefig, dpi=110))
-        first = config.objectives[0]
-        self.updates = planned_steps(first, len(self.stage.pairs), first.batch_size * first.accumulation)
-        self.every = max(1, self.updates // config.evaluations)
-        each = self.updates + EVALUATION_COST * len(range(0, self.updates, self.every))
-        total = round(EVALUATION_COST + each * len(config.objectives))
-        self.bar = tqdm(total=total, desc="comparison", disable=not progress, unit="update")
-        self.start_evaluation = self.evaluated(folder / "start", 0, self.stage.start, None)
+        self.bar.weigh(self._parts(len(self.stage.pairs)))
+        self.start = self.evaluated(folder / "start", 0, self.stage.start, None)
+        self.bar.at("start", 1.0)
 
     @contextmanager
     def costing(self, name: str) -> Iterator[dict]:
@@ -128,90 +133,130 @@ class _Comparison:
         self.clock += time.time()
         store.write_json(self.folder / "wall_time.json", {"seconds": self.clock})
         self.clock -= time.time()
-        self.bar.update(EVALUATION_COST)
         return row
 
-    def train(self, train: TrainConfig) -> None:
-        """Train and evaluate one objective, continuing where an interrupted run left it."""
-        stage, folder, seen = self.stage, self.folder / train.loss_type, 0
-        guide = self.guide(train) if "guide_logps" in OBJECTIVES[train.loss_type].needs else None
-        self.bar.set_description(train.loss_type)
+    def train(self, run: Run) -> None:
+        """Train one run, its guide first, and evaluate it on the way; an interrupted one continues where it was."""
+        if run.name in self.rows:
+            return
+        guide = self.guide(run)
+        reported, folder, train = run in self.runs, self.folder / run.folder, run.config
+        updates = planned_steps(train, len(self.stage.pairs), train.batch_size * train.accumulation)
+        every = max(1, updates // self.config.evaluations)
+        evaluated = work.share_of_evaluations(self.config, train, updates) if reported else 0.0
+        self.bar.name(run.name)
+
+        def tell(step: int, *, before: bool = False) -> None:
+            done = len(list(folder.glob("evaluations/*.json"))) / len(_steps(updates, every))
+            self.bar.at(run.name, (1 - evaluated) * step / updates + evaluated * done, before=before)
 
         def callback(step: int, policy) -> None:
-            nonlocal seen
-            self.bar.update(step - seen)
-            seen = step
             if step:
                 self.evaluated(folder, step, policy, train, guide)
 
-        settings = replace(train, output_dir=str(folder), eval_every=self.every, save_every=self.every)
-        more = {"guide": guide, "tokenizer": stage.tokenizer, "callbacks": [callback]}
-        with self.costing(train.loss_type) as cost:
-            evaluated = self.evaluation_s
-            run = runs.train(settings, *stage.fresh(train), **more)
-            each = sum(pair.size for pair in stage.pairs) / len(stage.pairs)
-            cost["tokens"] = each * run.updates * train.batch_size * train.accumulation
-            cost["seconds"] = self.evaluation_s - evaluated  # not of training
-        self.training[train.loss_type] = run.rows
-        for step in [*range(self.every, run.updates, self.every), run.updates]:
+        tell(_made(folder), before=True)
+        settings = replace(train, output_dir=str(folder))
+        if reported:
+            settings = replace(settings, eval_every=every, save_every=every)
+        more = {"guide": guide, "tokenizer": self.stage.tokenizer, "callbacks": [callback] * reported}
+        with self.costing(run.name) as cost:
+            clock = self.evaluation_s
+            made = runs.train(settings, *self.stage.fresh(train), **more, on_log=lambda made: tell(made.updates))
+            each = sum(pair.size for pair in self.stage.pairs) / len(self.stage.pairs)
+            cost["tokens"] = each * made.updates * train.batch_size * train.accumulation
+            cost["seconds"] = self.evaluation_s - clock  # not of training
+        self.rows[run.name] = made.rows
+        self.bar.at(run.name, 1.0, before=not made.updates)
+        for step in _steps(made.updates, every) if reported else ():
             if not (path := _evaluation(folder, step)).exists():
                 raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
 
-    def guide(self, train: TrainConfig):
-        """The dpo run of this comparison if it was made with the beta that is asked for, else one for this alone."""
-        stage, folder = self.stage, self.folder / "dpo"
-        fitting = runs.guide_settings(train).to_dict() in [other.to_dict() for other in self.config.objectives]
-        if not (fitting and folder.name in self.training):
-            folder = self.folder / "guide"
-            settings = replace(train, output_dir=str(folder))
-            runs.train_guide(settings, *stage.fresh(settings), tokenizer=stage.tokenizer)
-        return runs.load_guide(folder, stage.start)
+    def guide(self, run: Run):
+        """The model that guides a run, trained by now; None where it needs none."""
+        if run.name not in self.guides:
+            return None
+        made = self.guides[run.name]
+        self.train(made)
+        return runs.load_guide(self.folder / made.folder, self.stage.start)
 
     def collect(self) -> tuple[dict, dict, dict]:
         """Return (summary, curves, samples) in the schemas of report.write_report."""
-        start, curves, samples = self.start_evaluation, {}, {}
-        for name in self.training:
-            paths = sorted(_evaluation(self.folder / name, 0).parent.glob("*.json"))
-            rows = [start, *(store.read_json(path, FIX) for path in paths)]
-            curves[name] = [{key: value for key, value in row.items() if key != "samples"} for row in rows]
-            samples[name] = []
-            for a, b in zip(start["samples"], rows[-1]["samples"], strict=True):
-                sample = {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
-                scores = ("reward", "judge")
-                sample |= {f"before_{kind}": a[kind] for kind in scores} | {f"after_{kind}": b[kind] for kind in scores}
-                samples[name].append(sample)
+        seed, curves, samples = self.config.stage.seed, {}, {}
+        for label, each in self.settings.items():
+            found = [[self.start, *self._evaluations(run)] for run in each]
+            points = [
+                [{key: value for key, value in row.items() if key != "samples"} for row in rows] for rows in found
+            ]
+            curves[label] = [seeds.merged(at, seed=seed) for at in zip(*points, strict=True)]
+            samples[label] = _beside(self.start, found[0][-1])
         config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
-        config = config.pop("stage") | config | {"pairs": len(self.stage.pairs)}
-        config |= {"held_out_pairs": len(self.stage.held_out_pairs), "held_out_prompts_seen": self.stage.seen_prompts}
+        config = config.pop("stage") | config | {"seeds": self.config.seeds or None, "pairs": len(self.stage.pairs)}
+        config |= {"pairs_from": self.config.stage.pairs, "held_out_pairs": len(self.stage.held_out_pairs)}
+        config |= {"held_out_prompts_seen": self.stage.seen_prompts}
         if self.stage.sft:
             config |= {f"sft {name}": value for name, value in self.stage.sft.items()}
         summary = {
             "objectives": {name: _metrics(curve[-1]) for name, curve in curves.items()},
-            "start": _metrics(start),
+            "start": _metrics(self.start),
             "config": config,
-            "seed": self.config.stage.seed,
+            "seed": seed,
             "versions": runs.versions(),
             "costs": store.read_json(self.costs, FIX)["costs"],
             "wall_time_s": store.read_json(self.folder / "wall_time.json", FIX)["seconds"],
         }
         return summary, curves, samples
 
-    def rows(self, curves: dict) -> Iterator[dict]:
-        """Everything that was logged: training rows and evaluations of all objectives."""
-        for name, curve in curves.items():
-            for row in self.training[name]:
-                yield {"objective": name, "kind": "train"} | row
-            for row in curve:
-                shown = {key: value for key, value in row.items() if key != "by_prompt"}
-                yield {"objective": name, "kind": "evaluation"} | shown
+    def logged(self) -> Iterator[dict]:
+        """Everything that was logged: training rows and evaluations of all runs."""
+        for run in self.runs:
+            who = {"objective": run.label} | ({"seed": run.config.seed} if len(self.config.seeds) > 1 else {})
+            for row in self.rows[run.name]:
+                yield who | {"kind": "train"} | row
+            for row in (self.start, *self._evaluations(run)):
+                yield who | {"kind": "evaluation"} | {k: v for k, v in row.items() if k not in ("samples", "by_prompt")}
+
+    def _evaluations(self, run: Run) -> list[dict]:
+        paths = sorted((self.folder / run.folder / "evaluations").glob("*.json"))
+        return [store.read_json(path, FIX) for path in paths]
+
+    def _parts(self, pairs: int | None = None) -> list[work.Part]:
+        return [work.Part("start", "", *work.evaluation(self.config)), *work.parts(self.config, pairs)]
+
+    def _recorded(self) -> dict:
+        """The configuration as it stands in the folder, if it comes to the same: what was not said had its default."""
+        path, now = self.folder / "identity.json", asdict(self.config)
+        before = store.read_json(path, FIX).get("config") if path.exists() else None
+        known = before and configs.recorded(before)
+        return before if known and configs.written(known) == configs.written(self.config) else now
+
+
+def _steps(updates: int, every: int) -> list[int]:
+    """When a run is evaluated."""
+    return [*range(every, updates, every), updates]
+
+
+def _made(folder: Path) -> int:
+    """Updates of a run that are in its last checkpoint."""
+    return max((int(path.name.removeprefix(store.PREFIX)) for path in folder.glob("checkpoints/step-*")), default=0)
 
 
 def _evaluation(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"{step:08d}.json"
 
 
-def _metrics(row: dict) -> dict:
+def _metrics(row: Mapping) -> dict:
     return {name: value for name, value in row.items() if isinstance(value, dict) and "mean" in value}
+
+
+def _beside(start: Mapping, end: Mapping) -> list[dict]:
+    """Continuations of the held-out prompts before and after training."""
+    found = []
+    for a, b in zip(start["samples"], end["samples"], strict=True):
+        sample = {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
+        scores = ("reward", "judge")
+        sample |= {f"before_{kind}": a[kind] for kind in scores} | {f"after_{kind}": b[kind] for kind in scores}
+        found.append(sample)
+    return found
 
 
 def run_folder(runs: str | Path, name: str) -> Path:

@@ -39,7 +39,7 @@ class Laboratory:
         `settings` are hyperparameters of any objective, of which this one takes its own, and others of TrainConfig.
         """
         base = PRESETS["pocket"].train
-        per_epoch = len(self.stage.pairs) // base.batch_size
+        per_epoch = max(1, len(self.stage.pairs) // settings.get("batch_size", base.batch_size))
         idle = known_hyperparameters().keys() - OBJECTIVES[loss_type].hyperparameters.keys()
         given = {"guide_beta": base.beta} | settings
         taken = {name: value for name, value in given.items() if name not in idle}
@@ -92,10 +92,7 @@ class Laboratory:
 
     def free_name(self, config: TrainConfig) -> str:
         """A short name that no run has, such as "tdpo2 β.1 α.5"."""
-        known = OBJECTIVES[config.loss_type].hyperparameters
-        used = ((known[name], value) for name, value in config.hyperparameters().items())
-        shown = (f" {h.symbol}{value:.3g}" for h, value in used if h.swept)
-        base = config.loss_type + "".join(shown)
+        base = runs.words(config)
         names = [base, *(f"{base} ({i})" for i in range(2, len(self.runs) + 3))]
         return next(name for name in names if name not in self.runs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,8 @@ from tpo_lib.files.store import content_key
 from tpo_lib.losses import Hyperparameter, Objective
 from tpo_lib.rewards import Reward, probe
 from tpo_lib.types import LossOutput, TokenStats
+
+FILES: dict[str, str] = {}  # title of an objective of one's own -> where it was loaded from, FOLDER/FILE.py:NAME
 
 
 def load_objective(spec: str) -> str:
@@ -34,6 +37,7 @@ def load_objective(spec: str) -> str:
     if record.needs == () and not isinstance(found, Objective):
         record = replace(record, needs=tuple(name for name in ("ref_logps", "kl", "guide_logps") if name in read))
     losses.OBJECTIVES[title(spec)] = record  # a second time where the file has changed since
+    FILES[title(spec)] = str(Path(spec).resolve())
     return title(spec)
 
 

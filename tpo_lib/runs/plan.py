@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
-from tpo_lib.data import EncodedPair
+from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
-from tpo_lib.runs import costs, runs
-from tpo_lib.runs.compare import CompareConfig
+from tpo_lib.runs import costs, runs, work
+from tpo_lib.runs.settings import CompareConfig
+from tpo_lib.runs.stage import given_pairs
 from tpo_lib.sampling import generate
 
-PROMPT = 6  # tokens of a prompt, on average
 SAMPLED = 32  # sequences that are sampled for the estimate
 
 
@@ -31,38 +32,18 @@ def plan(config: CompareConfig, folder: Path) -> str:
     stage, first = config.stage, config.objectives[0]
     device = choose_device(stage.device)
     model, tokenizer = load_model(stage.model, device=device), load_tokenizer(stage.model)
-    sampled = None if stage.pairs else stage.train_prompts * stage.samples_per_prompt
-    pairs = min(stage.max_pairs, 6 * stage.train_prompts if sampled else stage.max_pairs)
-    updates = max(1, pairs // (first.batch_size * first.accumulation))
-    sequence_s, pair_s, peak = _timed(config, model, tokenizer)
-    token_s = pair_s / (2 * (PROMPT + stage.max_new_tokens))
-    evaluated = stage.held_out_prompts * sequence_s + 2 * stage.max_held_out_pairs * token_s * stage.max_new_tokens
-    rows = []
-    if stage.sft:
-        tokens = stage.sft.reviews * stage.sft.tokens * stage.sft.epochs
-        rows.append(("fine-tuning", f"{stage.sft.reviews:,} reviews of {stage.sft.tokens} tokens", tokens * token_s))
-    if sampled:
-        held_out = stage.held_out_prompts * stage.held_out_samples
-        rows.append(
-            (
-                "pairs",
-                f"{sampled:,} + {held_out:,} completions -> at most {pairs:,} pairs",
-                (sampled + held_out) * sequence_s,
-            )
-        )
-    else:
-        rows.append(("pairs", f"at most {pairs:,} of {stage.pairs}", 0.0))
-    for run in config.objectives:
-        what = f"{updates:,} updates of {run.batch_size * run.accumulation} pairs, {config.evaluations} evaluations"
-        rows.append(
-            (run.loss_type, what, updates * run.batch_size * run.accumulation * pair_s + config.evaluations * evaluated)
-        )
+    table = given_pairs(stage)[0] if stage.pairs else None
+    sequence_s, pair_s, peak = _timed(config, model, tokenizer, table)
+    parts = work.parts(config, table and len(table))
+    rows = [(part.name, part.words, part.sampled * sequence_s + part.trained * pair_s) for part in parts]
     weights = sum(p.numel() for p in model.parameters()) * 4
-    disk = len(config.objectives) * weights * (1 + 3 * first.keep) + (weights * 4 if stage.sft else 0)
+    kept = {run.folder for run in [*config.runs(), *config.guides().values()]}
+    disk = len(kept) * weights * (1 + 3 * first.keep) + (weights * 4 if stage.sft else 0)
     total = sum(seconds for *_, seconds in rows)
     precision = choose_precision(device, first.precision)
-    lines = [f"{name:12} {what:62} {_duration(seconds):>9}" for name, what, seconds in rows]
-    lines += [f"{'in all':12} {'':62} {_duration(total):>9}", ""]
+    width = max(12, *(len(name) for name, *_ in rows))
+    lines = [f"{name:{width}} {what:62} {_duration(seconds):>9}" for name, what, seconds in rows]
+    lines += [f"{'in all':{width}} {'':62} {_duration(total):>9}", ""]
     lines += [
         f"memory about {peak:.1f} GB on {device} in {precision}, disk about {disk / 1e9:.1f} GB in {folder} "
         f"({shutil.disk_usage(_there(folder)).free / 1e9:.0f} GB free)"
@@ -70,7 +51,7 @@ def plan(config: CompareConfig, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _timed(config: CompareConfig, model, tokenizer) -> tuple[float, float, float]:
+def _timed(config: CompareConfig, model, tokenizer, table: Dataset | None) -> tuple[float, float, float]:
     """Seconds a sampled sequence and a trained pair (the slowest objective is no more than a third above), and the peak in GB."""
     stage, run = config.stage, config.objectives[0]
     draw = torch.Generator().manual_seed(0)
@@ -79,7 +60,7 @@ def _timed(config: CompareConfig, model, tokenizer) -> tuple[float, float, float
         return torch.randint(100, model.config.vocab_size, (count,), generator=draw).tolist()
 
     precision = choose_precision(model.device, stage.precision)
-    text = tokenizer.decode(ids(PROMPT))
+    text = tokenizer.decode(ids(work.PROMPT))
     with costs.measured() as sampling:
         together = min(SAMPLED, stage.sampled_together)
         generate(
@@ -92,9 +73,13 @@ def _timed(config: CompareConfig, model, tokenizer) -> tuple[float, float, float
             precision=precision,
         )
     pairs = [
-        EncodedPair(i, ids(PROMPT), ids(stage.max_new_tokens), ids(stage.max_new_tokens))
+        EncodedPair(i, ids(work.PROMPT), ids(stage.max_new_tokens), ids(stage.max_new_tokens))
         for i in range(3 * run.batch_size)
     ]
+    if table:
+        some = table.select(range(min(3 * run.batch_size, len(table))))
+        pairs = encode_pairs(some, tokenizer, max_length=stage.max_length, on_bad_rows="skip")[0]
+    run = replace(run, batch_size=min(run.batch_size, len(pairs)))
     settings = replace(run, max_steps=None, accumulation=1, warmup_steps=0, log_every=100, output_dir=None, epochs=1)
     with costs.measured() as training:
         runs.train(settings, frozen_copy(model).requires_grad_(True), frozen_copy(model), pairs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import smollm2
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.runs.compare import CompareConfig
+from tpo_lib.runs.settings import CompareConfig
 from tpo_lib.runs.sft import SftConfig
 from tpo_lib.runs.stage import QUICK, StageConfig, pocket_stage_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tpo_lib.data import EncodedPair
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.files import adapters, folders
 from tpo_lib.files.load import load_model
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs.run import ADAPTER, adapter_base, fit, read_run
 
@@ -101,6 +102,22 @@ def guide_settings(config: TrainConfig) -> TrainConfig:
 def train_guide(config: TrainConfig, policy, reference, pairs: Sequence[EncodedPair], **more) -> Trained:
     """`train` of the guide of `config`."""
     return train(guide_settings(config), policy, reference, pairs, **more)
+
+
+def words(config: TrainConfig, also: Iterable[str] = (), *, exact: bool = False) -> str:
+    """An objective in short, with the hyperparameters that its sweep varies and the settings `also`, to three digits or exact.
+
+    Example:
+        >>> words(TrainConfig(loss_type="tdpo2", lr=1e-5), ["lr"])
+        'tdpo2 β0.1 α0.5 lr=1e-05'
+    """
+    known, said = OBJECTIVES[config.loss_type].hyperparameters, [config.loss_type]
+    for name in dict.fromkeys([*(name for name, h in known.items() if h.swept), *also]):
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        shown = f"{value:.3g}" if number and not exact else str(value)
+        said.append(f"{known[name].symbol}{shown}" if name in known and number else f"{name}={shown}")
+    return " ".join(said)
 
 
 def versions() -> dict[str, str]:

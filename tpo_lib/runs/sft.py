@@ -6,7 +6,7 @@ A row is a review without a rejected side: its first token is the prompt, what f
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast.tiles import response_logps
 from tpo_lib.models import ResponseReader
 from tpo_lib.runs import runs
+from tpo_lib.train import planned_steps
 
 HELD_OUT = 200  # reviews that perplexity is measured on
 
@@ -70,12 +71,22 @@ def perplexity(model, rows: Sequence[EncodedPair], *, batch_size: int = 64) -> f
     return torch.cat(found).mean().neg().exp().item()
 
 
-def fine_tune(start, tokenizer, config: SftConfig, reviews: dict, *, seed: int, folder: Path | None) -> dict:
+def fine_tune(
+    start,
+    tokenizer,
+    config: SftConfig,
+    reviews: dict,
+    *,
+    seed: int,
+    folder: Path | None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict:
     """Fine-tune `start` in place on reviews of the split "train".
 
     Args:
         reviews: {"train": {"text": [...]}, "test": {"text": [...]}}, as `files.imdb.load_imdb` gives them.
         folder: where the run is kept, so that it goes on after an interruption; None keeps it in memory.
+        progress: called with the share that is done.
 
     Returns:
         {"reviews", "tokens", "updates", "perplexity_before", "perplexity_after"}; perplexities of reviews of "test", cut alike.
@@ -91,8 +102,14 @@ def fine_tune(start, tokenizer, config: SftConfig, reviews: dict, *, seed: int, 
     }
     common = {"seed": seed, "device": str(start.device), "precision": config.precision}
     settings = config.training(output_dir=folder and str(folder), **common)
+    updates = planned_steps(settings, len(rows), settings.batch_size)
     trained = runs.train(
-        settings, start.requires_grad_(True), None, rows, tokenizer=tokenizer, progress=folder is not None
+        settings,
+        start.requires_grad_(True),
+        None,
+        rows,
+        tokenizer=tokenizer,
+        on_log=lambda run: progress(run.updates / updates),
     )
     trained.policy.requires_grad_(False).zero_grad(set_to_none=True)
     return said | {"updates": trained.updates, "perplexity_after": perplexity(trained.policy, held_out)}

@@ -4,15 +4,18 @@ stage = pocket_stage()
 policy = stage.policy()
 fit(config, policy, stage.start, stage.pairs)
 stage.evaluate(policy, config).metrics["reward"]
+
+`own_stage` builds one of your own model, pairs and reward.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from datasets import Dataset
@@ -24,13 +27,15 @@ from tpo_lib.fast.evaluation import evaluate
 from tpo_lib.files import chat, store
 from tpo_lib.files.imdb import load_imdb
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
-from tpo_lib.files.pairs import load_pairs
+from tpo_lib.files.pairs import load_pairs, table_of
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.runs import own, runs
 from tpo_lib.runs.prompts import SOURCES, held_out_prompts, read_prompts, sample_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.sft import SftConfig, fine_tune
+
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,16 @@ class StageConfig:
     max_pairs: int
     max_held_out_pairs: int
     max_length: int = 128  # prompt and response together, tokens
-    prompts: str = "model"  # it writes them itself; "pocket": the bundled model does; "imdb"; or a file
+    # It writes them itself; "pocket": the bundled model does; "imdb"; or a file. Beside `pairs` the held-out ones alone, which
+    # are those of the held-out pairs where this is "model".
+    prompts: str = "model"
     imdb: str | None = None  # folder of the reviews; None: the hub's
     pairs: str | None = None  # file, folder or hub name: these are taken, and none sampled
+    split: str | None = None  # of `pairs`
     eval_pairs: str | None = None  # held-out ones; None: `eval_split` of `pairs`, or where that is None a tenth of them
     eval_split: str | None = None
     sft: SftConfig | None = None  # the start is fine-tuned on reviews first
-    precision: str = "no"  # of sampling, as in models.choose_precision
+    precision: str | None = "no"  # of sampling, as in models.choose_precision
     sampled_together: int = 256  # sequences at a time; what is sampled depends on it
     seed: int = 0  # of prompts, samples and bootstrap
     device: str | None = None  # as in models.choose_device
@@ -114,13 +122,20 @@ def build_stage(
     cache_dir: Path | None,
     start: torch.nn.Module | None = None,
     prompts: list[str] | None = None,
+    reward: Callable | None = None,
+    judge: Callable | None = None,
+    tables: tuple[Dataset, Dataset] | None = None,
+    progress: Progress = lambda part, share: None,
 ) -> Stage:
     """Load the models, fine-tune the start where that is asked for, and sample the pairs or load them.
 
     Args:
         cache_dir: sampled pairs and the fine-tuned start are kept there, and read the next time.
         start: the model, where it is not the one that config.model names; its tokenizer is.
-        prompts: train_prompts + held_out_prompts of them; None takes them from config.prompts.
+        prompts: train_prompts + held_out_prompts of them, or beside pairs held-out ones; None takes them from config.prompts.
+        reward, judge: instead of those that config names.
+        tables: pairs for training and held out, instead of those that config names.
+        progress: called with "fine-tuning" or "pairs" and the share of it that is done.
     """
     device = choose_device(config.device)
     start, tokenizer = start or load_model(config.model, device=device), load_tokenizer(config.model)
@@ -128,22 +143,43 @@ def build_stage(
     if config.sft:
         folder = cache_dir and cache_dir / "sft"
         reviews = load_imdb(config.imdb)
-        said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder)
+        tell = partial(progress, "fine-tuning")
+        said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder, progress=tell)
     start = frozen_copy(start)
-    reward, judge = (name and own.scorer(name, device) for name in (config.reward, config.judge))
-    if config.pairs:
-        table, held_out_table = given_pairs(config)
-        held_out = prompts_of(held_out_table, tokenizer)[: config.held_out_prompts]
+    reward = reward or (config.reward and own.scorer(config.reward, device))
+    judge = judge or (config.judge and own.scorer(config.judge, device))
+    if tables or config.pairs:
+        table, held_out_table = tables or given_pairs(config)
         train, report = prompts_of(table, tokenizer), None
+        held_out = prompts or beside_pairs(config, start, tokenizer, train, held_out_table)
     else:
         train, held_out = stage_prompts(config, start, tokenizer, prompts)
+        counts = len(train) * config.samples_per_prompt, len(held_out) * config.held_out_samples
         sample = partial(sampled_pairs, config, start, tokenizer, reward, cache_dir)
-        table, report = sample(train, config.samples_per_prompt, config.seed + 2, config.max_pairs)
-        held_out_table, _ = sample(held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs)
+
+        def told(before: int) -> Callable[[int, int], None]:
+            return lambda done, _: progress("pairs", (before + done) / sum(counts))
+
+        table, report = sample(train, config.samples_per_prompt, config.seed + 2, config.max_pairs, told(0))
+        held_out_table, _ = sample(
+            held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs, told(counts[0])
+        )
     encode = partial(encode_pairs, tokenizer=tokenizer, max_length=config.max_length, on_bad_rows="skip")
-    pairs, held_out_pairs = (encode(each)[0] for each in (table, held_out_table))
+    (pairs, one), (held_out_pairs, other) = encode(table), encode(held_out_table)
+    if not report:
+        print(f"pairs: {one}\nheld-out pairs: {other}", file=sys.stderr)
     seen = len(shared_prompts(train, held_out))
     return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, said, seen)
+
+
+def beside_pairs(config: StageConfig, start, tokenizer, train: list[str], held_out: Dataset) -> list[str]:
+    """Held-out prompts where there are pairs: theirs, or those of config.prompts."""
+    if config.prompts == "model":
+        return prompts_of(held_out, tokenizer)[: config.held_out_prompts]
+    most = config.held_out_prompts if config.prompts in SOURCES else None
+    source = {"imdb": config.imdb, "seed": config.seed + 1}
+    found = held_out_prompts(config.prompts, most, start, tokenizer, seen=train, **source)
+    return found.texts[: config.held_out_prompts]
 
 
 def stage_prompts(config: StageConfig, start, tokenizer, given: list[str] | None) -> tuple[list[str], list[str]]:
@@ -153,11 +189,12 @@ def stage_prompts(config: StageConfig, start, tokenizer, given: list[str] | None
         given = sample_prompts(start, tokenizer, count, seed=config.seed + 1)
     elif given is None and config.prompts not in SOURCES:
         given, _ = read_prompts(config.prompts)
+    if given is not None:  # one list, cut in two
         if len(given) < count:
+            have = f"there are {len(given)} distinct prompts ({config.prompts}), {count} are needed"
             raise ValueError(
-                f"{config.prompts} has {len(given)} distinct prompts, {count} are needed; --set stage.train_prompts=N"
+                f"{have}: take fewer for training (run: --set stage.train_prompts=N; compare: --num-prompts N)"
             )
-    if given:  # one list, cut in two
         return given[: config.train_prompts], given[config.train_prompts : count]
     source = {"imdb": config.imdb, "seed": config.seed + 1}
     train = training_prompts(config.prompts, config.train_prompts, start, tokenizer, **source).texts
@@ -175,6 +212,7 @@ def sampled_pairs(
     samples: int,
     seed: int,
     most: int,
+    progress: Callable[[int, int], None],
 ) -> tuple[Dataset, PairReport]:
     """The pairs of several completions of every prompt, in random order, and how they came about."""
     precision = choose_precision(start.device, config.precision)
@@ -184,31 +222,38 @@ def sampled_pairs(
         "seed": seed,
         "batch_size": config.sampled_together,
         "precision": precision,
+        "progress": progress,
     }
     table, report = build_pairs(start, tokenizer, reward, prompts=prompts, **settings)
     return table.shuffle(seed=seed).select(range(min(most, len(table)))), report
 
 
-def given_pairs(config: StageConfig) -> tuple[Dataset, Dataset]:
-    """Pairs that were there, in random order: for training, and held out.
+def given_pairs(
+    config: StageConfig, rows: Mapping[str, Sequence[dict]] = MappingProxyType({})
+) -> tuple[Dataset, Dataset]:
+    """Pairs that were there, in random order: for training, and held out; `rows` are those of "pairs" or "eval_pairs".
 
     Raises:
         BadRowsError, FileNotFoundError, ConnectionError, ValueError: as `load_pairs`, or there are too few to hold any out.
     """
 
-    def load(name: str, split: str | None, most: int) -> Dataset:
-        table, bad = load_pairs(name, split=split, on_bad_rows="skip")
+    def load(kind: str, split: str | None, most: int) -> Dataset:
+        if kind in rows:
+            table, bad = table_of(rows[kind], kind), ()
+        else:
+            table, bad = load_pairs(getattr(config, kind), split=split, on_bad_rows="skip")
         for row in bad:
             print(f"skipped {row}", file=sys.stderr)
         return table.shuffle(seed=config.seed + 2).select(range(min(most, len(table))))
 
-    if config.eval_pairs or config.eval_split:
-        held_out = load(config.eval_pairs or config.pairs, config.eval_split, config.max_held_out_pairs)
-        return load(config.pairs, None, config.max_pairs), held_out
-    table = load(config.pairs, None, config.max_pairs + config.max_held_out_pairs)
+    if apart := "eval_pairs" if config.eval_pairs or "eval_pairs" in rows else "pairs" if config.eval_split else None:
+        held_out = load(apart, config.eval_split, config.max_held_out_pairs)
+        return load("pairs", config.split, config.max_pairs), held_out
+    table = load("pairs", config.split, config.max_pairs + config.max_held_out_pairs)
     held_out = min(config.max_held_out_pairs, len(table) // 10)
     if not held_out:
-        raise ValueError(f"{config.pairs} has {len(table)} pairs, too few to hold a tenth out; name --eval-pairs")
+        few = f"{config.pairs or 'the table'} has {len(table)} pairs, too few to hold a tenth out"
+        raise ValueError(f"{few}; name --eval-pairs")
     return table.select(range(held_out, len(table))), table.select(range(held_out))
 
 
@@ -217,6 +262,52 @@ def prompts_of(table: Dataset, tokenizer) -> list[str]:
     as_text = all(isinstance(prompt, str) for prompt in table["prompt"])
     texts = table["prompt"] if as_text else chat.render(table, tokenizer)[0]["prompt"]
     return list(dict.fromkeys(text for text in texts if text))
+
+
+# Of a stage of one's own, and of `compare`, where nothing else is said.
+OWN = {"reward": None, "judge": None, "train_prompts": 512, "held_out_prompts": 128, "samples_per_prompt": 4}
+OWN |= {"held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.0, "max_pairs": 10**6, "max_held_out_pairs": 512}
+OWN |= {"precision": None}
+
+
+def own_stage(
+    model: str | Path,
+    pairs: str | Path | Sequence[dict] | None = None,
+    *,
+    reward: str | Callable | None = None,
+    judge: str | Callable | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    eval_pairs: str | Path | Sequence[dict] | None = None,
+    cache_dir: str | Path | None = None,
+    **changes,
+) -> Stage:
+    """A stage of your own model and data, for `Laboratory`, the widgets, or `fit`.
+
+    stage = own_stage("HuggingFaceTB/SmolLM2-135M", "pairs.jsonl", reward=lambda texts: [len(text) for text in texts])
+
+    Args:
+        model: folder or hub name of the start.
+        pairs: a file, folder or hub name, or rows {"prompt", "chosen", "rejected"}; None samples them and needs a reward.
+        reward, judge: name of a classifier, FILE.py:NAME, or a function texts -> scores.
+        prompts: texts, or a file of them: beside pairs the held-out ones, else those to sample from and, after
+            `train_prompts`, the held-out ones; None takes those of the held-out pairs, or samples them.
+        eval_pairs: held-out ones; None holds a tenth of the pairs out.
+        cache_dir: where sampled pairs are kept, if anywhere.
+        changes: further fields of StageConfig.
+
+    Raises:
+        ValueError: there are neither pairs nor a reward, or as `build_stage`.
+    """
+    if pairs is None and reward is None:
+        raise ValueError("reward is missing: without pairs, completions are sampled, and a reward says which is chosen")
+    given = {"pairs": pairs, "eval_pairs": eval_pairs, "reward": reward, "judge": judge, "prompts": prompts}
+    names = {name: str(value) for name, value in given.items() if isinstance(value, str | Path)}
+    config = StageConfig(**OWN | {"model": str(model)} | names | changes)
+    inside = {name: value for name, value in given.items() if name not in names and value is not None}
+    rows = {name: inside.pop(name) for name in ("pairs", "eval_pairs") if name in inside}
+    if rows:
+        inside["tables"] = given_pairs(config, rows)
+    return build_stage(config, cache_dir=cache_dir and Path(cache_dir), **inside)
 
 
 QUICK = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
