@@ -1,1 +1,1 @@
-"""The bundled model (pocket/), the recorded runs (runs.json), and what builds the model from IMDb."""
+"""The bundled model (pocket/), the recorded runs (runs.json, smollm2/), and what builds the model from IMDb."""

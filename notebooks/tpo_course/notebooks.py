@@ -3,6 +3,7 @@
 python -m tpo_course.notebooks [NAME ...]      # = make notebooks
 """
 
+import json
 import re
 import time
 from argparse import BooleanOptionalAction
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tpo_lib
+from tpo_course.tiers import TIERS
 from tpo_lib.cli import call
 from tpo_lib.files import store
 from tpo_lib.parser import Parser
@@ -19,18 +21,21 @@ ROOT = FOLDER.parent
 REPO_SLUG = "tpo-lib/tpo-lib"  # on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
 PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml")  # the other files that name it
 SET_UP = """\
-# On Colab this fetches the course; anywhere else it does nothing.
+# On Colab this fetches the course; TIER is what live cells run on, if the runtime can carry it.
+TIER = "pocket (CPU)"  #@param {tiers}
+import importlib.metadata
 import sys
 
 if "google.colab" in sys.modules:
-    import importlib.metadata
-
     torch_before = importlib.metadata.version("torch")
     repository, version = "https://github.com/{slug}", "v{version}"  # while there is no such tag, the newest
     !git clone -q --depth 1 -b $version $repository /content/course || git clone -q --depth 1 $repository /content/course
     %pip install -q -e /content/course
     sys.path[:0] = ["/content/course", "/content/course/notebooks"]
-    assert importlib.metadata.version("torch") == torch_before, "Colab's torch was replaced: restart the runtime\""""
+    assert importlib.metadata.version("torch") == torch_before, "Colab's torch was replaced: restart the runtime"
+from tpo_course import tiers
+
+PRESET = tiers.choose(TIER)"""
 
 
 def course() -> list[Path]:
@@ -39,8 +44,8 @@ def course() -> list[Path]:
 
 
 def set_up() -> str:
-    """The cell that fetches on Colab the version that the notebook was executed with."""
-    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__)
+    """The cell that takes the tier, and on Colab fetches the version that the notebook was executed with."""
+    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, tiers=json.dumps(list(TIERS)))
 
 
 def badge(name: str) -> str:

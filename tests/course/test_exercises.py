@@ -28,7 +28,7 @@ EXERCISES = [
 
 
 def _notebook(module) -> list[dict]:
-    (path,) = NOTEBOOKS.glob(f"0?_{module.chapter.file.stem}.ipynb")
+    (path,) = NOTEBOOKS.glob(f"0*_{module.chapter.file.stem}.ipynb")
     return json.loads(path.read_text())["cells"]
 
 

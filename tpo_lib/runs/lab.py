@@ -29,6 +29,8 @@ class Laboratory:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        mine = (preset.train for preset in PRESETS.values() if preset.model == stage.config.model)
+        self.base = next(mine, PRESETS["pocket"].train)  # what a run has where it is told nothing else
         self.runs: dict[str, Trained] = {}  # in the order they were made; ended runs alone
         self.start = stage.evaluate(stage.start)
         self._guides: dict[TrainConfig, torch.nn.Module] = {}
@@ -38,8 +40,9 @@ class Laboratory:
 
         `settings` are hyperparameters of any objective, of which this one takes its own, and others of TrainConfig.
         """
-        base = PRESETS["pocket"].train
-        per_epoch = max(1, len(self.stage.pairs) // settings.get("batch_size", base.batch_size))
+        base = self.base
+        size = settings.get("batch_size", base.batch_size) * settings.get("accumulation", base.accumulation)
+        per_epoch = max(1, len(self.stage.pairs) // size)
         idle = known_hyperparameters().keys() - OBJECTIVES[loss_type].hyperparameters.keys()
         given = {"guide_beta": base.beta} | settings
         taken = {name: value for name, value in given.items() if name not in idle}

@@ -8,6 +8,7 @@ from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.run_browser import run_browser
 from tpo_course.widgets.step_through import step_through
 from tpo_course.widgets.training_lab import training_lab
+from tpo_course.widgets.two_models import two_models
 
 __all__ = [
     "before_after",
@@ -18,4 +19,5 @@ __all__ = [
     "step_through",
     "token_microscope",
     "training_lab",
+    "two_models",
 ]
