@@ -98,10 +98,11 @@ def fit(
                 sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
                 _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
             norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
-            if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself
+            if accelerator.scaler is None:  # fp16 skips an update with overflown gradients by itself: they are counted
                 _stop_if_bad(norm[None], torch.tensor([pairs[i].row for i in window]), run.step + 1)
             with run.moving():  # weights and step belong together in every checkpoint
                 optimizer.step()
+                sums.add({"skipped": (norm.new_tensor(optimizer.step_was_skipped), 1)} if accelerator.scaler else {})
                 optimizer.zero_grad()
                 run.advance(norm.item(), sums)
             if finish_update():

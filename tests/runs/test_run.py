@@ -539,3 +539,43 @@ def test_train_saves_before_it_leaves_on_sigterm(tmp_path):
     cli.main(["train", *where, "--output-dir", str(tmp_path / "whole")])
     one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Overflowing(torch.amp.GradScaler):
+    """A loss scaler on the CPU, where fp16 has none: the gradients of the first so many updates overflow."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__("cpu", init_scale=4.0)
+        self.left = updates
+
+    def scale(self, outputs):
+        return super().scale(outputs) * (torch.inf if self.left > 0 else 1.0)
+
+    def update(self, *arguments) -> None:
+        self.left -= 1
+        super().update(*arguments)
+
+
+@pytest.mark.parametrize(("overflows", "shares", "places"), [(0, [0.0, 0.0], None), (3, [1.0, 0.5], "[2, 4]")])
+def test_updates_that_a_loss_scaler_skips_are_counted_and_told(
+    tmp_path, monkeypatch, capsys, overflows, shares, places
+):
+    real = run.Run.__init__
+
+    def with_scaler(self, *arguments) -> None:
+        real(self, *arguments)
+        self.accelerator.scaler = Overflowing(overflows)
+
+    monkeypatch.setattr(run.Run, "__init__", with_scaler)
+    fit(tmp_path / "run", changes={"log_every": 2})
+    rows = [row for row in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert [row["skipped"] for row in rows] == shares
+    assert (rows[0]["grad_norm"] is None) == (overflows > 0)
+    steps = {store.load_state(path / "state")["optimizer"]["state"][0]["step"].item()
+             for path in (tmp_path / "run/checkpoints").glob("*4")}  # fmt: skip
+    assert steps == {4 - overflows}  # updates that were made
+    said = capsys.readouterr().err
+    if places:
+        assert f"fp16: between the rows of steps {places} and those before them updates were skipped (metric" in said
+    else:
+        assert "skipped" not in said

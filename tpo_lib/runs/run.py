@@ -345,6 +345,12 @@ class Run(Progress):
     def finish(self, policy) -> None:
         """Write the trained model, unless its weights are not finite."""
         super().finish(policy)
+        skipped = [row["step"] for row in self.rows if row.get("skipped")]
+        if skipped and self.accelerator.is_main_process:
+            told = (
+                f"between the rows of steps {skipped[:8]} and those before them updates were skipped (metric skipped)"
+            )
+            print(f"fp16: {told}: their gradients overflowed, and the loss scale was halved", file=sys.stderr)
         if self.writes:
             whole = adapters.whole(policy)
             self._write(self.folder / "final", whole, adapter=None if whole is policy else policy)
