@@ -240,13 +240,15 @@ def _refuse_idle(options, parser: Parser) -> None:
 
 def _sentence(error: Exception) -> str:
     """An error as one line. What this package did not raise itself keeps its traceback, in a file: it may be a fault of ours."""
-    import torch
+    from tpo_lib.runs.advice import OutOfMemory, ran_out
 
     frames = list(traceback.walk_tb(error.__traceback__))
     ours = [each for each in frames if each[0].f_globals["__name__"].partition(".")[0] in PACKAGES]
     text = " ".join(str(error).split()) or "no more is known"
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, OutOfMemory):
+        return f"out of memory: {text}"
+    if ran_out(error):
         lower = "--batch-size, --max-tokens, --max-length, --num-prompts or --max-new-tokens"
         return f"out of memory: {text}; lower {lower}"
     known = isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError)

@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
-from tpo_lib.fast import fused
+from tpo_lib.fast import FastPath, fused
 from tpo_lib.fast.tiles import Asked, Gradients, Tiles, spread
+from tpo_lib.files import adapters
 from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.types import IGNORE, LossOutput, PairBatch, Reading, TokenStats
 
@@ -52,9 +53,20 @@ class Scene:
 
 
 def gpt2_scene(
-    objective: str, *, vocab: int, pairs: int, length: int, ragged: bool = True, layers: int = 4, hidden: int = 256
+    objective: str,
+    *,
+    vocab: int,
+    pairs: int,
+    length: int,
+    ragged: bool = True,
+    layers: int = 4,
+    hidden: int = 256,
+    lora_rank: int = 0,
 ) -> Scene:
-    """Random models in GPT-2's architecture and random pairs; ragged responses fill a quarter of the room to all of it."""
+    """Random models in GPT-2's architecture and random pairs; ragged responses fill a quarter of the room to all of it.
+
+    With a rank the policy, and the guide, are adapters on the reference.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -63,11 +75,15 @@ def gpt2_scene(
     config = GPT2Config(vocab_size=vocab, **sizes, **ends)
     entry = losses.OBJECTIVES[objective]
     policy = GPT2LMHeadModel(config).eval()
-    frozen = {
-        name: ResponseReader(frozen_copy(GPT2LMHeadModel(config)))
+    made = {
+        name: policy if lora_rank else frozen_copy(GPT2LMHeadModel(config))
         for name in ("ref", "guide")
         if f"{name}_logps" in entry.needs
     }
+    if lora_rank:
+        made |= {name: adapters.add_lora(adapters.twin(policy), lora_rank, seed=1) for name in made if name == "guide"}
+        policy = adapters.add_lora(adapters.twin(policy), lora_rank, seed=0)
+    frozen = {name: ResponseReader(model) for name, model in made.items()}
     room = length - PROMPT
     counts = torch.randint(room // 4, room + 1, (2 * pairs, 1)) if ragged else torch.full((2 * pairs, 1), room)
     counts[0] = room  # one response fills its row: T is what was asked for
@@ -288,7 +304,7 @@ def peak_bytes(cases: Sequence[Mapping]) -> list[int]:
     """Peak resident memory of AdamW's update and a pass on top of its gradients, each case in a process of its own.
 
     Args:
-        cases: {"step": key of STEPS, "scene": arguments of `gpt2_scene`, "tile_bytes": optional}.
+        cases: {"step": key of STEPS, "scene": arguments of `gpt2_scene`, "tile_bytes": optional, "checkpointing": optional}.
 
     Returns:
         For each case the bytes over what the process took before the models were made.
@@ -320,11 +336,12 @@ def _update(case: Mapping) -> None:
     step = STEPS[case["step"]]
     step = partial(step, tile_bytes=case["tile_bytes"]) if "tile_bytes" in case else step
     optimizer = torch.optim.AdamW(scene.policy.parameters(), lr=1e-5)
-    for passes in (1, 2):  # the optimizer has its state from the second update on
-        for _ in range(passes):  # there are gradients from the second pass on
-            step(scene).loss.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with FastPath(checkpointing=case.get("checkpointing", False)).around(scene.policy.model):
+        for passes in (1, 2):  # the optimizer has its state from the second update on
+            for _ in range(passes):  # there are gradients from the second pass on
+                step(scene).loss.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def _high_water() -> int:

@@ -12,9 +12,9 @@ import matplotlib.image
 import pytest
 from matplotlib.colors import to_hex
 
-from tpo_course.memory import GPUS, SHAPES, step_memory
 from tpo_course.widgets import memory_lab as exported
 from tpo_course.widgets.memory_lab import GPU_TILE, LOOKS, memory_lab
+from tpo_lib.fast.memory import GPUS, SHAPES, step_memory
 from tpo_lib.losses import OBJECTIVES
 
 

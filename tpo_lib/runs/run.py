@@ -35,6 +35,7 @@ from tpo_lib.files import adapters, store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
 from tpo_lib.runs.accelerated import accelerated
+from tpo_lib.runs.advice import advised
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
 from tpo_lib.runs.trackers import begin_tracker
 from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
@@ -76,6 +77,7 @@ def fit(
     Raises:
         ValueError, NonFiniteLoss: as `train.fit`; a tracker cannot begin, or accelerate is set to what checkpoints do not
             gather (`accelerated`).
+        OutOfMemory: with what an update takes and would take otherwise (`advice`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
     fast, eval_pairs = fast or FastPath(), eval_pairs or ()
@@ -91,7 +93,11 @@ def fit(
     if fast.fused and not policy.understood:
         kind = type(policy.model).__name__
         print(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
-    with accelerated(config) as accelerator, fast.around(policy.model):
+    with (
+        accelerated(config) as accelerator,
+        fast.around(policy.model),
+        advised(config, fast, policy.model, everything, accelerator),
+    ):
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
 
         def load(name: str, model) -> ResponseReader:

@@ -1,6 +1,6 @@
 """The memory lab: what an update takes, part by part, the textbook step beside the fused one, before anything runs.
 
-The widget sets controls and draws; every number comes from `tpo_course.memory`.
+The widget sets controls and draws; every number comes from `tpo_lib.fast.memory`.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from html import escape
 import ipywidgets as w
 from matplotlib.figure import Figure
 
-from tpo_course.memory import GPUS, SHAPES, StepMemory, step_memory
 from tpo_course.widgets.parts import BEHIND, LAB_DPI, Lab, frame, look
+from tpo_lib.fast.memory import GPUS, SHAPES, StepMemory, step_memory
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs.plots import FONT, style_of
 

@@ -1,10 +1,12 @@
 """Where the memory of an update goes: bytes of every part, from the shapes alone.
 
 Symbols: P parameters, L layers, d hidden size, f size of the MLP, V vocabulary, N = 2B sequences of T tokens, R response
-positions. Everything is what `train.fit` keeps: weights, gradients and optimizer state in float32, whatever the precision;
-"bf16" and "fp16" are autocast, which shortens activations and adds a 16-bit copy of every matrix. `tests/course/test_memory.py`
-holds the numbers against what was measured.
+positions, r rank of adapters. Everything is what `train.fit` keeps: weights, gradients and optimizer state in float32,
+whatever the precision; "bf16" and "fp16" are autocast, which shortens activations and adds a 16-bit copy of every matrix.
+`tests/fast/test_memory.py` holds the numbers against what was measured.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,10 +18,15 @@ GPUS = {f"{size} GB": size * 10**9 for size in (16, 24, 40, 80)}  # common sizes
 STATES = {"adamw": 2, "rmsprop": 1}  # numbers a parameter that the optimizer keeps
 
 # What autograd keeps of one layer for backward: bytes a token for each unit of hidden size and of MLP size, where a batch is
-# padded. Counted from the tensors that transformers' layers save: (per d, per f), by precision.
+# padded. Counted from the tensors that transformers' layers save: (per d, per f), by precision; with adapters on all linear
+# layers, whose weights and norms are frozen, also per r.
 SAVED = {
     "gpt2": {"no": (8 * FULL, 5 * FULL), "half": (2 * FULL + 6 * HALF, 5 * HALF)},
     "llama": {"no": (10 * FULL, 4 * FULL), "half": (4 * FULL + 9 * HALF, 4 * HALF)},
+}
+ADAPTED = {
+    "gpt2": {"no": (8 * FULL, 5 * FULL, 4 * FULL), "half": (2 * FULL + 7 * HALF, 5 * HALF, 4 * HALF)},
+    "llama": {"no": (8 * FULL, 4 * FULL, 7 * FULL), "half": (2 * FULL + 10 * HALF, 4 * HALF, 7 * HALF)},
 }
 
 
@@ -47,6 +54,12 @@ class ModelShape:
     def head(self) -> int:
         """Numbers in the head: V d."""
         return self.vocab * self.hidden
+
+    def adapters(self, rank: int) -> int:
+        """Numbers in low-rank adapters of all linear layers but the head: r (in + out) each."""
+        d, kv, f = self.hidden, self.key_values, self.mlp
+        attention = 6 * d if self.family == "gpt2" else 6 * d + 2 * kv  # its queries, keys and values are one layer
+        return rank * self.layers * (attention + (2 if self.family == "gpt2" else 3) * (d + f))
 
     @property
     def parameters(self) -> int:
@@ -109,6 +122,8 @@ def step_memory(
     cached: bool = False,
     scored: float = 1.0,
     optimizer: str = "adamw",
+    lora_rank: int = 0,
+    checkpointing: bool = False,
     tile_bytes: int = TILE_BYTES,
 ) -> StepMemory:
     """Bytes at the loss of the second of two accumulated passes, where every part is there at once.
@@ -123,6 +138,8 @@ def step_memory(
         fused: tile by tile (`fused.pair_loss`), in tiles of `tile_bytes`; False is the textbook (`ladder.textbook`).
         cached: what the frozen models say comes from disk.
         scored: share of the N T positions that are response tokens, 0 to 1.
+        lora_rank: of adapters on all linear layers, beside which the body is read as the reference too; 0 trains all weights.
+        checkpointing: layers are computed again in backward, one at a time, when the tiles are gone.
 
     Raises:
         ValueError: objective, precision or optimizer is unknown, or a size is out of range.
@@ -136,29 +153,49 @@ def step_memory(
     _check(objective, precision, optimizer, length, pairs, scored)
     rows = 2 * pairs * length  # N T
     read = round(scored * rows)  # R
-    needs = OBJECTIVES[objective].needs
-    frozen = sum(name in needs for name in ("ref_logps", "guide_logps"))
-    kept = shape.parameters if not cached else shape.head if "kl" in needs else 0  # of each frozen model
-    autocast = precision != "no"
+    frozen = sum(name in OBJECTIVES[objective].needs for name in ("ref_logps", "guide_logps"))
+    trained = shape.adapters(lora_rank) if lora_rank else shape.parameters
     parts = {
-        "weights": FULL * shape.parameters,
-        "16-bit copies": HALF * shape.matrices if autocast else 0,
-        "gradients": FULL * shape.parameters,
-        "optimizer": FULL * STATES[optimizer] * shape.parameters,
-        "frozen models": FULL * kept * frozen,
-        "activations": rows * activation_bytes(shape, length, precision),
+        "weights": FULL * (shape.parameters + (trained if lora_rank else 0)),
+        "16-bit copies": HALF * copied(shape, lora_rank, checkpointing) if precision != "no" else 0,
+        "gradients": FULL * trained,
+        "optimizer": FULL * STATES[optimizer] * trained,
+        "frozen models": FULL * frozen_numbers(shape, objective, cached, lora_rank),
+        "activations": rows * activation_bytes(shape, length, precision, lora_rank, checkpointing),
     }
     if fused:
         logits = FULL * shape.vocab * read
         tile = min(logits, max(tile_bytes, logits // pairs))  # a pair is never cut
-        states = 2 + (frozen if not cached or "kl" in needs else 0)  # the policy's, their gradient, the frozen models'
+        with_kl = "kl" in OBJECTIVES[objective].needs
+        states = 2 + (frozen if with_kl or not cached else 0)  # the policy's, their gradient, the frozen models'
         parts["hidden states"] = FULL * read * shape.hidden * states
-        parts["head's gradient"] = FULL * shape.head
-        copy = tile // 2 if autocast else 0  # of the logits' gradient, for its products
+        parts["head's gradient"] = 0 if lora_rank else FULL * shape.head
+        copy = tile // 2 if precision != "no" else 0  # of the logits' gradient, for its products
         parts["vocabulary"] = tiles(objective) * tile + copy
     else:
         parts["vocabulary"] = textbook_tensors(objective) * rows * shape.vocab * FULL
+    if checkpointing:  # one layer's come again in backward, when the logits are gone, and gradients of some of them
+        flowing = 2 * FULL * (shape.hidden + shape.mlp)
+        again = rows * (layer_bytes(shape, length, precision, lora_rank) + flowing)
+        parts["activations"] += max(0, again - parts["vocabulary"])
     return StepMemory(parts, disk=cache_bytes(shape, objective) * read // pairs if cached else 0)
+
+
+def frozen_numbers(shape: ModelShape, objective: str, cached: bool, lora_rank: int) -> int:
+    """Numbers that the frozen models have beside the policy's own."""
+    needs = OBJECTIVES[objective].needs
+    if lora_rank:  # the reference is the body, and the guide adapters on it
+        return shape.adapters(lora_rank) if "guide_logps" in needs and not cached else 0
+    if cached:
+        return shape.head if "kl" in needs else 0
+    return shape.parameters * sum(name in needs for name in ("ref_logps", "guide_logps"))
+
+
+def copied(shape: ModelShape, lora_rank: int, checkpointing: bool) -> int:
+    """Numbers of the matrices that autocast has a 16-bit copy of."""
+    if lora_rank and checkpointing:  # of a frozen matrix it is kept for backward alone
+        return shape.head + (shape.matrices - shape.head) // shape.layers
+    return shape.matrices
 
 
 def textbook_tensors(objective: str) -> int:
@@ -179,14 +216,25 @@ def tiles(objective: str) -> int:
     return 2 if "kl" in OBJECTIVES[objective].needs else 1
 
 
-def activation_bytes(shape: ModelShape, length: int, precision: str = "no") -> int:
+def activation_bytes(
+    shape: ModelShape, length: int, precision: str = "no", lora_rank: int = 0, checkpointing: bool = False
+) -> int:
     """Bytes a token that the body keeps for backward, in a padded batch with torch's scaled_dot_product_attention.
 
-    Linear in d and f (see SAVED); the mask, written out for every layer, adds T numbers a token.
+    With checkpointing what goes into every layer, and the mask once, a byte a place.
     """
-    per_d, per_f = SAVED[shape.family]["no" if precision == "no" else "half"]
+    norm = (1 if lora_rank else 2) * FULL * shape.hidden  # the last one
+    if checkpointing:
+        return shape.layers * FULL * shape.hidden + norm + length
+    return shape.layers * layer_bytes(shape, length, precision, lora_rank) + norm
+
+
+def layer_bytes(shape: ModelShape, length: int, precision: str, lora_rank: int) -> int:
+    """The same of one layer: linear in d, f and r (see SAVED and ADAPTED); the mask, written out, adds T numbers a token."""
+    half = "no" if precision == "no" else "half"
     mask = (FULL if precision == "no" else HALF) * length
-    return shape.layers * (per_d * shape.hidden + per_f * shape.mlp + mask) + 2 * FULL * shape.hidden
+    per_d, per_f, per_r = ADAPTED[shape.family][half] if lora_rank else (*SAVED[shape.family][half], 0)
+    return per_d * shape.hidden + per_f * shape.mlp + per_r * lora_rank + mask
 
 
 def cache_bytes(shape: ModelShape, objective: str) -> int:
