@@ -485,13 +485,13 @@ def test_another_device_in_the_environment_is_refused(monkeypatch):
             signal.SIGINT,
             "tpo_course.derivations",
             130,
-            "interrupted; the same command continues where it was (train: add --resume; run: leave out --fresh)",
+            "interrupted; the same command continues where it was (train: add --resume; run, compare: leave out --fresh)",
         ),
         (
             signal.SIGTERM,
             "tpo_course.derivations",
             143,
-            "terminated; the same command continues where it was (train: add --resume; run: leave out --fresh)",
+            "terminated; the same command continues where it was (train: add --resume; run, compare: leave out --fresh)",
         ),
     ],
 )
