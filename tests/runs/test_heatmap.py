@@ -64,7 +64,8 @@ def test_what_a_reward_knows_of_tokens_is_there():
     found = heatmap.token_map(tiny.llama(0), stage(reward=reward))
     assert found[0]["chosen"]["credit"] == pytest.approx([0.7, 0.8, 0.9, 0.0])
     page = str(heatmap.page({"dpo": found}))
-    assert page.count(heatmap.CREDIT) == 4  # once a response
+    assert page.count(f"{heatmap.CREDIT}</span>") == 4  # once a response
+    assert "full colour from 1.5 nats of log-odds on" in page
 
 
 @pytest.fixture(scope="module")

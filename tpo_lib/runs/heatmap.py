@@ -103,6 +103,10 @@ def page(maps: Mapping[str, Sequence[Mapping]]) -> Markup:
             parts.append(f"<p><b>{side}</b></p>")
             parts += [_line(name, pairs[number][side], "kl", scales["kl"]) for name, pairs in maps.items()]
         parts.append(f'<p class="dim">full colour from {scales["kl"]:.3g} nats on</p></details></div>')
+    if scales["credit"]:
+        parts.append(
+            f'<p class="dim">{CREDIT} of the reward: full colour from {scales["credit"]:.3g} nats of log-odds on</p>'
+        )
     return Markup("\n".join(parts))
 
 
