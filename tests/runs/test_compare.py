@@ -13,7 +13,7 @@ import pytest
 from tpo_lib import losses
 from tpo_lib.cli import main
 from tpo_lib.files import store
-from tpo_lib.runs import compare, presets, stage
+from tpo_lib.runs import compare, heatmap, presets, stage
 from tpo_lib.runs.presets import PRESETS
 
 OBJECTIVES = {name for name, entry in losses.OBJECTIVES.items() if entry.paired}
@@ -83,13 +83,21 @@ def test_everything_promised_is_written(finished):
     assert {row["kind"] for row in rows} == {"train", "evaluation"}
     page = (folder / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"']https?:", page)
-    assert "frontier.png" in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert {"frontier.png", "tokens_logratio.png", "tokens_kl.png"} <= set(re.findall(r"\(([a-z_]+\.png)\)", text))
+    for name in OBJECTIVES:
+        pairs = json.loads((folder / name / "tokens.json").read_text())["pairs"]
+        assert len(pairs) == heatmap.PAIRS
+        sizes = {len(pairs[0]["chosen"][key]) for key in ("pieces", "logratio", "kl", "credit")}
+        assert len(sizes) == 1
+    assert page.count(f"{heatmap.CREDIT}</span>") == 2 * heatmap.PAIRS
     assert (folder.parent / "latest" / "summary.json").samefile(folder / "summary.json")
 
 
 def test_repeating_only_redraws(finished, monkeypatch):
     config, folder, summary = finished
     monkeypatch.setattr(stage, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
+    monkeypatch.setattr(heatmap, "token_map", lambda *a, **k: pytest.fail("looked at again"))
     assert compare.run(config, folder, progress=False)["objectives"] == json.loads(json.dumps(summary))["objectives"]
 
 

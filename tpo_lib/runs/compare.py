@@ -20,7 +20,7 @@ from pathlib import Path
 from tpo_lib.config import TrainConfig
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
-from tpo_lib.runs import configs, costs, plots, report, runs, seeds, work
+from tpo_lib.runs import configs, costs, heatmap, plots, report, runs, seeds, work
 from tpo_lib.runs.settings import CompareConfig, Run
 from tpo_lib.runs.stage import build_stage
 from tpo_lib.runs.trackers import check_tracker
@@ -30,8 +30,8 @@ FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or name another folder (run: --name; compare: --output-dir)"
 LATEST = "latest"  # the link to the last comparison
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
-    r"(identity|wall_time|summary|costs|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
-    r"(gaps|training|frontier|frontier_judge|seqkl|diversity)\.png"
+    r"(identity|wall_time|summary|costs|tokens|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
+    r"(gaps|training|frontier|frontier_judge|seqkl|diversity|tokens_logratio|tokens_kl)\.png"
 )
 
 
@@ -64,7 +64,7 @@ def run(
         several = len(config.seeds) > 1
         training = {label: [comparison.rows[run.name] for run in each] for label, each in comparison.settings.items()}
         training = training if several else {label: rows for label, (rows,) in training.items()}
-        report.write_report(folder, summary, curves, samples, training=training)
+        report.write_report(folder, summary, curves, samples, training=training, tokens=comparison.tokens)
         lines = "".join(json.dumps(row) + "\n" for row in comparison.logged())
         store.write_file(folder / "metrics.jsonl", lines)
         store.write_file(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -83,6 +83,7 @@ class _Comparison:
         for each in self.runs:
             self.settings.setdefault(each.label, []).append(each)
         self.rows: dict[str, list[dict]] = {}  # run -> its metrics rows, once it has ended
+        self.tokens: dict[str, list[dict]] = {}  # label -> `heatmap.token_map` of its first seed
         self.costs, self.evaluation_s = folder / "costs.json", 0.0
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (store.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
@@ -166,10 +167,18 @@ class _Comparison:
             cost["tokens"] = each * made.updates * train.batch_size * train.accumulation
             cost["seconds"] = self.evaluation_s - clock  # not of training
         self.rows[run.name] = made.rows
+        if reported and run is self.settings[run.label][0]:
+            self.tokens[run.label] = self.token_map(folder / "tokens.json", made.policy)
         self.bar.at(run.name, 1.0, before=not made.updates)
         for step in _steps(made.updates, every) if reported else ():
             if not (path := _evaluation(folder, step)).exists():
                 raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
+
+    def token_map(self, path: Path, policy) -> list[dict]:
+        """What a policy did to the tokens of held-out pairs: read back if it was looked at before."""
+        if not path.exists():
+            store.write_json(path, {"pairs": heatmap.token_map(policy, self.stage)})
+        return store.read_json(path, FIX)["pairs"]
 
     def guide(self, run: Run):
         """The model that guides a run, trained by now; None where it needs none."""
