@@ -65,7 +65,7 @@ def test_what_a_reward_knows_of_tokens_is_there():
     assert found[0]["chosen"]["credit"] == pytest.approx([0.7, 0.8, 0.9, 0.0])
     page = str(heatmap.page({"dpo": found}))
     assert page.count(f"{heatmap.CREDIT}</span>") == 4  # once a response
-    assert "full colour from 1.5 nats of log-odds on" in page
+    assert f"from {heatmap.full_colour({'dpo': found}, 'credit'):.3g} nats of log-odds on" in page
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,24 @@ def test_points_of_several_seeds_become_one():
     assert runs[0]["reward"] == point(8, [0.2, 0.4, 0.9], 2.0)["reward"]  # what was given is as it was
 
 
+def test_no_interval_of_a_kl_reaches_below_zero():
+    def at(kl: float) -> dict:
+        return {
+            "step": 1,
+            "kl": {"mean": kl, "low": kl - 0.1, "high": kl + 0.1, "n": 9},
+            "reward_margin": {"mean": kl} | WIDE,
+        }
+
+    found = seeds.merged([at(0.5), at(3.0)], seed=0)
+    assert found["kl"]["low"] == 0.0
+    assert found["kl"]["high"] > 10
+    assert found["reward_margin"]["low"] < 0  # which may be
+    assert seeds.merged([at(-1e-6), at(-1e-6)], seed=0)["kl"]["low"] == pytest.approx(-1e-6)  # rounding stays inside
+
+
+WIDE = {"low": 0.0, "high": 1.0, "n": 9}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

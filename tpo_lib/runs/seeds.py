@@ -22,6 +22,7 @@ from tpo_lib.rewards import in_unit_interval
 
 LEVEL = 0.95
 SHARES = {"accuracy", "accuracy_logratio", "accuracy_mean", "distinct_2", "repetition"}  # lie between 0 and 1
+NOT_NEGATIVE = {"kl", "seqkl_chosen", "seqkl_rejected", "entropy", "length"}
 
 
 def over_seeds(values, *, seed: int) -> Metric:
@@ -117,10 +118,10 @@ def merged(points: Sequence[Mapping], *, seed: int) -> dict:
 
 def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None, seed: int) -> dict:
     means = [metric["mean"] for metric in metrics]
+    mean = float(np.mean(means))
     if (
         table is None
-    ):  # no number a prompt: what the seeds' prompts have in common does not average out, so halves do not fall
-        mean = float(np.mean(means))
+    ):  # no number a prompt, and what the prompts of all seeds share does not average out: halves do not fall
         half = float(np.mean([metric["high"] - metric["low"] for metric in metrics])) / 2
         alone = Metric(mean, mean - half, mean + half, metrics[0]["n"])
         share = name in SHARES
@@ -128,8 +129,10 @@ def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None
         alone = bootstrap(np.mean(table, 0), seed=seed)
         share = name in SHARES or (name in ("reward", "judge") and in_unit_interval(itertools.chain(*table)))
     both = widened(alone, means).as_dict()
-    if share:  # few seeds make long intervals; no share lies beyond 0 and 1
-        both |= {"low": max(0.0, both["low"]), "high": min(1.0, both["high"])}
+    if share or name in NOT_NEGATIVE:  # few seeds make long intervals, longer than what can be
+        both["low"] = min(mean, max(0.0, both["low"]))
+    if share:
+        both["high"] = min(1.0, both["high"])
     return both | {"seeds": means, "seed_sd": float(np.std(means, ddof=1)), "evaluation": (alone.high - alone.low) / 2}
 
 
