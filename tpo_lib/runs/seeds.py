@@ -119,9 +119,8 @@ def merged(points: Sequence[Mapping], *, seed: int) -> dict:
 def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None, seed: int) -> dict:
     means = [metric["mean"] for metric in metrics]
     mean = float(np.mean(means))
-    if (
-        table is None
-    ):  # no number a prompt, and what the prompts of all seeds share does not average out: halves do not fall
+    if table is None:
+        # No number a prompt, and what the prompts of all seeds share does not average out: halves do not fall.
         half = float(np.mean([metric["high"] - metric["low"] for metric in metrics])) / 2
         alone = Metric(mean, mean - half, mean + half, metrics[0]["n"])
         share = name in SHARES
