@@ -585,6 +585,21 @@ def test_on_log_sees_every_row_and_ends_the_run():
     assert fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), progress=False, on_log=seen.append).steps > 3
 
 
+def test_many_weights_on_a_cpu_are_updated_in_one_pass_as_few_are():
+    def stepped(count: int) -> torch.Tensor:
+        layer = torch.nn.Linear(1, count, bias=False)
+        layer.weight.data = torch.linspace(-1, 1, count)[:, None]
+        optimizer = train.build_optimizer(replace(CONFIG, lr=1e-3, weight_decay=0.1), layer)
+        for _ in range(3):
+            layer.weight.grad = layer.weight.detach().cos()
+            optimizer.step()
+        assert optimizer.param_groups[0]["fused"] == (True if count > 2**25 else None)
+        return layer.weight.detach()[:: count // 8, 0]
+
+    # the last of the eight lie a little apart, for the line is cut finer
+    torch.testing.assert_close(stepped(2**25 + 8)[:8], stepped(8 * 1024)[:8], rtol=1e-5, atol=3e-4)
+
+
 GROUPED = replace(CONFIG, loss_type="tgdpo", guide_beta=0.1, batch_size=8, epochs=2, group_prompts=True)
 
 

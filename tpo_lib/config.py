@@ -57,7 +57,6 @@ class TrainConfig:
     lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
     lora_alpha: float | None = setting(None, "scales the adapters, over the rank; None is twice the rank", above=0)
     lora_targets: str = setting("all-linear", "the adapted layers, as q_proj,v_proj; all-linear is all but the head")
-    # numpy's bound
     seed: int = setting(0, "orders the data; with the same one, machine and threads a run repeats", most=2**32 - 1)
     log_every: int = setting(5, "updates between two rows of metrics", above=0)
     eval_every: int = setting(0, "updates between two evaluations on held-out pairs; 0 makes none on the way")

@@ -191,7 +191,7 @@ def bucketed_batches(
 ) -> list[list[int]]:
     """Cut n rows into full batches of similar length, in an order that depends on seed and epoch alone.
 
-    With `prompts`, a name for every row, the rows of a prompt follow each other: but at the end of a batch, they share it.
+    With `prompts`, a name for every row, those of a prompt follow each other: but at the end of a batch, they share it.
 
     Raises:
         ValueError: there are fewer rows than batch_size, or batch_size is not positive.
