@@ -134,7 +134,7 @@ PRESETS = {
     ),
     "smollm2-135m": Preset(
         words="SmolLM2-135M-Instruct, a real small Llama, on openings by the pocket model or of IMDb's reviews",
-        needs="two CPU cores with bf16, 8 GB (measured), about an hour (estimated)",
+        needs="two CPU cores with bf16, 13 GB, about an hour; measured",
         source={
             "beta": "DPO's and TDPO's default",
             "everything else": f"{OURS}: the pocket model's, at a lower learning rate",
