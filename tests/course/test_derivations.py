@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,8 @@ BREAKS = {
     "dpo.beta_at_the_optimum": (", -variance", ", variance"),
     "dpo.beta_in_the_first_step": ("-h.beta / 2", "-h.beta"),
     "token_mdp.returns_by_token": ("w.values(pi)", "w.values(w.ref_logps)"),
-    "token_mdp.bellman": ("chance * reward", "reward"),
-    "token_mdp.action_values": ("chance / here * reward", "chance * reward"),
+    "token_mdp.bellman": ("pi.exp() * values.q", "values.q"),
+    "token_mdp.action_values": ("+ w.gamma * tools", "- w.gamma * tools"),
     "token_mdp.telescope": ("w.returns - values", "w.returns + values"),
     "token_mdp.performance_difference": ("w.visits(new)", "w.visits(old)"),
     "token_mdp.soft_bellman": ("(reward / h.beta)", "(-reward / h.beta)"),
@@ -84,7 +85,7 @@ BREAKS = {
     "token_mdp.token_reward_up_to_shaping": ("- soft.v[:, None]", "+ soft.v[:, None]"),
     "token_mdp.reward_from_tokens": ("+ h.beta * w.along", "- h.beta * w.along"),
     "token_mdp.dpo_agrees": ("w.soft_optimum(h.beta)", "w.soft_optimum(2 * h.beta)"),
-    "tdpo.policy_improvement": ("pi + old.a", "pi - old.a"),
+    "tdpo.policy_improvement": ("improved(old.a, new)", "improved(-old.a, new)"),
     "tdpo.state_objective": ("log_z - values.v", "log_z + values.v"),
     "tdpo.closed_form": ("(advantage / h.beta)", "(-advantage / h.beta)"),
     "tdpo.regret_preference": ("w.values(pi).a", "w.values(pi).q"),
@@ -116,7 +117,7 @@ BREAKS = {
     "tgdpo.gradient": ("-pull)[:, None] * f_l", "pull)[:, None] * f_l"),
     "tgdpo.four_behaviours": ("exp(-signal[r])", "exp(signal[r])"),
     "tgdpo.floor": ("-signal[w.pairs.rejected]", "signal[w.pairs.rejected]"),
-    "one_form.one_form": ("common_form(w, name, pi, h)", "common_form(w, 'dpo', pi, h)"),
+    "one_form.one_form": ("common_form(w, name, z", "common_form(w, 'dpo', z"),
     "one_form.at_the_reference": ("2.0", "3.0"),
     "one_form.alpha_zero": ("alpha=0.0", "alpha=0.5"),
     "one_form.alpha_one": ("alpha=1.0", "alpha=0.5"),
@@ -357,6 +358,14 @@ def test_derive_table():
     assert derivations.objective_map() in derive_table("one_form")
     with pytest.raises(ValueError, match=r"no derivation 'ppo'; choose one of preferences, dpo"):
         derive_table("ppo")
+
+
+def test_the_table_says_by_definition():
+    step = replace(STEPS["dpo.loss"], by_definition=True)
+    one = replace(DERIVATIONS["dpo"], steps=(step, STEPS["dpo.z_cancels"]))
+    *_, first, second = derivations.table(one, verify(one, [TokenWorld(3, 2, seed=0)])).splitlines()
+    assert first.endswith("in 1 worlds, by definition")
+    assert "by definition" not in second
 
 
 def test_equation_map_is_complete():

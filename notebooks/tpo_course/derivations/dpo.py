@@ -24,6 +24,20 @@ def optimum(w: TokenWorld, beta: float) -> Tensor:
     return w.factorise(gibbs(w, beta)[0].flatten())
 
 
+def by_tokens(w: TokenWorld, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The same optimum without enumerating responses: log pi*(a|s) (S, V) and log Z(x) (P,), from one pass over tokens.
+
+    It reads R(s, a) where `gibbs` reads r(x, y), so the two check each other. The KL of whole responses carries no discount: gamma moves into the rewards.
+    """
+    ref = w.ref_logps
+
+    def soft_maximum(q: Tensor, rows: slice) -> Tensor:
+        return beta * (ref[rows] + q / beta).logsumexp(-1)
+
+    soft = w.backup(w.reward * w.discount[:, None], soft_maximum, gamma=1.0)
+    return ref + soft.a / beta, soft.v[: w.num_prompts] / beta
+
+
 def _sequence_objective(w: TokenWorld, logps: Tensor, beta: float) -> Tensor:
     """(P,) E_{y~pi}[r - beta log(pi(y)/pi_ref(y))], summed over all responses."""
     probs = w.by_prompt(w.sequence_logps(logps)).exp()
@@ -39,7 +53,7 @@ def chain_rule(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def objective_gap(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(2)
     log_pi = w.by_prompt(w.sequence_logps(pi))  # (P, n)
-    log_star, log_z = gibbs(w, h.beta)
+    log_star, log_z = w.by_prompt(w.sequence_logps(by_tokens(w, h.beta)[0])), gibbs(w, h.beta)[1]
     divergence = (log_pi.exp() * (log_pi - log_star)).sum(-1)
     return _sequence_objective(w, pi, h.beta), h.beta * log_z - h.beta * divergence
 
@@ -47,23 +61,42 @@ def objective_gap(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def optimum_value(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     ref = w.by_prompt(w.sequence_logps(w.ref_logps)).exp()
     mean = (ref * (w.by_prompt(w.returns) / h.beta).exp()).sum(-1)  # E_ref exp(r / beta)
-    return _sequence_objective(w, optimum(w, h.beta), h.beta), h.beta * mean.log()
+    attained = _sequence_objective(w, by_tokens(w, h.beta)[0], h.beta)
+    return attained.expand(2, -1), torch.stack([h.beta * gibbs(w, h.beta)[1], h.beta * mean.log()])
 
 
 def no_policy_is_better(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    rivals = [w.ref_logps, w.soft_optimum(2 * h.beta)[1], *(w.random_policy(i, scale=i / 4) for i in range(1, 9))]
-    scores = torch.stack([w.expected(_sequence_objective(w, pi, h.beta)) for pi in rivals])
+    scores = _best_attempts(w, h.beta)
     return scores, w.expected(h.beta * gibbs(w, h.beta)[1]).expand_as(scores)
 
 
+def _best_attempts(w: TokenWorld, beta: float) -> Tensor:
+    """J of 40 random policies, of the reference, and of what gradient ascent makes of two of them."""
+
+    def score(pi: Tensor) -> Tensor:
+        return w.expected(_sequence_objective(w, pi, beta))
+
+    tried = [w.ref_logps, *tools.rivals(w)]
+    climbed = tools.ascend(score, [w.ref_logps, w.random_policy(1, 3.0)])
+    return torch.stack([score(pi) for pi in [*tried, *climbed]])
+
+
+def _closest_attempt(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    below = w.expected(h.beta * gibbs(w, h.beta)[1]) - _best_attempts(w, h.beta)
+    return {
+        "closest random policy, below the bound by": float(below[:-2].min()),
+        "closest after gradient ascent": float(below[-2:].min()),
+    }
+
+
 def reparametrisation(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    star = w.sequence_logps(optimum(w, h.beta))
+    star = w.sequence_logps(by_tokens(w, h.beta)[0])
     ref = w.sequence_logps(w.ref_logps)
     return w.returns, h.beta * (star - ref) + h.beta * gibbs(w, h.beta)[1][w.responses.prompt]
 
 
 def z_cancels(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    u = h.beta * tools.logratio(w, optimum(w, h.beta))
+    u = h.beta * tools.logratio(w, by_tokens(w, h.beta)[0])
     return w.pairs.prob, torch.sigmoid(u[w.pairs.chosen] - u[w.pairs.rejected])
 
 
@@ -97,11 +130,12 @@ def one_coefficient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def beta_at_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    def divergence(beta: Tensor) -> Tensor:
-        log_star, _ = gibbs(w, beta)
-        return (log_star.exp() * (log_star - w.by_prompt(w.sequence_logps(w.ref_logps)))).sum()
+    def divergence(beta: Tensor, prompt: int) -> Tensor:
+        star, _ = by_tokens(w, beta)
+        return tools.per_prompt(w, w.visits(star) * w.kl(star, w.ref_logps))[prompt] / w.prompt_probs[prompt]
 
-    slope = tools.gradient(divergence, torch.full((w.num_prompts, 1), h.beta, dtype=torch.float64))[:, 0]  # (P,)
+    beta = torch.tensor(h.beta, dtype=torch.float64)
+    slope = torch.stack([tools.gradient(lambda b, i=i: divergence(b, i), beta) for i in range(w.num_prompts)])  # (P,)
     star = gibbs(w, h.beta)[0].exp()
     r = w.by_prompt(w.returns)
     variance = (star * r.square()).sum(-1) - (star * r).sum(-1).square()
@@ -156,7 +190,7 @@ STEPS = (
     Step(chain_rule, implements="tpo_course.derivations.tools.objective"),
     Step(objective_gap),
     Step(optimum_value, implements="tpo_course.world.TokenWorld.soft_optimum"),
-    Step(no_policy_is_better, relation="<="),
+    Step(no_policy_is_better, relation="<=", numbers=_closest_attempt),
     Step(reparametrisation),
     Step(z_cancels, symbolic=_symbolic_cancel),
     Step(loss, implements="tpo_lib.losses.dpo"),

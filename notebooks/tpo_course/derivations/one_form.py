@@ -70,45 +70,56 @@ def common_form(w: TokenWorld, name: str, logps: Tensor, h: Hyper) -> Tensor:
     """The expected loss of an objective from the common form and its Terms: token tables in, a scalar out."""
     terms, mask = TERMS[name], w.responses.mask
     gained = w.tokenwise(logps - w.ref_logps if terms.reference else logps)  # (R, T)
-    gained = gained + terms.kl_weight(h) * w.tokenwise(w.kl(w.ref_logps, logps))
+    kl = terms.kl_weight(h) * w.tokenwise(w.kl(w.ref_logps, logps))
     r_hat = w.tokenwise(token_reward(w, h))
     lengths = mask.sum(-1) if terms.length_mean else torch.ones(len(mask))
-    won, lost = (h.beta * (terms.token_weight(r_hat, side, h) * gained).sum(-1) / lengths for side in (1, -1))
+
+    def total(side: int, kl: Tensor) -> Tensor:  # (R,) what each response adds to the margin
+        return h.beta * (terms.token_weight(r_hat, side, h) * (gained + kl)).sum(-1) / lengths
+
+    won, lost = total(1, kl.detach() if terms.stop == "chosen KL" else kl), total(-1, kl)
     return -tools.mean_over_pairs(w, F.logsigmoid(won[w.pairs.chosen] - lost[w.pairs.rejected] - terms.margin(h)))
 
 
 def one_form(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(1)
-    library = torch.stack([_library(w, name, pi, h) for name in TERMS])
-    return library, torch.stack([common_form(w, name, pi, h) for name in TERMS])
+    by_terms = [
+        _value_and_gradient(lambda z, name=name: common_form(w, name, z.log_softmax(-1), h), pi) for name in TERMS
+    ]
+    return torch.stack([_of_library(w, name, pi, h) for name in TERMS]), torch.stack(by_terms)
 
 
 def at_the_reference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     found = torch.stack([_library(w, name, w.ref_logps, h) for name in ("dpo", "tdpo1", "tdpo2", "tgdpo")])
-    return found, torch.full_like(found, 2.0).log()
+    kl = w.kl(w.ref_logps, w.ref_logps)
+    return torch.cat([found, kl]), torch.cat([torch.full_like(found, 2.0).log(), torch.zeros_like(kl)])
 
 
-def _value_and_gradient(w: TokenWorld, name: str, logits: Tensor, h: Hyper) -> Tensor:
-    slope = tools.gradient(lambda z: _library(w, name, z, h), logits)
-    return torch.cat([_library(w, name, logits, h)[None], slope.flatten()])
+def _value_and_gradient(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """(1 + S V,) both in one row."""
+    return torch.cat([function(logits)[None], tools.gradient(function, logits).flatten()])
+
+
+def _of_library(w: TokenWorld, name: str, logits: Tensor, h: Hyper) -> Tensor:
+    return _value_and_gradient(lambda z: _library(w, name, z, h), logits)
 
 
 def alpha_zero(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi, none = w.random_policy(2), Hyper(beta=h.beta, alpha=0.0, guide_beta=h.guide_beta)
-    both = torch.stack([_value_and_gradient(w, "tdpo2", pi, none), _value_and_gradient(w, "tgdpo", pi, none)])
-    return both, _value_and_gradient(w, "dpo", pi, h).expand_as(both)
+    both = torch.stack([_of_library(w, "tdpo2", pi, none), _of_library(w, "tgdpo", pi, none)])
+    return both, _of_library(w, "dpo", pi, h).expand_as(both)
 
 
 def alpha_one(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    policies = [w.random_policy(3 + i) for i in range(4)]
-    first = [_library(w, "tdpo1", pi, h) for pi in policies]
-    second = [_library(w, "tdpo2", pi, Hyper(beta=h.beta, alpha=1.0)) for pi in policies]
-    return torch.stack(first), torch.stack(second)
+    policies, full = [w.random_policy(3 + i) for i in range(4)], Hyper(beta=h.beta, alpha=1.0)
+    first, second = (torch.stack([_of_library(w, name, pi, full) for pi in policies]) for name in ("tdpo1", "tdpo2"))
+    differ = ((first - second)[:, 1:].abs().amax(-1) > 1e-6).double()  # the gradients, at every policy
+    return torch.cat([first[:, 0], differ]), torch.cat([second[:, 0], torch.ones_like(differ)])
 
 
 def _gradients_differ(w: TokenWorld, h: Hyper) -> dict[str, float]:
     pi, full = w.random_policy(3), Hyper(beta=h.beta, alpha=1.0)
-    gap = _value_and_gradient(w, "tdpo1", pi, h) - _value_and_gradient(w, "tdpo2", pi, full)
+    gap = _of_library(w, "tdpo1", pi, h) - _of_library(w, "tdpo2", pi, full)
     return {"largest difference of the two gradients": float(gap.abs().max())}
 
 

@@ -13,10 +13,12 @@ def _noise(world: TokenWorld, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(world.seed + 1), dtype=torch.float64)
 
 
-def _win_matrix(world: TokenWorld, rewards: Tensor) -> Tensor:
-    """(P, n, n) probability that response i beats response j."""
-    r = world.by_prompt(rewards)
-    return torch.sigmoid(r[:, :, None] - r[:, None, :])
+def _win_matrix(world: TokenWorld) -> Tensor:
+    """(P, n, n) the annotators' probability that response i beats response j, 1/2 on the diagonal."""
+    count = len(world.returns) // world.num_prompts
+    wins = torch.full((len(world.returns), count), 0.5, dtype=torch.float64)
+    index = (world.pairs.chosen, world.pairs.rejected % count)
+    return wins.index_put(index, world.pairs.prob).view(world.num_prompts, count, count)
 
 
 def bradley_terry(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -26,8 +28,7 @@ def bradley_terry(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def log_odds(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    wins = _win_matrix(w, w.returns)
-    r = w.by_prompt(w.returns)
+    wins, r = _win_matrix(w), w.by_prompt(w.returns)
     return wins.log() - wins.mT.log(), r[:, :, None] - r[:, None, :]
 
 
@@ -51,19 +52,19 @@ def likelihood_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def maximum_likelihood(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     truth = w.by_prompt(w.returns)[0, :40]
     share = w.by_prompt(w.sequence_logps(w.ref_logps)).exp()[0, :40]
-    fitted = fit_rewards(torch.sigmoid(truth[:, None] - truth), share)
+    fitted = fit_rewards(_win_matrix(w)[0, :40, :40], share)
     return fitted - fitted[0], truth - truth[0]
 
 
 def shift(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     f = 3 * _noise(w, w.num_prompts)
-    return _win_matrix(w, w.returns), _win_matrix(w, w.returns + f[w.responses.prompt])
+    moved = w.by_prompt(w.returns + f[w.responses.prompt])
+    return _win_matrix(w), torch.sigmoid(moved[:, :, None] - moved[:, None, :])
 
 
 def canonical(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     ref = w.by_prompt(w.sequence_logps(w.ref_logps)).exp()  # (P, n)
-    r = w.by_prompt(w.returns)
-    wins = _win_matrix(w, w.returns)
+    wins, r = _win_matrix(w), w.by_prompt(w.returns)
     log_odds = wins.log() - wins.mT.log()  # (P, n, n), all that preferences reveal
     return r - (ref * r).sum(-1, keepdim=True), (log_odds * ref[:, None, :]).sum(-1)
 

@@ -39,6 +39,7 @@ class Step:
     ]  # left and right, of one shape, each computed its own way
     relation: str = "="  # or "<="
     gamma_one: bool = False  # whether it holds only without discount
+    by_definition: bool = False  # whether the right side is the left one rearranged, true of any numbers put in
     implements: str | None = None  # the function of the library or the course that computes it, as a dotted name
     symbolic: Callable[[], object] | None = None  # -> sympy expression that must be exactly 0
     numbers: Callable[[TokenWorld, Hyper], dict[str, float]] | None = None  # that say how large a gap is, by name
@@ -173,7 +174,8 @@ def table(derivation: Derivation, checks: list[Check]) -> str:
         verdict = "ok  " if check.holds else "FAIL"
         exact = " symbolic" if check.symbolic else ""
         kind = "residual" if check.step.relation == "=" else "violation"
-        found = f"{kind} {check.residual:.1e} in {check.worlds} worlds{exact}"
+        how = ", by definition" if check.step.by_definition else ""
+        found = f"{kind} {check.residual:.1e} in {check.worlds} worlds{exact}{how}"
         lines.append(f"{verdict} {number:2d}. {check.step.title}: {found}")
         lines += [f"         {name} = {value:.4g}" for name, value in check.measured.items()]
     return "\n".join(lines)

@@ -7,22 +7,55 @@ from torch import Tensor
 from tpo_course.derivations import tools
 from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import fit_tabular
-from tpo_course.world import TokenWorld
+from tpo_course.world import TokenWorld, Values
 
 
 def policy_improvement(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(1)
     old = w.values(pi)
-    better = (pi + old.a / h.beta).log_softmax(-1)
-    premise = (better.exp() * old.a).sum(-1)  # >= 0 in every state
-    return torch.cat([torch.zeros_like(premise), old.v]), torch.cat([premise, w.values(better).v])
+    tilted = (pi + old.a / h.beta).log_softmax(-1)
+    rivals = [improved(old.a, new) for new in (tilted, *tools.rivals(w, 4), *_climbed(w, old))]
+    premise = torch.stack([(new.exp() * old.a).sum(-1) for new in rivals])  # (N, S), >= 0 in every state
+    after = torch.stack([w.values(new).v for new in rivals])
+    return torch.stack([torch.zeros_like(premise), old.v.expand_as(after)]), torch.stack([premise, after])
+
+
+def improved(advantage: Tensor, logps: Tensor) -> Tensor:
+    """(S, V) a policy that meets the premise: where logps would lose advantage, mixed with the best token until it gains 0."""
+    probs = logps.exp()
+    gain, best = (probs * advantage).sum(-1), advantage.max(-1)
+    share = (-gain / (best.values - gain)).clamp(0, 1 - 1e-12)[:, None]  # of the best token
+    return ((1 - share) * probs + share * F.one_hot(best.indices, logps.shape[-1])).log()
+
+
+def _climbed(w: TokenWorld, old: Values) -> list[Tensor]:
+    """What gradient ascent makes of V_pi - V_pi' over policies that meet the premise, from two starts."""
+
+    def lost(logps: Tensor) -> Tensor:
+        return (old.v - w.values(improved(old.a, logps)).v).sum()
+
+    return tools.ascend(lost, [w.ref_logps, w.random_policy(2, 3.0)])
+
+
+def _closest_to_worse(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    (_, before), (_, after) = policy_improvement(w, h)
+    total = (after - before).sum(-1)  # (N,) over all states; 0 where nothing changed
+    return {
+        "smallest total gain of a random policy": float(total[:-2].min()),
+        "after gradient ascent against it": float(total[-2:].min()),
+    }
 
 
 def state_objective(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi, values = w.random_policy(2), w.values(w.ref_logps)
     star, log_z = w.gibbs(values.q / h.beta)
-    left = (pi.exp() * values.a).sum(-1) - h.beta * w.kl(pi, w.ref_logps)
-    return left, h.beta * log_z - values.v - h.beta * w.kl(pi, star)
+    left = (pi.exp() * _advantages(w, w.ref_logps)).sum(-1) - h.beta * w.kl(pi, w.ref_logps)  # (2, S)
+    return left, (h.beta * log_z - values.v - h.beta * w.kl(pi, star)).expand_as(left)
+
+
+def _advantages(w: TokenWorld, logps: Tensor) -> Tensor:
+    """(2, S, V) A of a policy twice: by recursion, and from every way to finish every response."""
+    return torch.stack([w.values(logps).a, tools.enumerated(w, logps).a])
 
 
 def closed_form(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -33,9 +66,11 @@ def closed_form(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
         return ((pi.exp() * advantage).sum(-1) - h.beta * w.kl(pi, w.ref_logps)).sum()
 
     star = w.one_step_optimum(h.beta)
-    tilted = w.ref_logps.exp() * (advantage / h.beta).exp()
-    left = torch.cat([star.exp(), tools.gradient(total, star)])
-    return left, torch.cat([tilted / tilted.sum(-1, keepdim=True), torch.zeros_like(star)])
+    by_a = w.ref_logps.exp() * (advantage / h.beta).exp()
+    log_z = w.gibbs(w.values(w.ref_logps).q / h.beta)[1]
+    by_q = w.ref_logps.exp() * (tools.enumerated(w, w.ref_logps).q / h.beta - log_z[:, None]).exp()
+    left = torch.cat([star.exp(), star.exp(), tools.gradient(total, star)])
+    return left, torch.cat([by_a / by_a.sum(-1, keepdim=True), by_q, torch.zeros_like(star)])
 
 
 def regret_preference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -50,15 +85,20 @@ def value_and_partition(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def advantage_from_policy(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    star = w.one_step_optimum(h.beta)
-    return w.values(w.ref_logps).a, h.beta * (star - w.ref_logps) + h.beta * w.kl(w.ref_logps, star)[:, None]
+    star, q = w.one_step_optimum(h.beta), tools.enumerated(w, w.ref_logps).q
+    ratio = h.beta * (star - w.ref_logps)
+    a = ratio + h.beta * w.kl(w.ref_logps, star)[:, None]
+    log_z = w.gibbs(w.values(w.ref_logps).q / h.beta)[1]
+    return torch.cat([_advantages(w, w.ref_logps), q[None]]), torch.stack([a, a, ratio + h.beta * log_z[:, None]])
 
 
 def reward_from_policy(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     star = w.one_step_optimum(h.beta)
     seq_kl = w.along(w.kl(w.ref_logps, star), gamma=w.gamma)
     start = w.values(w.ref_logps).v[w.responses.prompt]
-    return w.returns, start + h.beta * w.along(star - w.ref_logps, gamma=w.gamma) + h.beta * seq_kl
+    total = h.beta * w.along(star - w.ref_logps, gamma=w.gamma) + h.beta * seq_kl
+    summed = w.along(w.values(w.ref_logps).a, gamma=w.gamma)
+    return torch.stack([w.returns, start + summed]), (start + total).expand(2, -1)
 
 
 def u_and_delta(w: TokenWorld, logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +153,9 @@ def margin_is_linear(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     stats = w.stats(logits)
     p = w.ref_logps.exp()
     entropy = -(p * w.ref_logps).sum(-1, keepdim=True)
-    return stats.logps + stats.kl, w.tokenwise(logits - (p * logits).sum(-1, keepdim=True) - entropy)
+    pi = logits.log_softmax(-1)
+    margins = torch.stack([stats.logps + stats.kl, w.tokenwise(pi + w.kl(w.ref_logps, pi)[:, None])])
+    return margins, w.tokenwise(logits - (p * logits).sum(-1, keepdim=True) - entropy).expand_as(margins)
 
 
 def tdpo1_gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -206,7 +248,7 @@ def _symbolic_kl_slope() -> object:
 
 
 STEPS = (
-    Step(policy_improvement, relation="<="),
+    Step(policy_improvement, relation="<=", numbers=_closest_to_worse),
     Step(state_objective),
     Step(closed_form, implements="tpo_course.world.TokenWorld.one_step_optimum"),
     Step(regret_preference),

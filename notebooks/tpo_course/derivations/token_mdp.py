@@ -8,46 +8,25 @@ from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.world import TokenWorld
 
 
-def _to_go(table: Tensor, gamma: float) -> Tensor:
-    """(R, T) entries of every token -> (R, T) discounted sums from that token to the end."""
-    sums, total = [], torch.zeros_like(table[:, 0])
-    for column in reversed(table.unbind(1)):
-        total = column + gamma * total
-        sums.append(total)
-    return torch.stack(sums[::-1], dim=1)
-
-
-def _state_sums(w: TokenWorld, per_token: Tensor) -> Tensor:
-    """(R, T) -> (S,): add up what every response contributes to the states it passes through."""
-    mask = w.responses.mask
-    return torch.zeros(w.num_states, dtype=per_token.dtype).index_add(0, w.responses.states[mask], per_token[mask])
-
-
-def _continuations(w: TokenWorld, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, T) probability of the rest of a response given the state, and its reward from there on."""
-    return _to_go(w.tokenwise(logps), 1.0).exp(), _to_go(w.tokenwise(w.reward), w.gamma)
-
-
 def returns_by_token(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(1)
     whole = (w.by_prompt(w.sequence_logps(pi)).exp() * w.by_prompt(w.returns)).sum(-1)
-    return whole, w.values(pi).v[: w.num_prompts]
+    left = torch.cat([whole, w.returns])
+    return left, torch.cat([w.values(pi).v[: w.num_prompts], w.along(w.reward, gamma=w.gamma)])
 
 
 def bellman(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(2)
-    chance, reward = _continuations(w, pi)
-    return w.values(pi).v, _state_sums(w, chance * reward)
+    values, enumerated = w.values(pi), tools.enumerated(w, pi)
+    averaged = (pi.exp() * values.q).sum(-1)
+    return torch.stack([values.v, averaged]), enumerated.v.expand(2, -1)
 
 
 def action_values(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi = w.random_policy(2)
     values = w.values(pi)
-    chance, reward = _continuations(w, pi)
-    here = w.tokenwise(pi).exp()  # chance = here * chance of what follows
-    follow = torch.where(w.responses.mask, chance / here * reward, 0.0)
-    index = (w.responses.states, w.responses.tokens.clamp_min(0))
-    return values.q, torch.zeros_like(values.q).index_put(index, follow, accumulate=True)
+    one_step = w.reward + w.gamma * tools.arrival(w, values.v)
+    return torch.stack([values.q, one_step]), tools.enumerated(w, pi).q.expand(2, -1, -1)
 
 
 def telescope(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -62,9 +41,12 @@ def performance_difference(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def soft_bellman(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    chance, reward = _continuations(w, w.ref_logps)
+    chance, reward = tools.continuations(w, w.ref_logps)
     soft, _ = w.soft_optimum(h.beta)
-    return soft.v, h.beta * _state_sums(w, chance * (reward / h.beta).exp()).log()
+    backed_up = h.beta * (w.ref_logps + soft.q / h.beta).logsumexp(-1)
+    enumerated = h.beta * tools.state_sums(w, chance * (reward / h.beta).exp()).log()
+    log_z = h.beta * dpo.gibbs(w, h.beta)[1]  # of whole responses, as DPO has it
+    return torch.cat([soft.v, backed_up, soft.v[: w.num_prompts]]), torch.cat([enumerated, enumerated, log_z])
 
 
 def soft_value_is_attained(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -88,13 +70,14 @@ def same_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def reward_from_tokens(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     soft, star = w.soft_optimum(h.beta)
-    return w.returns, soft.v[w.responses.prompt] + h.beta * w.along(star - w.ref_logps, gamma=w.gamma)
+    total = soft.v[w.responses.prompt] + h.beta * w.along(star - w.ref_logps, gamma=w.gamma)
+    return torch.stack([w.along(w.reward, gamma=w.gamma), w.returns]), total.expand(2, -1)
 
 
 def token_reward_up_to_shaping(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     soft, star = w.soft_optimum(h.beta)
-    arrival = soft.q - w.reward  # gamma V*(s'), 0 at the end
-    return h.beta * (star - w.ref_logps), w.reward + arrival - soft.v[:, None]
+    shaped = w.reward + w.gamma * tools.arrival(w, soft.v) - soft.v[:, None]
+    return torch.stack([h.beta * (star - w.ref_logps), soft.a]), shaped.expand(2, -1, -1)
 
 
 def dpo_agrees(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.coefficients import PairCoefficients, coefficients
-from tpo_course.world import TokenWorld
+from tpo_course.tabular import minimise
+from tpo_course.world import TokenWorld, Values
 
 
 def logratio(world: TokenWorld, logps: Tensor) -> Tensor:
@@ -85,6 +86,67 @@ def preference_entropy(world: TokenWorld) -> Tensor:
 def nll(world: TokenWorld, rewards: Tensor) -> Tensor:
     """Mean of -log sigma(r(w) - r(l)) over the preference data, for (R,) rewards."""
     return -mean_over_pairs(world, F.logsigmoid(gap(world, rewards)))
+
+
+def continuations(world: TokenWorld, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, T) probability of the rest of a response given the state, and its reward from there on."""
+    return _to_go(world.tokenwise(logps), 1.0).exp(), _to_go(world.tokenwise(world.reward), world.gamma)
+
+
+def _to_go(table: Tensor, gamma: float) -> Tensor:
+    """(R, T) entries of every token -> (R, T) discounted sums from that token to the end."""
+    sums, total = [], torch.zeros_like(table[:, 0])
+    for column in reversed(table.unbind(1)):
+        total = column + gamma * total
+        sums.append(total)
+    return torch.stack(sums[::-1], dim=1)
+
+
+def state_sums(world: TokenWorld, per_token: Tensor) -> Tensor:
+    """(R, T) -> (S,): add up what every response contributes to the states it passes through."""
+    mask = world.responses.mask
+    return torch.zeros(world.num_states, dtype=per_token.dtype).index_add(
+        0, world.responses.states[mask], per_token[mask]
+    )
+
+
+def enumerated(world: TokenWorld, logps: Tensor) -> Values:
+    """V and Q of a policy from every way to finish every response: no recursion, so it checks `world.values`."""
+    chance, reward = continuations(world, logps)
+    after = chance / world.tokenwise(logps).exp()  # once the token is written
+    index = (world.responses.states, world.responses.tokens.clamp_min(0))
+    follow = torch.where(world.responses.mask, after * reward, 0.0)
+    q = torch.zeros_like(world.reward).index_put(index, follow, accumulate=True)
+    return Values(state_sums(world, chance * reward), q)
+
+
+def arrival(world: TokenWorld, v: Tensor) -> Tensor:
+    """(S,) state values -> (S, V) the value of the state that each token leads to, 0 where the response ends."""
+    rows = []
+    for t, level in enumerate(world.levels):
+        following = torch.zeros(level.stop - level.start, world.vocab_size, dtype=v.dtype)
+        if t + 1 < world.horizon:
+            following[:, : world.width] = v[world.levels[t + 1]].view(-1, world.width)
+        rows.append(following)
+    return torch.cat(rows)
+
+
+def per_prompt(world: TokenWorld, per_state: Tensor) -> Tensor:
+    """(S,) -> (P,): sums over all states of each prompt."""
+    return torch.stack([per_state[level].view(world.num_prompts, -1).sum(-1) for level in world.levels]).sum(0)
+
+
+SCALES = (0.1, 0.3, 1.0, 3.0, 10.0)  # nats: from close to pi_ref to nearly deterministic
+
+
+def rivals(world: TokenWorld, count: int = 8) -> list[Tensor]:
+    """Random policies of several distances from pi_ref, to search for a counterexample."""
+    return [world.random_policy(seed, scale) for scale in SCALES for seed in range(count)]
+
+
+def ascend(score: Callable[[Tensor], Tensor], starts: list[Tensor]) -> list[Tensor]:
+    """Policies that climb a differentiable score as far as 60 steps of L-BFGS take them from each start."""
+    return [minimise(lambda z: -score(z.log_softmax(-1)), start, steps=3).policy.logps() for start in starts]
 
 
 def objective(world: TokenWorld, logps: Tensor, beta: float) -> Tensor:

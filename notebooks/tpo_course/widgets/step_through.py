@@ -183,7 +183,8 @@ class StepThrough:
             return f"not run: it holds at gamma = 1, this world has gamma = {self.world.gamma:g}"
         residual = step.residual(self.world, **self._hyper())
         kind = "residual" if step.relation == "=" else "violation"
-        return f"{kind} {residual:.1e}: {'holds' if residual <= TOLERANCE else 'does NOT hold'}"
+        how = ", by definition" if step.by_definition else ""
+        return f"{kind} {residual:.1e}: {'holds' if residual <= TOLERANCE else 'does NOT hold'}{how}"
 
     def _settings(self) -> str:
         """The world and the hyperparameters, in one line."""
