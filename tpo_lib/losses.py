@@ -270,7 +270,7 @@ _MEAN_SCALE = Hyperparameter(
 )
 _SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
     "beta": _MEAN_SCALE,
-    "gamma": Hyperparameter(0.5, "γ", "target margin", least=0),
+    "gamma": Hyperparameter(0.5, "γₘ", "target margin", least=0),
 }
 
 # Colours are Okabe and Ito's, without their yellow, which is lost on white. Colour, marker and dashes differ together, so that

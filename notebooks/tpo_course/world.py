@@ -197,13 +197,13 @@ class TokenWorld:
     def gibbs(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """log(pi_ref exp(scores)/Z) (S, V) and log Z (S,), state by state.
 
-        Scores Q_{pi_ref}/beta give TDPO's pi*, R/(beta f(r_hat)) give TGDPO's.
+        Scores Q_{pi_ref}/beta give TDPO's pi*_one, R/(beta f(r_hat)) TGDPO's pi*_f.
         """
         log_z = (self.ref_logps + scores).logsumexp(-1)  # (S,)
         return self.ref_logps + scores - log_z[:, None], log_z
 
     def one_step_optimum(self, beta: float) -> Tensor:
-        """(S, V) log-probabilities of TDPO's pi* = pi_ref exp(Q_{pi_ref}/beta)/Z."""
+        """(S, V) log-probabilities of TDPO's pi*_one = pi_ref exp(Q_{pi_ref}/beta)/Z."""
         return self.gibbs(self.values(self.ref_logps).q / beta)[0]
 
     def factorise(self, sequence_logps: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class TokenWorld:
         """All ordered pairs, about `size` at a time (CHUNK_PAIRS if None).
 
         A prompt is drawn, then two responses from pi_ref until they differ; Bradley-Terry names the winner. The ordered
-        pair (w, l) therefore has weight 2 rho(x) pi_ref(w) pi_ref(l) P(w beats l) / P(two draws differ).
+        pair (w, l) therefore has weight 2 p(x) pi_ref(w) pi_ref(l) P(w beats l) / P(two draws differ).
         """
         ref = self.by_prompt(self.sequence_logps(self.ref_logps).exp())  # (P, n)
         count = ref.shape[1]

@@ -28,7 +28,7 @@ def test_loss_lab(shelf, tmp_path):
     for label, settings, closed in (
         ("DPO", "β = 0.1.", 6),
         ("TDPO2", "β = 0.1, α = 0.5.", 3),
-        ("SimPO", "β = 0.1, γ = 0.5.", 5),
+        ("SimPO", "β = 0.1, γₘ = 0.5.", 5),
         ("TGDPO", "β = 0.1, α = 0.5, f = linear.", 3),
     ):
         move(page, lambda label=label: page.choose("objective", label), f"{label}, {settings}")
@@ -55,7 +55,7 @@ def test_loss_lab(shelf, tmp_path):
     assert re.search(r"Margin (\S+) nats", page.text)[1] != margin
     page.screenshot(tmp_path / "tdpo2.png")
     move(page, lambda: page.choose("objective", "SimPO"), "SimPO, β")
-    move(page, lambda: page.press("γ (SimPO)", "ArrowRight"), "γ = 0.55.")
+    move(page, lambda: page.press("γₘ (SimPO)", "ArrowRight"), "γₘ = 0.55.")
     assert page.locator(PICTURE).bounding_box() == place
     page.screenshot(tmp_path / "simpo.png")
     page.assert_clean()

@@ -59,7 +59,7 @@ BREAKS = {
     "preferences.cross_entropy": ("F.logsigmoid(-d)", "F.logsigmoid(d)"),
     "preferences.likelihood_gradient": ("-torch.zeros_like", "torch.zeros_like"),
     "preferences.maximum_likelihood": ("truth - truth[0]", "truth + truth[0]"),
-    "preferences.shift": ("f[w.responses.prompt]", "f[w.responses.tokens[:, 0] % len(f)]"),
+    "preferences.shift": ("b[w.responses.prompt]", "b[w.responses.tokens[:, 0] % len(b)]"),
     "preferences.canonical": ("r - (ref", "r + (ref"),
     "dpo.chain_rule": ("- h.beta *", "+ h.beta *"),
     "dpo.objective_gap": ("- h.beta * divergence", "+ h.beta * divergence"),
@@ -251,6 +251,14 @@ def test_relaxation_and_slack_are_real(world):
     assert moved == sorted(moved, reverse=True)  # in beta
 
 
+def test_searches_come_close_and_no_further(world):
+    """Where a step says "every policy", what was tried reaches the bound and does not cross it."""
+    random, climbed = STEPS["dpo.no_policy_is_better"].measure(world).values()
+    assert 0 < climbed < 1e-3 < random
+    random, climbed = STEPS["tdpo.policy_improvement"].measure(world).values()
+    assert abs(climbed) < 1e-9 < random
+
+
 def test_two_pairs_counterexample(world):
     without, with_delta = STEPS["tgdpo.two_pairs"].measure(world).values()
     assert without == pytest.approx(0.693, abs=5e-4)
@@ -281,8 +289,8 @@ def test_alpha_one_gradients_differ(world):
 # Form.
 
 COMMANDS = """
-    alpha approx arg beta Big big Bigl bigl Bigr bigr cdot delta ell epsilon forall frac gamma ge hat le left log mathbb mathrm
-    max mid min nabla ne operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac varphi
+    alpha approx arg beta Big big Bigl bigl Bigr bigr cdot delta ell epsilon forall frac gamma ge hat kappa le left log mathbb
+    mathrm max mid min nabla ne operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac theta varphi
 """  # all known to MathJax and KaTeX
 
 

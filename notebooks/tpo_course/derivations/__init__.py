@@ -66,6 +66,7 @@ def derive_table(name: str | None = None, *, numbers: bool = True, **hyper: floa
 def equation_map() -> str:
     """Markdown: every equation with its assumption, its source, and the line of tpo_lib that implements it."""
     lines = ["# Equation map", "", "Written by `python -m tpo_lib derive --map > notebooks/equation_map.md`."]
+    lines += ["", "What each symbol means: [notation](notation.md)."]
     for derivation in DERIVATIONS.values():
         lines += ["", f"## {derivation.title}", "", derivation.question, ""]
         lines += ["| step | equation | source | implemented by |", "|---|---|---|---|"]

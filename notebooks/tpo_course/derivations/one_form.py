@@ -17,14 +17,14 @@ from tpo_lib.types import TokenStats
 
 @dataclass(frozen=True)
 class Terms:
-    """What one objective keeps of -log sigma(sum_t c_w (logratio_w + k_w KL_w) - sum_t c_l (logratio_l + k_l KL_l) - m)."""
+    """What one objective keeps of -log sigma(sum_t c_w (logratio_w + kappa KL_w) - sum_t c_l (logratio_l + kappa KL_l) - gamma_m)."""
 
     # c / beta of tokens with r_hat (R, T); side is +1 where they are chosen, -1 where rejected
     token_weight: Callable[[Tensor, int, Hyper], Tensor] = lambda r_hat, side, h: torch.ones_like(r_hat)
-    kl_weight: Callable[[Hyper], float] = lambda h: 0.0  # k
+    kl_weight: Callable[[Hyper], float] = lambda h: 0.0  # kappa
     reference: bool = True  # whether log-ratios are taken against pi_ref
     length_mean: bool = False  # whether sums over tokens are means
-    margin: Callable[[Hyper], float] = lambda h: 0.0  # m
+    margin: Callable[[Hyper], float] = lambda h: 0.0  # gamma_m
     weights: str = "1"  # the same in words, for the map
     kl: str = "no"
     stop: str = "-"
@@ -50,7 +50,7 @@ def objective_map() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, t in TERMS.items():
-        margin = "gamma" if t.margin(Hyper(margin=1.0)) else "0"
+        margin = "gamma_m" if t.margin(Hyper(margin=1.0)) else "0"
         tokens, ref = ("mean" if t.length_mean else "sum"), ("pi_ref" if t.reference else "none")
         lines.append(f"| {name} | {ref} | {t.weights} | {t.kl} | {t.stop} | {tokens} | {margin} |")
     return "\n".join(lines)

@@ -57,8 +57,8 @@ def maximum_likelihood(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def shift(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    f = 3 * _noise(w, w.num_prompts)
-    moved = w.by_prompt(w.returns + f[w.responses.prompt])
+    b = 3 * _noise(w, w.num_prompts)
+    moved = w.by_prompt(w.returns + b[w.responses.prompt])
     return _win_matrix(w), torch.sigmoid(moved[:, :, None] - moved[:, None, :])
 
 

@@ -23,7 +23,7 @@ class Hyper:
     beta: float = 0.5  # strength of the pull towards pi_ref, > 0
     alpha: float = 0.5  # TDPO2's weight of the KL terms or TGDPO's strength of guidance, >= 0
     guide_beta: float = 1.0  # the beta of the DPO model that guides TGDPO, > 0
-    margin: float = 0.5  # SimPO's target margin (its paper calls it gamma), >= 0
+    margin: float = 0.5  # SimPO's target margin gamma_m (gamma in its paper and in `losses.simpo`), >= 0
 
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.guide_beta <= 0 or self.alpha < 0 or self.margin < 0:

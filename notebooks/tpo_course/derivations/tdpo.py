@@ -11,38 +11,42 @@ from tpo_course.world import TokenWorld, Values
 
 
 def policy_improvement(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    pi = w.random_policy(1)
-    old = w.values(pi)
-    tilted = (pi + old.a / h.beta).log_softmax(-1)
-    rivals = [improved(old.a, new) for new in (tilted, *tools.rivals(w, 4), *_climbed(w, old))]
-    premise = torch.stack([(new.exp() * old.a).sum(-1) for new in rivals])  # (N, S), >= 0 in every state
-    after = torch.stack([w.values(new).v for new in rivals])
-    return torch.stack([torch.zeros_like(premise), old.v.expand_as(after)]), torch.stack([premise, after])
+    left, right = [], []
+    for pi in (w.ref_logps, w.random_policy(9), w.random_policy(9, 3.0)):
+        old = w.values(pi)
+        tilted = (pi + old.a / h.beta).log_softmax(-1)
+        for new in (tilted, *tools.rivals(w, 4), *_climbed(w, old)):
+            better = improved(old.a, new)
+            left += [torch.zeros_like(old.v), old.v]
+            right += [(better.exp() * old.a).sum(-1), w.values(better).v]  # the premise, the conclusion
+    return torch.stack(left), torch.stack(right)
 
 
 def improved(advantage: Tensor, logps: Tensor) -> Tensor:
     """(S, V) a policy that meets the premise: where logps would lose advantage, mixed with the best token until it gains 0."""
     probs = logps.exp()
     gain, best = (probs * advantage).sum(-1), advantage.max(-1)
-    share = (-gain / (best.values - gain)).clamp(0, 1 - 1e-12)[:, None]  # of the best token
-    return ((1 - share) * probs + share * F.one_hot(best.indices, logps.shape[-1])).log()
+    tiny = 1e-300  # where the policy is deterministic already
+    share = (-gain / (best.values - gain).clamp_min(tiny)).clamp(0, 1)[:, None]  # of the best token
+    mixed = (1 - share) * probs + share * F.one_hot(best.indices, logps.shape[-1])
+    return mixed.clamp_min(tiny).log()
 
 
 def _climbed(w: TokenWorld, old: Values) -> list[Tensor]:
-    """What gradient ascent makes of V_pi - V_pi' over policies that meet the premise, from two starts."""
+    """What gradient ascent on V_pi - V_pi' finds among policies that meet the premise."""
 
     def lost(logps: Tensor) -> Tensor:
         return (old.v - w.values(improved(old.a, logps)).v).sum()
 
-    return tools.ascend(lost, [w.ref_logps, w.random_policy(2, 3.0)])
+    return tools.ascend(lost, [w.random_policy(8)])
 
 
 def _closest_to_worse(w: TokenWorld, h: Hyper) -> dict[str, float]:
-    (_, before), (_, after) = policy_improvement(w, h)
-    total = (after - before).sum(-1)  # (N,) over all states; 0 where nothing changed
+    before, after = policy_improvement(w, h)
+    gained = (after - before)[1::2].sum(-1).view(3, -1)  # over all states: (old policies, new ones)
     return {
-        "smallest total gain of a random policy": float(total[:-2].min()),
-        "after gradient ascent against it": float(total[-2:].min()),
+        "smallest total gain of a random policy": float(gained[:, :-1].min()),
+        "after gradient ascent against it": float(gained[:, -1].max()),
     }
 
 
@@ -141,10 +145,10 @@ def tdpo1_minimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def _tdpo2_moves_on(w: TokenWorld, h: Hyper) -> dict[str, float]:
     star, found = w.one_step_optimum(h.beta), {}
-    found["steepest slope of tdpo1 at pi*"] = float(tools.loss_gradient(w, "tdpo1", star, beta=h.beta).abs().max())
+    found["steepest slope of tdpo1 at pi*_one"] = float(tools.loss_gradient(w, "tdpo1", star, beta=h.beta).abs().max())
     for alpha in (0.5, 1.0):
         slope = tools.loss_gradient(w, "tdpo2", star, beta=h.beta, alpha=alpha)
-        found[f"steepest slope of tdpo2 at pi*, alpha={alpha:g}"] = float(slope.abs().max())
+        found[f"steepest slope of tdpo2 at pi*_one, alpha={alpha:g}"] = float(slope.abs().max())
     return found
 
 
