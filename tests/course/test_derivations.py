@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from tpo_course import derivations
-from tpo_course.derivations import DERIVATIONS, TOLERANCE, Hyper, Step, derive_table, equation_map, verify
+from tpo_course.derivations import DERIVATIONS, TOLERANCE, Hyper, Step, derive_table, equation_map, tgdpo, tools, verify
 from tpo_course.derivations.steps import read
+from tpo_course.derivations.tgdpo import slack_and_loss
+from tpo_course.tabular import minimise
 from tpo_course.world import TokenWorld
 
 STEPS = {f"{name}.{step.key}": step for name, derivation in DERIVATIONS.items() for step in derivation.steps}
@@ -106,13 +108,21 @@ BREAKS = {
     "tgdpo.upper_bound": ("token_maxima(w, h.beta).sum()", "token_maxima(w, h.beta)[0]"),
     "tgdpo.relaxed_optimum": ("log_z - h.beta", "log_z + h.beta"),
     "tgdpo.relaxation_error": ("w.visits(star) - data", "w.visits(star) + data"),
+    "tgdpo.relaxation_bound": ("[error, by_distance])", "[error, 10 * by_distance])"),
+    "tgdpo.other_splits": ("gamma=w.gamma)), tools", "gamma=w.gamma / 2)), tools"),
+    "tgdpo.natural_split": ("split(w, soft.v)", "split(w, soft.v / 2)"),
     "tgdpo.guided_objective": ("log_z - w.kl", "log_z + w.kl"),
     "tgdpo.guided_reward": ("+ h.beta * f * log_z", "- h.beta * f * log_z"),
     "tgdpo.f_must_be_positive": ("1 - log_star", "1 + log_star"),
     "tgdpo.guided_preference": ("phi + delta)", "phi - delta)"),
     "tgdpo.one_pair": ("= 1.0, -1.0", "= 1.0, 1.0"),
+    "tgdpo.both_labels": (".log() - one", ".log() + one"),
     "tgdpo.two_pairs": ("(0.5 * e + (", "(-0.5 * e + ("),
     "tgdpo.delta_keeps_the_optimum": ("w, z, h, keep_delta=True", "w, z, h, keep_delta=False"),
+    "tgdpo.value_without_delta": ("h.beta * torch.ones_like(f)", "h.beta * f"),
+    "tgdpo.telescopes_without_delta": ("w.returns - soft.v", "w.returns + soft.v"),
+    "tgdpo.exact_without_delta": ("keep_delta=False", "keep_delta=True"),
+    "tgdpo.delta_is_a_split": ("split(w, soft.v)", "split(w, soft.v / 2)"),
     "tgdpo.loss": ("1 - h.alpha * r_hat", "1 + h.alpha * r_hat / 2"),
     "tgdpo.gradient": ("-pull)[:, None] * f_l", "pull)[:, None] * f_l"),
     "tgdpo.four_behaviours": ("exp(-signal[r])", "exp(signal[r])"),
@@ -259,6 +269,33 @@ def test_searches_come_close_and_no_further(world):
     assert abs(climbed) < 1e-9 < random
 
 
+def test_a_bound_from_the_kl_lies_above_the_error_and_shrinks_with_beta(world):
+    found, bounds = STEPS["tgdpo.relaxation_bound"].measure(world), ("bound by total variation", "bound by KL")
+    for beta in ("0.1", "0.5", "1", "5"):
+        error, distance, kl = (found[f"{name} at beta={beta}"] for name in ("error", *bounds))
+        assert 0 < error <= distance <= kl
+    for name in bounds:
+        values = [value for key, value in found.items() if key.startswith(name)]
+        assert values == sorted(values, reverse=True)
+
+
+def test_slack_and_loss_belong_to_the_split(world):
+    """The same preferences: nothing lost with one split, several units of reward with others."""
+    best, _ = world.soft_optimum(0.1)
+    assert slack_and_loss(world, 0.1, 0 * best.v) == pytest.approx((0.878, 0.729), abs=5e-4)
+    assert slack_and_loss(world, 0.1, best.v) == pytest.approx((0, 0), abs=1e-12)
+    found = STEPS["tgdpo.other_splits"].measure(world)
+    assert found["smallest loss of 50 random splits at beta=0.1"] < 0.3
+    assert found["largest loss of 50 random splits at beta=0.1"] > 3
+    assert all(value > 0.02 for value in found.values())
+
+
+def test_one_pair_labelled_both_ways(world):
+    without, with_delta, mean, largest = STEPS["tgdpo.both_labels"].measure(world).values()
+    assert (without, with_delta) == pytest.approx((0.693, -1.307), abs=5e-4)
+    assert 0.1 < mean < largest
+
+
 def test_two_pairs_counterexample(world):
     without, with_delta = STEPS["tgdpo.two_pairs"].measure(world).values()
     assert without == pytest.approx(0.693, abs=5e-4)
@@ -271,6 +308,23 @@ def test_dropping_delta_moves_the_optimum(world):
     assert found["KL(pi with delta || pi without), nats per response"] > 0.01
     assert found["f = 1: J(optimum without delta), which is DPO's"] == pytest.approx(found["J(best policy)"])
     assert found["f = 1: J(optimum with delta)"] < found["J(best policy)"] - 1e-3
+    assert found["KL(pi trained without delta || its closed form), nats"] < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bisection_finds_what_training_finds(seed):
+    """The closed form of delta-free TGDPO against a policy trained to rest, with a strongly varying f."""
+    other, h = TokenWorld(3, 3, seed=seed), Hyper(alpha=2.0)
+    f = tgdpo.shaping(other, h)
+    assert f.max() / f.min() > 5
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        margin = tools.gap(other, other.along(h.beta * f * (logits.log_softmax(-1) - other.ref_logps)))
+        return -tools.mean_over_pairs(other, torch.nn.functional.logsigmoid(margin))
+
+    _, pi = tgdpo.optimum_without_delta(other, h.beta * f)
+    fit = minimise(loss, other.random_policy(9), steps=60)
+    assert other.kl(fit.policy.logps(), pi).max() < 1e-6
 
 
 def test_token_shares_and_floor(world):
@@ -290,7 +344,8 @@ def test_alpha_one_gradients_differ(world):
 
 COMMANDS = """
     alpha approx arg beta Big big Bigl bigl Bigr bigr cdot delta ell epsilon forall frac gamma ge hat kappa le left log mathbb
-    mathrm max mid min nabla ne operatorname partial phi pi quad rho Rightarrow right sigma sim succ sum text tfrac theta varphi
+    mathrm max mid min nabla ne operatorname partial Phi phi pi quad rho Rightarrow right sigma sim succ sum text tfrac theta
+    varphi
 """  # all known to MathJax and KaTeX
 
 

@@ -8,7 +8,7 @@ from tpo_course.derivations import tools
 from tpo_course.derivations.dpo import BETAS
 from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.tabular import minimise
-from tpo_course.world import TokenWorld
+from tpo_course.world import TokenWorld, Values
 from tpo_lib import losses
 
 
@@ -33,6 +33,40 @@ def guided_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     return w.gibbs(w.reward / (h.beta * shaping(w, h)))
 
 
+def value_by_bisection(q: Tensor, ref_logps: Tensor, temperature: Tensor, *, halvings: int = 80) -> Tensor:
+    """(n,) V that solve sum_a pi_ref exp((q - V)/temperature) = 1, from three (n, V) tables."""
+    low, high = q.amin(-1), q.amax(-1)  # the sum falls in V: at least 1 at the smallest q, at most 1 at the largest
+    for _ in range(halvings):  # after 80 nothing is left in float64
+        v = (low + high) / 2
+        over = (ref_logps + (q - v[:, None]) / temperature).logsumexp(-1) > 0
+        low, high = torch.where(over, v, low), torch.where(over, high, v)
+    return (low + high) / 2
+
+
+def optimum_without_delta(w: TokenWorld, temperature: Tensor) -> tuple[Values, Tensor]:
+    """V, Q and log pi of sum_a pi_ref exp((R + V(s') - V(s))/temperature) = 1, with pi its summands; temperature is (S, V), > 0.
+
+    Where the temperature is one number this is `soft_optimum`; where it depends on the token no logsumexp solves for V.
+    """
+    ref = w.ref_logps
+    soft = w.backup(w.reward, lambda q, at: value_by_bisection(q, ref[at], temperature[at]), gamma=w.gamma)
+    return soft, ref + soft.a / temperature
+
+
+def split(w: TokenWorld, potential: Tensor) -> Tensor:
+    """(S, V) R + gamma Phi(s') - Phi(s) for a (S,) potential Phi, 0 after the end: the reward, split over tokens differently.
+
+    Every return loses Phi(s_0), the same for all responses to a prompt.
+    """
+    return w.backup(w.reward, lambda q, rows: potential[rows], gamma=w.gamma).q - potential[:, None]
+
+
+def random_potential(w: TokenWorld, seed: int) -> Tensor:
+    """(S,) standard normal numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(w.num_states, generator=draw, dtype=torch.float64)
+
+
 def _gain(w: TokenWorld, logps: Tensor, beta: float) -> Tensor:
     """(S,) E_{a~pi}[R(s,a) - beta log(pi/pi_ref)]: what a policy earns while it stands in s."""
     return (logps.exp() * w.reward).sum(-1) - beta * w.kl(logps, w.ref_logps)
@@ -46,12 +80,12 @@ def by_timestep(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     return whole, torch.stack([gains[level].sum() for level in w.levels]).sum()
 
 
-def token_maxima(w: TokenWorld, beta: float) -> Tensor:
-    """(T,) max over pi of E_{s~D_t}E_{a~pi}[R - beta log(pi/pi_ref)], for each t alone.
+def token_maxima(w: TokenWorld, beta: float, reward: Tensor | None = None) -> Tensor:
+    """(T,) max over pi of E_{s~D_t}E_{a~pi}[R - beta log(pi/pi_ref)], for each t alone; `reward` stands in for R if given.
 
     Nothing is paid before t, so the best policy walks straight to the best state of that depth, or ends early (worth 0).
     """
-    _, log_z = w.gibbs(w.reward / beta)
+    _, log_z = w.gibbs((w.reward if reward is None else reward) / beta)
     best = []
     for t, level in enumerate(w.levels):
         at_best = beta * log_z[level].view(w.num_prompts, -1).amax(-1)  # (P,)
@@ -95,6 +129,65 @@ def _relaxation_over_beta(w: TokenWorld, h: Hyper) -> dict[str, float]:
         found[f"lost by using the relaxed optimum, beta={beta:g}"] = float(best - true)
         found[f"largest distance of D_t from D, beta={beta:g}"] = float(moved.max())
     return found
+
+
+def relaxation_bound(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    rivals = [w.random_policy(seed, scale) for seed, scale in enumerate((0.1, 0.5, 1.0, 3.0, 10.0))]
+    tried = [w.gibbs(w.reward / h.beta)[0], *rivals]  # from near pi_ref to nearly deterministic
+    error, by_distance, by_kl = torch.stack([relaxation_bounds(w, h.beta, pi) for pi in tried], -1)
+    return torch.stack([error, by_distance]), torch.stack([by_distance, by_kl])
+
+
+def relaxation_bounds(w: TokenWorld, beta: float, logps: Tensor) -> Tensor:
+    """(3,) |J - J_D| of a policy; its bound by total variation; that by Pinsker. D is what pi_ref visits."""
+    gain, shift = _gain(w, logps, beta), w.visits(logps) - w.visits(w.ref_logps)
+    paid = w.visits(logps) * w.kl(logps, w.ref_logps)  # (S,) KL of the tokens written in s
+    by_distance, by_kl, walked = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
+    for level in w.levels:
+        ended = -shift[level].sum()  # a response that has ended is in a state too, where nothing is earned
+        distance = (shift[level].abs().sum() + ended.abs()) / 2
+        spread = gain[level].max().clamp_min(0) - gain[level].min().clamp_max(0)
+        by_distance, by_kl = by_distance + spread * distance, by_kl + spread * (walked / 2).sqrt()
+        walked = walked + paid[level].sum()
+    return torch.stack([(shift * gain).sum().abs(), by_distance, by_kl])
+
+
+def _bounds_over_beta(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    names = ("error", "bound by total variation", "bound by KL")
+    return {
+        f"{name} at beta={beta:g}": float(value)
+        for beta in BETAS
+        for name, value in zip(names, relaxation_bounds(w, beta, w.gibbs(w.reward / beta)[0]), strict=True)
+    }
+
+
+def other_splits(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    other = split(w, random_potential(w, 1))
+    return tools.gap(w, w.along(other, gamma=w.gamma)), tools.gap(w, w.returns)
+
+
+def slack_and_loss(w: TokenWorld, beta: float, potential: Tensor) -> tuple[float, float]:
+    """Slack of Theorem 4.1, and what the relaxed optimum loses, if the reward is split by a (S,) potential."""
+    best, reward = w.expected(w.soft_optimum(beta)[0].v), split(w, potential)
+    slack = token_maxima(w, beta, reward).sum() - (best - w.expected(potential))
+    return float(slack), float(best - tools.objective(w, w.gibbs(reward / beta)[0], beta))
+
+
+def _over_splits(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    found = {}
+    for beta in BETAS:
+        random = [slack_and_loss(w, beta, random_potential(w, seed)) for seed in range(50)]
+        for name, values in zip(("slack", "loss"), zip(*random, strict=True), strict=True):
+            found[f"smallest {name} of 50 random splits at beta={beta:g}"] = min(values)
+            found[f"largest {name} of 50 random splits at beta={beta:g}"] = max(values)
+    return found
+
+
+def natural_split(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    soft, star = w.soft_optimum(h.beta)
+    natural = split(w, soft.v)
+    relaxed, bounds = w.gibbs(natural / h.beta)[0], token_maxima(w, h.beta, natural)
+    return torch.cat([relaxed.flatten(), bounds]), torch.cat([star.flatten(), torch.zeros_like(bounds)])
 
 
 def guided_objective(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -150,19 +243,39 @@ def one_pair(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     return torch.stack(left), torch.stack(right)
 
 
-def two_pairs(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    def argmax(delta: tuple[float, float]) -> Tensor:
-        low, high = torch.tensor(-20.0, dtype=torch.float64), torch.tensor(20.0, dtype=torch.float64)
-        for _ in range(80):  # bisection on the slope, which falls
-            phi = (low + high) / 2
-            slope = torch.sigmoid(-(phi + delta[0])) - 0.5 * torch.sigmoid(phi - delta[1])
-            low, high = (phi, high) if slope > 0 else (low, phi)
-        return low
+def _argmax(up: float, down: float) -> Tensor:
+    """The phi at which log sigma(phi + up) + log sigma(-phi + down)/2 is largest."""
+    low, high = torch.tensor(-99.0, dtype=torch.float64), torch.tensor(99.0, dtype=torch.float64)
+    for _ in range(80):  # bisection on the slope, which falls
+        phi = (low + high) / 2
+        slope = torch.sigmoid(-(phi + up)) - 0.5 * torch.sigmoid(phi - down)
+        low, high = (phi, high) if slope > 0 else (low, phi)
+    return low
 
+
+def both_labels(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    _, partition = phi_and_delta(w, guided_optimum(w, h)[0], h)
+    pair = int(tools.gap(w, partition).argmax())
+    y_w, y_l = w.pairs.chosen[pair], w.pairs.rejected[pair]
+    one, other = partition[y_w] - partition[y_l], partition[y_l] - partition[y_w]  # the same pair, labelled either way
+    return _argmax(float(one), float(other)), torch.tensor(2.0, dtype=torch.float64).log() - one
+
+
+def _both_ways(w: TokenWorld, h: Hyper) -> dict[str, float]:
+    delta = tools.gap(w, phi_and_delta(w, guided_optimum(w, h)[0], h)[1])
+    return {
+        "argmax without delta": float(_argmax(0.0, 0.0)),
+        "argmax with delta = (2, -2)": float(_argmax(2.0, -2.0)),
+        "mean |delta| over the pairs of this world": float(tools.mean_over_pairs(w, delta.abs())),
+        "largest |delta|": float(delta.abs().max()),
+    }
+
+
+def two_pairs(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     e = torch.tensor(1.0, dtype=torch.float64).exp()
     with_delta = ((0.5 * e + (0.25 * e**2 + 2 * e**3).sqrt()) / e**3).log()  # a quadratic equation in exp(phi)
     without = torch.tensor(2.0, dtype=torch.float64).log()
-    return torch.stack([argmax((0.0, 0.0)), argmax((2.0, -1.0))]), torch.stack([without, with_delta])
+    return torch.stack([_argmax(0.0, 0.0), _argmax(2.0, -1.0)]), torch.stack([without, with_delta])
 
 
 def _two_argmaxes(w: TokenWorld, h: Hyper) -> dict[str, float]:
@@ -184,7 +297,7 @@ def delta_keeps_the_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def _two_optima(w: TokenWorld, h: Hyper) -> dict[str, float]:
     star, _ = guided_optimum(w, h)
     fit = minimise(lambda z: _guided_loss(w, z, h, keep_delta=False), w.ref_logps, steps=15)
-    dropped = fit.policy.logps()
+    trained, (_, dropped) = fit.policy.logps(), optimum_without_delta(w, h.beta * shaping(w, h))
     myopic, (soft, best) = w.gibbs(w.reward / h.beta)[0], w.soft_optimum(h.beta)
     return {
         "KL(pi with delta || pi without), nats per response": float(tools.mean_seq_kl(w, star, dropped)),
@@ -195,7 +308,33 @@ def _two_optima(w: TokenWorld, h: Hyper) -> dict[str, float]:
         "f = 1: J(optimum with delta)": float(tools.objective(w, myopic, h.beta)),
         "f = 1: J(optimum without delta), which is DPO's": float(tools.objective(w, best, h.beta)),
         "slope left by the fit": fit.grad_norm,
+        "KL(pi trained without delta || its closed form), nats": float(tools.mean_seq_kl(w, trained, dropped)),
     }
+
+
+def value_without_delta(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    f = shaping(w, h)
+    _, pi = optimum_without_delta(w, h.beta * f)
+    plain, _ = optimum_without_delta(w, h.beta * torch.ones_like(f))
+    return torch.cat([pi.exp().sum(-1), plain.v]), torch.cat([torch.ones_like(plain.v), w.soft_optimum(h.beta)[0].v])
+
+
+def telescopes_without_delta(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    f = shaping(w, h)
+    soft, pi = optimum_without_delta(w, h.beta * f)
+    return w.along(h.beta * f * (pi - w.ref_logps)), w.returns - soft.v[w.responses.prompt]
+
+
+def exact_without_delta(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    _, pi = optimum_without_delta(w, h.beta * shaping(w, h))
+    return tools.at_rest(w, lambda z: _guided_loss(w, z, h, keep_delta=False), pi)
+
+
+def delta_is_a_split(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
+    temperature = h.beta * shaping(w, h)
+    soft, pi = optimum_without_delta(w, temperature)
+    guided, log_z = w.gibbs(split(w, soft.v) / temperature)  # Theorem 4.3, its reward split by V
+    return torch.cat([guided, log_z[:, None]], -1), torch.cat([pi, torch.zeros_like(log_z)[:, None]], -1)
 
 
 def _weights(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -233,8 +372,12 @@ def _one_policy_two_f(w: TokenWorld, h: Hyper) -> dict[str, float]:
     as_chosen = w.along(h.beta * f_w * (star - w.ref_logps + log_zw[:, None]))
     as_rejected = w.along(h.beta * f_l * (star - w.ref_logps + log_zl[:, None]))
     claimed = torch.sigmoid(as_chosen[w.pairs.chosen] - as_rejected[w.pairs.rejected])
-    worst = float((claimed - w.pairs.prob).abs().max())
-    return {"largest error of sigma(phi + delta) with one pi* for f_w and f_l": worst}
+    (value_w, pi_w), (value_l, pi_l) = (optimum_without_delta(w, h.beta * f) for f in (f_w, f_l))
+    return {
+        "KL(optimum without delta of f_w || that of f_l), nats": float(tools.mean_seq_kl(w, pi_w, pi_l)),
+        "their V(s_0), largest difference": float((value_w.v - value_l.v)[: w.num_prompts].abs().max()),
+        "largest error of sigma(phi + delta) with one pi* for f_w and f_l": float((claimed - w.pairs.prob).abs().max()),
+    }
 
 
 def gradient(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -301,13 +444,21 @@ STEPS = (
     Step(upper_bound, relation="<=", gamma_one=True, numbers=_slack),
     Step(relaxed_optimum),
     Step(relaxation_error, gamma_one=True, numbers=_relaxation_over_beta),
+    Step(relaxation_bound, relation="<=", gamma_one=True, numbers=_bounds_over_beta),
+    Step(other_splits, numbers=_over_splits, implements="tpo_course.derivations.tgdpo.split"),
+    Step(natural_split),
     Step(guided_objective, implements="tpo_course.derivations.tgdpo.guided_optimum"),
-    Step(guided_reward),
+    Step(guided_reward, by_definition=True),
     Step(f_must_be_positive),
     Step(guided_preference, gamma_one=True),
     Step(one_pair),
+    Step(both_labels, numbers=_both_ways),
     Step(two_pairs, numbers=_two_argmaxes),
     Step(delta_keeps_the_optimum, gamma_one=True, numbers=_two_optima),
+    Step(value_without_delta, implements="tpo_course.derivations.tgdpo.optimum_without_delta"),
+    Step(telescopes_without_delta, gamma_one=True),
+    Step(exact_without_delta, gamma_one=True),
+    Step(delta_is_a_split),
     Step(loss, implements="tpo_lib.losses.tgdpo", numbers=_one_policy_two_f),
     Step(gradient, implements="tpo_lib.losses.tgdpo"),
     Step(four_behaviours, implements="tpo_lib.losses.tgdpo", numbers=_shares),

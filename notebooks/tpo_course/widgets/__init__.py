@@ -6,6 +6,7 @@ from tpo_course.widgets.memory_lab import memory_lab
 from tpo_course.widgets.microscope import token_microscope
 from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.run_browser import run_browser
+from tpo_course.widgets.split_lab import split_lab
 from tpo_course.widgets.step_through import step_through
 from tpo_course.widgets.training_lab import training_lab
 from tpo_course.widgets.two_models import two_models
@@ -16,6 +17,7 @@ __all__ = [
     "memory_lab",
     "preference_explorer",
     "run_browser",
+    "split_lab",
     "step_through",
     "token_microscope",
     "training_lab",
