@@ -165,9 +165,11 @@ def _judge(options, parser: Parser) -> None:
     for name, value in given.items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"{flag(name)} {value!r} names nothing; leave it out or name something")
-    if command == "compare":
+    if command in ("run", "compare", "train"):
         from tpo_lib import flags
 
+        options.fast = flags.read_fast(options)
+    if command == "compare":
         options.comparison = flags.read_comparison(options)
     else:
         _refuse_idle(options, parser)
@@ -203,7 +205,6 @@ def _judge_training(options) -> None:
     from tpo_lib.runs.trackers import check_tracker
 
     config = options.training = flags.read_config(options)
-    options.fast = flags.read_fast(options)
     if config.output_dir is None:
         raise ValueError("--output-dir is missing: where should checkpoints and metrics go?")
     if options.guide and "guide_logps" not in OBJECTIVES[config.loss_type].needs:
@@ -400,7 +401,7 @@ def _add_flags(name: str, parser: Parser) -> None:
         from tpo_data.pocket import add_flags
 
         return add_flags(parser)
-    from tpo_lib.flags import SEED, add_config
+    from tpo_lib.flags import SEED, add_config, add_fast
     from tpo_lib.runs.presets import PRESETS
 
     late = {
@@ -412,3 +413,5 @@ def _add_flags(name: str, parser: Parser) -> None:
         parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **late.get(word, {}))
     if name in ("train", "compare"):
         add_config(parser, several=name == "compare")
+    if name == "run":
+        add_fast(parser)

@@ -46,15 +46,26 @@ def add_config(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
         kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
         group.add_argument(flag(name), help=words.replace("%", "%%"), **kind, **({"nargs": "+"} if several else {}))
     for name, setting in {**run_settings(), **fast_settings()}.items():
-        if name == "cache_dir" or (several and name not in COMMON):  # one flag for every cache, among those of sampling
-            continue
-        kind, words = kind_of(setting), setting.metadata["words"]
-        more: dict = {"type": number(TYPES[kind]) if kind in TYPES else str, "metavar": "X"}
-        if kind == "bool":
-            more = {"action": argparse.BooleanOptionalAction}
-        elif "choices" in setting.metadata:
-            more = {"choices": tuple(setting.metadata["choices"]), "type": title if name == "loss_type" else str}
-        group.add_argument(flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
+        if name == "cache_dir" or (several and name not in (*COMMON, *fast_settings())):
+            continue  # one flag for every cache, among those of sampling
+        _add_setting(group, name, setting)
+
+
+def add_fast(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of FastPath but cache_dir: a comparison has its reference in memory, and logs its KL."""
+    for name, setting in fast_settings().items():
+        if name != "cache_dir":
+            _add_setting(parser, name, setting)
+
+
+def _add_setting(group, name: str, setting: Field) -> None:
+    kind, words = kind_of(setting), setting.metadata["words"]
+    more: dict = {"type": number(TYPES[kind]) if kind in TYPES else str, "metavar": "X"}
+    if kind == "bool":
+        more = {"action": argparse.BooleanOptionalAction}
+    elif "choices" in setting.metadata:
+        more = {"choices": tuple(setting.metadata["choices"]), "type": title if name == "loss_type" else str}
+    group.add_argument(flag(name), help=f"{words} {_default(name)}".strip().replace("%", "%%"), **more)
 
 
 def read_config(options: argparse.Namespace) -> TrainConfig:
@@ -117,8 +128,8 @@ def _given(values: dict) -> dict:
 
 
 def read_fast(options: argparse.Namespace) -> FastPath:
-    """How the run reads its models, by the flags of `add_config` and --cache-dir."""
-    given = {name: getattr(options, name) for name in fast_settings()}
+    """How the run reads its models, by the flags of `add_config` or `add_fast`, and --cache-dir."""
+    given = {name: getattr(options, name, None) for name in fast_settings()}
     return FastPath(**{name: value for name, value in given.items() if value is not None})
 
 

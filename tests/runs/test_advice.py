@@ -80,11 +80,16 @@ def test_what_is_in_use_is_not_advised(monkeypatch):
     assert odd.endswith("(of these --checkpointing and --cache-dir go with --resume)")
 
 
+def test_adapters_are_advised_where_the_model_is_wider_than_they(monkeypatch):
+    narrow, wide = (transformers.GPT2Config(n_embd=width, n_head=1) for width in (advice.RANK, advice.RANK + 1))
+    assert "--lora-rank 16" in said(model=wide, monkeypatch=monkeypatch)
+    assert "--lora-rank" not in said(model=narrow, monkeypatch=monkeypatch)
+
+
 def test_of_a_shape_that_is_not_known_no_numbers_are_made_up(monkeypatch):
     text = said(model=tiny.gemma2().config, monkeypatch=monkeypatch)
     assert text == (
-        "what takes less: --batch-size 4 --accumulation 2, --checkpointing, --cache-dir DIR, --lora-rank 16, "
-        "--precision bf16, --max-length 128"
+        "what takes less: --batch-size 4 --accumulation 2, --checkpointing, --cache-dir DIR, --precision bf16, --max-length 128"
     )
 
 

@@ -13,6 +13,7 @@ import tiny
 from tpo_lib import flags
 from tpo_lib.cli import build_parser, main
 from tpo_lib.config import TrainConfig
+from tpo_lib.fast import FastPath, path
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import compare, configs, report, stage, work
 from tpo_lib.runs.lab import Laboratory
@@ -152,6 +153,33 @@ def test_a_finished_one_is_repeated_by_its_own_file_and_no_other_is_mixed_in(fin
     with pytest.raises(SystemExit, match="2"):
         main(["compare", "--config", str(folder / "config.yaml"), "--output-dir", str(folder), "--lr", "0.1"])
     assert "was begun with another config; pass --fresh" in capsys.readouterr().err
+
+
+def test_how_models_are_read_is_no_part_of_a_comparison(shelf, monkeypatch):
+    same, used, real = ["--objectives", "tgdpo", "--evaluations", "1"], [], path.recomputing
+    plain = small_run(shelf, shelf / "F", *same)
+    monkeypatch.setattr(path, "recomputing", lambda model: used.append(model) or real(model))
+    frugal = small_run(shelf, shelf / "F2", *same, "--checkpointing", "--share-prefix", "--no-fused")
+    assert len(used) == 2, "guide and policy"
+    metrics = frugal["objectives"]["tgdpo"]
+    assert {name: value["mean"] for name, value in metrics.items()} == pytest.approx(
+        {name: value["mean"] for name, value in plain["objectives"]["tgdpo"].items()}, rel=1e-3, abs=1e-5
+    )
+    assert frugal["config"] == plain["config"]
+    assert (shelf / "F2" / "config.yaml").read_text() == (shelf / "F" / "config.yaml").read_text()
+    assert small_run(shelf, shelf / "F2", *same)["objectives"] == frugal["objectives"]  # goes on without it
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing"], ["--no-fused", "--share-prefix"]])
+def test_run_takes_the_same_flags(monkeypatch, more, tmp_path):
+    handed = []
+    monkeypatch.setattr(compare, "run", lambda *_, fast, **__: handed.append(fast) or {"wall_time_s": 0})
+    monkeypatch.setattr(report, "summary_table", lambda summary: "")
+    main(["run", "--quick", "--runs", str(tmp_path), *more])
+    expected = FastPath(
+        checkpointing="--checkpointing" in more, fused="--no-fused" not in more, share_prefix="--share-prefix" in more
+    )
+    assert handed == [expected]
 
 
 def test_a_guide_is_of_the_same_seed_and_beta_and_costs_what_it_costs(shelf):

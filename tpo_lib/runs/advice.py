@@ -47,7 +47,8 @@ def advice(
     config: TrainConfig, fast: FastPath, model_config, pairs: Sequence[EncodedPair], *, precision: str, device
 ) -> str:
     """What an update takes, of what there is, and what it would take with each remedy that is not in use, the least first."""
-    now, remedies = update_of(config, fast, pairs, precision), remedies_of(config, fast, pairs, precision)
+    now = update_of(config, fast, pairs, precision)
+    remedies = remedies_of(config, fast, now, model_config.get_text_config().hidden_size)
     if len(remedies) > 1:
         remedies["all of these"] = {name: value for change in remedies.values() for name, value in change.items()}
     begin = "" if not config.output_dir else " (of these --checkpointing and --cache-dir go with --resume)"
@@ -76,9 +77,9 @@ def update_of(config: TrainConfig, fast: FastPath, pairs: Sequence[EncodedPair],
     return told | {"fused": fast.fused, "cached": fast.cache_dir is not None, "checkpointing": fast.checkpointing}
 
 
-def remedies_of(config: TrainConfig, fast: FastPath, pairs: Sequence[EncodedPair], precision: str) -> dict[str, dict]:
-    """{flags: what they change of `update_of`}, of the remedies that are not in use."""
-    now, found = update_of(config, fast, pairs, precision), {}
+def remedies_of(config: TrainConfig, fast: FastPath, now: dict, width: int) -> dict[str, dict]:
+    """{flags: what they change of `update_of`, which is `now`}, of the remedies that a model of this width has left."""
+    found: dict[str, dict] = {}
     if config.max_tokens and now["pairs"] > 1:
         found[f"--max-tokens {config.max_tokens // 2}"] = {"pairs": now["pairs"] // 2}
     elif now["pairs"] > 1:
@@ -89,9 +90,9 @@ def remedies_of(config: TrainConfig, fast: FastPath, pairs: Sequence[EncodedPair
         found["--checkpointing"] = {"checkpointing": True}
     if not fast.cache_dir:
         found["--cache-dir DIR"] = {"cached": True}
-    if not config.lora_rank:
+    if not config.lora_rank and width > RANK:
         found[f"--lora-rank {RANK}"] = {"lora_rank": RANK}
-    if precision == "no":
+    if now["precision"] == "no":
         found["--precision bf16"] = {"precision": "bf16"}
     if not fast.fused:
         found["--fused"] = {"fused": True}

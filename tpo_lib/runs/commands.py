@@ -65,8 +65,8 @@ def compare_own(options) -> None:
 
 def _compare(config: CompareConfig, folder: Path, options, **more) -> None:
     if options.dry_run:
-        return print(plan(config, folder))
-    summary = compare.run(config, folder, fresh=options.fresh, **more)
+        return print(plan(config, folder, options.fast))
+    summary = compare.run(config, folder, fast=options.fast, fresh=options.fresh, **more)
     print(report.summary_table(summary))
     minutes = summary["wall_time_s"] / 60
     print(f"\n{minutes:.1f} minutes; report: {folder / 'report.html'} (also {folder / 'report.md'})")

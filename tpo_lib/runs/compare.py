@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from tpo_lib.config import TrainConfig
+from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
 from tpo_lib.runs import configs, costs, heatmap, plots, report, runs, seeds, work
@@ -36,11 +37,18 @@ FILES = re.compile(  # names of all files of a comparison that stand in no manif
 
 
 def run(
-    config: CompareConfig, folder: Path, *, fresh: bool = False, progress: bool = True, latest: bool = True
+    config: CompareConfig,
+    folder: Path,
+    *,
+    fast: FastPath | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+    latest: bool = True,
 ) -> dict:
     """Run (or continue) a comparison and write all of it below `folder`.
 
     Args:
+        fast: how runs read their models; no part of the comparison, so that an interrupted one may go on with another.
         fresh: throw away what an earlier comparison left in the folder; without it another comparison is refused.
         latest: point the link `latest` beside the folder there.
 
@@ -55,7 +63,7 @@ def run(
     with store.exclusive(folder, "comparison"):
         if fresh:
             store.clear(folder, FILES)
-        comparison = _Comparison(config, folder, progress)
+        comparison = _Comparison(config, folder, fast, progress)
         with closing(comparison.bar):
             comparison.begin()
             for each in comparison.runs:
@@ -76,8 +84,8 @@ def run(
 class _Comparison:
     """A comparison under way: its stage, the evaluation of the start, the bar and the clock."""
 
-    def __init__(self, config: CompareConfig, folder: Path, progress: bool):
-        self.config, self.folder = config, folder
+    def __init__(self, config: CompareConfig, folder: Path, fast: FastPath | None, progress: bool):
+        self.config, self.folder, self.fast = config, folder, fast
         self.runs, self.guides = config.runs(), config.guides()
         self.settings: dict[str, list[Run]] = {}  # label -> its runs, a seed each
         for each in self.runs:
@@ -159,7 +167,8 @@ class _Comparison:
         settings = replace(train, output_dir=str(folder))
         if reported:
             settings = replace(settings, eval_every=every, save_every=every)
-        more = {"guide": guide, "tokenizer": self.stage.tokenizer, "callbacks": [callback] * reported}
+        more = {"guide": guide, "tokenizer": self.stage.tokenizer, "fast": self.fast}
+        more["callbacks"] = [callback] * reported
         with self.costing(run.name) as cost:
             clock = self.evaluation_s
             made = runs.train(settings, *self.stage.fresh(train), **more, on_log=lambda made: tell(made.updates))

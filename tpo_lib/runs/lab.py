@@ -44,7 +44,7 @@ class Laboratory:
         size = settings.get("batch_size", base.batch_size) * settings.get("accumulation", base.accumulation)
         per_epoch = max(1, len(self.stage.pairs) // size)
         idle = known_hyperparameters().keys() - OBJECTIVES[loss_type].hyperparameters.keys()
-        given = {"guide_beta": base.beta} | settings
+        given = {"guide_beta": base.beta, "device": self.stage.config.device} | settings
         taken = {name: value for name, value in given.items() if name not in idle}
         return override(
             base, loss_type=loss_type, lr=lr, warmup_steps=min(5, updates // 2), max_length=self.stage.config.max_length,

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from tpo_lib.data import EncodedPair, encode_pairs
+from tpo_lib.fast import FastPath
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.runs import costs, runs, work
@@ -23,7 +24,7 @@ from tpo_lib.sampling import generate
 SAMPLED = 32  # sequences that are sampled for the estimate
 
 
-def plan(config: CompareConfig, folder: Path) -> str:
+def plan(config: CompareConfig, folder: Path, fast: FastPath | None = None) -> str:
     """The stages of a comparison in words, with their estimated time, and the memory and disk that it takes.
 
     Raises:
@@ -33,7 +34,7 @@ def plan(config: CompareConfig, folder: Path) -> str:
     device = choose_device(stage.device)
     model, tokenizer = load_model(stage.model, device=device), load_tokenizer(stage.model)
     table = given_pairs(stage)[0] if stage.pairs else None
-    sequence_s, pair_s, peak = _timed(config, model, tokenizer, table)
+    sequence_s, pair_s, peak = _timed(config, model, tokenizer, table, fast)
     parts = work.parts(config, table and len(table))
     rows = [(part.name, part.words, part.sampled * sequence_s + part.trained * pair_s) for part in parts]
     weights = sum(p.numel() for p in model.parameters()) * 4
@@ -51,7 +52,9 @@ def plan(config: CompareConfig, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _timed(config: CompareConfig, model, tokenizer, table: Dataset | None) -> tuple[float, float, float]:
+def _timed(
+    config: CompareConfig, model, tokenizer, table: Dataset | None, fast: FastPath | None
+) -> tuple[float, float, float]:
     """Seconds a sampled sequence and a trained pair (the slowest objective is no more than a third above), and the peak in GB."""
     stage, run = config.stage, config.objectives[0]
     draw = torch.Generator().manual_seed(0)
@@ -82,7 +85,7 @@ def _timed(config: CompareConfig, model, tokenizer, table: Dataset | None) -> tu
     run = replace(run, batch_size=min(run.batch_size, len(pairs)))
     settings = replace(run, max_steps=None, accumulation=1, warmup_steps=0, log_every=100, output_dir=None, epochs=1)
     with costs.measured() as training:
-        runs.train(settings, frozen_copy(model).requires_grad_(True), frozen_copy(model), pairs)
+        runs.train(settings, frozen_copy(model).requires_grad_(True), frozen_copy(model), pairs, fast=fast)
     return sampling["seconds"] / together, training["seconds"] / len(pairs), training.get("peak_gb", float("nan"))
 
 
