@@ -15,6 +15,7 @@ from datasets import Dataset
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.fast import FastPath
 from tpo_lib.files.load import load_model, load_tokenizer
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.runs import costs, runs, work
 from tpo_lib.runs.settings import CompareConfig
@@ -82,10 +83,13 @@ def _timed(
     if table:
         some = table.select(range(min(3 * run.batch_size, len(table))))
         pairs = encode_pairs(some, tokenizer, max_length=stage.max_length, on_bad_rows="skip")[0]
+    if "guide_logps" in OBJECTIVES[run.loss_type].needs:  # there is no guide yet
+        run = runs.guide_settings(run)
     run = replace(run, batch_size=min(run.batch_size, len(pairs)))
     settings = replace(run, max_steps=None, accumulation=1, warmup_steps=0, log_every=100, output_dir=None, epochs=1)
+    start = frozen_copy(model)
     with costs.measured() as training:
-        runs.train(settings, frozen_copy(model).requires_grad_(True), frozen_copy(model), pairs, fast=fast)
+        runs.train(settings, runs.new_policy(settings, start), start, pairs, fast=fast)
     return sampling["seconds"] / together, training["seconds"] / len(pairs), training.get("peak_gb", float("nan"))
 
 
