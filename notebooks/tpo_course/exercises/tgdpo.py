@@ -1,4 +1,4 @@
-"""Exercises of 05_tgdpo.ipynb: the guide's token reward, the weights it gives, TGDPO's loss, the largest safe alpha."""
+"""Exercises of 05_tgdpo.ipynb: the guide's token reward, V without delta, the weights, TGDPO's loss, the largest safe alpha."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpo_course.derivations.tgdpo import value_by_bisection
 from tpo_course.exercise import Case, Chapter, loss_of, marks, narrow, normal
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
@@ -57,6 +58,40 @@ r_hat = chapter.exercise(
     ratio=lambda guide_logps, ref_logps, guide_beta: (guide_beta * (guide_logps - ref_logps).exp()).detach(),
     averaged=lambda **given: _mean_of(_token_reward(**given)),
     centred=lambda **given: _token_reward(**given) - _mean_of(_token_reward(**given)),
+)
+
+
+# ---- state_value
+
+
+def _value_cases() -> tuple[Case, ...]:
+    draw = normal(7)
+    q, ref, temperature = 2 * draw(3, 4), draw(3, 4).log_softmax(-1), 0.5 * draw(3, 4).exp()
+    return (
+        Case("three states, every token with its own temperature", q=q, ref_logps=ref, temperature=temperature),
+        Case("temperatures near 0.02", q=q, ref_logps=ref, temperature=0.02 * temperature),
+    )
+
+
+def _soft(q: Tensor, ref_logps: Tensor, temperature: Tensor) -> Tensor:
+    """The V of one temperature a state, given as (n, 1)."""
+    return temperature[:, 0] * (ref_logps + q / temperature).logsumexp(-1)
+
+
+state_value = chapter.exercise(
+    "state_value",
+    value_by_bisection,
+    _value_cases,
+    mean_temperature=lambda q, ref_logps, temperature: _soft(q, ref_logps, temperature.mean(-1, keepdim=True)),
+    no_temperature=lambda q, ref_logps, temperature: _soft(q, ref_logps, torch.ones_like(q[:, :1])),
+    log_z=lambda q, ref_logps, temperature: (ref_logps + q / temperature).logsumexp(-1),
+    expected_log_z=lambda q, ref_logps, temperature: (
+        (ref_logps.exp() * temperature).sum(-1) * (ref_logps + q / temperature).logsumexp(-1)
+    ),
+    expectation=lambda q, ref_logps, temperature: (ref_logps.exp() * q).sum(-1),
+    stuck_at_the_top=lambda q, ref_logps, temperature: q.amax(-1),
+    stuck_at_the_bottom=lambda q, ref_logps, temperature: q.amin(-1),
+    too_coarse=lambda **given: value_by_bisection(**given, halvings=10),
 )
 
 
