@@ -411,7 +411,7 @@ def test_presets_are_listed_and_a_model_is_fetched(capsys, monkeypatch, tmp_path
 def test_a_run_takes_some_objectives_and_single_fields(tmp_path, monkeypatch, capsys):
     seen = []
 
-    def run(config, folder, fresh):
+    def run(config, folder, fresh, fast):
         seen.append((config, folder))
         return {"wall_time_s": 1.0}
 

@@ -183,6 +183,7 @@ def test_frozen_models_may_be_given_as_functions_that_load_them():
 @pytest.fixture
 def accelerate_as_it_was():
     """The loop alone makes a plain Accelerator, which leaves its settings in the process."""
+    accelerated.AcceleratorState._reset_state(reset_partial_state=True)  # another test may have left its own
     yield
     accelerated.AcceleratorState._reset_state(reset_partial_state=True)
 

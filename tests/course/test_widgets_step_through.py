@@ -108,7 +108,10 @@ def test_next_walks_through_all_steps_and_every_one_holds(name):
         assert walk.jump.value == number - 1
         kind = "residual" if step.relation == "=" else "violation"
         residual = step.residual(walk.world, beta=0.5, alpha=0.5)
-        assert walk.verdict.value == f"<b>Step {number} of {len(derivation.steps)}: {kind} {residual:.1e}: holds</b>"
+        how = ", by definition" if step.by_definition else ""
+        assert walk.verdict.value == (
+            f"<b>Step {number} of {len(derivation.steps)}: {kind} {residual:.1e}: holds{how}</b>"
+        )
         assert walk.latex == typeset(step)
         assert module._text(f"{number}. {step.title}.") in walk.words.value
         assert module._text(step.words) in walk.words.value
@@ -301,7 +304,8 @@ def test_static_table(name):
         assert len(re.findall(r"(?<!\\)\|", row)) == 4, "a bare | would end the cell"
         residual = step.residual(walk.world)
         kind = "residual" if step.relation == "=" else "violation"
-        assert row.startswith(f"| {number} | {kind} {residual:.1e}: holds | **{module._escape(step.title)}**<br>$")
+        how = ", by definition" if step.by_definition else ""
+        assert row.startswith(f"| {number} | {kind} {residual:.1e}: holds{how} | **{module._escape(step.title)}**<br>$")
         formulas = re.findall(r"\$\\displaystyle ([^$]*)\$", row)
         assert row.count("$") == 2 * len(formulas) == 2 * len(step.latex.split(module.NEXT_CLAIM))
         assert all(balanced(formula) and "<" not in formula for formula in formulas)

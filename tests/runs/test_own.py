@@ -196,7 +196,7 @@ def test_both_from_the_command_line(written, small_stage, tmp_path, capsys):
 def test_it_takes_part_in_a_comparison(written, tmp_path, monkeypatch):
     seen = []
 
-    def run(config, folder, fresh):
+    def run(config, folder, fresh, fast):
         seen.append(config)
         return {"wall_time_s": 1.0}
 
