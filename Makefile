@@ -35,7 +35,7 @@ test: setup  ## every test, no network
 floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and IPython that Colab has
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest pytest-xdist
-	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), os.getcwd() + "/notebooks", sep="\n")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks
 	$(FLOOR)/bin/python -m pytest tests/course/test_widgets_*.py tests/runs/test_lab.py
