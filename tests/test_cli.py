@@ -297,12 +297,12 @@ def test_held_out_pairs_are_ranked_as_the_run_was_trained(files, tmp_path, capsy
     evaluate(files, files["out"], "--pairs", files["pairs"], "--output", str(tmp_path / "e.json"))
     assert f"12 of them seen in training; ranked by {objective}'s implicit reward" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
-    assert {"accuracy", "reward_margin", "seqkl_chosen", "seqkl_rejected", "seqkl_margin"} <= metrics.keys()
-    assert metrics["accuracy"]["n"] == 12
+    assert {"own_accuracy", "own_margin", "seqkl_chosen", "seqkl_rejected", "seqkl_margin"} <= metrics.keys()
+    assert metrics["own_accuracy"]["n"] == 12
     evaluate(files, files["model"], "--model", files["model"], "--pairs", files["pairs"])
     printed = capsys.readouterr().out
     assert "ranked by the plain log-ratio (no record of an objective)" in printed
-    assert re.search(r"accuracy +0\.500", printed)  # the reference itself: all ties
+    assert re.search(r"own_accuracy +0\.500", printed)  # the reference itself: all ties
 
 
 def test_a_policy_of_another_vocabulary_is_refused(files, tmp_path, capsys):

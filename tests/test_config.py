@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from tpo_lib.config import TrainConfig, override, run_settings
+from tpo_lib.config import TrainConfig, run_settings
 from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
+from tpo_lib.runs.runs import override
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,9 @@ def test_pair_metrics_are_the_objectives_own(llamas, objective):
     values = ev.pair_values(stats, objective, HYPERPARAMETERS[objective] | {"unrelated": 1})
     metrics = {name: bootstrap(value, seed=0) for name, value in values.items()}
     margin = output.chosen_reward - output.rejected_reward
-    assert metrics["reward_margin"].mean == pytest.approx(margin.mean().item(), rel=1e-5)
-    assert metrics["accuracy"].mean == pytest.approx((margin > 0).double().mean().item())
-    assert 0 < metrics["accuracy"].mean < 1  # both cases occur
+    assert metrics["own_margin"].mean == pytest.approx(margin.mean().item(), rel=1e-5)
+    assert metrics["own_accuracy"].mean == pytest.approx((margin > 0).double().mean().item())
+    assert 0 < metrics["own_accuracy"].mean < 1  # both cases occur
     chosen, rejected = (half.kl.sum(-1) for half in split(stats))
     assert metrics["seqkl_chosen"].mean == pytest.approx(chosen.mean().item(), rel=1e-5)
     assert metrics["seqkl_rejected"].mean == pytest.approx(rejected.mean().item(), rel=1e-5)
@@ -213,7 +213,7 @@ def test_pair_metrics_are_the_objectives_own(llamas, objective):
 
 def test_objectives_rank_by_different_rewards(llamas):
     stats = direct(*llamas, encoded_pairs(9))
-    found = {name: ev.pair_values(stats, name, h)["reward_margin"].mean().item() for name, h in HYPERPARAMETERS.items()}
+    found = {name: ev.pair_values(stats, name, h)["own_margin"].mean().item() for name, h in HYPERPARAMETERS.items()}
     assert len({round(value, 6) for value in found.values()}) == len(found)
 
 
@@ -221,10 +221,10 @@ def test_without_an_objective_the_log_ratio_ranks_and_ties_count_half(llamas):
     stats = direct(*llamas, encoded_pairs(9))
     chosen, rejected = split(stats)
     ratio = ((chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps - rejected.ref_logps).sum(-1)).mean().item()
-    assert ev.pair_values(stats, None, {"beta": 7.0})["reward_margin"].mean().item() == pytest.approx(ratio, rel=1e-5)
+    assert ev.pair_values(stats, None, {"beta": 7.0})["own_margin"].mean().item() == pytest.approx(ratio, rel=1e-5)
     start = direct(llamas[1], llamas[1], llamas[2], encoded_pairs(9))
     values = ev.pair_values(start, None, None)
-    for name in ("accuracy", "accuracy_logratio", "accuracy_mean"):
+    for name in ("own_accuracy", "accuracy_logratio", "accuracy_mean"):
         assert values[name].mean() == 0.5
 
 
@@ -253,7 +253,7 @@ def test_an_objective_that_reads_no_label_ranks_swapped_pairs_the_other_way(llam
     first, second = (
         ev.pair_values(direct(*llamas, rows), objective, {"beta": 0.3, "gamma": 0.0}) for rows in (pairs, swapped)
     )
-    for name in ("accuracy", "accuracy_logratio", "accuracy_mean"):
+    for name in ("own_accuracy", "accuracy_logratio", "accuracy_mean"):
         assert second[name].mean().item() == pytest.approx(1 - first[name].mean().item())
     assert 0 < first["accuracy_logratio"].mean() < 1
 
@@ -309,8 +309,8 @@ def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
     assert first.metrics == second.metrics
     assert first.samples == second.samples
     assert run(llamas, tokenizer, seed=8).samples != first.samples
-    names = "reward judge kl entropy distinct_2 repetition length seqkl_chosen seqkl_rejected seqkl_margin accuracy reward_margin"
-    names += " accuracy_logratio accuracy_mean"
+    names = "reward judge kl entropy rare ref_perplexity distinct_2 repetition length seqkl_chosen seqkl_rejected seqkl_margin"
+    names += " accuracy_logratio accuracy_mean own_accuracy own_margin"
     assert list(first.metrics) == names.split()
     for metric in first.metrics.values():
         assert metric.low <= metric.mean <= metric.high
@@ -318,14 +318,14 @@ def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
     rewards = [sample.reward for sample in first.samples]
     assert first.metrics["reward"].mean == pytest.approx(sum(rewards) / 4)
     assert first.by_prompt["reward"].tolist() == pytest.approx(rewards)
-    for name in ("kl", "seqkl_margin", "accuracy", "accuracy_logratio"):
+    for name in ("kl", "seqkl_margin", "own_accuracy", "accuracy_logratio"):
         assert first.metrics[name].mean == pytest.approx(first.by_prompt[name].mean().item())
 
 
 def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):
     result = run(llamas, tokenizer, samples_per_prompt=3, judge=None, pairs=None)
     assert "judge" not in result.metrics
-    assert "accuracy" not in result.metrics
+    assert "own_accuracy" not in result.metrics
     assert [sample.prompt for sample in result.samples] == [prompt for prompt in PROMPTS for _ in range(3)]
     assert result.samples[0].judge is None
     assert {metric.n for metric in result.metrics.values()} == {4}
@@ -343,9 +343,9 @@ def test_batch_size_changes_nothing_that_is_measured(llamas, tokenizer):
 
 def test_the_start_model_is_at_distance_zero(llamas, tokenizer):
     metrics = run([llamas[1], llamas[1]], tokenizer).metrics
-    for name in ("kl", "seqkl_chosen", "seqkl_rejected", "reward_margin"):
+    for name in ("kl", "seqkl_chosen", "seqkl_rejected", "own_margin"):
         assert metrics[name].mean == pytest.approx(0, abs=1e-6)
-    assert metrics["accuracy"].mean == 0.5
+    assert metrics["own_accuracy"].mean == 0.5
 
 
 def test_modes_and_the_global_random_state_are_put_back(llamas, tokenizer):

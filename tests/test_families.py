@@ -137,8 +137,10 @@ def test_samples_are_scored_as_they_were_drawn(name):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tpo_lib.evaluation.prompt_token_ids", lambda *_, row=row: [row])
             found = sequence_kl(model, other, encode, ["x"], [Completion("", tuple(ids), None)])
-        kl, entropy = (values.sum().item() for values in stats.kl_and_entropy(said, ref))
-        assert (found.kl.item(), found.entropy.item()) == pytest.approx((kl, entropy), rel=1e-3, abs=1e-4)
+        labels = torch.tensor([[stats.IGNORE, *ids]])
+        expected = [values.sum().item() for values in stats.kl_entropy_surprisal(said, ref, labels)]
+        measured = [found.kl.item(), found.entropy.item(), found.surprisal.item()]
+        assert measured == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,11 +12,21 @@ import torch
 from tpo_lib import intervals
 
 
+def expanded(n: int) -> float:
+    """The level at which the percentile interval of n normal values is as long as Student's (Hesterberg 2015)."""
+    return 1 - 2 * scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.975, n - 1))
+
+
 def test_bootstrap_agrees_with_scipy():
     values = np.random.default_rng(0).gamma(2.0, size=80)
     ours = intervals.bootstrap(torch.tensor(values), seed=1, resamples=20_000)
     theirs = scipy.stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=np.random.default_rng(2)
+        (values,),
+        np.mean,
+        method="percentile",
+        n_resamples=20_000,
+        confidence_level=expanded(80),
+        random_state=np.random.default_rng(2),
     ).confidence_interval
     assert ours.mean == pytest.approx(values.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
@@ -34,6 +44,7 @@ def test_bootstrap_ratio_agrees_with_scipy_and_is_not_a_mean_of_ratios():
         paired=True,
         method="percentile",
         n_resamples=20_000,
+        confidence_level=expanded(70),
         random_state=np.random.default_rng(2),
     ).confidence_interval
     assert ours.mean == pytest.approx(sums.sum() / counts.sum())
@@ -48,6 +59,48 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100():
         metric = intervals.bootstrap(generator.exponential(size=60), seed=seed, resamples=400)
         inside += metric.low <= 1.0 <= metric.high
     assert 0.90 <= inside / 400 <= 0.98
+
+
+@pytest.mark.parametrize("n", [8, 30])
+def test_intervals_of_few_values_cover_what_plain_percentiles_miss(n):
+    generator, tables, ours, plain = np.random.default_rng(0), 400, 0, 0
+    for seed in range(tables):
+        values = generator.beta(0.5, 0.5, size=n)  # scores in (0, 1), crowded at both ends, with a mean of .5
+        metric = intervals.bootstrap(values, seed=seed, resamples=500)
+        means = values[generator.integers(n, size=(500, n))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        ours, plain = ours + (metric.low <= 0.5 <= metric.high), plain + (low <= 0.5 <= high)
+    assert 0.92 <= ours / tables <= 0.98
+    assert plain < ours - (0.02 * tables if n == 8 else 0)
+
+
+def test_what_has_one_prompt_is_drawn_together():
+    generator, tables, ours, as_if = np.random.default_rng(1), 300, 0, 0
+    for seed in range(tables):
+        sizes = generator.integers(1, 7, size=40)  # pairs a prompt
+        prompt = np.repeat(np.arange(40), sizes)
+        values = generator.normal(size=40)[prompt] + generator.normal(size=len(prompt))
+        metric = intervals.bootstrap(values, groups=prompt, seed=seed, resamples=400)
+        alone = intervals.bootstrap(values, seed=seed, resamples=400)
+        assert metric.mean == pytest.approx(values.mean())  # each pair counts as much as any other
+        assert metric.n == 40
+        ours, as_if = ours + (metric.low <= 0 <= metric.high), as_if + (alone.low <= 0 <= alone.high)
+    assert 0.91 <= ours / tables <= 0.98  # .93 of 3,000: prompts of 1 to 6 pairs count as fewer than 40
+    assert as_if / tables < 0.85
+
+
+def test_one_number_a_group_serves_means_and_differences():
+    prompts = ["b", "a", "b", "b"]  # of any kind that has equals; tensors of numbers too
+    values, others = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.5, 0.5, 1.0, 0.0])
+    # mean 1/2, G / n = 2 / 4: b has 1/2 + 1/2 (2 - 3/2), a has 1/2 + 1/2 (0 - 1/2)
+    assert intervals.by_group(values, prompts).tolist() == [0.75, 0.25]
+    assert intervals.by_group(values, torch.tensor([1, 0, 1, 1])).tolist() == [0.75, 0.25]
+    assert intervals.by_group([3.0, 1.0, 4.0, 8.0], [0, 1, 0, 1]).tolist() == [3.5, 4.5]  # equally large: their means
+    both = intervals.by_group(values, prompts) - intervals.by_group(others, prompts)
+    assert both == pytest.approx(intervals.by_group(values - others, prompts))
+    alone, grouped = (intervals.bootstrap(values, seed=3, groups=groups) for groups in (None, [0, 1, 2, 3]))
+    assert (alone.low, alone.high) == pytest.approx((grouped.low, grouped.high))
+    assert alone.n == grouped.n
 
 
 def test_bootstrap_is_a_function_of_the_seed_and_blocks_do_not_matter(monkeypatch):
@@ -74,6 +127,7 @@ def test_one_value_or_equal_values_have_an_interval_of_length_zero(values):
         (lambda: intervals.bootstrap([], seed=0), "n >= 1"),
         (lambda: intervals.bootstrap(torch.zeros(2, 2), seed=0), r"\(2, 2\)"),
         (lambda: intervals.bootstrap([1.0, math.nan], seed=0), r"values\[1\] is nan"),
+        (lambda: intervals.bootstrap([1.0, 2.0], groups=["a"], seed=0), "2 values in 1 groups"),
         (lambda: intervals.bootstrap_ratio([1.0, 2.0], [1.0], seed=0), "2 sums over 1 counts"),
         (lambda: intervals.bootstrap_ratio([1.0], [0.0], seed=0), "total 0"),
         (lambda: intervals.bootstrap_ratio([math.inf], [1.0], seed=0), r"sums\[0\] is inf"),
@@ -82,15 +136,3 @@ def test_one_value_or_equal_values_have_an_interval_of_length_zero(values):
 def test_what_has_no_interval_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_paired_differences_have_the_right_sign_and_are_narrower_than_unpaired_ones():
-    generator = np.random.default_rng(0)
-    prompt = generator.normal(size=100)  # what both objectives share
-    by_prompt = {"dpo": prompt + 0.1 * generator.normal(size=100), "tdpo2": prompt + 0.2, "simpo": prompt}
-    differences = intervals.paired_differences(by_prompt, seed=0)
-    assert [(d["a"], d["b"]) for d in differences] == [("dpo", "tdpo2"), ("dpo", "simpo"), ("tdpo2", "simpo")]
-    assert differences[0]["high"] < 0 < differences[2]["low"]
-    assert differences[2]["mean"] == pytest.approx(0.2)
-    alone = intervals.bootstrap(by_prompt["dpo"], seed=0)
-    assert differences[0]["high"] - differences[0]["low"] < 0.3 * (alone.high - alone.low)

@@ -28,6 +28,7 @@ from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.tokens import prompt_token_ids
 from tpo_lib.rewards import PROBE, AdditiveReward
 from tpo_lib.runs.plots import score_gaps
+from tpo_lib.runs.prompts import PAPER_RECIPE
 from tpo_lib.sampling import Completion, Sampler
 
 EOS, WORDS = tiny.EOS, tiny.LETTERS
@@ -357,7 +358,7 @@ def test_rule_and_gap_are_checked():
 
 
 def test_the_papers_recipe():
-    assert dataclasses.astuple(pairing.PAPER_RECIPE) == (25_000, 2, 8, 4, "all")
+    assert dataclasses.astuple(PAPER_RECIPE) == (25_000, 2, 8, 4, "all")
 
 
 # ---- what was sampled is what is trained

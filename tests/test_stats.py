@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tpo_lib.stats import kl_and_entropy, response_mask, split, token_stats
+from tpo_lib.stats import kl_entropy_surprisal, response_mask, split, token_stats
 from tpo_lib.types import IGNORE
 
 INF = math.inf
@@ -330,14 +330,20 @@ def test_an_odd_number_of_sequences_is_refused():
         split(token_stats(torch.zeros(3, 3, 5), torch.tensor([[IGNORE, 1, 2]] * 3), None))
 
 
-def test_kl_and_entropy_of_excluded_tokens_and_short_types():
+def test_kl_entropy_and_surprisal_of_excluded_tokens_and_short_types():
     policy = torch.tensor([[0.0, 0.0, -INF], [0.0, -300.0, 0.0]])
     ref = torch.tensor([[0.0, math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
-    kl, entropy = kl_and_entropy(policy, ref)
-    assert kl.tolist() == pytest.approx([math.log(0.5) - (math.log(0.2) + math.log(0.6)) / 2, math.log(1.5)], abs=1e-6)
-    assert entropy.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
-    assert kl_and_entropy(ref, policy)[0][0] == INF  # the policy can write what the reference cannot
-    half, _ = kl_and_entropy(policy.bfloat16(), ref.bfloat16())
-    assert half.dtype == torch.float32
-    rows = torch.randn(150, 7)  # more rows than one slice holds
-    torch.testing.assert_close(kl_and_entropy(rows, rows + 3)[0], torch.zeros(150), atol=1e-6, rtol=0)
+    labels = torch.tensor([[IGNORE, 1, IGNORE], [IGNORE, IGNORE, 0]])  # one step a row, in columns 0 and 1
+    kl, entropy, surprisal = kl_entropy_surprisal(policy, ref, labels)
+    first, second = math.log(0.5) - (math.log(0.2) + math.log(0.6)) / 2, math.log(1.5)
+    assert kl.flatten().tolist() == pytest.approx([first, 0, 0, second], abs=1e-6)
+    assert entropy.flatten().tolist() == pytest.approx([math.log(2), 0, 0, math.log(2)], abs=1e-6)
+    assert surprisal.flatten().tolist() == pytest.approx([-math.log(0.6), 0, 0, math.log(3)], abs=1e-6)
+    assert kl_entropy_surprisal(ref, policy, labels)[0][0, 0] == INF  # the policy can write what the reference cannot
+    never = torch.tensor([[IGNORE, 2, IGNORE], [IGNORE, IGNORE, 0]])
+    assert kl_entropy_surprisal(policy, policy, never)[2][0, 0] == INF
+    assert kl_entropy_surprisal(policy.bfloat16(), ref.bfloat16(), labels)[0].dtype == torch.float32
+    rows, targets = torch.randn(150, 7), torch.randint(7, (1, 150))  # more rows than one slice holds
+    kl, _, surprisal = kl_entropy_surprisal(rows, rows + 3, torch.cat([torch.tensor([[IGNORE]]), targets], 1))
+    torch.testing.assert_close(kl, torch.zeros(1, 150), atol=1e-6, rtol=0)
+    torch.testing.assert_close(surprisal, torch.nn.functional.cross_entropy(rows, targets[0], reduction="none")[None])

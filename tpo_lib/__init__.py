@@ -42,7 +42,8 @@ _HOME = {  # module: what it gives
     "runs.run": ("fit",),
     "fast.path": ("FastPath",),
     "fast.evaluation": ("evaluate",),
-    "intervals": ("bootstrap", "paired_differences"),
+    "intervals": ("bootstrap",),
+    "runs.seeds": ("paired_differences",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = list(_MODULE)

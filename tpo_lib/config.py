@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral
 
 from tpo_lib.losses import FLOAT32_MAX, OBJECTIVES, Hyperparameter, check_number
@@ -155,11 +155,3 @@ def check_setting(setting: Field, value) -> None:
     if kind in ("int", "float"):
         most = bounds.get("most", FLOAT32_MAX if kind == "float" else 2**31 - 1)
         check_number(setting.name, value, above=bounds.get("above", -math.inf), least=0, most=most)
-
-
-def override(config: TrainConfig, **values) -> TrainConfig:
-    """Return the config with those values replaced that are not None; another loss_type brings its own defaults."""
-    values = {name: value for name, value in values.items() if value is not None}
-    if values.get("loss_type", config.loss_type) != config.loss_type:
-        values = {"hyper": {}} | values
-    return replace(config, **values)

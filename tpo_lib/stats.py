@@ -135,21 +135,22 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def kl_and_entropy(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(pi_theta || pi_ref) and H(pi_theta) of R steps, in nats: (R, V), (R, V) -> (R,), (R,).
+def kl_entropy_surprisal(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(pi_theta || pi_ref), H(pi_theta) and -log pi_ref(y) of steps, in nats: 2 x (R, V), (N, T) -> 3 x (N, T-1), 0 off-mask.
 
     Example:
-        >>> kl, entropy = kl_and_entropy(torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]]))
-        >>> round(kl.item(), 4), round(entropy.item(), 4)  # log(4 / (2 sqrt(3))), log 2
-        (0.1438, 0.6931)
+        >>> even, odd = torch.zeros(1, 2), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]])  # 1/2 1/2 and 1/4 3/4
+        >>> [round(x.item(), 4) for x in kl_entropy_surprisal(even, odd, torch.tensor([[-100, 0]]))]  # the last: log 4
+        [0.1438, 0.6931, 1.3863]
     """
-    kl, entropy = [], []
-    for policy, ref in zip(policy_logits.split(64), ref_logits.split(64), strict=True):  # 64 rows stay in the cache
+    mask, found = response_mask(labels), []
+    parts = (each.split(64) for each in (policy_logits, ref_logits, labels[:, 1:][mask]))  # 64 rows stay in the cache
+    for policy, ref, targets in zip(*parts, strict=True):
         log_p, log_q = _log_softmax(policy), _log_softmax(ref)
         p = log_p.exp()
-        kl.append(_kl(log_p, log_q))
-        entropy.append(-torch.where(p > 0, p * log_p, 0.0).sum(-1))
-    return torch.cat(kl), torch.cat(entropy)
+        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+        found.append((_kl(log_p, log_q), entropy, -log_q.gather(-1, targets[:, None])[:, 0]))
+    return tuple(unpack(torch.cat(steps), mask) for steps in zip(*found, strict=True))
 
 
 def from_readings(

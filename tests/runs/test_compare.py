@@ -67,7 +67,8 @@ def test_rewards_rise_and_figures_are_finite(finished):
         for metric, value in metrics.items():
             assert math.isfinite(value["mean"]), metric
             assert value["low"] <= value["mean"] <= value["high"], metric
-        wanted = {"reward", "judge", "kl", "entropy", "distinct_2", "length", "accuracy"}
+        wanted = {"reward", "judge", "kl", "entropy", "rare", "ref_perplexity", "distinct_2", "length"}
+        wanted |= {"accuracy_logratio", "own_accuracy"}
         assert wanted | {f"seqkl_{side}" for side in ("chosen", "rejected", "margin")} <= metrics.keys()
 
 

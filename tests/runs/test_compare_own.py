@@ -247,7 +247,7 @@ def test_without_a_reward_held_out_pairs_and_kl_are_compared_on_prompts_of_a_fil
     assert not (tmp_path / "N").exists()
     main(["compare", *map(str, [*where, *SMALL, *more])])
     summary = json.loads((tmp_path / "N" / "summary.json").read_text())
-    assert {"kl", "accuracy"} < set(summary["objectives"]["ipo"])
+    assert {"kl", "accuracy_logratio"} < set(summary["objectives"]["ipo"])
     assert "reward" not in summary["objectives"]["ipo"]
     row = json.loads(next((tmp_path / "N" / "start" / "evaluations").glob("*.json")).read_text())
     assert [sample["prompt"] for sample in row["samples"]] == ["fun", "bad", "good"]

@@ -51,7 +51,7 @@ def test_an_objective_of_ones_own_is_trained_evaluated_drawn_and_saved(lab, monk
     monkeypatch.setitem(OBJECTIVES, "mine", record)
     run = lab.train(lab.config("mine", beta=0.1, alpha=0.5, **SMALL, tau=0.25), "mine")
     assert run.rows[0]["loss"] == pytest.approx(4, rel=1e-4)
-    assert run.evaluation.metrics["reward_margin"].n > 0
+    assert run.evaluation.metrics["own_margin"].n > 0
     assert plots.run_points(lab.points(), lab.start_point()) is not None
     assert "<b>mine</b>" in training_lab(lab).table.value
     saved = json.loads(lab.save(tmp_path / "lab.json").read_text())["runs"]["mine"]["config"]

@@ -13,7 +13,7 @@ from tpo_lib.losses import OBJECTIVES, Objective
 from tpo_lib.runs import plots
 
 DRAWN = (*OBJECTIVES, "start", "ppo")  # "ref" is the start model
-METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "repetition", "length", "accuracy")
+METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "repetition", "length", "accuracy_logratio")
 METRICS += ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
 
 

@@ -98,7 +98,7 @@ def test_a_preset_runs_from_its_start_to_its_report(name, hub, tmp_path, capsys)
     config = stand_in(name, hub)
     summary = compare.run(config, tmp_path / name, progress=False)
     assert list(summary["objectives"]) == ["dpo", "tdpo2", "tgdpo"]
-    assert {"kl", "accuracy", "entropy"} <= set(summary["objectives"]["tdpo2"])
+    assert {"kl", "accuracy_logratio", "entropy"} <= set(summary["objectives"]["tdpo2"])
     assert ("reward" in summary["objectives"]["dpo"]) == bool(config.stage.reward)
     assert ("sft perplexity_after" in summary["config"]) == bool(config.stage.sft)
     report = (tmp_path / name / "report.md").read_text()

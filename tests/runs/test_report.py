@@ -279,7 +279,7 @@ def test_without_judge_pairs_and_samples_there_is_less_to_write(tmp_path):
     data, numbers = curves(), copy.deepcopy(summary())
     for rows in [*data.values(), [numbers["start"]], numbers["objectives"].values()]:
         for row in rows:
-            for name in ("judge", "seqkl_chosen", "seqkl_rejected", "seqkl_margin", "accuracy"):
+            for name in ("judge", "seqkl_chosen", "seqkl_rejected", "seqkl_margin", "own_accuracy"):
                 row.pop(name, None)
     report.write_report(tmp_path, numbers, data, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -49,7 +49,7 @@ def test_one_seed_is_as_it_was():
     assert seeds.over_seeds(values, seed=3) == intervals.bootstrap(values[0], seed=3)
     others = values + np.random.default_rng(1).normal(size=(1, 30))
     (ours,) = seeds.paired_over_seeds({"a": values, "b": others}, seed=3)
-    (theirs,) = intervals.paired_differences({"a": values[0], "b": others[0]}, seed=3)
+    (theirs,) = seeds.paired_differences({"a": values[0], "b": others[0]}, seed=3)
     assert {key: ours[key] for key in theirs} == theirs
     point = {"step": 4, "kl": {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 8}}
     assert seeds.merged([point], seed=0) == point
@@ -133,7 +133,9 @@ def test_points_of_several_seeds_become_one():
     assert 0 < reward["low"] < alone.low
     assert entropy["mean"] == pytest.approx(2.2)
     assert (entropy["seed_sd"], entropy["evaluation"]) == pytest.approx((0.2, 0.1))
-    parts = np.array([(0.1 / 1.959964) ** 2, 0.2**2 / 3])  # of prompts, of seeds; two degrees of freedom each
+    parts = np.array(
+        [(0.1 / scipy.stats.t.ppf(0.975, 2)) ** 2, 0.2**2 / 3]
+    )  # of prompts, of seeds; two degrees of freedom each
     half = scipy.stats.t.ppf(0.975, parts.sum() ** 2 / (parts**2 / 2).sum()) * parts.sum() ** 0.5
     assert (entropy["low"], entropy["high"]) == pytest.approx((2.2 - half, 2.2 + half))
     assert found["distinct_2"]["seed_sd"] == 0
@@ -149,13 +151,13 @@ def test_no_interval_of_a_kl_reaches_below_zero():
         return {
             "step": 1,
             "kl": {"mean": kl, "low": kl - 0.1, "high": kl + 0.1, "n": 9},
-            "reward_margin": {"mean": kl} | WIDE,
+            "own_margin": {"mean": kl} | WIDE,
         }
 
     found = seeds.merged([at(0.5), at(3.0)], seed=0)
     assert found["kl"]["low"] == 0.0
     assert found["kl"]["high"] > 10
-    assert found["reward_margin"]["low"] < 0  # which may be
+    assert found["own_margin"]["low"] < 0  # which may be
     assert seeds.merged([at(-1e-6), at(-1e-6)], seed=0)["kl"]["low"] == pytest.approx(-1e-6)  # rounding stays inside
 
 
@@ -178,3 +180,24 @@ WIDE = {"low": 0.0, "high": 1.0, "n": 9}
 def test_what_has_no_mean_over_seeds_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_paired_differences_have_the_right_sign_and_are_narrower_than_unpaired_ones():
+    generator = np.random.default_rng(0)
+    prompt = generator.normal(size=100)  # what both objectives share
+    by_prompt = {"dpo": prompt + 0.1 * generator.normal(size=100), "tdpo2": prompt + 0.2, "simpo": prompt}
+    differences = seeds.paired_differences(by_prompt, seed=0)
+    assert [(d["a"], d["b"]) for d in differences] == [("dpo", "tdpo2"), ("dpo", "simpo"), ("tdpo2", "simpo")]
+    assert differences[0]["high"] < 0 < differences[2]["low"]
+    assert differences[2]["mean"] == pytest.approx(0.2)
+    alone = intervals.bootstrap(by_prompt["dpo"], seed=0)
+    assert differences[0]["high"] - differences[0]["low"] < 0.3 * (alone.high - alone.low)
+
+
+def test_paired_differences_of_pairs_go_by_prompt():
+    generator, prompt = np.random.default_rng(0), np.repeat(np.arange(30), 4)
+    by_pair = {"dpo": generator.normal(size=30)[prompt] + generator.normal(size=120), "tdpo2": np.zeros(120)}
+    (alone,), (together,) = (seeds.paired_differences(by_pair, seed=0, groups=g) for g in (None, prompt))
+    assert (alone["n"], together["n"]) == (120, 30)
+    assert together["mean"] == pytest.approx(alone["mean"])
+    assert together["high"] - together["low"] > 1.3 * (alone["high"] - alone["low"])

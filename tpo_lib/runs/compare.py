@@ -32,7 +32,7 @@ OTHER = "pass --fresh to replace the comparison there, or name another folder (r
 LATEST = "latest"  # the link to the last comparison
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
     r"(identity|wall_time|summary|costs|tokens|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
-    r"(gaps|training|frontier|frontier_judge|seqkl|diversity|tokens_logratio|tokens_kl)\.png"
+    r"(gaps|training|frontier|frontier_judge|frontier_second_judge|seqkl|diversity|tokens_logratio|tokens_kl)\.png"
 )
 
 

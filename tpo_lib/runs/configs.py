@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 import tpo_lib
-from tpo_lib.config import TrainConfig, check_setting, kind_of, known_hyperparameters, override, run_settings
+from tpo_lib.config import TrainConfig, check_setting, kind_of, known_hyperparameters, run_settings
 from tpo_lib.files import folders
 from tpo_lib.files.own_code import is_own, title
 from tpo_lib.losses import OBJECTIVES
@@ -151,7 +151,7 @@ def _settings(place: str, entry: Any, common: Mapping, base: TrainConfig) -> Ite
     for values in itertools.product(*(value if isinstance(value, list) else [value] for value in given.values())):
         chosen = dict(zip(given, values, strict=True))
         try:
-            made = override(base, loss_type=name, hyper={})
+            made = runs.override(base, loss_type=name, hyper={})
             made = replace(
                 made, **{key: value for key, value in chosen.items() if value is not None or key in run_settings()}
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tpo_lib.config import TrainConfig, known_hyperparameters, override
+from tpo_lib.config import TrainConfig, known_hyperparameters
 from tpo_lib.files import store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import frozen_copy
@@ -46,7 +46,7 @@ class Laboratory:
         idle = known_hyperparameters().keys() - OBJECTIVES[loss_type].hyperparameters.keys()
         given = {"guide_beta": base.beta, "device": self.stage.config.device} | settings
         taken = {name: value for name, value in given.items() if name not in idle}
-        return override(
+        return runs.override(
             base, loss_type=loss_type, lr=lr, warmup_steps=min(5, updates // 2), max_length=self.stage.config.max_length,
             max_steps=updates, epochs=-(-updates // per_epoch), log_every=1, **taken,
         )  # fmt: skip

@@ -33,6 +33,21 @@ class Prompts:
     shared: int | None = None
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a set of preference pairs."""
+
+    prompts: int
+    min_tokens: int  # of a prompt
+    max_tokens: int
+    samples_per_prompt: int
+    rule: str  # which pairs of samples, as `pairing.pairs_from_scores` has it
+
+
+# The IMDb experiment of the DPO paper: 25,000 review prefixes of 2-8 tokens, 4 completions of each, all 6 pairs of them.
+PAPER_RECIPE = Recipe(prompts=25_000, min_tokens=2, max_tokens=8, samples_per_prompt=4, rule="all")
+
+
 def stream(seed: int, tag: str) -> int:
     """A seed of its own for what shall not share its random numbers with `seed`, nor with any seed near it."""
     return int.from_bytes(hashlib.sha256(f"{tag} {seed}".encode()).digest()[:7], "big")

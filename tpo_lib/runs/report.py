@@ -37,19 +37,24 @@ SHOWN = 6  # samples an objective
 COLUMNS = {  # metric -> heading with its unit, digits after the point
     "reward": ("reward", 2),
     "judge": ("judge", 2),
+    "second_judge": ("second judge", 2),
     "kl": ("KL, nats", 1),
     "entropy": ("entropy, nats/token", 2),
+    "rare": ("rare tokens, share", 3),
+    "ref_perplexity": ("perplexity under the reference", 1),
     "distinct_2": ("distinct-2", 3),
+    "distinct_2_within": ("distinct-2 within a prompt", 3),
     "repetition": ("repetition", 3),
     "length": ("length, tokens", 1),
-    "accuracy": ("pair accuracy, own reward", 2),
-    "accuracy_logratio": ("pair accuracy, log-ratio", 2),
-    "accuracy_mean": ("pair accuracy, log-ratio per token", 2),
+    "accuracy_logratio": ("pair accuracy", 2),
+    "accuracy_mean": ("pair accuracy per token", 2),
     "seqkl_chosen": ("SeqKL chosen, nats", 1),
     "seqkl_rejected": ("SeqKL rejected, nats", 1),
     "seqkl_margin": ("SeqKL margin, nats", 1),
+    "own_accuracy": ("own accuracy (training diagnostic)", 2),
 }
-COMPARED = ("reward", "judge", "accuracy_logratio")  # what is compared setting by setting
+JUDGES = ("judge", "second_judge")
+COMPARED = ("reward", *JUDGES, "accuracy_logratio")  # what is compared setting by setting
 APART = (*COMPARED, "kl", "entropy")  # what seeds and prompts do to it is shown apart
 MANY = 15  # comparisons that are told one by one
 NOT_AFTER = "*"  # marks what is told apart by its own interval, and not by Holm's correction
@@ -261,10 +266,10 @@ def _settings(summary: Mapping) -> list[Table]:
 def _figures(curves: Mapping, training: Mapping | None) -> dict[str, Figure]:
     """The pictures there is data for."""
     known = set.intersection(*(set(point) for points in curves.values() for point in points))
-    height = next((metric for metric in ("reward", "accuracy_logratio") if metric in known), "accuracy")
+    height = "reward" if "reward" in known else "accuracy_logratio"
     figures = {"frontier": plots.frontier(curves, height)}
-    if "judge" in known:
-        figures["frontier_judge"] = plots.frontier(curves, "judge")
+    for judge in (judge for judge in JUDGES if judge in known):
+        figures[f"frontier_{judge}"] = plots.frontier(curves, judge)
     if "seqkl_margin" in known:
         figures["seqkl"] = plots.seqkl(curves)
     if "reward" in known:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from tpo_lib.config import TrainConfig, override
+from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.files import adapters, folders
@@ -125,3 +125,11 @@ def versions() -> dict[str, str]:
     names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
     here = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
     return here | {name: importlib.metadata.version(name) for name in names}
+
+
+def override(config: TrainConfig, **values) -> TrainConfig:
+    """Return the config with those values replaced that are not None; another loss_type brings its own defaults."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if values.get("loss_type", config.loss_type) != config.loss_type:
+        values = {"hyper": {}} | values
+    return replace(config, **values)

@@ -12,17 +12,36 @@ one seed all is as in `intervals`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import t
 
 from tpo_lib.intervals import Metric, bootstrap
 from tpo_lib.rewards import in_unit_interval
 
 LEVEL = 0.95
-SHARES = {"accuracy", "accuracy_logratio", "accuracy_mean", "distinct_2", "repetition"}  # lie between 0 and 1
-NOT_NEGATIVE = {"kl", "seqkl_chosen", "seqkl_rejected", "entropy", "length"}
+SHARES = {"accuracy_logratio", "accuracy_mean", "own_accuracy", "distinct_2", "distinct_2_within", "repetition", "rare"}
+NOT_NEGATIVE = {"kl", "seqkl_chosen", "seqkl_rejected", "entropy", "ref_perplexity", "length"}
+
+
+def paired_differences(
+    by_prompt: Mapping[str, Sequence[float]], *, seed: int, groups: Sequence[Hashable] | None = None
+) -> list[dict]:
+    """Mean of a - b of every two objectives, {"a", "b", "mean", "low", "high", "n"} each, prompt by prompt.
+
+    Both answered the same P prompts, so what a prompt does to both cancels: narrower than two intervals suggest. Of pairs, say
+    in `groups` which prompt each has.
+
+    Example:
+        >>> paired_differences({"dpo": [0.5, 0.6], "tdpo2": [0.7, 0.8]}, seed=0)[0]["mean"].__round__(3)
+        -0.2
+    """
+    values = {name: np.asarray(by_prompt[name], dtype=np.float64) for name in by_prompt}
+    return [
+        {"a": a, "b": b, **bootstrap(values[a] - values[b], seed=seed, groups=groups).as_dict()}
+        for a, b in itertools.combinations(values, 2)
+    ]
 
 
 def over_seeds(values, *, seed: int) -> Metric:
@@ -49,7 +68,7 @@ def widened(metric: Metric, means: Sequence[float]) -> Metric:
 
 
 def paired_over_seeds(tables: Mapping[str, Sequence], *, seed: int) -> list[dict]:
-    """`intervals.paired_differences` of (S, n) tables, seed by seed and prompt by prompt, with p values.
+    """`paired_differences` of (S, n) tables, seed by seed and prompt by prompt, with p values.
 
     Returns:
         {"a", "b", "mean", "low", "high", "n", "p", "holm"} of every two settings: p of the hypothesis that they are equal, and
@@ -126,7 +145,9 @@ def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None
         share = name in SHARES
     else:
         alone = bootstrap(np.mean(table, 0), seed=seed)
-        share = name in SHARES or (name in ("reward", "judge") and in_unit_interval(itertools.chain(*table)))
+        share = name in SHARES or (
+            name in ("reward", "judge", "second_judge") and in_unit_interval(itertools.chain(*table))
+        )
     both = widened(alone, means).as_dict()
     if share or name in NOT_NEGATIVE:  # few seeds make long intervals, longer than what can be
         both["low"] = min(mean, max(0.0, both["low"]))
@@ -137,8 +158,8 @@ def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None
 
 def _error(metric: Metric, means: Sequence[float]) -> tuple[float, float]:
     """The standard error of a mean over prompts and seeds, and its degrees of freedom."""
-    prompts = ((metric.high - metric.low) / 2 / norm.ppf((1 + LEVEL) / 2)) ** 2
-    parts = [(prompts, max(1, metric.n - 1))]
+    free = max(1, metric.n - 1)
+    parts = [(((metric.high - metric.low) / 2 / t.ppf((1 + LEVEL) / 2, free)) ** 2, free)]  # of the prompts
     if len(means) > 1:
         parts.append((np.var(means, ddof=1) / len(means), len(means) - 1))
     total = sum(part for part, _ in parts)
