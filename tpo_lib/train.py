@@ -44,6 +44,7 @@ def fit(
     *,
     eval_pairs: Sequence[EncodedPair] = (),
     guide=None,
+    loss: Callable[..., LossOutput] | None = None,
     pair_loss: Callable = stats.pair_loss,
     run: Progress | None = None,
     callbacks: Sequence[Callback] = (),
@@ -59,6 +60,7 @@ def fit(
             is logged). Or readers: batch -> a Reading, or (R,) log-probabilities where no KL is wanted; what a reader's
             attribute `held_out` reads, if it has one, are the held-out pairs.
         pairs, eval_pairs: encoded; eval_pairs are scored every `config.eval_every` updates and at the end (metrics `eval_*`).
+        loss: (chosen, rejected, **config.hyperparameters()) -> LossOutput in the place of the objective's own function.
         pair_loss: the step from what the models said to the loss, see `stats.pair_loss`.
         run: where the run stands; None begins one in memory.
         callbacks: called as callback(step, policy) before the first update, every `eval_every` updates, and at the end.
@@ -74,7 +76,8 @@ def fit(
     reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
     policy = reader.model.eval()  # dropout would tell the policy from its reference before the first update
     frozen = frozen_readers(policy, reference, guide, [*pairs, *eval_pairs], accelerator.device)
-    scorer, optimizer = accelerator.prepare(PairScorer(config, reader, pair_loss), build_optimizer(config, policy))
+    scorer = PairScorer(config, reader, pair_loss, loss)
+    scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
     steps = planned_steps(config, len(pairs), per_update)
     run.begin(policy, optimizer, steps, per_update, shown=progress)
@@ -251,19 +254,18 @@ def frozen_readers(policy, reference, guide, pairs: Sequence[EncodedPair], devic
             model = model if isinstance(model, ResponseReader) else ResponseReader(model)
             check_pairs(model.model, pairs, name=name, policy=policy)
             model = model.to(device)
-        if model is not None:
-            readers[key] = model
-    return readers
+        readers[key] = model
+    return {key: model for key, model in readers.items() if model is not None}
 
 
 class PairScorer(torch.nn.Module):
     """The policy and its objective as one module with one forward, so that DDP sees everything that runs."""
 
-    def __init__(self, config: TrainConfig, policy: ResponseReader, pair_loss: Callable = stats.pair_loss) -> None:
+    def __init__(self, config: TrainConfig, policy: ResponseReader, pair_loss=stats.pair_loss, loss=None) -> None:
         super().__init__()
         objective = losses.OBJECTIVES[config.loss_type]
         self.policy, self.pair_loss = policy, pair_loss
-        self.objective = partial(objective.fn, **config.hyperparameters())
+        self.objective = partial(loss or objective.fn, **config.hyperparameters())
         self.needs_kl = "kl" in objective.needs
 
     def forward(
@@ -361,8 +363,7 @@ def planned_steps(config: TrainConfig, pairs: int, per_update: int) -> int:
             f"{pairs} pairs are fewer than the {per_update} of one update (batch_size x accumulation x processes); "
             "lower --batch-size or --accumulation, or bring more pairs"
         )
-    steps = config.epochs * (pairs // per_update)
-    return min(steps, config.max_steps) if config.max_steps else steps
+    return min(config.epochs * (pairs // per_update), config.max_steps or math.inf)
 
 
 def updates(config: TrainConfig, pairs, per_update: int, first: int, steps: int) -> Iterator[list[int]]:

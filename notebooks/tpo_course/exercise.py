@@ -29,6 +29,7 @@ You averaged over the tokens; it is their sum.
 
 import ast
 import dataclasses
+import functools
 import html
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -39,6 +40,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.types import LossOutput, TokenStats
 
 HERE = Path(__file__).parent
@@ -155,6 +157,28 @@ class Exercise:
                 return Verdict("wrong", mistake.message)
         first = differing[0]
         return Verdict("wrong", f"{_difference(given[first], expected[first])}{_at(self.cases()[first])}")
+
+    def trains(self, answer: Callable[..., Tensor], objective: str) -> Callable[..., LossOutput] | None:
+        """What `tpo_lib.fit` takes as its loss: the answer if it is right, else None, the library's own; says which of the two.
+
+        The answer gives the (B,) losses of an exercise; the rewards that are logged beside them are the library's.
+        """
+        status = self(answer).status
+        if status != "correct":
+            print(
+                f"{self.name} is {status}: tpo_lib.losses.{objective} trains instead. Solve it and run this cell again"
+            )
+            return None
+        print(f"{self.name} is correct: the loss that trains is yours")
+        names = self.cases()[0].arguments.keys() - {"chosen", "rejected"}
+
+        @functools.wraps(answer, updated=())  # a run's record names the answer
+        def loss(chosen: TokenStats, rejected: TokenStats, **given: Any) -> LossOutput:
+            library = OBJECTIVES[objective].fn(chosen, rejected, **given)
+            own = answer(chosen=chosen, rejected=rejected, **{name: given[name] for name in names})
+            return dataclasses.replace(library, loss=own)
+
+        return loss
 
     def __repr__(self) -> str:
         return f"Exercise({self.name!r})"

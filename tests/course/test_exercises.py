@@ -9,10 +9,14 @@ import pkgutil
 import re
 
 import pytest
+import tiny
+import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
 from tpo_course import exercises
 from tpo_course.exercise import SOLUTIONS, Exercise, Quiz
+from tpo_lib import TrainConfig, fit
+from tpo_lib.losses import OBJECTIVES
 
 NOTEBOOKS = SOLUTIONS.parent
 MODULES = {
@@ -97,3 +101,38 @@ def test_the_notebook_ends_with_its_quiz(name):
     module = MODULES[name]
     quiz = next(key for key, value in vars(module).items() if isinstance(value, Quiz))
     assert any("".join(cell["source"]).strip() == f"check.{quiz}" for cell in _notebook(module))
+
+
+LOSSES = [each for each in EXERCISES if each.values[1].name.removesuffix("_loss") in OBJECTIVES]
+
+
+@pytest.mark.parametrize(("module", "exercise"), LOSSES)
+def test_a_learners_loss_is_what_trains_once_it_is_right(module, exercise, capsys):
+    name, solution, calls = exercise.name.removesuffix("_loss"), _solution(exercise), []
+    assert exercise.trains(lambda **given: None, name) is None
+    assert f"not attempted: tpo_lib.losses.{name} trains instead" in capsys.readouterr().out
+
+    def mine(**given):
+        calls.append(given)
+        return solution(**given)
+
+    loss = exercise.trains(mine, name)
+    assert "the loss that trains is yours" in capsys.readouterr().out
+    guided = {"guide_beta": 0.1} if name == "tgdpo" else {}
+    config = TrainConfig(loss_type=name, batch_size=4, max_steps=2, lr=1e-2, warmup_steps=0, device="cpu", **guided)
+    guide = tiny.llama(seed=1) if guided else None
+    calls.clear()
+    ours, yours = (
+        fit(config, tiny.llama(), tiny.llama(), tiny.pairs(8), guide=guide, loss=one, progress=False).policy
+        for one in (None, loss)
+    )
+    assert len(calls) >= 2  # updates
+    for a, b in zip(ours.parameters(), yours.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_chapters_train_every_loss_that_is_written_in_them():
+    for module, exercise in (each.values for each in LOSSES):
+        code = ["".join(cell["source"]) for cell in _notebook(module) if cell["cell_type"] == "code"]
+        (taken,) = [source for source in code if f"check.{exercise.name}.trains({exercise.name}" in source]
+        assert any("fit(" in source for source in code[code.index(taken) :])

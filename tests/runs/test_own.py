@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from tpo_lib import cli
+from tpo_lib import cli, train
 from tpo_lib.config import TrainConfig
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.rewards import scores_of
 from tpo_lib.runs import own
 from tpo_lib.runs.plots import style_of
 from tpo_lib.runs.run import fit, read_run
+from tpo_lib.types import LossOutput
 
 OBJECTIVE = """
 from tpo_lib.losses import LossOutput
@@ -204,3 +207,92 @@ def test_it_takes_part_in_a_comparison(written, tmp_path, monkeypatch):
     monkeypatch.setattr("tpo_lib.runs.report.summary_table", lambda summary: "table")
     cli.main(["run", "--quick", "--runs", str(tmp_path), "--objectives", "dpo", written(OBJECTIVE) + ":hinge"])
     assert [config.loss_type for config in seen[0].objectives] == ["dpo", "mine.py:hinge"]
+
+
+SCALE = 1.0  # what `written_dpo` names
+
+
+def log_ratio(side):
+    return (side.logps - side.ref_logps).sum(-1) * SCALE
+
+
+def written_dpo(chosen, rejected, beta):
+    won, lost = beta * log_ratio(chosen), beta * log_ratio(rejected)
+    return LossOutput(-torch.nn.functional.logsigmoid(won - lost), won.detach(), lost.detach())
+
+
+def swapped(chosen, rejected, beta):
+    return written_dpo(rejected, chosen, beta)
+
+
+def by_loss(loss, *, loop=fit, **more):
+    """Three updates with a loss that is handed over."""
+    settings = {"batch_size": 4, "epochs": 2, "max_steps": 3, "lr": 1e-2, "warmup_steps": 0, "device": "cpu"}
+    config = TrainConfig(loss_type="dpo", **settings, **more)
+    resume = {"resume": True} if (Path(more.get("output_dir", "none")) / "checkpoints").exists() else {}
+    return loop(config, tiny.llama(), tiny.llama(), tiny.pairs(8), loss=loss, progress=False, **resume)
+
+
+@pytest.mark.parametrize("loop", [train.fit, fit], ids=["the loop", "the fast path"])
+def test_a_loss_that_is_handed_over_is_the_one_that_trains(loop):
+    library, mine, other = ([*by_loss(loss, loop=loop).policy.parameters()] for loss in (None, written_dpo, swapped))
+    for a, b, c in zip(library, mine, other, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)  # the same mathematics in other words
+        assert not torch.allclose(a, c, atol=1e-3)
+
+
+def test_a_run_records_the_loss_and_goes_on_with_it_alone(tmp_path, monkeypatch):
+    folder = str(tmp_path / "run")
+    by_loss(written_dpo, output_dir=folder)
+    recorded = read_run(folder).start["objective"]
+    assert recorded == own.described(written_dpo)
+    assert recorded["name"] == "written_dpo"
+    assert by_loss(written_dpo, output_dir=folder).steps == 3
+    for loss, words in ((swapped, "swapped"), (None, "the library's dpo")):
+        with pytest.raises(RuntimeError, match=rf"objective was written_dpo \(sha256 \w+\), is {words} \(sha256"):
+            by_loss(loss, output_dir=folder)
+    with pytest.raises(ValueError, match=r"trained with a loss given in Python, written_dpo \(sha256"):
+        own.check_unchanged("dpo", recorded)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)  # a number that a function named by it names
+    assert own.described(written_dpo) != recorded
+    by_loss(None, output_dir=str(tmp_path / "plain"))
+    with pytest.raises(RuntimeError, match=r"objective was the library's dpo .*, is written_dpo"):
+        by_loss(written_dpo, output_dir=str(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda chosen, rejected, beta: chosen.logps.sum(-1), "<lambda> returned a Tensor, not a LossOutput"),
+        (
+            lambda chosen, rejected, beta: LossOutput(chosen.logps.sum(), torch.zeros(2), torch.zeros(2)),
+            r"gave loss as shape \(\) for 2 pairs",
+        ),
+        (
+            lambda chosen, rejected, beta: LossOutput(
+                (chosen.kl * chosen.logps).sum(-1), torch.zeros(2), torch.zeros(2)
+            ),
+            "<lambda> reads kl, which is None here: dpo has logps, ref_logps; choose another loss_type",
+        ),
+    ],
+)
+def test_what_is_no_loss_is_refused_before_the_first_update(loss, message):
+    with pytest.raises(ValueError, match=message):
+        by_loss(loss)
+
+
+def test_a_loss_without_a_source_trains_in_memory_and_in_no_folder(tmp_path):
+    loss = functools.partial(written_dpo)
+    assert by_loss(loss).steps == 3
+    with pytest.raises(ValueError, match=r"records its loss by its source, and partial has none: write it with def"):
+        by_loss(loss, output_dir=str(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    def falls(chosen, rejected, beta):
+        output = written_dpo(chosen, rejected, beta)
+        far = chosen.logps.sum(-1) < -10  # true of these pairs, and not of the trial's three tokens
+        return replace(output, loss=torch.where(far, torch.nan, output.loss))
+
+    with pytest.raises(train.NonFiniteLoss, match=r"step 1: non-finite loss in rows \["):
+        by_loss(falls)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tpo_lib import losses, rewards
+from tpo_lib.config import TrainConfig
 from tpo_lib.files.own_code import guarded, is_own, load, title
 from tpo_lib.files.store import content_key
 from tpo_lib.losses import Hyperparameter, Objective
 from tpo_lib.rewards import Reward, probe
 from tpo_lib.types import LossOutput, TokenStats
 
+OPTIONAL = ("ref_logps", "kl", "guide_logps")  # statistics that not every objective asks for
 FILES: dict[str, str] = {}  # title of an objective of one's own -> where it was loaded from, FOLDER/FILE.py:NAME
 
 
@@ -31,11 +34,12 @@ def load_objective(spec: str) -> str:
     record = replace(record, fn=guarded(spec, record.fn), label=record.label or title(spec), source=digest)
     try:
         losses.check_record(title(spec), record)
-        read = _try(spec, record)
+        defaults = {name: 1.0 if h.default is None else h.default for name, h in record.hyperparameters.items()}
+        read = _try(spec, record.fn, defaults, OPTIONAL)
     except TypeError as error:
         raise ValueError(f"{spec} cannot be called as (chosen, rejected, *, ...): {error}") from error
     if record.needs == () and not isinstance(found, Objective):
-        record = replace(record, needs=tuple(name for name in ("ref_logps", "kl", "guide_logps") if name in read))
+        record = replace(record, needs=tuple(name for name in OPTIONAL if name in read))
     losses.OBJECTIVES[title(spec)] = record  # a second time where the file has changed since
     FILES[title(spec)] = str(Path(spec).resolve())
     return title(spec)
@@ -65,12 +69,53 @@ def scorer(name: str, device) -> Reward:
     return load_reward(name) if is_own(name) else rewards.load_reward(name, device=device)
 
 
+def check_loss(loss: Callable, config: TrainConfig) -> None:
+    """Raise ValueError, or what the loss itself raises, where it is none, or reads what the config's objective does not bring."""
+    needs = losses.OBJECTIVES[config.loss_type].needs
+    there = f"{config.loss_type} has {', '.join(('logps', *needs))}"
+    _try(_name(loss), loss, config.hyperparameters(), needs, there)
+
+
+def described(loss: Callable) -> dict:
+    """What a run records of a loss: its name; a digest of its source and of what it names: functions beside it, numbers, words.
+
+    Raises:
+        ValueError: it has no source.
+    """
+    sources, todo = {}, [loss]
+    while todo:
+        each = todo.pop()
+        try:
+            found = inspect.getclosurevars(each)
+            text = inspect.getsource(each)
+        except (OSError, TypeError) as error:
+            fix = "write it with def in a file or a cell, or leave output_dir out"
+            raise ValueError(
+                f"a run's folder records its loss by its source, and {_name(each)} has none: {fix}"
+            ) from error
+        named = found.globals | found.nonlocals
+        plain = {name: value for name, value in named.items() if isinstance(value, int | float | str)}
+        sources[each] = [text, repr(sorted(plain.items()))]
+        near = (value for value in named.values() if inspect.isfunction(value) and value.__module__ == loss.__module__)
+        todo += [value for value in near if value not in sources]
+    return {"name": _name(loss), "sha256": content_key(sorted(sources.values()))}
+
+
 def check_unchanged(objective: str, recorded: dict | None) -> None:
-    """Refuse an objective whose file has changed since a run was trained with it."""
+    """Refuse an objective whose file has changed since a run was trained with it, or that it had another loss than."""
     now = losses.OBJECTIVES[objective].source
+    if recorded and now is None:
+        loss = f"{recorded['name']} (sha256 {recorded['sha256'][:12]})"
+        raise ValueError(
+            f"the run was trained with a loss given in Python, {loss}, and not with {objective}'s: evaluate it there"
+        )
     if recorded and recorded["sha256"] != now:
         digests = f"sha256 {recorded['sha256'][:12]}, now {now[:12]}"
         raise ValueError(f"{objective} has changed since the run was trained with it ({digests}): bring that file back")
+
+
+def _name(fn: Callable) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _record(spec: str, fn: object) -> Objective:
@@ -87,8 +132,8 @@ def _record(spec: str, fn: object) -> Objective:
     return Objective(fn, hyperparameters=hyper)
 
 
-def _try(spec: str, record: Objective) -> set[str]:
-    """Call it on two pairs of three tokens; returns the fields it read."""
+def _try(spec: str, fn: Callable, hyperparameters: dict, has: Sequence[str], there: str = "") -> set[str]:
+    """Call it on two pairs of three tokens whose statistics have those of OPTIONAL; returns the fields it read."""
     read: set[str] = set()
 
     class Watched(TokenStats):
@@ -100,10 +145,19 @@ def _try(spec: str, record: Objective) -> set[str]:
 
     def side(seed: int) -> TokenStats:
         draws = -torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(seed)) * mask
-        return Watched(draws[0].requires_grad_(), draws[1], mask, -draws[2], draws[3])
+        known = dict(zip(OPTIONAL, (draws[1], -draws[2], draws[3]), strict=True))
+        return Watched(
+            draws[0].requires_grad_(), mask=mask, **{name: known[name] if name in has else None for name in OPTIONAL}
+        )
 
-    defaults = {name: 1.0 if h.default is None else h.default for name, h in record.hyperparameters.items()}
-    output = record.fn(side(0), side(1), **defaults)
+    try:
+        output = fn(side(0), side(1), **hyperparameters)
+    except Exception as error:
+        if absent := sorted(read & set(OPTIONAL) - set(has)):
+            raise ValueError(
+                f"{spec} reads {', '.join(absent)}, which is None here: {there}; choose another loss_type"
+            ) from error
+        raise
     if not isinstance(output, LossOutput):
         kind = type(output).__name__
         raise ValueError(f"{spec} returned a {kind}, not a LossOutput(loss, chosen_reward, rejected_reward)")

@@ -16,7 +16,7 @@ import json
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -34,11 +34,13 @@ from tpo_lib.fast.frozen import open_frozen
 from tpo_lib.files import adapters, store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
+from tpo_lib.runs import own
 from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.advice import advised
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
 from tpo_lib.runs.trackers import begin_tracker
 from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
+from tpo_lib.types import LossOutput
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
 ADAPTER = "adapter"  # folder in final/
@@ -55,6 +57,7 @@ def fit(
     *,
     eval_pairs: Sequence[EncodedPair] | None = None,
     guide=None,
+    loss: Callable[..., LossOutput] | None = None,
     tokenizer=None,
     fast: FastPath | None = None,
     callbacks: Sequence[Callback] = (),
@@ -68,6 +71,7 @@ def fit(
         config, policy, pairs, eval_pairs, callbacks, on_log, progress: as in `train.fit`.
         reference, guide: frozen models, or functions without arguments that load them: with `fast.cache_dir` each is let go
             of once it is read.
+        loss: as in `train.fit`, and tried first; a run's folder records its name and digest (`own.described`).
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         fast: how models are read; None takes the fast path. With its `cache_dir`, training rows of DPO, TGDPO and SimPO have
             no kl/*: log-probabilities are cached there, not distributions.
@@ -75,8 +79,8 @@ def fit(
             error, Ctrl-C or SIGTERM ends it.
 
     Raises:
-        ValueError, NonFiniteLoss: as `train.fit`; a tracker cannot begin, or accelerate is set to what checkpoints do not
-            gather (`accelerated`).
+        ValueError, NonFiniteLoss: as `train.fit`; loss is none (`own.check_loss`); a tracker cannot begin, or accelerate is set
+            to what checkpoints do not gather (`accelerated`).
         OutOfMemory: with what an update takes and would take otherwise (`advice`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
@@ -88,6 +92,8 @@ def fit(
             f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
         )
     check(config, reference, guide, pairs, eval_pairs)  # before anything is loaded
+    if loss is not None:
+        own.check_loss(loss, config)
     policy = fast.reader(policy.eval(), config)
     check_pairs(policy.model, everything, name="policy")
     if fast.fused and not policy.understood:
@@ -99,6 +105,8 @@ def fit(
         advised(config, fast, policy.model, everything, accelerator),
     ):
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
+        if loss is not None and run.folder is not None:
+            run.start["objective"] = own.described(loss)
 
         def load(name: str, model) -> ResponseReader:
             model = model if isinstance(model, torch.nn.Module) else model()
@@ -117,7 +125,7 @@ def fit(
         with run.owned(resume=resume):
             frozen = {"reference": read("reference", reference), "guide": read("guide", guide)}
             told = {"callbacks": callbacks, "on_log": on_log, "progress": progress}
-            how = {"eval_pairs": eval_pairs, "pair_loss": fast.pair_loss, "run": run}
+            how = {"eval_pairs": eval_pairs, "loss": loss, "pair_loss": fast.pair_loss, "run": run}
             return train.fit(config, policy, pairs=pairs, **frozen, **how, **told)
 
 
@@ -129,8 +137,8 @@ class RunRecord:
     config: TrainConfig
     # What it was started from, by name: "start model" (or "adapter base" and "start adapter"), "reference", "guide" and
     # "tokenizer" as {"name": folder or hub name or None, "sha256"}; "training pairs", "held-out pairs" and "training prompts"
-    # as {"count", "sha256"}; an "objective" of your own; a tracker's run by its id. Empty for a run that is older than
-    # this record.
+    # as {"count", "sha256"}; an "objective", or a loss, of your own; a tracker's run by its id. Empty for a run that is older
+    # than this record.
     start: dict
 
     @property
@@ -250,7 +258,7 @@ class Run(Progress):
             self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
             self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
             if source := OBJECTIVES[self.config.loss_type].source:
-                self.start["objective"] = {"name": self.config.loss_type, "sha256": source}
+                self.start.setdefault("objective", {"name": self.config.loss_type, "sha256": source})
             if self._checkpoints:
                 self._continue(policy, optimizer)
         self._begin_tracker()
@@ -294,7 +302,8 @@ class Run(Progress):
             )
         # what was not given, or is newer than the run, had its default
         old, now = (c.to_dict() for c in (TrainConfig(**settings), self.config))
-        changed = _differences(old, now, ASIDE) + _differences(before, self.start)
+        ours = {"objective": {"name": f"the library's {self.config.loss_type}", "sha256": ""}}  # it is not recorded
+        changed = _differences(old, now, ASIDE) + _differences(ours | before, ours | self.start)
         if changed:
             raise RuntimeError(
                 f"cannot resume {self.folder}: {'; '.join(changed)}. Resume with what the run was started with, or choose "
