@@ -3,7 +3,7 @@
     python -m tpo_lib pocket --imdb DIR --output-dir data/pocket
 
 Every stage keeps what it made below `--work-dir`, so a run that is killed at any moment continues where it was. The
-reward and the judge that go with the model are trained in `sentiment.py`.
+reward and the judges that go with the model are trained in `sentiment.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import math
 from argparse import BooleanOptionalAction
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,19 @@ from tqdm.auto import tqdm
 
 from tpo_data import report
 from tpo_data.progress import load_progress, save_progress
-from tpo_data.sentiment import SentimentConfig, halves, held_out_windows, quality, train_additive, train_judge
+from tpo_data.sentiment import (
+    SentimentConfig,
+    agreement,
+    halves,
+    held_out_windows,
+    quality,
+    train_additive,
+    train_judge,
+)
 from tpo_lib.files import store
 from tpo_lib.files.imdb import SPLITS, load_imdb
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
+from tpo_lib.files.words import HashedWords
 from tpo_lib.pairing import score
 from tpo_lib.parser import COUNT, Parser
 from tpo_lib.rewards import AdditiveReward, ClassifierReward
@@ -221,7 +230,7 @@ def build(
     *,
     compile: bool,
 ) -> None:
-    """Build everything in data/pocket: tokenizer, language model, reward, judge, and the README that says how.
+    """Build everything in data/pocket: tokenizer, language model, reward, judges, and the README that says how.
 
     `imdb_source` is as in load_imdb; `work` keeps what a killed build continues from; `compile` makes the step about 1.3 times as
     fast on a CPU and needs a C++ compiler.
@@ -256,7 +265,7 @@ def add_flags(command: Parser) -> None:
     """The flags of `python -m tpo_lib pocket`."""
     flag = command.add_argument
     flag("--imdb", help="folder of train/test/unsupervised.parquet (default: the hub's stanfordnlp/imdb)")
-    flag("--output-dir", default=str(POCKET), help="where model, reward and judge go")
+    flag("--output-dir", default=str(POCKET), help="where model, reward and judges go")
     flag("--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here")
     flag("--steps", type=COUNT, nargs="+", help="training steps of the language model, a number for every cycle")
     flag("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
@@ -270,7 +279,7 @@ def from_flags(options) -> None:
 
 
 def _write_models(folder: Path, model, imdb: dict, sentiment: SentimentConfig, work: Path) -> None:
-    """Save the language model, then train and save the two that judge it."""
+    """Save the language model, then train and save the three that score it."""
     tokenizer = load_tokenizer(work / "corpus")
     model.to(torch.bfloat16).save_pretrained(str(folder))  # half the size; all figures are those of these weights
     tokenizer.save_pretrained(str(folder))
@@ -280,6 +289,16 @@ def _write_models(folder: Path, model, imdb: dict, sentiment: SentimentConfig, w
     judge.to(torch.bfloat16).save_pretrained(str(folder / "judge"))
     tokenizer.save_pretrained(str(folder / "judge"))
     store.write_manifest(folder / "judge")  # it is loaded by itself
+    write_second_judge(folder / "second_judge", judge_half, sentiment)
+
+
+def write_second_judge(folder: Path, labelled: dict[str, list], sentiment: SentimentConfig) -> None:
+    """Train the scorer that reads words on the judge's half, and write it into a folder of its own."""
+    folder.mkdir()
+    words = HashedWords()
+    words.save_pretrained(folder)
+    train_additive(words, labelled, replace(sentiment, window=sentiment.words)).save(folder)
+    store.write_manifest(folder)
 
 
 def _encode_corpus(folder: Path, reviews: list[str], imdb: dict, config: PocketConfig) -> None:
@@ -294,17 +313,30 @@ def measure(
     """Every figure of the pocket README, measured on IMDb's test reviews with the files that were written."""
     model, tokenizer = load_model(output), load_tokenizer(output)
     nats, scored = nats_per_token(model, test, context=config.context, count=4096)
-    judge = ClassifierReward(output / "judge", max_length=config.context)
-    scorers = {"reward": AdditiveReward.load(output), "judge": judge}
-    texts, labels = held_out_windows(tokenizer, imdb["test"], sentiment.window, seed=1)
-    reviews = slice(None, None, 10)  # every tenth: the judge reads a whole review slowly
-    whole = torch.tensor(imdb["test"]["label"][reviews], dtype=torch.float32)
     facts = {"config": asdict(config), "sentiment": asdict(sentiment)}
     facts |= {"parameters": sum(p.numel() for p in model.parameters()), "nats_per_token": nats}
     facts |= {"perplexity": math.exp(nats), "scored_tokens": scored, "log": log}
-    for name, scorer in scorers.items():
-        facts[f"{name}_windows"] = quality(scorer(texts), labels)
-        facts[f"{name}_whole"] = quality(scorer(imdb["test"]["text"][reviews]), whole)
+    return facts | scorer_facts(output, model, tokenizer, imdb["test"], config.context, sentiment)
+
+
+def scorer_facts(output: Path, model, tokenizer, reviews: dict, context: int, sentiment: SentimentConfig) -> dict:
+    """What reward and judges are worth on reviews with labels, what they say of the model's own samples, how far they agree.
+
+    Args:
+        context: tokens of a review that the judge reads; `judge_whole_long` is with twice as many.
+    """
+    scorers = {"reward": AdditiveReward.load(output), "judge": ClassifierReward(output / "judge", max_length=context)}
+    scorers["second_judge"] = AdditiveReward.load(output / "second_judge")
+    texts, labels = held_out_windows(tokenizer, reviews, sentiment.window, seed=1)
+    tenth = slice(None, None, 10)  # the judge reads a whole review slowly
+    whole, whole_labels = reviews["text"][tenth], torch.tensor(reviews["label"][tenth], dtype=torch.float32)
+    on_windows = {name: scorer(texts) for name, scorer in scorers.items()}
+    facts = {f"{name}_windows": quality(scores, labels) for name, scores in on_windows.items()}
+    facts |= {f"{name}_whole": quality(scorer(whole), whole_labels) for name, scorer in scorers.items()}
+    longer = ClassifierReward(output / "judge", max_length=2 * context)
+    facts["judge_whole_long"] = quality(longer(whole), whole_labels)
+    lengths = torch.tensor([len(ids) for ids in tokenizer(whole)["input_ids"]])
+    facts["cut"] = {str(n): (lengths > n).float().mean().item() for n in (context, 2 * context)}  # share of the reviews
 
     def texts_of(prompts: list[str], **more) -> list[list[str]]:
         several = generate(model, tokenizer, prompts, max_new_tokens=sentiment.window, **more)
@@ -312,7 +344,8 @@ def measure(
 
     prompts, shown = sample_prompts(model, tokenizer, 512, seed=1), ["The acting", "I watched this", "This movie was"]
     own = texts_of(prompts, seed=1)
-    scores = {name: score(scorer, prompts, own) for name, scorer in scorers.items()}
+    scores = {name: score(scorer, prompts, own).flatten() for name, scorer in scorers.items()}
     facts["start"] = {name: {"mean": s.mean().item(), "std": s.std().item()} for name, s in scores.items()}
+    facts["agreement"] = {"windows": agreement(on_windows, labels), "samples": agreement(scores)}
     facts["samples"] = dict(zip(shown, texts_of(shown, samples_per_prompt=3, seed=2), strict=True))
     return facts

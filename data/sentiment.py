@@ -1,12 +1,14 @@
-"""Train the two classifiers that come with the pocket model: the additive reward and an independent judge.
+"""Train the three scorers that come with the pocket model: the additive reward and two judges.
 
 The labelled IMDb training reviews are cut into two halves by a fixed shuffle. The first half trains the reward that labels
-preference pairs, the second half the judge, which never labels a pair: what rises under the reward but not under the
-judge is over-optimisation. Both are tested on IMDb's test reviews.
+preference pairs, the second half the judges, which never label one. Neither judge is wholly independent: the first shares
+body, tokenizer and corpus with the language model that it judges; the second, which reads words, no body and no tokenizer,
+is linear like the reward. All know IMDb's reviews alone. They are tested on IMDb's test reviews.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,10 @@ from tpo_lib.rewards import AdditiveReward, hash_bigrams
 
 @dataclass(frozen=True)
 class SentimentConfig:
-    """How reward and judge are trained."""
+    """How reward and judges are trained."""
 
     window: int = 40  # tokens: the length of the responses that are scored
+    words: int = 28  # the second judge's window: about as much text
     bigrams: int = 2**17  # size of the hashed table
     reward_epochs: int = 8
     reward_lr: float = 0.02
@@ -55,7 +58,7 @@ def cut_windows(ids: list[list[int]], labels: list[int], width: int, offset: int
 
 
 def train_additive(tokenizer, labelled: dict[str, list], config: SentimentConfig) -> AdditiveReward:
-    """Logistic regression over tokens and hashed bigrams of short windows.
+    """Logistic regression over tokens, or words, and hashed bigrams of short windows.
 
     Short on purpose: a reward trained on whole reviews is flat on 40 tokens, since each of its weights is small.
     """
@@ -145,6 +148,21 @@ def quality(scores: Tensor, labels: Tensor, bins: int = 10) -> dict[str, float]:
         "std": scores.std().item(),
         "n": len(scores),
     }
+
+
+def agreement(scores: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, float]:
+    """Pearson's correlation of every two scorers of the same n texts; with labels, of what differs within a label.
+
+    Raises:
+        ValueError: a scorer gives all texts of a label the same score.
+    """
+    names, rows = list(scores), torch.stack(list(scores.values())).double()  # (scorers, n)
+    for label in () if labels is None else labels.unique():
+        rows[:, labels == label] -= rows[:, labels == label].mean(1, keepdim=True)
+    found = torch.corrcoef(rows)
+    if not found.isfinite().all():
+        raise ValueError(f"one of {', '.join(names)} scores all texts alike: nothing to correlate")
+    return {f"{a}, {b}": found[i, j].item() for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)}
 
 
 def held_out_windows(tokenizer, labelled: dict[str, list], width: int, seed: int) -> tuple[list[str], Tensor]:

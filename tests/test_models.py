@@ -278,6 +278,7 @@ LOADS = {
     "tokenizer": ("tokenizer.json", lambda folder: load_tokenizer(folder)),
     "reward": ("reward.safetensors", lambda folder: rewards.load_reward(folder)),
     "judge": ("model.safetensors", lambda folder: rewards.load_reward(folder / "judge")),
+    "second_judge": ("reward.safetensors", lambda folder: rewards.load_reward(folder / "second_judge")),
 }
 
 
@@ -286,20 +287,20 @@ def test_a_flipped_bit_in_what_is_bundled_is_noticed(tmp_path, kind):
     name, load = LOADS[kind]
     folder = shutil.copytree(POCKET, tmp_path / "pocket")
     load(folder)
-    flip(folder / "judge" / name if kind == "judge" else folder / name)
-    place = "pocket/judge" if kind == "judge" else "pocket"
+    place = f"pocket/{kind}" if kind.endswith("judge") else "pocket"
+    flip(tmp_path / place / name)
     with pytest.raises(
         CheckpointError, match=rf"{place}: {name} was truncated or altered.*if the change is yours, remove"
     ):
         load(folder)
     for manifest in folder.rglob("MANIFEST.json"):
         manifest.unlink()
-    if kind in ("model", "reward", "judge"):
+    if kind not in ("configuration", "tokenizer"):
         load(folder)  # unchecked, as the sentence says
 
 
 def test_what_is_bundled_is_what_its_manifests_list():
-    for folder in (POCKET, POCKET / "judge"):
+    for folder in (POCKET, POCKET / "judge", POCKET / "second_judge"):
         store.prove(folder)
 
 
@@ -310,7 +311,7 @@ def test_a_file_is_hashed_once_for_each_content(tmp_path, monkeypatch):
     for _ in range(2):
         load_model(folder)
         load_tokenizer(folder)
-    assert len(hashed) == len(set(hashed)) + 4  # four names are in the judge's folder too
+    assert len(hashed) == len(set(hashed)) + 7  # four names are in the judge's folder too, three in the second judge's
     assert "README.md" not in hashed
 
 

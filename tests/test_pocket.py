@@ -17,7 +17,9 @@ from tpo_lib import models
 from tpo_lib.files import store
 from tpo_lib.files.imdb import clean_review
 from tpo_lib.files.load import POCKET, load_model, load_tokenizer
-from tpo_lib.rewards import AdditiveReward, ClassifierReward
+from tpo_lib.files.words import HashedWords
+from tpo_lib.rewards import AdditiveReward, ClassifierReward, load_reward
+from tpo_lib.runs.stage import SECOND_JUDGE
 
 CONFIG = pocket.PocketConfig(
     vocab_size=300,
@@ -31,7 +33,7 @@ CONFIG = pocket.PocketConfig(
     warmup_steps=2,
 )
 SENTIMENT = sentiment.SentimentConfig(
-    window=6, bigrams=512, reward_epochs=4, judge_steps=4, judge_batch=4, judge_tokens=(3, 6)
+    window=6, words=4, bigrams=512, reward_epochs=4, judge_steps=4, judge_batch=4, judge_tokens=(3, 6)
 )
 
 
@@ -144,6 +146,16 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
         assert needed in readme
     assert AdditiveReward.load(tmp_path / "out")(["good fun"]).shape == (1,)
     assert ClassifierReward(tmp_path / "out" / "judge")(["good fun"]).shape == (1,)
+    second = load_reward(tmp_path / "out" / "second_judge")
+    assert isinstance(second.tokenizer, HashedWords)
+    good, bad = second(["GOOD great fun", "bad dull weak"])
+    assert good > bad
+    (tmp_path / "again").mkdir()
+    half = sentiment.halves(pocket.load_imdb(str(imdb))["train"], SENTIMENT.seed)[1]
+    pocket.write_second_judge(tmp_path / "again" / "second", half, SENTIMENT)  # the judge's half, and nothing else
+    assert load_reward(tmp_path / "again" / "second").fingerprint == second.fingerprint
+    assert set(facts["agreement"]["windows"]) == {"reward, judge", "reward, second_judge", "judge, second_judge"}
+    assert facts["cut"] == {"16": 0.5, "32": 0.0}  # of every tenth review: one of 27 tokens or so, one of three words
 
 
 def test_a_build_goes_on_with_its_own_data_alone(imdb, tmp_path, monkeypatch):
@@ -199,6 +211,17 @@ def test_quality_by_hand():
     assert facts["ece"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.6) / 4)
 
 
+def test_agreement_by_hand():
+    labels = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    scores = {"a": torch.tensor([0.1, 0.2, 0.8, 0.9]), "b": torch.tensor([0.2, 0.1, 0.9, 1.0])}
+    assert sentiment.agreement(scores)["a, b"] > 0.9  # what the labels make them share
+    within = sentiment.agreement(scores, labels)["a, b"]  # opposite in one label, alike in the other
+    assert within == pytest.approx(0, abs=1e-6)
+    assert scores["a"].tolist() == pytest.approx([0.1, 0.2, 0.8, 0.9])
+    with pytest.raises(ValueError, match="one of a, b scores all texts alike"):
+        sentiment.agreement(scores | {"b": labels}, labels)
+
+
 def test_cut_windows():
     rows, labels = sentiment.cut_windows([[1, 2, 3, 4, 5], [6, 7]], [1, 0], width=2, offset=1)
     assert rows.tolist() == [[2, 3], [4, 5]]
@@ -225,7 +248,7 @@ def test_the_bundled_readme_is_what_its_facts_give():
 
 def test_bundled_judge_and_reward_tell_good_from_bad():
     texts = [" is a wonderful film, one of the best I have seen.", " is awful, boring and a complete waste of time."]
-    for scorer in (AdditiveReward.load(POCKET), ClassifierReward(POCKET / "judge")):
+    for scorer in (AdditiveReward.load(POCKET), ClassifierReward(POCKET / "judge"), load_reward(SECOND_JUDGE)):
         good, bad = scorer(texts)
         assert good > 0.7
         assert bad < 0.3

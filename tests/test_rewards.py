@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tpo_data.sentiment import quality
+from tpo_lib.files.tokens import token_method
+from tpo_lib.files.words import HashedWords
 from tpo_lib.rewards import AdditiveReward, ClassifierReward, hash_bigrams, load_reward, scores_of
 
 
@@ -72,6 +74,28 @@ def test_hash_spreads_and_orders():
     assert hash_bigrams(torch.tensor(3), torch.tensor(5), 2**17) != hash_bigrams(
         torch.tensor(5), torch.tensor(3), 2**17
     )
+
+
+def test_a_reward_of_words_reads_what_no_case_and_no_punctuation_changes(additive, tmp_path):
+    (folder := tmp_path / "words").mkdir()
+    words = HashedWords()
+    words.save_pretrained(folder)
+    unigram = torch.zeros(len(words))
+    (ids,) = words(["Isn't it good"])["input_ids"]
+    assert (len(ids), len(set(ids)), 0 in ids) == (3, 3, False)
+    unigram[ids[2]] = 2.0
+    AdditiveReward(words, unigram, torch.zeros(512), bias=-0.5).save(folder)
+    loaded = load_reward(folder)
+    scores = loaded(["GOOD, really", "good", "goodness", ""])
+    assert scores.tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (1.5, 1.5, -0.5, -0.5)])
+    # its ids are nobody else's: a model's tokens are scored by their text
+    for other in (additive.tokenizer, words):
+        assert (token_method(loaded, "score_ids", other) is None) == (other is not words)
+    assert token_method(additive, "token_credit", additive.tokenizer) == additive.token_credit
+    assert token_method(additive, "no_such", additive.tokenizer) is None
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "HashedWord"}')
+    with pytest.raises(OSError, match=r"tokenizer .* could not be loaded"):
+        load_reward(folder)
 
 
 def test_missing_additive_reward_is_explained(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tpo_lib.files import store
 from tpo_lib.files.pairs import load_pairs, pairs_table, save_pairs
-from tpo_lib.files.tokens import vocabulary_name
+from tpo_lib.files.tokens import token_method, vocabulary_name
 from tpo_lib.models import fingerprint, tokenizer_content
 from tpo_lib.rewards import in_unit_interval, name_of, probe, scores_of
 from tpo_lib.sampling import Completion, Progress, generate, stop_ids
@@ -62,11 +62,11 @@ def score_samples(reward, tokenizer, prompts: Sequence[str], completions: Sequen
         reward: as for `score`; with `score_ids` and a `tokenizer`, as AdditiveReward has them, it reads tokens.
         tokenizer: the one that the completions were sampled with.
     """
-    reads_tokens = hasattr(reward, "score_ids") and hasattr(reward, "tokenizer")
-    if not reads_tokens or vocabulary_name(reward.tokenizer) != vocabulary_name(tokenizer):
+    score_ids = token_method(reward, "score_ids", tokenizer)
+    if score_ids is None:
         return score(reward, prompts, [[completion.text for completion in several] for several in completions])
     rows = [completion.token_ids for several in completions for completion in several]
-    return scores_of(reward.score_ids, rows).view(len(prompts), len(rows) // max(1, len(prompts)))  # (P K,) -> (P, K)
+    return scores_of(score_ids, rows).view(len(prompts), len(rows) // max(1, len(prompts)))  # (P K,) -> (P, K)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class AdditiveReward:
     score = sigma(b + sum_t w(y^{t-1}, y^t)),  w(a, z) = unigram[z] + bigram[hash(a, z)],  y^0 = token 0, the beginning of a text.
 
     Args:
-        tokenizer: the tokenizer whose ids the tables are indexed with.
+        tokenizer: the tokenizer whose ids the tables are indexed with: a model's, or `HashedWords`, which reads words.
         unigram: (V,) float32, in nats of log-odds.
         bigram: (H,) float32, the same for hashed pairs of tokens.
         bias: log-odds of an empty text.

@@ -20,6 +20,9 @@ PAIRS = [EncodedPair(0, [5, 6], [7, 8, 9, 0], [10, 0]), EncodedPair(4, [5], [11,
 class Tokenizer:
     pad_token_id = 0
 
+    def __init__(self, *words: str) -> None:
+        self.get_vocab = lambda: {word: i for i, word in enumerate(words)}
+
     def decode(self, ids, **_) -> str:
         return "".join(f"<b{i}>&" for i in ids)
 
@@ -60,7 +63,9 @@ def test_the_start_is_zero_everywhere_and_without_pairs_there_is_nothing():
 
 
 def test_what_a_reward_knows_of_tokens_is_there():
-    reward = SimpleNamespace(token_credit=lambda ids: ids / 10)
+    reward = SimpleNamespace(token_credit=lambda ids: ids / 10, tokenizer=Tokenizer("of another model"))
+    assert "credit" not in heatmap.token_map(tiny.llama(0), stage(reward=reward))[0]["chosen"]
+    reward.tokenizer = Tokenizer()
     found = heatmap.token_map(tiny.llama(0), stage(reward=reward))
     assert found[0]["chosen"]["credit"] == pytest.approx([0.7, 0.8, 0.9, 0.0])
     page = str(heatmap.page({"dpo": found}))

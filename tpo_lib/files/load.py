@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tpo_lib.files import adapters, folders
+from tpo_lib.files.words import read_words
 
 
 def _bundled() -> Path:
@@ -35,6 +36,8 @@ def load_tokenizer(name: str | Path):
     try:
         if source.adapter is not None and not list(source.folder.glob("token*")):
             return load_tokenizer(folders.base_of(source))
+        if words := read_words(source.folder):
+            return words
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # the readers of a dozen formats raise whatever they meet

@@ -6,7 +6,7 @@ What `data.encode_pairs` asks, so that the loss reads the tokens that were meant
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from datasets import Dataset
@@ -62,6 +62,13 @@ def response_texts(tokenizer, prompts: Sequence[list[int]], responses: Sequence[
 def vocabulary_name(tokenizer) -> str:
     """What names a vocabulary: equal names, equal meaning of every token id."""
     return content_key(sorted(tokenizer.get_vocab().items()))[:16]
+
+
+def token_method(scorer, name: str, tokenizer) -> Callable | None:
+    """The method `name` of a scorer, which reads token ids, where it has one and its ids are this tokenizer's; else None."""
+    own = getattr(scorer, "tokenizer", None)
+    known = own is not None and vocabulary_name(own) == vocabulary_name(tokenizer)
+    return getattr(scorer, name, None) if known else None
 
 
 def special_texts(tokenizer) -> re.Pattern:

@@ -42,12 +42,13 @@ def token_map(policy, stage: Stage, pairs: int = PAIRS) -> list[dict]:
     """
     from tpo_lib.evaluation import pair_stats  # brings datasets, which a stage has loaded
     from tpo_lib.fast.fused import pair_loss
+    from tpo_lib.files.tokens import token_method
 
     shown, decode = stage.held_out_pairs[:pairs], stage.tokenizer.decode
     if not shown:
         return []
     tokens = pair_stats(policy, stage.start, shown, stage.tokenizer.pad_token_id, pair_loss=pair_loss)
-    ratio, credit = tokens.logps - tokens.ref_logps, getattr(stage.reward, "token_credit", None)
+    ratio, credit = tokens.logps - tokens.ref_logps, token_method(stage.reward, "token_credit", stage.tokenizer)
     found = [{"prompt": decode(pair.prompt_ids, skip_special_tokens=True)} for pair in shown]
     for i, mask in enumerate(tokens.mask):  # all chosen first
         number, side = i % len(shown), SIDES[i // len(shown)]

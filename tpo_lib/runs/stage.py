@@ -310,6 +310,7 @@ def own_stage(
     return build_stage(config, cache_dir=cache_dir and Path(cache_dir), **inside)
 
 
+SECOND_JUDGE = str(POCKET / "second_judge")  # words instead of tokens, and no body that was the model's
 QUICK = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
 
 

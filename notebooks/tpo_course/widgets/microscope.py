@@ -111,12 +111,14 @@ class TokenMicroscope:
         return found
 
     def _draw(self) -> None:
+        from tpo_lib.files.tokens import token_method  # brings datasets, which a stage has loaded
+
         pair = self.stage.held_out_pairs[self.pair.value]
         self._ids = pair.chosen_ids + pair.rejected_ids
         self._cut = len(pair.chosen_ids)
         self._pieces = [self.stage.tokenizer.decode([i]) for i in self._ids]
         self._found = self._values()
-        credit = getattr(self.stage.reward, "token_credit", None)
+        credit = token_method(self.stage.reward, "token_credit", self.stage.tokenizer)
         sides = (pair.chosen_ids, pair.rejected_ids)
         self._credit = credit and torch.cat([credit(torch.tensor(ids)) for ids in sides])
         facts = "; ".join(
