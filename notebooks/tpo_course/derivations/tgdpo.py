@@ -29,7 +29,7 @@ def shaping(w: TokenWorld, h: Hyper) -> Tensor:
 
 
 def guided_optimum(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    """log pi* (S, V) and log Z (S,) of pi* = pi_ref exp(r/(beta f))/Z."""
+    """log pi*_f (S, V) and log Z (S,) of pi*_f = pi_ref exp(R/(beta f))/Z."""
     return w.gibbs(w.reward / (h.beta * shaping(w, h)))
 
 
@@ -94,7 +94,34 @@ def token_maxima(w: TokenWorld, beta: float, reward: Tensor | None = None) -> Te
 
 
 def upper_bound(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
-    return w.expected(w.soft_optimum(h.beta)[0].v), token_maxima(w, h.beta).sum()
+    soft, star = w.soft_optimum(h.beta)
+    best, maxima, winners = w.expected(soft.v), token_maxima(w, h.beta), _winners(w, h.beta)
+
+    def terms(pi: Tensor) -> Tensor:
+        gains = w.visits(pi) * _gain(w, pi, h.beta)
+        return torch.stack([gains[level].sum() for level in w.levels])  # (T,) J_t, by its definition
+
+    climbed = tools.ascend(lambda pi: (terms(pi) - maxima).max(), [w.ref_logps])
+    tried = torch.stack([terms(pi) for pi in [star, *winners, *tools.rivals(w, 4), *climbed]])  # (n, T)
+    attained = torch.stack([terms(pi)[t] for t, pi in enumerate(winners)])
+    # the theorem; then each of its two sides is reached by a policy, and passed by none that was tried
+    left = [best, best, tried.sum(-1).max(), *maxima, *tried.amax(0)]
+    return torch.stack(left), torch.stack([maxima.sum(), terms(star).sum(), best, *attained, *maxima])
+
+
+def _winners(w: TokenWorld, beta: float) -> list[Tensor]:
+    """T tables (S, V): for each t the policy of `token_maxima`, which walks to the best state of depth t."""
+    (star, log_z), found = w.gibbs(w.reward / beta), []
+    for level in w.levels:
+        walk = w.backup(
+            torch.zeros_like(w.reward),
+            lambda q, at, level=level: beta * log_z[at] if at == level else q.amax(-1),
+            gamma=1.0,
+        )
+        pi = (1e12 * walk.q).log_softmax(-1)  # all on the best token
+        pi[level] = star[level]
+        found.append(pi)
+    return found
 
 
 def _slack(w: TokenWorld, h: Hyper) -> dict[str, float]:
@@ -215,7 +242,7 @@ def f_must_be_positive(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def phi_and_delta(w: TokenWorld, logps: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
-    """(R,) sum_t beta f log(pi/pi_ref) and sum_t beta f log Z(s_t); phi and delta are their gaps over pairs."""
+    """(R,) sum_t beta f log(pi/pi_ref) and sum_t beta f log Z(s_t); phi and delta_Z are their gaps over pairs."""
     f, (_, log_z) = shaping(w, h), guided_optimum(w, h)
     return w.along(h.beta * f * (logps - w.ref_logps)), w.along(h.beta * f * log_z[:, None])
 
@@ -264,10 +291,10 @@ def both_labels(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 def _both_ways(w: TokenWorld, h: Hyper) -> dict[str, float]:
     delta = tools.gap(w, phi_and_delta(w, guided_optimum(w, h)[0], h)[1])
     return {
-        "argmax without delta": float(_argmax(0.0, 0.0)),
-        "argmax with delta = (2, -2)": float(_argmax(2.0, -2.0)),
-        "mean |delta| over the pairs of this world": float(tools.mean_over_pairs(w, delta.abs())),
-        "largest |delta|": float(delta.abs().max()),
+        "argmax without delta_Z": float(_argmax(0.0, 0.0)),
+        "argmax with delta_Z = (2, -2)": float(_argmax(2.0, -2.0)),
+        "mean |delta_Z| over the pairs of this world": float(tools.mean_over_pairs(w, delta.abs())),
+        "largest |delta_Z|": float(delta.abs().max()),
     }
 
 
@@ -280,7 +307,7 @@ def two_pairs(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
 
 def _two_argmaxes(w: TokenWorld, h: Hyper) -> dict[str, float]:
     without, with_delta = two_pairs(w, h)[1].tolist()
-    return {"argmax without delta": without, "argmax with delta = (2, -1)": with_delta}
+    return {"argmax without delta_Z": without, "argmax with delta_Z = (2, -1)": with_delta}
 
 
 def _guided_loss(w: TokenWorld, logits: Tensor, h: Hyper, *, keep_delta: bool) -> Tensor:
@@ -300,15 +327,15 @@ def _two_optima(w: TokenWorld, h: Hyper) -> dict[str, float]:
     trained, (_, dropped) = fit.policy.logps(), optimum_without_delta(w, h.beta * shaping(w, h))
     myopic, (soft, best) = w.gibbs(w.reward / h.beta)[0], w.soft_optimum(h.beta)
     return {
-        "KL(pi with delta || pi without), nats per response": float(tools.mean_seq_kl(w, star, dropped)),
+        "KL(pi with delta_Z || pi without), nats per response": float(tools.mean_seq_kl(w, star, dropped)),
         "J(pi_ref)": float(tools.objective(w, w.ref_logps, h.beta)),
-        "J(optimum with delta)": float(tools.objective(w, star, h.beta)),
-        "J(optimum without delta)": float(tools.objective(w, dropped, h.beta)),
+        "J(optimum with delta_Z)": float(tools.objective(w, star, h.beta)),
+        "J(optimum without delta_Z)": float(tools.objective(w, dropped, h.beta)),
         "J(best policy)": float(w.expected(soft.v)),
-        "f = 1: J(optimum with delta)": float(tools.objective(w, myopic, h.beta)),
-        "f = 1: J(optimum without delta), which is DPO's": float(tools.objective(w, best, h.beta)),
+        "f = 1: J(optimum with delta_Z)": float(tools.objective(w, myopic, h.beta)),
+        "f = 1: J(optimum without delta_Z), which is DPO's": float(tools.objective(w, best, h.beta)),
         "slope left by the fit": fit.grad_norm,
-        "KL(pi trained without delta || its closed form), nats": float(tools.mean_seq_kl(w, trained, dropped)),
+        "KL(pi trained without delta_Z || its closed form), nats": float(tools.mean_seq_kl(w, trained, dropped)),
     }
 
 
@@ -374,9 +401,11 @@ def _one_policy_two_f(w: TokenWorld, h: Hyper) -> dict[str, float]:
     claimed = torch.sigmoid(as_chosen[w.pairs.chosen] - as_rejected[w.pairs.rejected])
     (value_w, pi_w), (value_l, pi_l) = (optimum_without_delta(w, h.beta * f) for f in (f_w, f_l))
     return {
-        "KL(optimum without delta of f_w || that of f_l), nats": float(tools.mean_seq_kl(w, pi_w, pi_l)),
+        "KL(optimum without delta_Z of f_w || that of f_l), nats": float(tools.mean_seq_kl(w, pi_w, pi_l)),
         "their V(s_0), largest difference": float((value_w.v - value_l.v)[: w.num_prompts].abs().max()),
-        "largest error of sigma(phi + delta) with one pi* for f_w and f_l": float((claimed - w.pairs.prob).abs().max()),
+        "largest error of sigma(phi + delta_Z) with one pi*_f for f_w and f_l": float(
+            (claimed - w.pairs.prob).abs().max()
+        ),
     }
 
 
