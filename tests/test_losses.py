@@ -81,7 +81,7 @@ def stats_from(logps, ref=None, kl=None, guide=None, padding: int = 0) -> TokenS
 @pytest.mark.parametrize("name", ["dpo", "tdpo1", "tdpo2", "tgdpo", "simpo"])
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"B{case['B']}T{case['T']}V{case['V']}")
 def test_loss_and_gradient_equal_the_published_code(case, name):
-    """To 1e-10 in float64. Their TGDPO has no floor on f, so ours is lifted; its guide's beta is the run's own."""
+    """To 1e-10 in float64; SimPO's figures are its paper's formula. Their TGDPO has no floor, and the run's beta in r_hat."""
     batch = {key: torch.tensor(case[f"{key}_logits"], dtype=torch.float64) for key in ("policy", "ref", "guide")}
     batch["labels"] = torch.tensor(case["labels"])
     values = {key: case[key] for key in ("beta", "alpha", "gamma")} | {"guide_beta": case["beta"], "floor": -math.inf}

@@ -146,8 +146,7 @@ def _encode_rows(
         wholes = encode([heads[row] + bodies[row][0] for row in rows], plain=plain)
         sides.append([ids + [tokenizer.eos_token_id] * complete[row] for row, ids in zip(rows, wholes, strict=True)])
     for row, *both in zip(rows, *sides, strict=True):
-        # A token that straddles the boundary counts as the response's, in both alike, since both share one prompt. (TRL
-        # leaves such a token to the prompt: no loss reads it, and the response lacks its first word.)
+        # A token that straddles the boundary counts as the response's, in both alike, since both share one prompt.
         start = tokens.common_start(prompts[row], *both)
         found["straddling"] |= {row} if start < len(prompts[row]) else set()
         encoded[row] = prompts[row][:start], *(ids[start:] for ids in both)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tpo_lib.types import LossOutput, TokenStats
 
-F_FLOOR = 0.01  # TGDPO's smallest weight of a token: its derivation needs f > 0, the published code does not ensure it
+F_FLOOR = 0.01  # TGDPO's smallest weight of a token: its derivation needs f > 0, the authors' code does not ensure it
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 _HOW_TO_GET = {
@@ -101,10 +101,11 @@ def tgdpo(
 
     loss = -log sigma(beta sum f lr(w) - beta sum f lr(l)), f = 1 +- alpha r_hat, r_hat from a frozen DPO model
 
-    r_hat^t = guide_beta (log pi_hat(y^t|s_t) - log pi_ref(y^t|s_t)) is constant in theta, and guide_beta what the guide was
-    trained with. (The published code uses the current run's beta instead.) With shaping "exp" f = exp(+-alpha r_hat); + is
-    the chosen side's. The derivation divides by f, so f must stay positive: the paper asks for a small enough alpha, the
-    published code has no guard. Here f = max(f, floor), and `floor_share` counts the tokens that hit it.
+    r_hat^t = guide_beta (log pi_hat(y^t|s_t) - log pi_ref(y^t|s_t)) is constant in theta. guide_beta is what the guide was
+    trained with: our reading, the paper prints one beta; the authors' code takes this run's. With shaping "exp"
+    f = exp(+-alpha r_hat); + is the chosen side's. The derivation divides by f, so f must stay positive: the paper asks for a
+    small enough alpha, the authors' code has no guard. Here f = max(f, floor), and `floor_share` counts the tokens that hit
+    it. The logged rewards have the loss's f. (The authors' code logs DPO's, without f.)
 
     Returns:
         LossOutput; token_weights holds f.

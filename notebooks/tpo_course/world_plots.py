@@ -96,6 +96,22 @@ def pareto(world: TokenWorld, betas: Sequence[float], policies: Mapping[str, Ten
     return fig
 
 
+def below_front(world: TokenWorld, logps: Tensor) -> float:
+    """How much less one (S, V) policy earns than the best policy of the same KL, in units of reward: 0 on the front.
+
+    Example:
+        >>> world = TokenWorld(vocab_size=3, horizon=2, seed=0)
+        >>> round(below_front(world, world.soft_optimum(1.0)[1]), 6), round(below_front(world, world.one_step_optimum(1.0)), 6)
+        (0.0, 0.008293)
+    """
+    kl, earned = kl_and_return(world, logps)
+    low, high = 1e-3, 1e6  # of beta; where the KL is larger than any optimum's, the front is flat
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if kl_and_return(world, world.soft_optimum(middle)[1])[0] > kl else (low, middle)
+    return kl_and_return(world, world.soft_optimum(high)[1])[1] - earned
+
+
 def policy_tree(world: TokenWorld, policies: Mapping[str, Tensor], *, prompt: int = 0, depth: int = 2) -> Figure:
     """The states below one prompt, a panel a policy: an edge is as thick as its token is probable, the number beside it.
 
