@@ -109,6 +109,25 @@ def test_no_policy_lies_above_the_front(gamma):
     assert highest > -2e-3  # "soft" lies on it
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_below_front_is_what_the_best_policy_of_that_kl_earns_more(gamma):
+    w = make(gamma)
+    for beta in (0.05, 0.5, 3.0):
+        star = w.soft_optimum(beta)[1]
+        assert world_plots.below_front(w, star) == pytest.approx(0, abs=1e-9)
+        kl, earned = by_enumeration(w, star) if gamma == 1 else world_plots.kl_and_return(w, star)
+        worse = (0.9 * star.exp() + 0.1 * w.ref_logps.exp()).log()
+        short = world_plots.below_front(w, worse)
+        less_kl, less = world_plots.kl_and_return(w, worse)
+        # the front lies below its tangent at the star, whose slope is beta
+        assert 0 < short <= earned + beta * (less_kl - kl) - less + 1e-9
+    beyond = torch.full_like(star, -1e3).scatter(1, w.ref_logps.argmin(-1, keepdim=True), 0.0).log_softmax(-1)
+    best = w.soft_optimum(1e-3)[1]
+    assert world_plots.kl_and_return(w, beyond)[0] > world_plots.kl_and_return(w, best)[0]
+    gap = world_plots.kl_and_return(w, best)[1] - world_plots.kl_and_return(w, beyond)[1]
+    assert world_plots.below_front(w, beyond) == pytest.approx(gap, abs=1e-6)
+
+
 def test_beta_marks_are_soft_optima_and_each_is_named():
     w = make()
     ax = world_plots.pareto(w, [*BETAS, 1.01, 1.02], {}).axes[0]
