@@ -305,15 +305,15 @@ def test_two_pairs_counterexample(world):
 def test_dropping_delta_moves_the_optimum(world):
     found = STEPS["tgdpo.delta_keeps_the_optimum"].measure(world)
     assert found["slope left by the fit"] < 1e-6
-    assert found["KL(pi with delta || pi without), nats per response"] > 0.01
-    assert found["f = 1: J(optimum without delta), which is DPO's"] == pytest.approx(found["J(best policy)"])
-    assert found["f = 1: J(optimum with delta)"] < found["J(best policy)"] - 1e-3
-    assert found["KL(pi trained without delta || its closed form), nats"] < 1e-5
+    assert found["KL(pi with delta_Z || pi without), nats per response"] > 0.01
+    assert found["f = 1: J(optimum without delta_Z), which is DPO's"] == pytest.approx(found["J(best policy)"])
+    assert found["f = 1: J(optimum with delta_Z)"] < found["J(best policy)"] - 1e-3
+    assert found["KL(pi trained without delta_Z || its closed form), nats"] < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bisection_finds_what_training_finds(seed):
-    """The closed form of delta-free TGDPO against a policy trained to rest, with a strongly varying f."""
+    """The closed form of TGDPO without delta_Z against a policy trained to rest, with a strongly varying f."""
     other, h = TokenWorld(3, 3, seed=seed), Hyper(alpha=2.0)
     f = tgdpo.shaping(other, h)
     assert f.max() / f.min() > 5

@@ -1,4 +1,4 @@
-"""Exercises of 05_tgdpo.ipynb: the guide's token reward, V without delta, the weights, TGDPO's loss, the largest safe alpha."""
+"""Exercises of 05_tgdpo.ipynb: the guide's token reward, V without delta_Z, the weights, TGDPO's loss, the largest safe alpha."""
 
 from collections.abc import Callable
 from dataclasses import replace
