@@ -115,36 +115,69 @@ def test_the_interval_of_distinct_2_is_as_wide_as_fresh_samples_differ():
     assert 1.6 * spread < half < 3.2 * spread  # 1.96 would be exact, the jackknife errs on the wide side
 
 
+def sums_of(ids) -> ev.SampleStats:
+    return ev.SampleStats(*(torch.arange(1.0, 1 + len(ids)).double() for _ in range(5)))
+
+
+def test_collapse_within_a_prompt_is_seen_where_all_samples_together_look_diverse():
+    # K = 3; alike within a prompt, or alike across the prompts: the same six sentences
+    alike, apart = [[1, 2, 3]] * 3 + [[4, 5, 6]] * 3, [[1, 2, 3], [4, 5, 6], [7, 8, 9]] * 2
+    first, second = (ev.sample_metrics(sums_of(ids), ids, 2, seed=0) for ids in (alike, apart))
+    assert first["distinct_2"].mean == pytest.approx(4 / 12)
+    assert second["distinct_2"].mean == pytest.approx(6 / 12)
+    assert (first["distinct_2_within"].mean, second["distinct_2_within"].mean) == (pytest.approx(1 / 3), 1.0)
+    mixed = ev.sample_metrics(sums_of(alike), [*alike[:3], *apart[:3]], 2, seed=0)["distinct_2_within"]
+    assert (mixed.mean, mixed.low, mixed.high, mixed.n) == (pytest.approx(2 / 3), pytest.approx(1 / 3), 1.0, 2)
+    assert "distinct_2_within" not in ev.sample_metrics(sums_of(alike), alike, 6, seed=0)  # one sample a prompt
+    nothing = ev.sample_metrics(sums_of([[]] * 4), [[], [1], [], []], 2, seed=0)
+    assert [nothing[name].mean for name in ("distinct_2", "distinct_2_within", "repetition")] == [0, 0, 0]
+
+
+def test_rare_tokens_and_perplexity_are_per_token():
+    sums = ev.SampleStats(*(torch.tensor(v).double() for v in ([1.0, 1], [1.0, 1], [6.0, 2], [2.0, 0], [3.0, 1])))
+    metrics = ev.sample_metrics(sums, [[1, 2, 3], [1]], 2, seed=0)
+    assert metrics["ref_perplexity"].mean == pytest.approx(math.exp(8 / 4))  # not the mean of exp(2) and exp(2)
+    assert metrics["rare"].mean == pytest.approx(2 / 4)
+    assert metrics["rare"].low == 0.0
+
+
 # ---- KL and entropy of the policy's own samples
 
 
-def loop(policy, ref, tokenizer) -> tuple[list[float], list[float], list[int]]:
-    """One forward pass a prefix, no padding, plain floats."""
-    kl, entropy, steps = [], [], []
+def loop(policy, ref, tokenizer) -> tuple[list[float], ...]:
+    """One forward pass a prefix, no padding, plain floats: KL, entropy, surprisal under the reference, rare ones, steps."""
+    found = []
     for prompt, completion in zip(PROMPTS, completions(), strict=True):
         prefix = tokenizer(prompt)["input_ids"]
         tokens = [*completion.token_ids, *([0] if completion.complete else [])]
-        sums = [0.0, 0.0]
+        sums = [0.0, 0.0, 0.0, 0]
         for token in tokens:
             with torch.no_grad():
                 rows = [m(input_ids=torch.tensor([prefix])).logits[0, -1].tolist() for m in (policy, ref)]
             sums[0] += naive.kl_of_rows(*rows)
             sums[1] -= sum(math.exp(x) * x for x in naive.log_softmax(rows[0]))
+            sums[2] -= naive.log_softmax(rows[1])[token]
+            sums[3] += naive.log_softmax(rows[1])[token] < math.log(ev.RARE)
             prefix = [*prefix, token]
-        kl, entropy, steps = [*kl, sums[0]], [*entropy, sums[1]], [*steps, len(tokens)]
-    return kl, entropy, steps
+        found.append([*sums, len(tokens)])
+    return tuple(map(list, zip(*found, strict=True)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_sequence_kl_equals_the_loop(pair_of_models, tokenizer, dtype, tolerance):
+def test_sequence_kl_equals_the_loop(pair_of_models, tokenizer, dtype, tolerance, monkeypatch):
+    assert ev.RARE == 1e-4
+    monkeypatch.setattr(ev, "RARE", 3e-3)  # some of what these models wrote
     policy, ref = (model.double() for model in pair_of_models)
-    kl, entropy, steps = loop(policy, ref, tokenizer)
+    kl, entropy, surprisal, rare, steps = loop(policy, ref, tokenizer)
     policy, ref = policy.to(dtype), ref.to(dtype)
     stats = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions(), batch_size=3)
     assert stats.steps.tolist() == steps == [5, 2, 1, 4]
     assert stats.kl.tolist() == pytest.approx(kl, rel=tolerance)
     assert stats.entropy.tolist() == pytest.approx(entropy, rel=tolerance)
+    assert stats.surprisal.tolist() == pytest.approx(surprisal, rel=tolerance)
+    assert stats.rare.tolist() == rare
     assert min(kl) > 0.1  # the comparison would mean little otherwise
+    assert 0 < sum(rare) < sum(steps)
 
 
 def test_sequence_kl_does_not_depend_on_batches_or_padding(pair_of_models, tokenizer):
@@ -246,6 +279,20 @@ def test_accuracy_by_log_ratio_reads_no_label():
     assert "accuracy_mean" not in ev.pair_values(replace(table, ref_logps=None), "simpo", HYPERPARAMETERS["simpo"])
 
 
+def test_tgdpos_own_accuracy_reads_the_label_and_the_ranking_does_not(llamas):
+    """Swap chosen and rejected: what ranks pairs must turn a into 1 - a, whatever the policy was trained with."""
+    pairs = encoded_pairs(40)
+    swapped = [EncodedPair(p.row, p.prompt_ids, p.rejected_ids, p.chosen_ids) for p in pairs]
+    tables, turned = [direct(*llamas, rows) for rows in (pairs, swapped)], {}
+    for objective in OBJECTIVES:
+        first, second = (ev.pair_values(table, objective, HYPERPARAMETERS[objective]) for table in tables)
+        for name in ("accuracy_logratio", "accuracy_mean"):
+            assert torch.equal(second[name], 1 - first[name])
+        turned[objective] = first["own_accuracy"].mean() + second["own_accuracy"].mean()
+    assert turned["tgdpo"] != pytest.approx(1)
+    assert turned["dpo"] == turned["tdpo1"] == turned["ipo"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "simpo"])
 def test_an_objective_that_reads_no_label_ranks_swapped_pairs_the_other_way(llamas, objective):
     pairs = encoded_pairs(9)
@@ -332,6 +379,27 @@ def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):
     means = [sum(s.reward for s in result.samples[i : i + 3]) / 3 for i in range(0, 12, 3)]
     assert result.by_prompt["reward"].tolist() == pytest.approx(means)
     assert result.metrics["length"].mean <= 6
+
+
+def test_pairs_of_one_prompt_are_one_unit(llamas, tokenizer):
+    pairs = encoded_pairs(6)
+    same = [EncodedPair(p.row, pairs[i // 3].prompt_ids, p.chosen_ids, p.rejected_ids) for i, p in enumerate(pairs)]
+    same.append(EncodedPair(6, pairs[0].prompt_ids, pairs[1].chosen_ids, pairs[1].rejected_ids))
+    result = run(llamas, tokenizer, pairs=same)
+    expected = ev.pair_values(direct(*llamas, same), None, None)
+    for name, values in expected.items():
+        assert result.metrics[name].mean == pytest.approx(values.mean().item(), rel=1e-4), name  # of pairs
+        assert (result.metrics[name].n, len(result.by_prompt[name])) == (2, 2)
+    assert result.metrics["reward"].n == 4
+
+
+def test_a_second_judge_is_scored_beside_the_first(llamas, tokenizer):
+    result = run(llamas, tokenizer, second_judge=lambda texts: [float(len(text)) for text in texts])
+    lengths = [float(len(sample.text)) for sample in result.samples]
+    assert result.by_prompt["second_judge"].tolist() == lengths
+    assert list(result.metrics)[:3] == ["reward", "judge", "second_judge"]
+    with pytest.raises(ValueError, match=r"returned shape \(1,\) for 2 texts"):
+        run(llamas, tokenizer, second_judge=lambda texts: [0.5])
 
 
 def test_batch_size_changes_nothing_that_is_measured(llamas, tokenizer):

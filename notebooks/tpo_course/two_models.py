@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,12 +32,9 @@ def kl_per_token(point: Mapping) -> float:
 
 
 def reward_at(points: Sequence[Mapping], level: float, metric: str = "reward") -> float | None:
-    """The metric where a run first comes to `level` nats a token, by linear interpolation; None where it never did."""
-    for a, b in itertools.pairwise(points):
-        low, high = kl_per_token(a), kl_per_token(b)
-        if low <= level <= high:
-            return float(np.interp(level, [low, high], [plots.mean(a, metric), plots.mean(b, metric)]))
-    return None
+    """The metric where a run first comes to `level` nats a token, see `plots.at_level`; None where it never did."""
+    kl, values = [kl_per_token(point) for point in points], [plots.mean(point, metric) for point in points]
+    return plots.at_level(kl, values, level, root=True)
 
 
 def frontiers(stored: Mapping[str, Mapping], *, metric: str = "reward", level: float | None = None) -> Figure:
@@ -70,11 +66,7 @@ def _curve(ax, points: Sequence[Mapping], style: plots.Style, metric: str) -> No
     xs, ys = [kl_per_token(point) for point in points], [plots.mean(point, metric) for point in points]
     bars = [[abs(point[metric][end] - y) for point, y in zip(points, ys, strict=True)] for end in ("low", "high")]
     ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
-    along = np.concatenate(
-        [np.linspace(a, b, 40) for a, b in itertools.pairwise(xs)]
-    )  # straight in nats, bent on this axis
-    between = np.concatenate([np.linspace(a, b, 40) for a, b in itertools.pairwise(ys)])
-    ax.plot(along, between, linewidth=2, zorder=3, color=style.colour, linestyle=style.linestyle)
+    ax.plot(*plots.bent(xs, ys), linewidth=2, zorder=3, color=style.colour, linestyle=style.linestyle)
     ax.plot(xs[1:], ys[1:], style.marker, color=style.colour, markersize=7, markeredgecolor="white", zorder=4)
 
 

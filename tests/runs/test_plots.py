@@ -389,3 +389,19 @@ def test_a_run_is_drawn_with_its_held_out_pairs_beside_it():
     assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["held-out pairs"]
     assert len(plots.run("sft", [{"step": 1, "loss": 1.0}]).legends[0].get_texts()) == 1
     plots.run("dpo", [{"step": 1, "eval_loss": 1.0}]).draw_without_rendering()
+
+
+def test_a_level_of_the_kl_is_read_in_its_root_and_the_picture_is_drawn_so():
+    kl, reward = (
+        [-1e-9, 4.0, 9.0, 1.0],
+        [0.5, 0.7, 0.8, 0.4],
+    )  # a rounding below 0 at the start; it turns back at the end
+    assert plots.at_level(kl, reward, 1.0, root=True) == pytest.approx(0.6)  # where it first comes there
+    assert plots.at_level(kl, reward, 6.25, root=True) == pytest.approx(0.75)
+    assert plots.at_level(kl, reward, 6.25, root=False) == pytest.approx(0.745)
+    assert plots.at_level(kl, reward, 9.1, root=True) is None
+    assert plots.at_level(kl[:1], reward[:1], 1.0, root=True) is None
+    x, y = plots.bent(kl, reward)
+    assert x[:: plots.STEPS] == pytest.approx(kl)
+    assert y[:: plots.STEPS] == pytest.approx(reward)
+    assert [plots.at_level(kl, reward, level, root=True) for level in x[1:41]] == pytest.approx(list(y[1:41]))

@@ -310,6 +310,34 @@ def mean(point: Mapping, metric: str) -> float:
     return point[metric]["mean"]
 
 
+def at_level(xs: Sequence[float], ys: Sequence[float], level: float, *, root: bool) -> float | None:
+    """y where a curve first comes to the level of x, straight between its points in x or in its root; None where it never does.
+
+    The root is for a KL: it grows with the square of what a policy changes, so that a reward is linear in its root near the
+    reference (Gao et al. 2022, arXiv 2210.10760, d = sqrt(KL)), and a straight line in nats lies below the curve.
+
+    Example:
+        >>> at_level([0.0, 4.0], [0.5, 0.9], 1.0, root=True)  # half of the way in sqrt(KL)
+        0.7
+    """
+    if root:
+        xs, level = np.sqrt(np.maximum(xs, 0.0)), level**0.5  # a KL of 0 may be a rounding below it
+    for i, (low, high) in enumerate(itertools.pairwise(xs)):
+        if low <= level <= high:
+            return float(np.interp(level, [low, high], ys[i : i + 2]))
+    return None
+
+
+STEPS = 20  # drawn between two points of a curve
+
+
+def bent(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """A curve over the KL as `at_level` reads it: every STEPS-th of its points is one of (xs, ys)."""
+    along = np.linspace(0, len(xs) - 1, STEPS * (len(xs) - 1) + 1)
+    roots, values = (np.interp(along, range(len(xs)), each) for each in (np.sqrt(np.maximum(xs, 0.0)), ys))
+    return roots**2, values
+
+
 def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: str) -> None:
     """One curve a label through its points (x, y), with vertical bars (or the band of its seeds), and a star at the start."""
     for name, points in curves.items():
@@ -321,7 +349,7 @@ def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: 
         else:
             bars = np.maximum(0.0, [np.subtract(ys, lows), np.subtract(highs, ys)])
             ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
-        _curve(ax, xs, ys, style)
+        _curve(ax, *bent(xs, ys), style, every=STEPS) if x == "kl" else _curve(ax, xs, ys, style)
     _star(ax, next(iter(curves.values()))[0], x, y)
 
 

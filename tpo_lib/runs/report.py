@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -30,7 +29,8 @@ from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.files import store
 from tpo_lib.runs import heatmap, plots
-from tpo_lib.runs.seeds import paired_over_seeds
+from tpo_lib.runs.overoptimised import JUDGES, sentences
+from tpo_lib.runs.seeds import paired_over_seeds, table_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 6  # samples an objective
@@ -53,7 +53,6 @@ COLUMNS = {  # metric -> heading with its unit, digits after the point
     "seqkl_margin": ("SeqKL margin, nats", 1),
     "own_accuracy": ("own accuracy (training diagnostic)", 2),
 }
-JUDGES = ("judge", "second_judge")
 COMPARED = ("reward", *JUDGES, "accuracy_logratio")  # what is compared setting by setting
 APART = (*COMPARED, "kl", "entropy")  # what seeds and prompts do to it is shown apart
 MANY = 15  # comparisons that are told one by one
@@ -146,6 +145,7 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
         "results": _results(summary),
         "equal": [(title, *found) for x, y, title in EQUAL if {x, y} <= known and (found := _equal(curves, x, y))],
         "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in COMPARED},
+        "optimised": {COLUMNS[judge][0]: sentences(curves, judge, seed=summary["seed"]) for judge in JUDGES},
         "samples": {_label(name): [row | _scores(row) for row in rows[:SHOWN]] for name, rows in samples.items()},
         "shown": SHOWN,
         "count": max(map(len, samples.values()), default=0),
@@ -202,7 +202,7 @@ def _by_first(triples: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[s
 
 
 def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, list[float | None]]]:
-    """Read y off every curve at equal levels of x, by linear interpolation where the curve first reaches the level.
+    """Read y off every curve at equal levels of x, where it first reaches the level: see `plots.at_level`.
 
     Returns:
         Up to five round levels that at least two objectives reach, and objective -> one y a level (None: it never gets there).
@@ -211,23 +211,19 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
     start = max(plots.mean(points[0], x) for points in curves.values())
     top = reach[min(1, len(reach) - 1)]
     levels = [float(v) for v in MaxNLocator(5).tick_values(start, top) if start < v <= top] if top > start else []
-    return levels, {name: [_first_crossing(points, x, y, level) for level in levels] for name, points in curves.items()}
+    xs, ys = ({name: [plots.mean(p, metric) for p in points] for name, points in curves.items()} for metric in (x, y))
+    root = x == "kl"
+    return levels, {name: [plots.at_level(xs[name], ys[name], v, root=root) for v in levels] for name in curves}
 
 
 def _with_differences(summary: Mapping, curves: Mapping) -> dict:
     """The summary, with paired differences of the final evaluations where these kept one number a prompt and seed."""
     made = {}
     for metric in COMPARED:
-        tables = {name: _table(points[-1], metric) for name, points in curves.items()}
+        tables = {name: table_of(points[-1], metric) for name, points in curves.items()}
         if all(tables.values()):
             made[metric] = paired_over_seeds(tables, seed=summary["seed"])
     return {**summary, "differences": made | summary.get("differences", {})}
-
-
-def _table(point: Mapping, metric: str) -> list | None:
-    """(S, n) numbers of a metric at one point of a curve, if it kept them."""
-    one = point.get("by_prompt", {}).get(metric)
-    return point.get("by_seed", {}).get(metric) or (one and [one])
 
 
 def _spread(summary: Mapping) -> list[tuple]:
@@ -303,14 +299,6 @@ def _equal(curves: Mapping, x: str, y: str) -> Table | None:
     digits = COLUMNS[y][1]
     body = [[_label(name), *("-" if v is None else f"{v:.{digits}f}" for v in row)] for name, row in rows.items()]
     return [COLUMNS[x][0], *(f"{level:g}" for level in levels)], body
-
-
-def _first_crossing(points: Sequence[Mapping], x: str, y: str, level: float) -> float | None:
-    for a, b in itertools.pairwise(points):
-        low, high = plots.mean(a, x), plots.mean(b, x)
-        if low < level <= high:
-            return float(np.interp(level, [low, high], [plots.mean(a, y), plots.mean(b, y)]))
-    return None
 
 
 def _cell(metric: Mapping | None, name: str) -> str:

@@ -94,6 +94,12 @@ def paired_over_seeds(tables: Mapping[str, Sequence], *, seed: int) -> list[dict
     return [entry | {"holm": p} for entry, p in zip(found, corrected, strict=True)]
 
 
+def table_of(point: Mapping, metric: str) -> list | None:
+    """(S, n) numbers of a metric at one point of a curve, a row a seed, if it kept them."""
+    one = point.get("by_prompt", {}).get(metric)
+    return point.get("by_seed", {}).get(metric) or (one and [one])
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values corrected for their number (Holm 1979): the k-th smallest of m times m - k + 1, never falling, at most 1.
 

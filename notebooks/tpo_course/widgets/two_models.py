@@ -8,7 +8,7 @@ from tpo_course.two_models import LABELS, frontiers, reward_at
 from tpo_course.widgets.parts import LAB_DPI, Lab, look, table
 from tpo_lib.runs import plots
 
-METRICS = {"reward": "reward", "independent judge": "judge", "entropy": "entropy"}
+METRICS = {"reward": "reward", "judge": "judge", "entropy": "entropy"}
 LEVELS = tuple(round(0.01 * 1.1**i, 4) for i in range(57))  # nats a token, .01 to 2
 
 
@@ -51,7 +51,7 @@ class TwoModels(Lab):
         cells = {name: [_cell(found.get(name)) for found in self.found.values()] for name in objectives}
         body = [[plots.style_of(name).label, *values] for name, values in cells.items()]
         said = "; ".join(f"{row[0]} {' and '.join(row[1:])}" for row in body)
-        note = "By a straight line between two evaluations; - : the run never came so far, and nobody measured there."
+        note = "Between two evaluations straight in the root of the KL; - : the run never came so far, and nobody measured there."
         self._show(f"{heads[0]}, {' and '.join(heads[1:])}: {said}.", table(heads, body, note))
 
 
