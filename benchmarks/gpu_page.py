@@ -14,7 +14,7 @@ from tpo_lib.runs.plots import style_of
 
 LABELS = {name: label for name, (label, _, _) in gpu_figures.BARS.items() if name != "bodies"}
 NOTES = "notes.md"  # what people make of the figures; kept, and put into the page
-METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "seqkl_chosen", "seqkl_rejected", "accuracy")
+METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "seqkl_chosen", "seqkl_rejected", "accuracy_logratio")
 SHOWN = 2  # samples a run
 
 
@@ -220,9 +220,9 @@ def ends(rows: Sequence[Mapping]) -> Iterator[tuple[int, str, Mapping]]:
 
 def results(rows: Sequence[Mapping]) -> Iterator[str]:
     """The last point of every run, with 95% intervals over the held-out prompts."""
-    yield "At the end of every run; in brackets 95% intervals over held-out prompts or pairs, which say nothing of seeds:"
+    yield "At the end of every run; in brackets 95% intervals over held-out prompts, which say nothing of seeds:"
     head = ["replication", "objective", "updates", "reward", "judge", "KL, nats", "entropy, nats a token", "distinct-2",
-            "SeqKL chosen", "SeqKL rejected", "accuracy"]  # fmt: skip
+            "SeqKL chosen", "SeqKL rejected", "pair accuracy"]  # fmt: skip
     lines = [
         [str(seed), name, str(point["step"])]
         + [f"{m['mean']:.2f} ({m['low']:.2f} to {m['high']:.2f})" for m in map(point.get, METRICS)]

@@ -12,20 +12,10 @@ from pathlib import Path
 from tpo_course import two_models
 from tpo_data import smollm2
 from tpo_lib.files import store
-from tpo_lib.runs import plots
+from tpo_lib.runs import plots, report
 
 HERE = Path(__file__).parent
-COLUMNS = {"reward": 2, "judge": 2, "kl": 1, "entropy": 2, "distinct_2": 2, "accuracy": 2}  # metric -> digits
-HEADS = (
-    "",
-    "reward",
-    "judge",
-    "KL(pi ‖ ref), nats",
-    "entropy, nats/token",
-    "distinct-2",
-    "pair accuracy",
-    "nats/token",
-)
+SHOWN = ("reward", "judge", "second_judge", "kl", "entropy", "rare", "distinct_2", "accuracy_logratio")  # where stored
 
 
 def table(heads, rows) -> str:
@@ -48,15 +38,16 @@ def settings(stored: Mapping) -> str:
 def results(model: Mapping) -> str:
     """Every objective's last evaluation, with 95% intervals over prompts."""
     last = two_models.summary(model)
-    points = {"start": model["curves"]["dpo"][0]} | {name: points[-1] for name, points in model["curves"].items()}
+    points = {"start": last["start"]} | last["objectives"]
+    shown = {name: report.COLUMNS[name] for name in SHOWN if name in last["start"]}
     rows = []
-    for name, metrics in ({"start": last["start"]} | last["objectives"]).items():
+    for name, metrics in points.items():
         cells = [
             "{mean:z.{d}f} [{low:z.{d}f}, {high:z.{d}f}]".format(**metrics[m], d=digits)
-            for m, digits in COLUMNS.items()
+            for m, (_, digits) in shown.items()
         ]
-        rows.append([plots.style_of(name).label, *cells, f"{two_models.kl_per_token(points[name]):.3f}"])
-    return table(HEADS, rows)
+        rows.append([plots.style_of(name).label, *cells, f"{two_models.kl_per_token(metrics):.3f}"])
+    return table(["", *(heading for heading, _ in shown.values()), "nats/token"], rows)
 
 
 def findings(stored: Mapping) -> str:

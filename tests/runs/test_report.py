@@ -274,6 +274,23 @@ def test_paired_differences_are_made_from_what_the_curves_kept(tmp_path, unillus
     assert "SimPO lies above DPO by 0.400 [0.400, 0.400]." in text
 
 
+def test_the_report_says_of_every_judge_whether_the_reward_was_over_optimised(tmp_path, unillustrated):
+    data, numbers = curves(), summary()
+    for points in data.values():
+        for point in points:
+            point["second_judge"] = metric(1 - point["reward"]["mean"])  # falls as the reward rises
+            around = [0.01 * (i % 3 - 1) for i in range(12)]
+            names = ("reward", "judge", "second_judge")
+            point["by_prompt"] = {name: [point[name]["mean"] + v for v in around] for name in names}
+    report.write_report(tmp_path, numbers, data, {})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    section = text[text.index("## Over-optimisation") :].partition("\n## ")[0]
+    first, second = section.partition("By second judge:")[::2]
+    assert first.count(": not seen. From update") == len(data) == second.count(": seen. From update 0 to the end")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Over-optimisation" in page.text
+
+
 # ---- less than everything
 
 
@@ -354,7 +371,7 @@ def test_settings_are_told_apart_over_seeds_and_prompts_and_holm_is_counted(tmp_
     assert "- TDPO2 β.1 α.5 lies above DPO β.1 by 0." in text
     assert "make them equal: DPO β.1 and DPO β.5 (difference" in text
     assert "Of 3 comparisons 2 are told apart one at a time, 2 after Holm's correction for all 3 at once" in text
-    assert "By pair accuracy, log-ratio at the end of training:" in text
+    assert "By pair accuracy at the end of training:" in text
     assert "95% interval over seeds and prompts" in text
 
 

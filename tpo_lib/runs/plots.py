@@ -142,7 +142,7 @@ def score_gaps(report: PairReport) -> Figure:
 
 
 def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:
-    """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve a label.
+    """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve a label, as `at_level` reads it.
 
     Bars are 95% intervals, bands reach from the lowest to the highest seed. Up and to the left is better: more reward at less
     distance from the reference.
