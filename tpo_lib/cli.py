@@ -73,7 +73,7 @@ COMMANDS = {
     "derive": Command(
         "check every step of the derivations in small worlds, with numbers", "tpo_lib.cli._derive", "name --map"
     ),
-    "pocket": Command("rebuild the bundled model, reward and judge from IMDb", "tpo_data.pocket.from_flags"),
+    "pocket": Command("rebuild the bundled model, reward and judges from IMDb", "tpo_data.pocket.from_flags"),
 }
 
 
