@@ -7,8 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import tpo_lib
+from tpo_course import derivations, world
 from tpo_course.derivations import DERIVATIONS
+from tpo_course.derivations.steps import Hyper
+from tpo_lib import losses
+from tpo_lib.rewards import AdditiveReward
+from tpo_lib.types import LossOutput, TokenStats
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 TABLE = NOTEBOOKS / "notation.md"
@@ -49,10 +56,44 @@ def symbols(latex: str) -> set[str]:
     return {re.match(LETTER, symbol)[0] if SPECIFIES.fullmatch(symbol) else symbol for symbol in found}
 
 
-def rows() -> list[str]:
-    """The first cells of the tables of symbols."""
+def cells(column: int) -> list[str]:
+    """A column of the tables of symbols."""
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    return [line.split(" | ")[0].strip("| ") for line in lines if not line.startswith(("| symbol", "|---"))]
+    bodies = [line for line in lines if not line.startswith(("| symbol", "|---"))]
+    return [re.split(r"(?<!\\)\|", line)[1 + column].strip() for line in bodies]
+
+
+def rows() -> list[str]:
+    return cells(0)
+
+
+# What a name in the code column begins with, where it is no name of tpo_lib's own.
+PLACES = {"torch": torch, "Tensor": torch.Tensor, "losses": losses, "Hyper": Hyper, "AdditiveReward": AdditiveReward}
+PLACES |= {"TokenStats": TokenStats, "LossOutput": LossOutput, "TokenWorld": world.TokenWorld, "Values": world.Values}
+PLACES |= {"pairs": world.Pairs} | {module: getattr(derivations, module) for module in ("dpo", "tdpo", "tgdpo")}
+PLACES |= {module: getattr(derivations, module) for module in ("one_form", "preferences", "tools")}
+OTHERS = {"logps", "logits", "alpha", "beta", "guide_beta", "rewards/margins"}  # arguments of many functions, a metric
+
+
+def resolves(name: str) -> bool:
+    """Whether an attribute, a field or an instance's attribute of that name exists."""
+    first, *rest = re.sub(r"\(.*", "", name).split(".")
+    found = PLACES.get(first) if first in PLACES else getattr(tpo_lib, first, None)
+    if found is world.TokenWorld:
+        found = world.TokenWorld(2, 1, seed=0)
+    for part in rest:
+        if part in getattr(found, "__dataclass_fields__", {}):
+            return True
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def test_the_code_column_names_what_exists():
+    names = {name for cell in cells(2) for name in re.findall(r"`([^`]+)`", cell)} - OTHERS
+    assert len(names) > 40
+    missing = sorted(name for name in names if not resolves(name))
+    assert not missing
+    assert not resolves("tgdpo.guided")
 
 
 def known() -> set[str]:
