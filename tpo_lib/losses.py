@@ -254,10 +254,10 @@ class Objective:
 
 _REF, _KL = ("ref_logps",), ("ref_logps", "kl")
 _BETA = Hyperparameter(0.1, "β", "strength of the pull towards the reference", above=0, swept=(0.05, 0.1, 0.5))
-# Alpha decides where TDPO2 comes to rest. The paper's 0.5 holds the pocket model at a reward of about 0.74 and a KL of 4, so
+# Alpha decides where TDPO2 comes to rest. The authors' 0.5 holds the pocket model at a reward of about 0.74 and a KL of 4, so
 # that there is little to compare; 0.2 lies in the range the paper sweeps (0.1 to 0.7).
 _KL_WEIGHT = Hyperparameter(
-    0.5, "α", "weight of the KL terms (the paper's 0.5)", least=0, pocket=0.2, swept=(0.1, 0.3, 0.5, 1.0)
+    0.5, "α", "weight of the KL terms (its authors' 0.5)", least=0, pocket=0.2, swept=(0.1, 0.3, 0.5, 1.0)
 )
 _GUIDED = {
     "beta": _BETA,

@@ -162,7 +162,7 @@ PRESETS = {
         words="the papers' IMDb recipe with GPT-2 small, already fine-tuned on IMDb, and a DistilBERT as reward",
         needs="one T4 in fp16, about two hours (estimated)",
         source={
-            "beta, optimizer, lr, warmup_steps, batch (16 x 4 = 64)": "TDPO's settings for IMDb",
+            "beta, optimizer, lr, warmup_steps, batch (16 x 4 = 64)": "the TDPO authors' code",
             "prompts of 2 to 8 tokens, 4 completions, 6 pairs": "the DPO paper, by people who rebuilt it",
             "model, reward, 4,000 prompts": f"{OURS}, to fit a free GPU",
         },
@@ -185,8 +185,8 @@ PRESETS = {
         words="the papers' own: gpt2-large, an epoch of SFT on IMDb, 25,000 prompts, RoBERTa-large as reward",
         needs="one GPU of 80 GB, about a day (estimated)",
         source={
-            "reward, beta, optimizer, lr, warmup_steps, batch, prompts, completions, SFT": "the papers' settings for IMDb",
-            "max_length, clip": "the TDPO authors' code",
+            "model, reward, prompts, completions, SFT": "the DPO paper, by people who rebuilt it",
+            "beta, optimizer, lr, warmup_steps, batch, max_length, clip": "the TDPO authors' code",
             "schedule, judge, lr of SFT": f"{OURS} where the papers are silent: constant after the warm-up",
         },
         stage=_GPT2,
@@ -200,7 +200,7 @@ PRESETS = {
         needs="one GPU of 24 GB, a few hours (estimated)",
         source={
             "pairs, model": "insub's sets on the hub",
-            "beta, optimizer, lr, warmup_steps": "TDPO's settings for IMDb",
+            "beta, optimizer, lr, warmup_steps": "the TDPO authors' code",
             "length, batch": OURS,
         },
         stage=_ready(
