@@ -108,7 +108,7 @@ BREAKS = {
     "tgdpo.upper_bound": ("maxima.sum()", "maxima[0]"),
     "tgdpo.relaxed_optimum": ("log_z - h.beta", "log_z + h.beta"),
     "tgdpo.relaxation_error": ("w.visits(star) - data", "w.visits(star) + data"),
-    "tgdpo.relaxation_bound": ("[error, by_distance])", "[error, 10 * by_distance])"),
+    "tgdpo.relaxation_bound": ("cat([error, by_distance,", "cat([error, 10 * by_distance,"),
     "tgdpo.other_splits": ("gamma=w.gamma)), tools", "gamma=w.gamma / 2)), tools"),
     "tgdpo.natural_split": ("split(w, soft.v)", "split(w, soft.v / 2)"),
     "tgdpo.guided_objective": ("log_z - w.kl", "log_z + w.kl"),

@@ -162,20 +162,29 @@ def relaxation_bound(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     rivals = [w.random_policy(seed, scale) for seed, scale in enumerate((0.1, 0.5, 1.0, 3.0, 10.0))]
     tried = [w.gibbs(w.reward / h.beta)[0], *rivals]  # from near pi_ref to nearly deterministic
     error, by_distance, by_kl = torch.stack([relaxation_bounds(w, h.beta, pi) for pi in tried], -1)
-    return torch.stack([error, by_distance]), torch.stack([by_distance, by_kl])
+    # the bounds have room, so their KL is compared with that of whole responses, from either side
+    ratios = [w.sequence_logps(pi).exp()[:, None] * w.tokenwise(pi - w.ref_logps) for pi in tried]  # (R, T) each
+    steps = torch.stack([(w.prompt_probs[w.responses.prompt, None] * ratio).sum(0) for ratio in ratios])
+    walked, counted = torch.stack([_walked(w, pi) for pi in tried]).flatten(), (steps.cumsum(-1) - steps).flatten()
+    return torch.cat([error, by_distance, walked, counted]), torch.cat([by_distance, by_kl, counted, walked])
+
+
+def _walked(w: TokenWorld, logps: Tensor) -> Tensor:
+    """(T,) KL(pi || pi_ref) of the tokens before each t, in nats."""
+    paid = w.visits(logps) * w.kl(logps, w.ref_logps)  # (S,) of the tokens written in s
+    steps = torch.stack([paid[level].sum() for level in w.levels])
+    return steps.cumsum(0) - steps
 
 
 def relaxation_bounds(w: TokenWorld, beta: float, logps: Tensor) -> Tensor:
     """(3,) |J - J_D| of a policy; its bound by total variation; that by Pinsker. D is what pi_ref visits."""
     gain, shift = _gain(w, logps, beta), w.visits(logps) - w.visits(w.ref_logps)
-    paid = w.visits(logps) * w.kl(logps, w.ref_logps)  # (S,) KL of the tokens written in s
-    by_distance, by_kl, walked = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
-    for level in w.levels:
+    by_distance, by_kl = 0.0, 0.0
+    for level, walked in zip(w.levels, _walked(w, logps), strict=True):
         ended = -shift[level].sum()  # a response that has ended is in a state too, where nothing is earned
         distance = (shift[level].abs().sum() + ended.abs()) / 2
         spread = gain[level].max().clamp_min(0) - gain[level].min().clamp_max(0)
         by_distance, by_kl = by_distance + spread * distance, by_kl + spread * (walked / 2).sqrt()
-        walked = walked + paid[level].sum()
     return torch.stack([(shift * gain).sum().abs(), by_distance, by_kl])
 
 
