@@ -295,13 +295,16 @@ def test_held_out_pairs_are_ranked_as_the_run_was_trained(files, tmp_path, capsy
     train(files, "--loss-type", objective)
     capsys.readouterr()
     evaluate(files, files["out"], "--pairs", files["pairs"], "--output", str(tmp_path / "e.json"))
-    assert f"12 of them seen in training; ranked by {objective}'s implicit reward" in capsys.readouterr().out
+    assert (
+        f"12 of them seen in training; ranked by the log-ratio; own accuracy by {objective}'s implicit"
+        in capsys.readouterr().out
+    )
     metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
     assert {"own_accuracy", "own_margin", "seqkl_chosen", "seqkl_rejected", "seqkl_margin"} <= metrics.keys()
     assert metrics["own_accuracy"]["n"] == 12
     evaluate(files, files["model"], "--model", files["model"], "--pairs", files["pairs"])
     printed = capsys.readouterr().out
-    assert "ranked by the plain log-ratio (no record of an objective)" in printed
+    assert "own accuracy by it too (no record of an objective)" in printed
     assert re.search(r"own_accuracy +0\.500", printed)  # the reference itself: all ties
 
 

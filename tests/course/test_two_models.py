@@ -6,11 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from tpo_course import two_models, widgets
-from tpo_course.exercises import real_model
+from tpo_course.exercises import compare, real_model
 from tpo_data import smollm2
-from tpo_lib.runs import report
+from tpo_lib.runs import plots, report
 
 
 def _metric(mean: float) -> dict:
@@ -103,3 +104,11 @@ def test_kl_per_token_is_the_exercises():
     lengths = [20.0] * 8
     right = real_model.kl_per_token.right(np.array(point["by_prompt"]["kl"]), np.array(lengths))
     assert right == pytest.approx(two_models.kl_per_token(point))
+
+
+def test_the_exercise_on_equal_kl_reads_a_curve_as_every_report_does():
+    kl, reward = torch.tensor([0.0, 3.0, 8.0, 21.0]).double(), torch.tensor([0.5, 0.71, 0.8, 0.93]).double()
+    for level in (0.5, 3.0, 9.0, 21.0):
+        expected = plots.at_level(kl.tolist(), reward.tolist(), level, root=True)
+        assert compare.reward_at_kl.right(kl, reward, level).item() == pytest.approx(expected)
+    assert compare.reward_at_kl.right(kl, reward, 22.0).isnan()

@@ -242,7 +242,7 @@ def evaluate(options) -> None:
         **ranking,
     )
     for metric, value in result.metrics.items():
-        print(f"{metric:16s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
+        print(f"{metric:18s} {value.mean:8.3f}  [{value.low:.3f}, {value.high:.3f}]  n={value.n}")
     if options.output:
         store.write_file(options.output, json.dumps({"sources": sources} | result.record(), indent=1) + "\n")
 
@@ -255,16 +255,18 @@ def _held_out_pairs(options, record, tokenizer, seen, reference) -> tuple[dict, 
     pairs = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
     mine = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
     shared = overlap(None if seen is None else len(shared_prompts(seen, mine)))
-    words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by", {"pairs": pairs}
+    words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by the log-ratio", {"pairs": pairs}
     if not record:
-        return ranking, {"pairs": f"{words} the plain log-ratio (no record of an objective)"}
+        return ranking, {"pairs": f"{words}; own accuracy by it too (no record of an objective)"}
     own.check_unchanged(config.loss_type, record.start.get("objective"))
     if "guide_logps" in OBJECTIVES[config.loss_type].needs:
         ranking["guide"] = named.recorded_guide(record, reference)
         if ranking["guide"] is None:
-            return ranking, {"pairs": f"{words} the plain log-ratio ({config.loss_type}'s guide is not where it was)"}
+            return ranking, {
+                "pairs": f"{words}; own accuracy by it too ({config.loss_type}'s guide is not where it was)"
+            }
     ranking |= {"objective": config.loss_type, "hyperparameters": config.hyperparameters()}
-    return ranking, {"pairs": f"{words} {config.loss_type}'s implicit reward, as trained"}
+    return ranking, {"pairs": f"{words}; own accuracy by {config.loss_type}'s implicit reward, as trained"}
 
 
 def _scorer_words(scorer, name: str | None) -> str:

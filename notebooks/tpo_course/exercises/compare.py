@@ -101,7 +101,9 @@ def _extrapolated(kl: Tensor, reward: Tensor, at: float) -> Tensor:
 
 
 def _between(kl: Tensor, reward: Tensor, at: float, left: int, right: int) -> Tensor:
-    return reward[left] + (at - kl[left]) / (kl[right] - kl[left]) * (reward[right] - reward[left])
+    return reward[left] + (at**0.5 - kl[left] ** 0.5) / (kl[right] ** 0.5 - kl[left] ** 0.5) * (
+        reward[right] - reward[left]
+    )
 
 
 def _unsorted(kl: Tensor, reward: Tensor, at: float) -> Tensor:
@@ -129,6 +131,7 @@ reward_at_kl = chapter.exercise(
     extrapolated=_extrapolated,
     held=lambda kl, reward, at: _extrapolated(kl, reward, min(max(at, float(kl.min())), float(kl.max()))),
     unsorted=_inside(_unsorted),
+    straight_in_nats=_inside(lambda kl, reward, at: _extrapolated(kl**2, reward, at**2)),
     between_the_ends=_inside(lambda kl, reward, at: _between(kl, reward, at, int(kl.argmin()), int(kl.argmax()))),
 )
 

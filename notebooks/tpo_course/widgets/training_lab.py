@@ -147,7 +147,7 @@ class TrainingLab:
         if not self._stop.is_set():
             self._say(
                 f"{self._stage}, update {run.updates} of {run.config.max_steps}: loss {row['loss']:.3f} nats, "
-                f"margin {row['rewards/margins']:.3f} nats, accuracy {row['rewards/accuracies']:.2f}"
+                f"own margin {row['rewards/margins']:.3f} nats, own accuracy {row['rewards/accuracies']:.2f}"
             )
         self._draw_curve(run.rows, run.config.loss_type, run.config.max_steps)
         return self._stop.is_set()
