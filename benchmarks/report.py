@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def _spread(values: Mapping[str, float]) -> str:
     return f"{values['median']:.2f} ({values['q1']:.2f} to {values['q3']:.2f})"
 
 
+def _busy(times: Mapping) -> str:
+    # what the clocks say: the threads of a section were not recorded, those of the last run stand under "Machine"
+    shares = [cpu / wall for t in times.values() for cpu, wall in zip(t["cpu_s"], t["wall_s"], strict=True)]
+    return f"{statistics.median(shares):.1f} cores busy"
+
+
 def _step(section: Mapping) -> str:
     times, memory = section["times"], section["memory_mib"]
     rows = []
@@ -86,7 +93,8 @@ def _step(section: Mapping) -> str:
         share = f"{used / memory['textbook']:.2f}" if used and memory.get("textbook") else ""
         rows.append((NAMES[label], *cells, f"{used:.0f}" if used else "", share))
     head = ("contestant", "CPU s", "wall s", "time / textbook", "peak MiB", "memory / textbook")
-    lines = [section["shape"]["text"] + f", {section['response_positions']} response positions", "", table(head, rows)]
+    about = f"{section['shape']['text']}, {section['response_positions']} response positions, {_busy(times)}"
+    lines = [about, "", table(head, rows)]
     lines += ["", *_floor_lines(section)]
     lines += [f"{NAMES.get(label, label)}: {why}." for label, why in section["missing"].items()]
     worst = max((d["gradient"] for d in section["agreement"].values()), default=0)
@@ -171,7 +179,8 @@ def _pocket(section: Mapping) -> str:
         ratio = _spread(measure.ratio(times, f"{name}/default", f"{name}/textbook"))
         rows.append((style_of(name).label, *cells, ratio, f"{section['gaps'][name]:.0e}"))
     head = ("objective", "textbook CPU s", "default CPU s", "default / textbook", "weights apart, of the way gone")
-    return f"{section['updates']} updates of {section['batch_size']} pairs\n\n" + table(head, rows)
+    about = f"{section['updates']} updates of {section['batch_size']} pairs, prompts of 2 to 8 tokens"
+    return f"{about}, responses of up to 40, fp32, {_busy(times)}\n\n" + table(head, rows)
 
 
 def _finite(section: Mapping) -> str:
@@ -278,5 +287,6 @@ measured in a process of its own whose allocator gives back what is freed. Nothi
 
 CURVES = """![Time and memory of a TDPO2 step over vocabulary, length and pairs](scaling.png)
 
-Both axes are logarithmic; the other two sizes are V = 50257, T = 128, 4 pairs. The floor's memory is that of the
+Both axes are logarithmic; the other two sizes are V = 50257, T = 128, 4 pairs; the body is GPT-2's, 4 layers of d = 256,
+fp32, 1.0 cores busy. The floor's memory is that of the
 transformer bodies alone; its b and u are timed in the same rounds and as noisy as the rest: a point of ours below it says so."""
