@@ -110,7 +110,7 @@ def check_equal(ours: list[dict], theirs: list[dict], policies, *, metrics=METRI
 @pytest.mark.parametrize(("family", "schedule"), [("llama", "linear"), ("gpt2", "cosine")])
 def test_dpo_is_the_same_run(family, schedule, tmp_path):
     """GPT-2 has dropout configured, which both leave off."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", minversion="1.16")
     tokenizer = tiny.tokenizer_of("byte")
     ours, rows, policy = by_fit(family, sentences(), tokenizer, loss_type="dpo", beta=0.1, schedule=schedule)
     config = trl.DPOConfig(output_dir=str(tmp_path), beta=0.1, lr_scheduler_type=schedule, **THEIRS)
@@ -119,7 +119,7 @@ def test_dpo_is_the_same_run(family, schedule, tmp_path):
 
 
 def test_simpo_is_the_same_run(tmp_path):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", minversion="1.16")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     tokenizer = tiny.tokenizer_of("byte")
@@ -134,7 +134,7 @@ def test_simpo_is_the_same_run(tmp_path):
 
 def first_losses(tmp_path, rows: list[dict], ours: dict, theirs: dict) -> tuple[dict, float, list]:
     """One update of ours and of theirs: our metrics, their loss, and its pairs."""
-    trl, tokenizer = pytest.importorskip("trl"), tiny.tokenizer_of("byte")
+    trl, tokenizer = pytest.importorskip("trl", minversion="1.16"), tiny.tokenizer_of("byte")
     rows = rows[:BATCH]
     found, _, _ = by_fit("llama", rows, tokenizer, **ours)
     config = trl.DPOConfig(output_dir=str(tmp_path), **theirs, **THEIRS)
@@ -162,7 +162,7 @@ def test_sft_is_a_mean_over_tokens_there_and_over_responses_here(tmp_path):
 
 def prepared(rows: list[dict], tokenizer, longest: int = LONGEST) -> list[tuple]:
     """Prompt, chosen and rejected ids of rows as TRL's DPOTrainer makes them."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", minversion="1.16")
     settings = SimpleNamespace(max_length=longest, truncation_mode="keep_start", dataset_num_proc=None)
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     found = trl.DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, settings, "train")
@@ -182,7 +182,7 @@ def test_tokens_are_the_same(form):
 
 
 def test_a_row_that_is_too_long_is_cut_alike():
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", minversion="1.16")
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     tokenizer = tiny.tokenizer_of("byte")
