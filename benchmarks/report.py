@@ -177,8 +177,10 @@ def _pocket(section: Mapping) -> str:
     for name in section["gaps"]:
         cells = [_spread(measure.summary(times[f"{name}/{path}"]["cpu_s"])) for path in ("textbook", "default")]
         ratio = _spread(measure.ratio(times, f"{name}/default", f"{name}/textbook"))
-        rows.append((style_of(name).label, *cells, ratio, f"{section['gaps'][name]:.0e}"))
-    head = ("objective", "textbook CPU s", "default CPU s", "default / textbook", "weights apart, of the way gone")
+        price = _spread(measure.ratio(times, f"{name}/default", "dpo/default")) if "dpo/default" in times else ""
+        rows.append((style_of(name).label, *cells, ratio, price, f"{section['gaps'][name]:.0e}"))
+    head = ("objective", "textbook CPU s", "default CPU s", "default / textbook", "default / DPO's default")
+    head = (*head, "weights apart, of the way gone")
     about = f"{section['updates']} updates of {section['batch_size']} pairs, prompts of 2 to 8 tokens"
     return f"{about}, responses of up to 40, fp32, {_busy(times)}\n\n" + table(head, rows)
 
