@@ -147,11 +147,12 @@ def sft(model, tokenizer, texts: dict[str, list[str]], size: Size, seed: int, de
 
 def make_stage(size: Size, folder: str, start, texts: dict[str, list[str]] | None, seed: int, device: str) -> Stage:
     """What every run shares; replications share the prompts, and every tenth seed is one's own for all the rest."""
-    count = size.prompts + size.held_out
     if texts:
-        prompts = imdb_prompts(texts["test"], load_tokenizer(folder), count, seed=1)
+        draw = partial(imdb_prompts, texts["test"], load_tokenizer(folder))
     else:
-        prompts = sample_prompts(load_model(POCKET, device=device), load_tokenizer(POCKET), count, seed=1)
+        draw = partial(sample_prompts, load_model(POCKET, device=device), load_tokenizer(POCKET))
+    more = draw(2 * size.held_out, seed=2)  # for those of the first that begin or continue a training prompt
+    prompts = list(dict.fromkeys([*draw(size.prompts + size.held_out, seed=1), *more]))
     config = StageConfig(
         model=folder, reward=str(POCKET), judge=str(POCKET / "judge"), train_prompts=size.prompts,
         held_out_prompts=size.held_out, samples_per_prompt=4, held_out_samples=4, max_new_tokens=size.new_tokens,

@@ -351,7 +351,7 @@ FLAGS = {  # those of one command stand behind its name
         "metavar": "SEED",
         "help": "train all once with each, which orders the data (default: --seed)",
     },
-    "--evaluations": {"type": COUNT, "help": "of every run, evenly spaced, the end included (default: 5)"},
+    "--evaluations": {"type": COUNT, "help": "of every run at most, dense at first and at the end (default: 5)"},
     "--held-out-prompts": {"type": COUNT, "help": "how many are reported on (default: 128)"},
     "--output-dir": {"required": True, "metavar": "DIR", "help": "folder of the runs, the report and config.yaml"},
     "compare --model": {"help": "start model: folder or hub name"},

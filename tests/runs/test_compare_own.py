@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import tomllib
@@ -18,7 +19,8 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import compare, configs, report, stage, work
 from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.presets import PRESETS
-from tpo_lib.runs.settings import CompareConfig, labels
+from tpo_lib.runs.run import Run
+from tpo_lib.runs.settings import CompareConfig, labels, schedule
 
 PAIRS = [
     {"prompt": f"the film {i} is", "chosen": f" good and fine {i}", "rejected": f" bad and poor {i}"} for i in range(30)
@@ -34,7 +36,7 @@ def score(texts):
     return [len(set(text)) / 99 for text in texts]
 """
 SMALL = ["--batch-size", "8", "--max-new-tokens", "6", "--held-out-prompts", "3", "--warmup-steps", "1", "--lr", "0.01"]
-SMALL += ["--device", "cpu", "--evaluations", "2", "--log-every", "1"]
+SMALL += ["--device", "cpu", "--evaluations", "3", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,70 @@ def finished(shelf):
     assert len(calls) == 1 + 8 * 3 + 1, "what was evaluated before the kill is not evaluated again"
     patch.undo()
     return folder, summary, handed
+
+
+def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatch):
+    """Nine updates, evaluated after 1, 4 and 9, saved after 2, 4, 6 and 8: what was evaluated stays, and the end is the same."""
+    config = config_of(*given(shelf, "--objectives", "dpo", "--epochs", "3"))
+    whole = compare.run(config, shelf / "K1", progress=False)
+    real, calls, steps = stage.evaluate, [], []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # after the start and update 1: at update 4, before its checkpoint
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stage, "evaluate", killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_rescue", lambda *_: None)  # as by kill -9
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(config, shelf / "K2", progress=False)
+    kept = {path.name: path.stat().st_mtime_ns for path in (shelf / "K2/dpo/evaluations").iterdir()}
+    assert list(kept) == ["00000001.json"]
+    assert [path.name for path in (shelf / "K2/dpo/checkpoints").glob("step-*")] == ["step-00000002"]
+    begin = Run.begin
+    monkeypatch.setattr(Run, "begin", lambda run, *a, **k: begin(run, *a, **k) or steps.append(run.step))
+    again = compare.run(config, shelf / "K2", progress=False)
+    assert steps == [2]
+    assert len(calls) == 5
+    assert (shelf / "K2/dpo/evaluations/00000001.json").stat().st_mtime_ns == kept["00000001.json"]
+    assert sorted(int(path.stem) for path in (shelf / "K2/dpo/evaluations").iterdir()) == [1, 4, 9]
+    assert again["objectives"] == whole["objectives"]
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 10, 40, 375, 10_000])
+@pytest.mark.parametrize("evaluations", [1, 2, 5, 10])
+def test_evaluations_are_dense_at_first_and_the_last_is_the_end(updates, evaluations):
+    steps = schedule(updates, evaluations)
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 1
+    assert steps[-1] == updates
+    assert len(steps) <= evaluations
+    gaps = [b - a for a, b in itertools.pairwise([0, *steps])]
+    assert all(b >= a - 1 for a, b in itertools.pairwise(gaps))  # rounded up, each
+
+
+def test_every_run_logs_rows_enough_for_its_picture(shelf):
+    rows = "--objectives", "dpo", "--evaluations", "1", "--log-every"
+    small_run(shelf, shelf / "R", *rows, "5", "--epochs", "14")
+    logged = [json.loads(line)["step"] for line in (shelf / "R/dpo/metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(2, 43, 2))
+
+
+def test_an_older_folder_is_refused(shelf, tmp_path, capsys):
+    same = ["--objectives", "dpo", "--evaluations", "1"]
+    small_run(shelf, tmp_path / "O", *same)
+    path = tmp_path / "O" / "identity.json"
+    known = json.loads(path.read_text())
+    del known["format"], known["sha256"]
+    path.write_text(json.dumps(known))
+    with pytest.raises(SystemExit, match="2"):
+        small_run(shelf, tmp_path / "O", *same)
+    assert "is by an older version, which evaluated after other updates and on other prompts; pass --fresh" in (
+        capsys.readouterr().err
+    )
+    small_run(shelf, tmp_path / "O", *same, "--fresh")
 
 
 def test_settings_are_named_and_lie_in_folders_by_their_seed(finished):
@@ -259,7 +325,7 @@ def test_a_file_says_what_flags_say(shelf, tmp_path):
     stage_ = {"model": str(shelf / "model"), "pairs": str(shelf / "pairs.jsonl"), "reward": f"{shelf / 'my.py'}:score"}
     stage_ |= {"max_new_tokens": 6, "held_out_prompts": 3, "device": "cpu"}
     train = 'lr = 1e-2\nbatch_size = 8\nwarmup_steps = 1\nlog_every = 1\ndevice = "cpu"\nbeta = [0.5, 2]'
-    text = "seeds = [3, 4]\nevaluations = 2\nobjectives = ['dpo', {loss_type = 'tdpo2', alpha = 0.3}, 'simpo']\n"
+    text = "seeds = [3, 4]\nevaluations = 3\nobjectives = ['dpo', {loss_type = 'tdpo2', alpha = 0.3}, 'simpo']\n"
     text += (
         "[stage]\n"
         + "".join(f"{name} = {json.dumps(value)}\n" for name, value in stage_.items())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
 from tpo_lib.files.tokens import prompt_token_ids
-from tpo_lib.runs import prompts
+from tpo_lib.runs import prompts, stage
 from tpo_lib.runs.prompts import sample_prompts
 
 
@@ -136,12 +137,72 @@ def test_recorded_prompts_come_back_as_text(model_and_tokenizer):
     assert prompts.recorded_prompts(None, model_and_tokenizer[1]) is None
 
 
-def test_a_stage_counts_the_held_out_prompts_that_training_has_seen(small_stage):
-    config = small_stage.config
-    count = config.train_prompts + config.held_out_prompts
-    drawn = sample_prompts(small_stage.start, small_stage.tokenizer, count, seed=config.seed + 1)
-    assert drawn[config.train_prompts :] == small_stage.held_out_prompts
-    assert small_stage.seen_prompts == overlapping(small_stage.held_out_prompts, drawn[: config.train_prompts])
+def test_texts_of_two_roots_share_nothing_and_texts_of_one_are_joined_by_what_they_share():
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("ab", k=draw.randint(1, 6))) for _ in range(60)]
+    roots = dict(zip(texts, prompts.prompt_roots(texts), strict=True))
+    joined = {text: {text} for text in texts}
+    for a in texts:
+        for b in texts:
+            if prompts.shared_prompts([a], [b]) and joined[a] is not joined[b]:
+                joined[a] |= joined[b]
+                joined.update(dict.fromkeys(joined[b], joined[a]))
+    assert 2 < len({id(group) for group in joined.values()}) < len(joined)
+    for a in texts:
+        assert {b for b in texts if roots[b] == roots[a]} == joined[a]
+
+
+def test_a_stage_trains_on_the_prompts_it_always_did_and_reports_on_none_it_has_seen(small_stage):
+    config = replace(small_stage.config, train_prompts=150, held_out_prompts=50)
+    drawn = sample_prompts(small_stage.start, small_stage.tokenizer, 200, seed=config.seed + 1)
+    train, held_out = stage.stage_prompts(config, small_stage.start, small_stage.tokenizer, None)
+    assert train == drawn[:150]
+    assert overlapping(drawn[150:], train) > 5  # as the next ones of the same list would have been
+    assert overlapping(held_out, train) == 0
+    assert len(set(held_out)) == 50
+    assert small_stage.seen_prompts == 0 < len(small_stage.held_out_pairs)
+    of_pairs = small_stage.tokenizer.batch_decode(
+        [pair.prompt_ids for pair in small_stage.held_out_pairs], skip_special_tokens=True
+    )
+    assert set(of_pairs) <= set(small_stage.held_out_prompts)
+
+
+def test_of_one_list_the_held_out_part_leaves_out_what_training_has_seen(capsys):
+    texts = ["the film", "a plot", "the film is", "I saw", "a", "a pl", "we sat", "he ran"]
+    config = stage.StageConfig(**stage.OWN | {"model": "m", "train_prompts": 2, "held_out_prompts": 3})
+    assert stage.stage_prompts(config, None, None, texts) == (texts[:2], ["I saw", "a", "we sat"])
+    assert (
+        "2 of the 6 prompts behind the first 2 begin or continue one of these, and are left out"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError, match=r"there are 8 distinct prompts, 2 [+] 5 of model are needed, and 2 of the 6 .* fewer"
+    ):
+        stage.stage_prompts(replace(config, held_out_prompts=5), None, None, texts)
+
+
+def test_a_tenth_of_the_pairs_is_held_out_with_its_prompts():
+    """A prompt's pairs, and those of prompts that continue it, stay on one side: text, and conversations."""
+    sides = {"chosen": "good", "rejected": "bad"}
+    text = [{"prompt": f"{prompt} {i}", **sides} for i in range(100, 120) for prompt in ("film", "film", "plot")]
+    text += [row | {"prompt": row["prompt"] + " is"} for row in text]
+    talk = [[{"role": "user", "content": row["prompt"]}] for row in text[:60]]
+    talk += [[*first, {"role": "assistant", "content": "so"}, {"role": "user", "content": "?"}] for first in talk]
+    said = {side: [{"role": "assistant", "content": words}] for side, words in sides.items()}
+    for rows in (text, [{"prompt": prompt, **said} for prompt in talk]):
+        config = stage.StageConfig(**stage.OWN | {"model": "m"})
+        train, held_out = stage.given_pairs(config, {"pairs": rows})
+        keys = [
+            [str(prompt).partition(" is")[0].partition("}")[0] for prompt in t["prompt"]] for t in (train, held_out)
+        ]
+        assert not set(keys[0]) & set(keys[1])
+        assert len(train) + len(held_out) == 120
+        assert 12 <= len(held_out) < 16
+    one = [{"prompt": "the film", **sides}] * 40
+    with pytest.raises(
+        ValueError, match="the table has 40 pairs of 1 prompts that do not begin each other, too few to hold"
+    ):
+        stage.given_pairs(config, {"pairs": one})
 
 
 # ---- drawn from a model, cut from texts

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
 from tpo_lib.runs import configs, costs, heatmap, plots, report, runs, seeds, work
-from tpo_lib.runs.settings import CompareConfig, Run
+from tpo_lib.runs.settings import CompareConfig, Run, schedule
 from tpo_lib.runs.stage import build_stage
 from tpo_lib.runs.trackers import check_tracker
 from tpo_lib.train import planned_steps
@@ -30,6 +30,9 @@ from tpo_lib.train import planned_steps
 FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or name another folder (run: --name; compare: --output-dir)"
 LATEST = "latest"  # the link to the last comparison
+FORMAT = 2  # of a folder: before, evaluations were evenly spaced, on prompts of which training had seen some
+ROWS = 20  # of training metrics in every run, at least
+SAVED = 4  # checkpoints of a run: a kill costs a quarter of its updates at most
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
     r"(identity|wall_time|summary|costs|tokens|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
     r"(gaps|training|frontier|frontier_judge|frontier_second_judge|seqkl|diversity|tokens_logratio|tokens_kl)\.png"
@@ -96,7 +99,7 @@ class _Comparison:
         before = folder / "wall_time.json"  # seconds of work that was kept, over all interruptions
         self.clock = (store.read_json(before, FIX)["seconds"] if before.exists() else 0.0) - time.time()
         self.identity = partial(store.settle, folder / "identity.json", fix=OTHER)
-        self.identity({"config": self._recorded()})  # before the work, and once more with what was loaded
+        self.identity(self._recorded())  # before the work, and once more with what was loaded
         store.write_file(folder / "config.yaml", configs.written(config))
         self.bar = work.Bar(self._parts(), shown=progress)
 
@@ -105,7 +108,7 @@ class _Comparison:
         folder, config = self.folder, self.config.stage
         self.bar.at("fine-tuning", _made(folder / "pairs" / "sft") / work.reviewed(self.config), before=True)
         with self.costing("start, prompts and pairs"):
-            self.stage = build_stage(config, cache_dir=folder / "pairs", progress=self.bar.at)
+            self.stage = build_stage(config, cache_dir=folder / "pairs", fast=self.fast, progress=self.bar.at)
         for part in ("fine-tuning", "pairs"):
             self.bar.at(part, 1.0, before=True)  # what was not told was there
         reward = self.stage.reward and getattr(self.stage.reward, "fingerprint", None)
@@ -124,13 +127,15 @@ class _Comparison:
         known = store.read_json(self.costs, FIX)["costs"] if self.costs.exists() else {}
         store.write_json(self.costs, {"costs": known | {name: costs.total(known.get(name), cost)}})
 
-    def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
+    def evaluated(
+        self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None, samples: int | None = None
+    ) -> dict:
         """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
         path = _evaluation(folder, step)
         if path.exists():
             return store.read_json(path, FIX)
         clock = time.monotonic()
-        result = self.stage.evaluate(policy, train, guide=guide)
+        result = self.stage.evaluate(policy, train, guide=guide, samples=samples)
         self.evaluation_s += time.monotonic() - clock
         said = result.record()
         row = {"step": step, "pairs_seen": step * train.batch_size * train.accumulation if train else 0} | said[
@@ -151,22 +156,22 @@ class _Comparison:
         guide = self.guide(run)
         reported, folder, train = run in self.runs, self.folder / run.folder, run.config
         updates = planned_steps(train, len(self.stage.pairs), train.batch_size * train.accumulation)
-        every = max(1, updates // self.config.evaluations)
+        steps = schedule(updates, self.config.evaluations) if reported else []
         evaluated = work.share_of_evaluations(self.config, train, updates) if reported else 0.0
         self.bar.name(run.name)
 
         def tell(step: int, *, before: bool = False) -> None:
-            done = len(list(folder.glob("evaluations/*.json"))) / len(_steps(updates, every))
+            done = len(list(folder.glob("evaluations/*.json"))) / max(1, len(steps))
             self.bar.at(run.name, (1 - evaluated) * step / updates + evaluated * done, before=before)
 
         def callback(step: int, policy) -> None:
-            if step:
-                self.evaluated(folder, step, policy, train, guide)
+            if step in steps:
+                self.evaluated(folder, step, policy, train, guide, samples=1 if step < updates else None)
 
         tell(_made(folder), before=True)
-        settings = replace(train, output_dir=str(folder))
+        settings = replace(train, output_dir=str(folder), log_every=min(train.log_every, max(1, updates // ROWS)))
         if reported:
-            settings = replace(settings, eval_every=every, save_every=every)
+            settings = replace(settings, eval_every=1, save_every=max(1, updates // SAVED))
         more = {"guide": guide, "tokenizer": self.stage.tokenizer, "fast": self.fast}
         more["callbacks"] = [callback] * reported
         with self.costing(run.name) as cost:
@@ -179,7 +184,7 @@ class _Comparison:
         if reported and run is self.settings[run.label][0]:
             self.tokens[run.label] = self.token_map(folder / "tokens.json", made.policy)
         self.bar.at(run.name, 1.0, before=not made.updates)
-        for step in _steps(made.updates, every) if reported else ():
+        for step in steps:
             if not (path := _evaluation(folder, step)).exists():
                 raise RuntimeError(f"{path} is missing, and the run has gone on since; {FIX}")
 
@@ -206,7 +211,8 @@ class _Comparison:
                 [{key: value for key, value in row.items() if key != "samples"} for row in rows] for rows in found
             ]
             curves[label] = [seeds.merged(at, seed=seed) for at in zip(*points, strict=True)]
-            samples[label] = _beside(self.start, found[0][-1])
+            first = slice(None, None, self.config.stage.evaluation_samples)  # of every prompt
+            samples[label] = _beside(self.start["samples"][first], found[0][-1]["samples"][first])
         config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
         config = config.pop("stage") | config | {"seeds": self.config.seeds or None, "pairs": len(self.stage.pairs)}
         config |= {"pairs_from": self.config.stage.pairs, "held_out_pairs": len(self.stage.held_out_pairs)}
@@ -241,16 +247,17 @@ class _Comparison:
         return [work.Part("start", "", *work.evaluation(self.config)), *work.parts(self.config, pairs)]
 
     def _recorded(self) -> dict:
-        """The configuration as it stands in the folder, if it comes to the same: what was not said had its default."""
+        """Format and configuration, as it stands in the folder if it comes to the same: what was not said had its default."""
         path, now = self.folder / "identity.json", asdict(self.config)
-        before = store.read_json(path, FIX).get("config") if path.exists() else None
+        found = store.read_json(path, FIX) if path.exists() else {"format": FORMAT}
+        if found.get("format") != FORMAT:
+            raise RuntimeError(
+                f"{self.folder} is by an older version, which evaluated after other updates and on other prompts; {OTHER}"
+            )
+        before = found.get("config")
         known = before and configs.recorded(before)
-        return before if known and configs.written(known) == configs.written(self.config) else now
-
-
-def _steps(updates: int, every: int) -> list[int]:
-    """When a run is evaluated."""
-    return [*range(every, updates, every), updates]
+        same = known and configs.written(known) == configs.written(self.config)
+        return {"format": FORMAT, "config": before if same else now}
 
 
 def _made(folder: Path) -> int:
@@ -266,10 +273,10 @@ def _metrics(row: Mapping) -> dict:
     return {name: value for name, value in row.items() if isinstance(value, dict) and "mean" in value}
 
 
-def _beside(start: Mapping, end: Mapping) -> list[dict]:
+def _beside(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[dict]:
     """Continuations of the held-out prompts before and after training."""
     found = []
-    for a, b in zip(start["samples"], end["samples"], strict=True):
+    for a, b in zip(before, after, strict=True):
         sample = {"prompt": a["prompt"], "before": a["text"], "after": b["text"]}
         scores = ("reward", "judge")
         sample |= {f"before_{kind}": a[kind] for kind in scores} | {f"after_{kind}": b[kind] for kind in scores}

@@ -35,6 +35,7 @@ from tpo_lib.runs.stage import OWN, StageConfig
 PARTS = {"stage": dict, "train": dict, "objectives": list, "seeds": list, "evaluations": int}
 LEAST = {"evaluations": 1, "max_new_tokens": 1, "max_length": 2, "sampled_together": 1, "max_pairs": 1}
 LEAST |= {"samples_per_prompt": 2, "held_out_samples": 2, "held_out_prompts": 1, "max_held_out_pairs": 1}
+LEAST |= {"evaluation_samples": 1}
 OF_A_RUN = {"loss_type", "output_dir", "eval_every", "save_every"}  # settings that a comparison decides itself
 EVALUATIONS = 5
 

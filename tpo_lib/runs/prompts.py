@@ -109,6 +109,21 @@ def held_out_prompts(
     return Prompts(list(found)[:count], f"{count} {words}, {overlap(shared)}{replaced}", shared)
 
 
+def prompt_roots(texts: Sequence[str]) -> list[str]:
+    """Of every text the shortest that it begins with (itself, or one of two characters or more); a whole set shares nothing with
+    the others where their roots differ, in the sense of `run.shared_prompts`.
+
+    Example:
+        >>> prompt_roots(["The film is", "A plot", "The film", "The"])
+        ['The', 'A plot', 'The', 'The']
+    """
+    roots, root = {}, ""
+    for text in sorted(set(texts)):  # what begins with a root stands directly behind it
+        root = root if len(root) > 1 and text.startswith(root) else text
+        roots[text] = root
+    return [roots[text] for text in texts]
+
+
 def recorded_prompts(record: RunRecord | None, tokenizer) -> list[str] | None:
     """The training prompts of a run as text; None where there is no record of them."""
     ids = record and record.prompts()

@@ -29,7 +29,7 @@ class CompareConfig:
 
     Attributes:
         objectives: the settings, as they are reported: an objective with its hyperparameters and all else.
-        evaluations: how often each run is evaluated, evenly spaced, the end included.
+        evaluations: how often each run is evaluated at most, at the updates of `schedule`.
         seeds: every setting is trained once with each, which orders its data; none, and it is trained with the seed it has.
     """
 
@@ -68,6 +68,18 @@ class CompareConfig:
                 seeded = replace(config, seed=seed)
                 made.append(Run(f"{label} seed {seed}", label, seeded, f"{folder}/seed-{seed}"))
         return made
+
+
+def schedule(updates: int, evaluations: int) -> list[int]:
+    """The updates after which a run is evaluated: dense at first, where a nat of KL buys most, and the end.
+
+    The i-th of n comes after the share (i / n)^2 of all updates, rounded up; of two that fall together one is made.
+
+    Example:
+        >>> schedule(40, 5), schedule(3, 5)
+        ([2, 7, 15, 26, 40], [1, 2, 3])
+    """
+    return sorted({-(-updates * i * i // evaluations**2) for i in range(1, evaluations + 1)})
 
 
 def labels(settings: Sequence[TrainConfig]) -> dict[str, TrainConfig]:

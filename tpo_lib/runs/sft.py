@@ -14,6 +14,7 @@ import torch
 
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, collate
+from tpo_lib.fast import FastPath
 from tpo_lib.fast.tiles import response_logps
 from tpo_lib.models import ResponseReader
 from tpo_lib.runs import runs
@@ -79,6 +80,7 @@ def fine_tune(
     *,
     seed: int,
     folder: Path | None,
+    fast: FastPath | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict:
     """Fine-tune `start` in place on reviews of the split "train".
@@ -86,6 +88,7 @@ def fine_tune(
     Args:
         reviews: {"train": {"text": [...]}, "test": {"text": [...]}}, as `files.imdb.load_imdb` gives them.
         folder: where the run is kept, so that it goes on after an interruption; None keeps it in memory.
+        fast: how the model is read.
         progress: called with the share that is done.
 
     Returns:
@@ -109,6 +112,7 @@ def fine_tune(
         None,
         rows,
         tokenizer=tokenizer,
+        fast=fast,
         on_log=lambda run: progress(run.updates / updates),
     )
     trained.policy.requires_grad_(False).zero_grad(set_to_none=True)

@@ -10,7 +10,9 @@ stage.evaluate(policy, config).metrics["reward"]
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +25,7 @@ from datasets import Dataset
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.evaluation import Evaluation
+from tpo_lib.fast import FastPath
 from tpo_lib.fast.evaluation import evaluate
 from tpo_lib.files import chat, store
 from tpo_lib.files.imdb import load_imdb
@@ -31,7 +34,7 @@ from tpo_lib.files.pairs import load_pairs, table_of
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
 from tpo_lib.runs import own, runs
-from tpo_lib.runs.prompts import SOURCES, held_out_prompts, read_prompts, sample_prompts, training_prompts
+from tpo_lib.runs.prompts import SOURCES, held_out_prompts, overlap, prompt_roots, read_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.sft import SftConfig, fine_tune
 
@@ -54,6 +57,7 @@ class StageConfig:
     max_pairs: int
     max_held_out_pairs: int
     max_length: int = 128  # prompt and response together, tokens
+    evaluation_samples: int = 1  # of every held-out prompt; the points of a comparison between start and end have one
     # It writes them itself; "pocket": the bundled model does; "imdb"; or a file. Beside `pairs` the held-out ones alone, which
     # are those of the held-out pairs where this is "model".
     prompts: str = "model"
@@ -84,7 +88,9 @@ class Stage:
     held_out_prompts: list[str]
     report: PairReport | None  # how the training pairs came about; None of pairs that were there
     sft: dict | None  # what `sft.fine_tune` said
-    seen_prompts: int  # held-out prompts that begin or continue a training prompt (none is equal to one)
+    # Held-out prompts that training has seen (`run.shared_prompts`). 0 wherever they are drawn or cut off here; held-out pairs,
+    # and prompts of a file beside pairs, are taken as they are.
+    seen_prompts: int
     reference_cache: dict = field(default_factory=dict, repr=False)  # filled by the first evaluation
 
     def policy(self, config: TrainConfig | None = None) -> torch.nn.Module:
@@ -95,8 +101,13 @@ class Stage:
         """A new policy, its reference and the pairs: what `runs.train` begins with."""
         return self.policy(config), self.start, self.pairs
 
-    def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
-        """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs."""
+    def evaluate(
+        self, policy, config: TrainConfig | None = None, *, guide=None, samples: int | None = None
+    ) -> Evaluation:
+        """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs.
+
+        `samples` of every prompt; None: as many as the stage's configuration says.
+        """
         return evaluate(
             policy,
             self.start,
@@ -109,6 +120,7 @@ class Stage:
             hyperparameters=config and config.hyperparameters(),
             guide=guide,
             max_new_tokens=self.config.max_new_tokens,
+            samples_per_prompt=samples or self.config.evaluation_samples,
             sampled_together=self.config.sampled_together,
             precision=choose_precision(self.start.device, self.config.precision),
             seed=self.config.seed + 4,
@@ -125,6 +137,7 @@ def build_stage(
     reward: Callable | None = None,
     judge: Callable | None = None,
     tables: tuple[Dataset, Dataset] | None = None,
+    fast: FastPath | None = None,
     progress: Progress = lambda part, share: None,
 ) -> Stage:
     """Load the models, fine-tune the start where that is asked for, and sample the pairs or load them.
@@ -132,9 +145,10 @@ def build_stage(
     Args:
         cache_dir: sampled pairs and the fine-tuned start are kept there, and read the next time.
         start: the model, where it is not the one that config.model names; its tokenizer is.
-        prompts: train_prompts + held_out_prompts of them, or beside pairs held-out ones; None takes them from config.prompts.
+        prompts: train_prompts and then held-out ones, or beside pairs the latter; None takes them from config.prompts.
         reward, judge: instead of those that config names.
         tables: pairs for training and held out, instead of those that config names.
+        fast: how the fine-tuning reads its model; a review has no second response to share a prompt with.
         progress: called with "fine-tuning" or "pairs" and the share of it that is done.
     """
     device = choose_device(config.device)
@@ -144,7 +158,8 @@ def build_stage(
         folder = cache_dir and cache_dir / "sft"
         reviews = load_imdb(config.imdb)
         tell = partial(progress, "fine-tuning")
-        said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder, progress=tell)
+        more = {"fast": fast and replace(fast, share_prefix=False), "progress": tell}
+        said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder, **more)
     start = frozen_copy(start)
     reward = reward or (config.reward and own.scorer(config.reward, device))
     judge = judge or (config.judge and own.scorer(config.judge, device))
@@ -166,14 +181,14 @@ def build_stage(
         )
     encode = partial(encode_pairs, tokenizer=tokenizer, max_length=config.max_length, on_bad_rows="skip")
     (pairs, one), (held_out_pairs, other) = encode(table), encode(held_out_table)
-    if not report:
-        print(f"pairs: {one}\nheld-out pairs: {other}", file=sys.stderr)
     seen = len(shared_prompts(train, held_out))
+    if not report:
+        print(f"pairs: {one}\nheld-out pairs: {other}\nheld-out prompts: {overlap(seen)}", file=sys.stderr)
     return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, said, seen)
 
 
 def beside_pairs(config: StageConfig, start, tokenizer, train: list[str], held_out: Dataset) -> list[str]:
-    """Held-out prompts where there are pairs: theirs, or those of config.prompts."""
+    """Held-out prompts where there are pairs: theirs, or those of config.prompts (a file is taken as it is)."""
     if config.prompts == "model":
         return prompts_of(held_out, tokenizer)[: config.held_out_prompts]
     most = config.held_out_prompts if config.prompts in SOURCES else None
@@ -183,22 +198,33 @@ def beside_pairs(config: StageConfig, start, tokenizer, train: list[str], held_o
 
 
 def stage_prompts(config: StageConfig, start, tokenizer, given: list[str] | None) -> tuple[list[str], list[str]]:
-    """Prompts for the pairs, and held-out ones."""
-    count = config.train_prompts + config.held_out_prompts
-    if given is None and config.prompts == "model":
-        given = sample_prompts(start, tokenizer, count, seed=config.seed + 1)
-    elif given is None and config.prompts not in SOURCES:
+    """Prompts for the pairs, and held-out ones, none of which equals, begins or continues one for the pairs."""
+    if given is None and config.prompts not in SOURCES:
         given, _ = read_prompts(config.prompts)
-    if given is not None:  # one list, cut in two
-        if len(given) < count:
-            have = f"there are {len(given)} distinct prompts ({config.prompts}), {count} are needed"
-            raise ValueError(
-                f"{have}: take fewer for training (run: --set stage.train_prompts=N; compare: --num-prompts N)"
-            )
-        return given[: config.train_prompts], given[config.train_prompts : count]
+    if given is not None:
+        return _cut(config, given)
     source = {"imdb": config.imdb, "seed": config.seed + 1}
-    train = training_prompts(config.prompts, config.train_prompts, start, tokenizer, **source).texts
+    count = config.train_prompts
+    drawn = count + (config.held_out_prompts if config.prompts == "model" else 0)  # how many decides which
+    train = training_prompts(config.prompts, drawn, start, tokenizer, **source).texts[:count]
     held_out = held_out_prompts(config.prompts, config.held_out_prompts, start, tokenizer, seen=train, **source).texts
+    return train, held_out
+
+
+def _cut(config: StageConfig, given: list[str]) -> tuple[list[str], list[str]]:
+    """One list cut in two; what training has seen of the second part is left out, and said."""
+    train, rest = given[: config.train_prompts], given[config.train_prompts :]
+    seen = set(shared_prompts(train, rest))
+    held_out = [text for i, text in enumerate(rest) if i not in seen][: config.held_out_prompts]
+    said = f"{len(seen)} of the {len(rest)} prompts behind the first {len(train)} begin or continue one of these"
+    if len(held_out) < config.held_out_prompts:
+        need = f"{config.train_prompts} + {config.held_out_prompts} of {config.prompts} are needed"
+        raise ValueError(
+            f"there are {len(given)} distinct prompts, {need}, and {said}: take fewer for training (run: --set "
+            "stage.train_prompts=N; compare: --num-prompts N)"
+        )
+    if seen:
+        print(f"held-out prompts: {said}, and are left out", file=sys.stderr)
     return train, held_out
 
 
@@ -233,6 +259,8 @@ def given_pairs(
 ) -> tuple[Dataset, Dataset]:
     """Pairs that were there, in random order: for training, and held out; `rows` are those of "pairs" or "eval_pairs".
 
+    Where none are named as held out, about a tenth is: all pairs of some prompts, and of those that begin or continue them.
+
     Raises:
         BadRowsError, FileNotFoundError, ConnectionError, ValueError: as `load_pairs`, or there are too few to hold any out.
     """
@@ -250,11 +278,17 @@ def given_pairs(
         held_out = load(apart, config.eval_split, config.max_held_out_pairs)
         return load("pairs", config.split, config.max_pairs), held_out
     table = load("pairs", config.split, config.max_pairs + config.max_held_out_pairs)
-    held_out = min(config.max_held_out_pairs, len(table) // 10)
+    wanted, taken, held_out = min(config.max_held_out_pairs, len(table) // 10), 0, set()
+    # of messages without the bracket that ends them: a conversation that goes on begins with the shorter one
+    roots = prompt_roots([text if isinstance(text, str) else json.dumps(text)[:-1] for text in table["prompt"]])
+    for root, count in Counter(roots).items():
+        if taken < wanted and taken + count <= len(table) // 2:  # what most pairs share stays in training
+            taken, held_out = taken + count, held_out | {root}
     if not held_out:
-        few = f"{config.pairs or 'the table'} has {len(table)} pairs, too few to hold a tenth out"
-        raise ValueError(f"{few}; name --eval-pairs")
-    return table.select(range(held_out, len(table))), table.select(range(held_out))
+        few = f"{config.pairs or 'the table'} has {len(table)} pairs of {len(set(roots))} prompts that do not begin each other"
+        raise ValueError(f"{few}, too few to hold a tenth out; name --eval-pairs")
+    parts = [[i for i, root in enumerate(roots) if (root in held_out) == held] for held in (False, True)]
+    return table.select(parts[0]), table.select(parts[1])
 
 
 def prompts_of(table: Dataset, tokenizer) -> list[str]:
@@ -289,9 +323,10 @@ def own_stage(
         model: folder or hub name of the start.
         pairs: a file, folder or hub name, or rows {"prompt", "chosen", "rejected"}; None samples them and needs a reward.
         reward, judge: name of a classifier, FILE.py:NAME, or a function texts -> scores.
-        prompts: texts, or a file of them: beside pairs the held-out ones, else those to sample from and, after
-            `train_prompts`, the held-out ones; None takes those of the held-out pairs, or samples them.
-        eval_pairs: held-out ones; None holds a tenth of the pairs out.
+        prompts: texts, or a file of them: beside pairs the held-out ones, as they are, else those to sample from and, after
+            `train_prompts`, the held-out ones, without those that begin or continue a training prompt; None takes those of
+            the held-out pairs, or samples them.
+        eval_pairs: held-out ones; None holds a tenth of the pairs out, with their prompts.
         cache_dir: where sampled pairs are kept, if anywhere.
         changes: further fields of StageConfig.
 
@@ -312,6 +347,7 @@ def own_stage(
 
 SECOND_JUDGE = str(POCKET / "second_judge")  # words instead of tokens, and no body that was the model's
 QUICK = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
+QUICK |= {"evaluation_samples": 2}
 
 
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
@@ -319,6 +355,7 @@ def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     sizes = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
     models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge")}
     sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
+    sampled |= {"evaluation_samples": 4}
     return StageConfig(**models, **sampled, seed=seed, **(QUICK if quick else sizes))
 
 

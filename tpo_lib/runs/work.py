@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from tpo_lib.config import TrainConfig
-from tpo_lib.runs.settings import CompareConfig
+from tpo_lib.runs.settings import CompareConfig, schedule
 
 PROMPT = 6  # tokens of a prompt, on average
 SAMPLED = 0.3  # time of a sampled sequence in pairs that are trained on, for the bar alone: a plan measures both
@@ -43,23 +43,28 @@ def parts(config: CompareConfig, pairs: int | None = None) -> list[Part]:
     runs, guides = config.runs(), config.guides()
     made = {run.name: run for run in guides.values() if run.name not in [each.name for each in runs]}
     for run in [*made.values(), *runs]:
-        evaluations, updates = 0 if run.name in made else config.evaluations, planned(run.config, pairs)
+        updates = planned(run.config, pairs)
+        evaluations = 0 if run.name in made else len(schedule(updates, config.evaluations))
+        sampled, read = evaluation(config, evaluations)
         per_update = run.config.batch_size * run.config.accumulation
         words = f"{updates:,} updates of {per_update} pairs" + (f", {evaluations} evaluations" if evaluations else "")
-        trained = updates * per_update + evaluations * evaluation(config)[1]
-        found.append(Part(run.name, words, evaluations * evaluation(config)[0], trained))
+        found.append(Part(run.name, words, sampled, updates * per_update + read))
     return found
 
 
-def evaluation(config: CompareConfig) -> tuple[float, float]:
-    """One evaluation, in sequences sampled and pairs trained on: held-out pairs are read, and nothing is learnt from them."""
+def evaluation(config: CompareConfig, count: int = 1) -> tuple[float, float]:
+    """So many evaluations of a run, the last with several samples a prompt, in sequences sampled and pairs trained on.
+
+    Held-out pairs are read, and nothing is learnt from them.
+    """
     stage = config.stage
-    return stage.held_out_prompts, stage.max_held_out_pairs * stage.max_new_tokens / (PROMPT + stage.max_new_tokens)
+    sampled = stage.held_out_prompts * (count - 1 + stage.evaluation_samples) if count else 0
+    return sampled, count * stage.max_held_out_pairs * stage.max_new_tokens / (PROMPT + stage.max_new_tokens)
 
 
 def share_of_evaluations(config: CompareConfig, train: TrainConfig, updates: int) -> float:
     """Of a run's work."""
-    evaluated = config.evaluations * Part("", "", *evaluation(config)).weight
+    evaluated = Part("", "", *evaluation(config, len(schedule(updates, config.evaluations)))).weight
     return evaluated / (evaluated + updates * train.batch_size * train.accumulation)
 
 
