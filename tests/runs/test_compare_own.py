@@ -94,7 +94,7 @@ def finished(shelf):
 def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatch):
     """Nine updates, evaluated after 1, 4 and 9, saved after 2, 4, 6 and 8: what was evaluated stays, and the end is the same."""
     config = config_of(*given(shelf, "--objectives", "dpo", "--epochs", "3"))
-    whole = compare.run(config, shelf / "K1", progress=False)
+    whole = compare.run(config, shelf / "K1", progress=False, latest=False)
     real, calls, steps = stage.evaluate, [], []
 
     def killed(*args, **kwargs):
@@ -107,13 +107,13 @@ def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_rescue", lambda *_: None)  # as by kill -9
         with pytest.raises(KeyboardInterrupt):
-            compare.run(config, shelf / "K2", progress=False)
+            compare.run(config, shelf / "K2", progress=False, latest=False)
     kept = {path.name: path.stat().st_mtime_ns for path in (shelf / "K2/dpo/evaluations").iterdir()}
     assert list(kept) == ["00000001.json"]
     assert [path.name for path in (shelf / "K2/dpo/checkpoints").glob("step-*")] == ["step-00000002"]
     begin = Run.begin
     monkeypatch.setattr(Run, "begin", lambda run, *a, **k: begin(run, *a, **k) or steps.append(run.step))
-    again = compare.run(config, shelf / "K2", progress=False)
+    again = compare.run(config, shelf / "K2", progress=False, latest=False)
     assert steps == [2]
     assert len(calls) == 5
     assert (shelf / "K2/dpo/evaluations/00000001.json").stat().st_mtime_ns == kept["00000001.json"]

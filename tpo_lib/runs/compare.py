@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from tpo_lib.files import store
 from tpo_lib.models import fingerprint
 from tpo_lib.runs import configs, costs, heatmap, plots, report, runs, seeds, work
 from tpo_lib.runs.settings import CompareConfig, Run, schedule
-from tpo_lib.runs.stage import build_stage
+from tpo_lib.runs.stage import Stage, build_stage, prompts_of
 from tpo_lib.runs.trackers import check_tracker
 from tpo_lib.train import planned_steps
 
@@ -223,6 +224,7 @@ class _Comparison:
             "objectives": {name: _metrics(curve[-1]) for name, curve in curves.items()},
             "start": _metrics(self.start),
             "config": config,
+            "data": _data(self.stage),
             "seed": seed,
             "versions": runs.versions(),
             "costs": store.read_json(self.costs, FIX)["costs"],
@@ -267,6 +269,26 @@ def _made(folder: Path) -> int:
 
 def _evaluation(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"{step:08d}.json"
+
+
+def _data(stage: Stage) -> dict:
+    """What the report says of prompts and pairs: how many of how many were kept, and tokens of a prompt (least, mean, most)."""
+    texts, lengths = {"training": prompts_of(stage.table, stage.tokenizer), "held-out": stage.held_out_prompts}, {}
+    for name, each in texts.items():
+        sizes = list(map(len, stage.tokenizer(each, add_special_tokens=False)["input_ids"]))
+        lengths[name] = min(sizes), statistics.fmean(sizes), max(sizes)
+    pairs, made = None, stage.report
+    if made:
+        left_out = ", ".join(f"{count:,} {why}" for why, count in made.dropped.items() if count)
+        pairs = {"candidates": made.kept + sum(made.dropped.values()), "kept": made.kept, "left_out": left_out}
+        pairs |= {"min_gap": stage.config.min_gap, "trained": len(stage.pairs)}
+    return {
+        "pairs": pairs,
+        "prompt_tokens": lengths,
+        "seen": stage.seen_prompts,
+        "held_out_prompts": len(stage.held_out_prompts),
+        "samples": stage.config.evaluation_samples,
+    }
 
 
 def _metrics(row: Mapping) -> dict:

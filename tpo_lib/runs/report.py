@@ -3,6 +3,7 @@
 Its words and their order are in templates/report.j2, once for both; text from outside is escaped in both.
     summary  {"objectives": {label: {metric: {"mean", "low", "high", "n"}}}, "start": {metric: {...}}, "config": {...},
               "seed": int, "versions": {...}, "wall_time_s": float,
+              "data": compare._data                                               # may be missing, as what follows
               "differences": {metric: entries of seeds.paired_over_seeds}}        # may be missing
     curves   {label: [{"step", "pairs_seen", metric: {...}, "by_prompt": {metric: [...]}}, ...]}, the start model first; where
              differences are missing they are made from by_seed or by_prompt, which may be missing too

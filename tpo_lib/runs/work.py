@@ -125,4 +125,4 @@ class Bar:
         self.done[part] = self.done.get(part, 0.0) + more
         if before and not self.shown.disable:
             self.shown.initial += more
-        self.shown.update(more)
+        self.shown.update(min(more, self.shown.total - self.shown.n))  # many small shares round up
