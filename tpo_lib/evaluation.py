@@ -59,7 +59,7 @@ class Evaluation:
     """What `evaluate` found."""
 
     metrics: dict[str, Metric]  # in the order of the docstring of `evaluate`
-    samples: list[Sample]  # every continuation, in the order of the prompts
+    samples: list[Sample]  # every continuation: the first of every prompt, then the second, ...
     by_prompt: dict[str, Tensor]  # metric -> (P,) float64, one number a prompt, for `runs.seeds.paired_differences`
 
     def record(self, samples: int | None = None) -> dict:
@@ -145,6 +145,7 @@ def evaluate(
     by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
     columns = [scores[k].flatten().tolist() if k in scores else [None] * len(flat) for k in ("reward", "judge")]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
+    samples = [sample for k in range(samples_per_prompt) for sample in samples[k::samples_per_prompt]]
     return Evaluation(metrics, samples, by_prompt)
 
 
@@ -232,8 +233,9 @@ def sample_metrics(
 
     Returns:
         kl; entropy; rare, the share of steps less likely than RARE under the reference, and ref_perplexity, its exp(nats a step);
-        distinct_2; with K > 1 distinct_2_within, distinct bigrams / bigrams of all samples of a prompt: collapse within a prompt
-        shows here alone; repetition, the share of a sample's bigrams that it has used before; length in tokens.
+        distinct_2 of every prompt's first sample, so that it is the same for any K; with K > 1 distinct_2_within, distinct
+        bigrams / bigrams of all samples of a prompt: collapse within a prompt shows here alone; repetition, the share of a
+        sample's bigrams that it has used before; length in tokens.
     """
     per = len(token_ids) // prompts
     groups = [token_ids[start : start + per] for start in range(0, len(token_ids), per)]
@@ -252,7 +254,7 @@ def sample_metrics(
         "entropy": ratio(entropy, steps),
         "rare": ratio(rare, steps),
         "ref_perplexity": Metric(*torch.tensor([nats.mean, nats.low, nats.high]).double().exp().tolist(), nats.n),
-        "distinct_2": distinct_2(groups),
+        "distinct_2": distinct_2([group[:1] for group in groups]),
         **({"distinct_2_within": ratio(together, count)} if per > 1 else {}),
         "repetition": ratio(count - apart, count),
         "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
@@ -260,9 +262,7 @@ def sample_metrics(
 
 
 def distinct_2(groups: Sequence[Sequence[Sequence[int]]]) -> Metric:
-    """Distinct bigrams / bigrams over the token ids of all samples, grouped by prompt (distinct-2, Li et al. 2016); else 0.
-
-    It falls as samples are added, so compare it at equal numbers of samples only.
+    """Distinct bigrams / bigrams over the token ids of samples, grouped by prompt (distinct-2, Li et al. 2016; falls with more).
 
     Example:
         >>> distinct_2([[[1, 2, 3]], [[1, 2, 4]]]).mean  # (1,2) (2,3) | (1,2) (2,4): 3 of 4

@@ -23,7 +23,7 @@ STAGE = {
     name: name for name in ("model", "pairs", "split", "eval_pairs", "eval_split", "prompts", "imdb", "reward", "judge")
 }
 STAGE |= {name: name for name in ("held_out_prompts", "samples_per_prompt", "max_new_tokens", "min_gap", "seed")}
-STAGE |= {"num_prompts": "train_prompts"}
+STAGE |= {"num_prompts": "train_prompts", "second_judge": "second_judge"}
 
 
 def hyperparameters() -> dict[str, str]:

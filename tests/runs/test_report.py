@@ -132,15 +132,15 @@ def test_names_versions_and_settings_are_escaped_too(tmp_path, unillustrated):
 
 @pytest.mark.parametrize("seen", [0, 67])
 def test_how_prompts_and_pairs_came_about_is_said(tmp_path, unillustrated, seen):
-    facts, dropped = summary(), {"empty text": 3, "equal scores": 0, "gap below min_gap": 3447}
-    pairs = {"candidates": 4800, "kept": 1350, "dropped": dropped, "min_gap": 0.4, "trained": 1280}
+    facts, left_out = summary(), "3 empty text, 3,447 gap below min_gap"
+    pairs = {"candidates": 4800, "kept": 1350, "left_out": left_out, "min_gap": 0.4, "trained": 1280}
     lengths = {"training": (2, 4.96, 8), "held-out": (3, 5.5, 8)}
     facts["data"] = {"pairs": pairs, "prompt_tokens": lengths, "seen": seen, "held_out_prompts": 160, "samples": 4}
     report.write_report(tmp_path, facts, curves(), {})
     text = " ".join((tmp_path / "report.md").read_text().split())
     assert "labels are free of noise" in text
     assert "Pairs whose scores differ by less than 0.4 were dropped" in text
-    kept = "Of 4,800 pairs of completions 1,350 were kept (left out: 3 empty text, 3,447 gap below min\\_gap), of which 1,280 are"
+    kept = "Of 4,800 pairs of completions 1,350 were kept (3 empty text, 3,447 gap below min\\_gap left out), and 1,280 are trained"
     assert kept in text
     assert (
         "Training prompts have 2 to 8 tokens, 5.0 on average; held-out prompts have 3 to 8 tokens, 5.5 on average."
@@ -150,7 +150,6 @@ def test_how_prompts_and_pairs_came_about_is_said(tmp_path, unillustrated, seen)
     some = "67 of the 160 held-out prompts equal, begin or continue a training prompt."
     assert [none in text, some in text] == [not seen, bool(seen)]
     assert "Of every held-out prompt 4 samples were drawn at the start and at the end" in text
-    del facts["data"]["pairs"]["candidates"]
     facts["data"] |= {"pairs": None, "samples": 1}
     report.write_report(tmp_path, facts, curves(), {})
     text = (tmp_path / "report.md").read_text()

@@ -212,8 +212,8 @@ class _Comparison:
                 [{key: value for key, value in row.items() if key != "samples"} for row in rows] for rows in found
             ]
             curves[label] = [seeds.merged(at, seed=seed) for at in zip(*points, strict=True)]
-            first = slice(None, None, self.config.stage.evaluation_samples)  # of every prompt
-            samples[label] = _beside(self.start["samples"][first], found[0][-1]["samples"][first])
+            one = len(self.stage.held_out_prompts)  # sample of every prompt
+            samples[label] = _beside(self.start["samples"][:one], found[0][-1]["samples"][:one])
         config = asdict(self.config) | {"objectives": [train.to_dict() for train in self.config.objectives]}
         config = config.pop("stage") | config | {"seeds": self.config.seeds or None, "pairs": len(self.stage.pairs)}
         config |= {"pairs_from": self.config.stage.pairs, "held_out_pairs": len(self.stage.held_out_pairs)}

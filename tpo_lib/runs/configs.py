@@ -264,7 +264,7 @@ def _named(entry: Any) -> Any:
 
 def _absolute(name: str, value: Any) -> Any:
     """Names of files and folders with their whole path, so that they are found from elsewhere too."""
-    named = ("model", "reward", "judge", "prompts", "imdb", "pairs", "eval_pairs")
+    named = ("model", "reward", "judge", "second_judge", "prompts", "imdb", "pairs", "eval_pairs")
     if name not in named or value is None or (name == "prompts" and value in SOURCES):
         return value
     path, colon, function = value.rpartition(":") if is_own(value) else (value, "", "")

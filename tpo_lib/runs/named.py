@@ -23,9 +23,10 @@ from tpo_lib.runs.run import ADAPTER, RunRecord, origin, read_run
 
 def check_names(options) -> None:
     """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
-    for kind in ("model", "policy", "guide", "reward", "judge"):
+    scorers = ("reward", "judge", "second_judge")
+    for kind in ("model", "policy", "guide", *scorers):
         name = getattr(options, kind, None)
-        if name and not (kind in ("reward", "judge") and is_own(name)):
+        if name and not (kind in scorers and is_own(name)):
             folders.find(kind, name)
     for kind in ("pairs", "eval_pairs"):
         name = getattr(options, kind, None)

@@ -56,6 +56,7 @@ class StageConfig:
     min_gap: float  # smallest difference of scores in a pair
     max_pairs: int
     max_held_out_pairs: int
+    second_judge: str | None = None  # reported beside the judge
     max_length: int = 128  # prompt and response together, tokens
     evaluation_samples: int = 1  # of every held-out prompt; the points of a comparison between start and end have one
     # It writes them itself; "pocket": the bundled model does; "imdb"; or a file. Beside `pairs` the held-out ones alone, which
@@ -82,6 +83,7 @@ class Stage:
     tokenizer: object
     reward: Callable
     judge: Callable | None
+    second_judge: Callable | None
     table: Dataset  # the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`)
     pairs: list[EncodedPair]
     held_out_pairs: list[EncodedPair]
@@ -115,6 +117,7 @@ class Stage:
             self.held_out_prompts,
             self.reward,
             judge=self.judge,
+            second_judge=self.second_judge,
             pairs=self.held_out_pairs,
             objective=config and config.loss_type,
             hyperparameters=config and config.hyperparameters(),
@@ -136,6 +139,7 @@ def build_stage(
     prompts: list[str] | None = None,
     reward: Callable | None = None,
     judge: Callable | None = None,
+    second_judge: Callable | None = None,
     tables: tuple[Dataset, Dataset] | None = None,
     fast: FastPath | None = None,
     progress: Progress = lambda part, share: None,
@@ -146,7 +150,7 @@ def build_stage(
         cache_dir: sampled pairs and the fine-tuned start are kept there, and read the next time.
         start: the model, where it is not the one that config.model names; its tokenizer is.
         prompts: train_prompts and then held-out ones, or beside pairs the latter; None takes them from config.prompts.
-        reward, judge: instead of those that config names.
+        reward, judge, second_judge: instead of those that config names.
         tables: pairs for training and held out, instead of those that config names.
         fast: how the fine-tuning reads its model; a review has no second response to share a prompt with.
         progress: called with "fine-tuning" or "pairs" and the share of it that is done.
@@ -161,8 +165,9 @@ def build_stage(
         more = {"fast": fast and replace(fast, share_prefix=False), "progress": tell}
         said = fine_tune(start, tokenizer, config.sft, reviews, seed=config.seed, folder=folder, **more)
     start = frozen_copy(start)
-    reward = reward or (config.reward and own.scorer(config.reward, device))
-    judge = judge or (config.judge and own.scorer(config.judge, device))
+    given = {"reward": reward, "judge": judge, "second_judge": second_judge}
+    named = {name: getattr(config, name) for name in given}
+    scorers = {name: given[name] or (named[name] and own.scorer(named[name], device)) for name in given}
     if tables or config.pairs:
         table, held_out_table = tables or given_pairs(config)
         train, report = prompts_of(table, tokenizer), None
@@ -170,7 +175,7 @@ def build_stage(
     else:
         train, held_out = stage_prompts(config, start, tokenizer, prompts)
         counts = len(train) * config.samples_per_prompt, len(held_out) * config.held_out_samples
-        sample = partial(sampled_pairs, config, start, tokenizer, reward, cache_dir)
+        sample = partial(sampled_pairs, config, start, tokenizer, scorers["reward"], cache_dir)
 
         def told(before: int) -> Callable[[int, int], None]:
             return lambda done, _: progress("pairs", (before + done) / sum(counts))
@@ -184,7 +189,8 @@ def build_stage(
     seen = len(shared_prompts(train, held_out))
     if not report:
         print(f"pairs: {one}\nheld-out pairs: {other}\nheld-out prompts: {overlap(seen)}", file=sys.stderr)
-    return Stage(config, start, tokenizer, reward, judge, table, pairs, held_out_pairs, held_out, report, said, seen)
+    made = (table, pairs, held_out_pairs, held_out, report, said, seen)
+    return Stage(config, start, tokenizer, *scorers.values(), *made)
 
 
 def beside_pairs(config: StageConfig, start, tokenizer, train: list[str], held_out: Dataset) -> list[str]:
@@ -310,6 +316,7 @@ def own_stage(
     *,
     reward: str | Callable | None = None,
     judge: str | Callable | None = None,
+    second_judge: str | Callable | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     eval_pairs: str | Path | Sequence[dict] | None = None,
     cache_dir: str | Path | None = None,
@@ -322,7 +329,7 @@ def own_stage(
     Args:
         model: folder or hub name of the start.
         pairs: a file, folder or hub name, or rows {"prompt", "chosen", "rejected"}; None samples them and needs a reward.
-        reward, judge: name of a classifier, FILE.py:NAME, or a function texts -> scores.
+        reward, judge, second_judge: name of a classifier, FILE.py:NAME, or a function texts -> scores.
         prompts: texts, or a file of them: beside pairs the held-out ones, as they are, else those to sample from and, after
             `train_prompts`, the held-out ones, without those that begin or continue a training prompt; None takes those of
             the held-out pairs, or samples them.
@@ -335,7 +342,8 @@ def own_stage(
     """
     if pairs is None and reward is None:
         raise ValueError("reward is missing: without pairs, completions are sampled, and a reward says which is chosen")
-    given = {"pairs": pairs, "eval_pairs": eval_pairs, "reward": reward, "judge": judge, "prompts": prompts}
+    given = {"pairs": pairs, "eval_pairs": eval_pairs, "prompts": prompts}
+    given |= {"reward": reward, "judge": judge, "second_judge": second_judge}
     names = {name: str(value) for name, value in given.items() if isinstance(value, str | Path)}
     config = StageConfig(**OWN | {"model": str(model)} | names | changes)
     inside = {name: value for name, value in given.items() if name not in names and value is not None}
@@ -353,7 +361,7 @@ QUICK |= {"evaluation_samples": 2}
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
     sizes = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
-    models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge")}
+    models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge"), "second_judge": SECOND_JUDGE}
     sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
     sampled |= {"evaluation_samples": 4}
     return StageConfig(**models, **sampled, seed=seed, **(QUICK if quick else sizes))

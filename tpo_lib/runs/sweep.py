@@ -72,6 +72,7 @@ def _begin(path: Path, known: dict | None, lab: Laboratory) -> dict:
     """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
     content = {"lr": LR, "updates": UPDATES} | _short(lab.record(samples=SAMPLES)) | {"runs": []}
     content["stage"] |= {"model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
+    content["stage"]["second_judge"] = "pocket/second_judge"
     if known is None:
         return content
     for name in ("start", "stage", "lr", "updates"):
