@@ -7,6 +7,7 @@ import pytest
 from tpo_lib import losses
 from tpo_lib.runs import presets
 from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.settings import schedule
 from tpo_lib.runs.stage import pocket_stage_config
 
 IMDB_PAPERS = ("gpt2-imdb", "gpt2-large-imdb", "imdb-ready-pairs", "pythia-2.8b-hh")
@@ -28,7 +29,11 @@ def test_every_preset_says_what_it_is_what_it_needs_and_where_it_comes_from():
 def test_the_pocket_comparison_is_the_stage_of_the_notebooks():
     assert presets.comparison(quick=True).stage == pocket_stage_config(quick=True)
     assert presets.comparison(seed=3).stage == pocket_stage_config(seed=3)
-    tdpo2 = next(run for run in presets.comparison().objectives if run.loss_type == "tdpo2")
+    full = presets.comparison()
+    steps = schedule(full.stage.max_pairs // full.objectives[0].batch_size, full.evaluations)
+    assert len(steps) >= 9
+    assert sum(step <= 6 for step in steps) >= 4  # after six updates the fastest objective has moved by 7 nats
+    tdpo2 = next(run for run in full.objectives if run.loss_type == "tdpo2")
     assert tdpo2.hyperparameters() == {"beta": 0.1, "alpha": 0.2}
 
 
