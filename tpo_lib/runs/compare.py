@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from tpo_lib.config import TrainConfig
+from tpo_lib.config import TrainConfig, run_settings
 from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
@@ -32,7 +32,7 @@ FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or name another folder (run: --name; compare: --output-dir)"
 LATEST = "latest"  # the link to the last comparison
 FORMAT = 2  # of a folder: before, evaluations were evenly spaced, on prompts of which training had seen some
-ROWS = 20  # of training metrics in every run, at least
+ROWS = 20  # of training metrics in a run, at least, where nothing is said of log_every: one makes no curve
 SAVED = 4  # checkpoints of a run: a kill costs a quarter of its updates at most
 FILES = re.compile(  # names of all files of a comparison that stand in no manifest
     r"(identity|wall_time|summary|costs|tokens|\d{8})\.json|metrics\.jsonl|report\.(md|html)|config\.yaml|"
@@ -170,7 +170,9 @@ class _Comparison:
                 self.evaluated(folder, step, policy, train, guide, samples=1 if step < updates else None)
 
         tell(_made(folder), before=True)
-        settings = replace(train, output_dir=str(folder), log_every=min(train.log_every, max(1, updates // ROWS)))
+        settings = replace(train, output_dir=str(folder))
+        if train.log_every == run_settings()["log_every"].default:
+            settings = replace(settings, log_every=min(train.log_every, max(1, updates // ROWS)))
         if reported:
             settings = replace(settings, eval_every=1, save_every=max(1, updates // SAVED))
         more = {"guide": guide, "tokenizer": self.stage.tokenizer, "fast": self.fast}

@@ -361,9 +361,9 @@ QUICK |= {"evaluation_samples": 2}
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
     sizes = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
+    sizes |= {"evaluation_samples": 4}
     models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge"), "second_judge": SECOND_JUDGE}
     sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
-    sampled |= {"evaluation_samples": 4}
     return StageConfig(**models, **sampled, seed=seed, **(QUICK if quick else sizes))
 
 
