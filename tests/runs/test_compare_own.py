@@ -94,6 +94,7 @@ def finished(shelf):
 def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatch):
     """Nine updates, evaluated after 1, 3 and 9, saved after 2, 4, 6 and 8: what was evaluated stays, and the end is the same."""
     config = config_of(*given(shelf, "--objectives", "dpo", "--epochs", "3", "--evaluations", "3"))
+    config = compare.replace(config, stage=compare.replace(config.stage, evaluation_samples=2))
     whole = compare.run(config, shelf / "K1", progress=False, latest=False)
     real, calls, steps = stage.evaluate, [], []
 
@@ -119,6 +120,11 @@ def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatc
     assert (shelf / "K2/dpo/evaluations/00000001.json").stat().st_mtime_ns == kept["00000001.json"]
     assert sorted(int(path.stem) for path in (shelf / "K2/dpo/evaluations").iterdir()) == [1, 3, 9]
     assert again["objectives"] == whole["objectives"]
+    made = [*(shelf / "K2/start/evaluations").iterdir(), *sorted((shelf / "K2/dpo/evaluations").iterdir())]
+    counts = [len(json.loads(path.read_text())["samples"]) for path in made]
+    assert counts == [6, 3, 3, 6], "two of every prompt at the start and the end, one in between"
+    shown = (shelf / "K2/report.md").read_text().partition("Samples before and after")[2]
+    assert len(re.findall(r"^\| the film \d+ is \|", shown, re.MULTILINE)) == 3, "one of every prompt"
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 10, 40, 375, 10_000])
@@ -325,9 +331,16 @@ def test_without_a_reward_held_out_pairs_and_kl_are_compared_on_prompts_of_a_fil
 
 def test_a_file_says_what_flags_say(shelf, tmp_path):
     over = ["--beta", "0.5", "2", "--alpha", "0.3", "--seeds", 3, 4]
-    config = config_of(*given(shelf, "--objectives", "dpo", "tdpo2", "simpo", *over))
+    judges = ["--judge", f"{shelf / 'my.py'}:score", "--second-judge", f"{shelf / 'my.py'}:score"]
+    config = config_of(*given(shelf, "--objectives", "dpo", "tdpo2", "simpo", *over, *judges))
     stage_ = {"model": str(shelf / "model"), "pairs": str(shelf / "pairs.jsonl"), "reward": f"{shelf / 'my.py'}:score"}
-    stage_ |= {"max_new_tokens": 6, "held_out_prompts": 3, "device": "cpu"}
+    stage_ |= {
+        "max_new_tokens": 6,
+        "held_out_prompts": 3,
+        "device": "cpu",
+        "judge": judges[1],
+        "second_judge": judges[3],
+    }
     train = 'lr = 1e-2\nbatch_size = 8\nwarmup_steps = 1\nlog_every = 1\ndevice = "cpu"\nbeta = [0.5, 2]'
     text = "seeds = [3, 4]\nevaluations = 12\nobjectives = ['dpo', {loss_type = 'tdpo2', alpha = 0.3}, 'simpo']\n"
     text += (
@@ -451,11 +464,11 @@ def test_a_stage_of_ones_own_serves_the_laboratory(shelf):
         return [float(len(set(text))) for text in texts]
 
     settings = {"reward": letters, "held_out_prompts": 2, "max_new_tokens": 4, "device": "cpu"}
-    made = stage.own_stage(shelf / "model", PAIRS, **settings)
+    made = stage.own_stage(shelf / "model", PAIRS, second_judge=f"{shelf / 'my.py'}:score", **settings)
     assert (len(made.pairs), len(made.held_out_pairs), len(made.held_out_prompts)) == (27, 3, 2)
     lab = Laboratory(made)
     run = lab.train(lab.config("tdpo2", lr=1e-2, updates=2, batch_size=8))
-    assert run.evaluation.metrics["reward"].n == 2
+    assert run.evaluation.metrics["reward"].n == run.evaluation.metrics["second_judge"].n == 2
     assert list(lab.runs) == ["tdpo2 β0.1 α0.5"]
     named = stage.own_stage(
         shelf / "model", shelf / "pairs.jsonl", prompts=["fun", "bad"], eval_pairs=PAIRS[:4], **settings
@@ -487,6 +500,20 @@ def test_the_bar_counts_what_was_done_before_and_judges_the_speed_by_this_proces
     bar.weigh([work.Part("pairs", "", 0, 7), parts[1], work.Part("ipo", "", 0, 100)])
     assert shown.total == 100 + 200 + 100
     bar.close()
+
+
+def test_the_fine_tuning_reads_its_model_as_the_runs_do(shelf, monkeypatch):
+    used, real = [], path.recomputing
+    monkeypatch.setattr(path, "recomputing", lambda model: used.append(model) or real(model))
+    reviews = {split: {"text": tiny.TEXT * 4} for split in ("train", "test")}
+    monkeypatch.setattr(stage, "load_imdb", lambda name: reviews)
+    config = config_of(*given(shelf, "--objectives", "dpo")).stage
+    config = compare.replace(config, sft=stage.SftConfig(reviews=32, tokens=12, batch_size=16))
+    fast = FastPath(checkpointing=True, share_prefix=True)  # a review has nothing to share
+    recomputed = stage.build_stage(config, cache_dir=None, fast=fast)
+    assert len(used) == 1
+    assert recomputed.sft == pytest.approx(stage.build_stage(config, cache_dir=None).sft, rel=1e-4)
+    assert len(used) == 1
 
 
 def test_one_bar_goes_over_fine_tuning_sampling_and_runs(shelf, tmp_path, monkeypatch, capsys):
