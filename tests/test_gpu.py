@@ -17,7 +17,7 @@ COMMON = ["--small"]
 def parts(tmp_path_factory):
     """All parts with made-up reviews, and the page."""
     folder = tmp_path_factory.mktemp("gpu")
-    reviews = [f"The {word} film number {i} was rather {word} from its beginning to the end. " * 3
+    reviews = [f"{i} {word} scenes and the film was rather {word} from its beginning to the end. " * 3
                for i in range(30) for word in ("good", "bad", "odd")]  # fmt: skip
     for name in ("train", "test"):
         pandas.DataFrame({"text": reviews, "label": 0}).to_parquet(folder / f"{name}.parquet")
