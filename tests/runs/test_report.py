@@ -149,12 +149,12 @@ def test_how_prompts_and_pairs_came_about_is_said(tmp_path, unillustrated, seen)
     none = "No held-out prompt equals, begins or continues a training prompt."
     some = "67 of the 160 held-out prompts equal, begin or continue a training prompt."
     assert [none in text, some in text] == [not seen, bool(seen)]
-    assert "Of every held-out prompt 4 samples were drawn at the start and at the end" in text
+    assert "Every evaluation drew 4 samples of every held-out prompt." in text
     facts["data"] |= {"pairs": None, "samples": 1}
     report.write_report(tmp_path, facts, curves(), {})
     text = (tmp_path / "report.md").read_text()
     assert "labelled the pairs" not in text
-    assert "samples were drawn" not in text
+    assert "Every evaluation drew" not in text
 
 
 def test_markdown_links_are_relative_and_lead_to_pictures(written):

@@ -128,15 +128,13 @@ class _Comparison:
         known = store.read_json(self.costs, FIX)["costs"] if self.costs.exists() else {}
         store.write_json(self.costs, {"costs": known | {name: costs.total(known.get(name), cost)}})
 
-    def evaluated(
-        self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None, samples: int | None = None
-    ) -> dict:
+    def evaluated(self, folder: Path, step: int, policy, train: TrainConfig | None, guide=None) -> dict:
         """The evaluation of `policy` at `step`: read back if it was made before, else made and written down."""
         path = _evaluation(folder, step)
         if path.exists():
             return store.read_json(path, FIX)
         clock = time.monotonic()
-        result = self.stage.evaluate(policy, train, guide=guide, samples=samples)
+        result = self.stage.evaluate(policy, train, guide=guide)
         self.evaluation_s += time.monotonic() - clock
         said = result.record()
         row = {"step": step, "pairs_seen": step * train.batch_size * train.accumulation if train else 0} | said[
@@ -167,7 +165,7 @@ class _Comparison:
 
         def callback(step: int, policy) -> None:
             if step in steps:
-                self.evaluated(folder, step, policy, train, guide, samples=1 if step < updates else None)
+                self.evaluated(folder, step, policy, train, guide)
 
         tell(_made(folder), before=True)
         settings = replace(train, output_dir=str(folder))

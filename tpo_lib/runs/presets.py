@@ -56,7 +56,7 @@ class Preset:
 
 
 _SMALL = pocket_stage_config()
-_SMOL = replace(_SMALL, model=smollm2.HUB, prompts="pocket", min_gap=0.2, precision="auto", evaluation_samples=2)
+_SMOL = replace(_SMALL, model=smollm2.HUB, prompts="pocket", min_gap=0.2, precision="auto", evaluation_samples=1)
 _SMOL_RUN = {"lr": 1e-4, "batch_size": 32, "warmup_steps": 5, "log_every": 2, "keep": 1, "max_length": 128}
 _REVIEWS = {"prompts": "imdb", "sft": SftConfig(reviews=2000, tokens=64, lr=1e-4, batch_size=32, precision="auto")}
 _PAPER = {"optimizer": "rmsprop", "lr": 5e-6, "schedule": "constant", "warmup_steps": 150}

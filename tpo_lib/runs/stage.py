@@ -58,7 +58,7 @@ class StageConfig:
     max_held_out_pairs: int
     second_judge: str | None = None  # reported beside the judge
     max_length: int = 128  # prompt and response together, tokens
-    evaluation_samples: int = 1  # of every held-out prompt; the points of a comparison between start and end have one
+    evaluation_samples: int = 1  # of every held-out prompt, in every evaluation: equal numbers use equal random numbers
     # It writes them itself; "pocket": the bundled model does; "imdb"; or a file. Beside `pairs` the held-out ones alone, which
     # are those of the held-out pairs where this is "model".
     prompts: str = "model"
@@ -103,13 +103,8 @@ class Stage:
         """A new policy, its reference and the pairs: what `runs.train` begins with."""
         return self.policy(config), self.start, self.pairs
 
-    def evaluate(
-        self, policy, config: TrainConfig | None = None, *, guide=None, samples: int | None = None
-    ) -> Evaluation:
-        """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs.
-
-        `samples` of every prompt; None: as many as the stage's configuration says.
-        """
+    def evaluate(self, policy, config: TrainConfig | None = None, *, guide=None) -> Evaluation:
+        """`evaluation.evaluate` of a policy, trained as `config` says if at all, on the held-out prompts and pairs."""
         return evaluate(
             policy,
             self.start,
@@ -123,7 +118,7 @@ class Stage:
             hyperparameters=config and config.hyperparameters(),
             guide=guide,
             max_new_tokens=self.config.max_new_tokens,
-            samples_per_prompt=samples or self.config.evaluation_samples,
+            samples_per_prompt=self.config.evaluation_samples,
             sampled_together=self.config.sampled_together,
             precision=choose_precision(self.start.device, self.config.precision),
             seed=self.config.seed + 4,
@@ -355,15 +350,14 @@ def own_stage(
 
 SECOND_JUDGE = str(POCKET / "second_judge")  # words instead of tokens, and no body that was the model's
 QUICK = {"train_prompts": 128, "held_out_prompts": 48, "max_pairs": 320, "max_held_out_pairs": 48}
-QUICK |= {"evaluation_samples": 2}
 
 
 def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
     """The stage of `make run`, or (quick) the small one of `make run --quick` and of the notebooks."""
     sizes = {"train_prompts": 800, "held_out_prompts": 160, "max_pairs": 1280, "max_held_out_pairs": 128}
-    sizes |= {"evaluation_samples": 4}
     models = {"model": str(POCKET), "reward": str(POCKET), "judge": str(POCKET / "judge"), "second_judge": SECOND_JUDGE}
     sampled = {"samples_per_prompt": 4, "held_out_samples": 4, "max_new_tokens": 40, "min_gap": 0.4}
+    sampled |= {"evaluation_samples": 2}
     return StageConfig(**models, **sampled, seed=seed, **(QUICK if quick else sizes))
 
 

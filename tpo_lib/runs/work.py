@@ -45,26 +45,23 @@ def parts(config: CompareConfig, pairs: int | None = None) -> list[Part]:
     for run in [*made.values(), *runs]:
         updates = planned(run.config, pairs)
         evaluations = 0 if run.name in made else len(schedule(updates, config.evaluations))
-        sampled, read = evaluation(config, evaluations)
         per_update = run.config.batch_size * run.config.accumulation
         words = f"{updates:,} updates of {per_update} pairs" + (f", {evaluations} evaluations" if evaluations else "")
-        found.append(Part(run.name, words, sampled, updates * per_update + read))
+        sampled, read = evaluation(config)
+        found.append(Part(run.name, words, evaluations * sampled, updates * per_update + evaluations * read))
     return found
 
 
-def evaluation(config: CompareConfig, count: int = 1) -> tuple[float, float]:
-    """So many evaluations of a run, the last with several samples a prompt, in sequences sampled and pairs trained on.
-
-    Held-out pairs are read, and nothing is learnt from them.
-    """
+def evaluation(config: CompareConfig) -> tuple[float, float]:
+    """One evaluation, in sequences sampled and pairs trained on: held-out pairs are read, and nothing is learnt from them."""
     stage = config.stage
-    sampled = stage.held_out_prompts * (count - 1 + stage.evaluation_samples) if count else 0
-    return sampled, count * stage.max_held_out_pairs * stage.max_new_tokens / (PROMPT + stage.max_new_tokens)
+    sampled = stage.held_out_prompts * stage.evaluation_samples
+    return sampled, stage.max_held_out_pairs * stage.max_new_tokens / (PROMPT + stage.max_new_tokens)
 
 
 def share_of_evaluations(config: CompareConfig, train: TrainConfig, updates: int) -> float:
     """Of a run's work."""
-    evaluated = Part("", "", *evaluation(config, len(schedule(updates, config.evaluations)))).weight
+    evaluated = len(schedule(updates, config.evaluations)) * Part("", "", *evaluation(config)).weight
     return evaluated / (evaluated + updates * train.batch_size * train.accumulation)
 
 
