@@ -238,11 +238,11 @@ def test_levels_at_equal_kl_are_interpolated():
         "simpo": [point(0, 0.5), point(2, 0.6)],
     }
     levels, rows = report.at_equal(data, "kl", "reward")
-    assert levels == [2.0, 4.0, 6.0, 8.0]
+    assert levels == [0.2, 0.5, 1.0, 2.0, 5.0]
     assert rows["tdpo2"] == pytest.approx([0.5 + 0.4 * (level / 8) ** 0.5 for level in levels])  # in the root of the KL
-    assert rows["dpo"][:2] == pytest.approx([0.5 + 0.2 * 0.5**0.5, 0.7])
-    assert rows["dpo"][2] == pytest.approx(0.9 - 0.1 * (6**0.5 - 3**0.5) / (10**0.5 - 3**0.5))
-    assert rows["simpo"] == [pytest.approx(0.6), None, None, None]
+    assert rows["dpo"][3] == pytest.approx(0.5 + 0.2 * 0.5**0.5)
+    assert rows["dpo"][4] == pytest.approx(0.9 - 0.1 * (5**0.5 - 3**0.5) / (10**0.5 - 3**0.5))
+    assert rows["simpo"][3:] == [pytest.approx(0.6), None]
     other = {name: [{"entropy": p["kl"], "reward": p["reward"]} for p in points] for name, points in data.items()}
     assert report.at_equal(other, "entropy", "reward")[1]["tdpo2"] == pytest.approx([0.6, 0.7, 0.8, 0.9])  # straight
     assert report.at_equal({"dpo": [point(0, 0.5)]}, "kl", "reward") == ([], {"dpo": []})

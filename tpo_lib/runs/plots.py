@@ -144,12 +144,24 @@ def score_gaps(report: PairReport) -> Figure:
 def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figure:
     """What a nat buys: reward (or another metric `y`) against KL(policy ‖ reference), one curve a label, as `at_level` reads it.
 
+    The axis of the KL is its root, in which these curves are straight between points, and which shows the first nats, where most
+    is decided.
+
     Bars are 95% intervals, bands reach from the lowest to the highest seed. Up and to the left is better: more reward at less
     distance from the reference.
     """
     fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
-    ax.set(xlabel=AXIS["kl"], ylabel=label(y, itertools.chain(*curves.values())))
+    # a KL of 0 may be a rounding below it
+    ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: x * np.abs(x)))
+    shown = [
+        tick
+        for tick in (0, *ROOT_TICKS)
+        if tick <= 1.05 * max(mean(p, "kl") for p in itertools.chain(*curves.values()))
+    ]
+    ax.set_xticks([tick for tick in shown if tick == 0 or tick >= shown[-1] / 100], minor=False)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel=f"{AXIS['kl']} (root scale)", ylabel=label(y, itertools.chain(*curves.values())))
     _star(ax, next(iter(curves.values()))[0], "kl", y, named=True)
     ends = {name: (mean(points[-1], "kl"), mean(points[-1], y)) for name, points in curves.items()}
     if len(ends) <= MANY and min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
@@ -328,6 +340,7 @@ def at_level(xs: Sequence[float], ys: Sequence[float], level: float, *, root: bo
     return None
 
 
+ROOT_TICKS = [m * 10.0**k for k in range(-3, 5) for m in (1, 2, 5)]  # of a KL: round levels, dense where it is small
 STEPS = 20  # drawn between two points of a curve
 
 

@@ -206,14 +206,16 @@ def at_equal(curves: Mapping, x: str, y: str) -> tuple[list[float], dict[str, li
     """Read y off every curve at equal levels of x, where it first reaches the level: see `plots.at_level`.
 
     Returns:
-        Up to five round levels that at least two objectives reach, and objective -> one y a level (None: it never gets there).
+        Up to five round levels that at least two objectives reach (1, 2, 5, 10, ... of a KL, which is dense where it is
+        small), and objective -> one y a level (None: it never gets there).
     """
     reach = sorted((max(plots.mean(p, x) for p in points) for points in curves.values()), reverse=True)
     start = max(plots.mean(points[0], x) for points in curves.values())
     top = reach[min(1, len(reach) - 1)]
-    levels = [float(v) for v in MaxNLocator(5).tick_values(start, top) if start < v <= top] if top > start else []
-    xs, ys = ({name: [plots.mean(p, metric) for p in points] for name, points in curves.items()} for metric in (x, y))
     root = x == "kl"
+    round_ones = plots.ROOT_TICKS if root else MaxNLocator(5).tick_values(start, top) if top > start else ()
+    levels = [float(v) for v in round_ones if start < v <= top][-5:]
+    xs, ys = ({name: [plots.mean(p, metric) for p in points] for name, points in curves.items()} for metric in (x, y))
     return levels, {name: [plots.at_level(xs[name], ys[name], v, root=root) for v in levels] for name in curves}
 
 
