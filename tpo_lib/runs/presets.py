@@ -125,7 +125,7 @@ def _ultrafeedback(model: str, pairs: str, needs: str) -> Preset:
 PRESETS = {
     "pocket": Preset(
         words="the bundled model of 3 M parameters on prompts it writes itself",
-        needs="two CPU cores, 1.4 GB, measured; about six minutes, estimated from its parts",
+        needs="two CPU cores, 1.4 GB, seven minutes; measured",
         source={"beta": "DPO's and TDPO's default", "everything else": f"{OURS}, chosen for the pocket model"},
         stage=_SMALL,
         train=TrainConfig(beta=0.1, lr=2e-4),
