@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ def test_a_reward_of_words_reads_what_no_case_and_no_punctuation_changes(additiv
         assert (token_method(loaded, "score_ids", other) is None) == (other is not words)
     assert token_method(additive, "token_credit", additive.tokenizer) == additive.token_credit
     assert token_method(additive, "no_such", additive.tokenizer) is None
+    foreign = SimpleNamespace(tokenizer=str.split)  # of a reward that reads texts: nobody asks for its vocabulary
+    assert token_method(foreign, "score_ids", additive.tokenizer) is None
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "HashedWord"}')
     with pytest.raises(OSError, match=r"tokenizer .* could not be loaded"):
         load_reward(folder)

@@ -7,9 +7,11 @@ import itertools
 import json
 import re
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from datasets import Dataset
 
 from tpo_lib import flags
 from tpo_lib.cli import build_parser, main
@@ -539,3 +541,10 @@ def test_one_bar_goes_over_fine_tuning_sampling_and_runs(shelf, tmp_path, monkey
     bars = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "|" in line]
     assert bars
     assert all(" to go" in line for line in bars), bars
+
+
+def test_the_lengths_of_prompts_are_told_also_where_pairs_have_none(tmp_path):
+    tokenizer, config = tiny.tokenizer(tmp_path), SimpleNamespace(evaluation_samples=1)
+    made = SimpleNamespace(tokenizer=tokenizer, held_out_prompts=["the film", "a film is"], report=None, config=config)
+    made.seen_prompts, made.table = 0, Dataset.from_dict({"prompt": ["", ""]})
+    assert compare._data(made)["prompt_tokens"] == {"training": (0, 0, 0), "held-out": (2, 2.5, 3)}

@@ -274,6 +274,10 @@ def test_a_run_records_the_loss_and_goes_on_with_it_alone(tmp_path, monkeypatch)
             ),
             "<lambda> reads kl, which is None here: dpo has logps, ref_logps; choose another loss_type",
         ),
+        (
+            lambda chosen, rejected, *, delta=1.0: None,
+            r"cannot be called as \(chosen, rejected, beta=0\.1\), got an unexpected keyword argument 'beta': it is given the",
+        ),
     ],
 )
 def test_what_is_no_loss_is_refused_before_the_first_update(loss, message):

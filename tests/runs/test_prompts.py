@@ -168,16 +168,14 @@ def test_a_stage_trains_on_the_prompts_it_always_did_and_reports_on_none_it_has_
 
 
 def test_of_one_list_the_held_out_part_leaves_out_what_training_has_seen(capsys):
-    texts = ["the film", "a plot", "the film is", "I saw", "a", "a pl", "we sat", "he ran"]
+    texts = ["the film", "a plot", "the film is", "I saw", "a", "a pl", "we sat", "I saw", "he ran"]
     config = stage.StageConfig(**stage.OWN | {"model": "m", "train_prompts": 2, "held_out_prompts": 3})
     assert stage.stage_prompts(config, None, None, texts) == (texts[:2], ["I saw", "a", "we sat"])
     assert (
         "2 of the 6 prompts behind the first 2 begin or continue one of these, and are left out"
         in capsys.readouterr().err
     )
-    with pytest.raises(
-        ValueError, match=r"there are 8 distinct prompts, 2 [+] 5 of model are needed, and 2 of the 6 .* fewer"
-    ):
+    with pytest.raises(ValueError, match=r"there are 8 distinct prompts, 2 [+] 5 are needed, and 2 of the 6 .* fewer"):
         stage.stage_prompts(replace(config, held_out_prompts=5), None, None, texts)
 
 
@@ -277,3 +275,16 @@ def test_the_seed_decides_the_prompts_and_the_global_state_is_left_alone(letters
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(1)
     assert prompts.sample_prompts(letters_model, letters, 20, seed=1) == drawn
+
+
+def test_a_prompt_of_many_pairs_does_not_take_the_place_of_a_tenth_and_bounds_hold():
+    sides = {"chosen": "good", "rejected": "bad"}
+    rows = [{"prompt": "film", **sides}] * 60 + [{"prompt": f"plot {i // 2}", **sides} for i in range(200, 261)]
+    for tenth, bounds in ((12, {}), (4, {"max_held_out_pairs": 5, "max_pairs": 40}), (1, {"max_held_out_pairs": 1})):
+        for seed in range(4):
+            config = stage.StageConfig(**stage.OWN | {"model": "m", "seed": seed} | bounds)
+            train, held_out = stage.given_pairs(config, {"pairs": rows})
+            assert "film" not in held_out["prompt"]
+            assert tenth <= len(held_out) <= min(tenth + 1, config.max_held_out_pairs)  # two of a prompt stay together
+            assert len(train) <= config.max_pairs
+            assert bounds or len(train) + len(held_out) == len(rows)

@@ -66,9 +66,10 @@ def vocabulary_name(tokenizer) -> str:
 
 def token_method(scorer, name: str, tokenizer) -> Callable | None:
     """The method `name` of a scorer, which reads token ids, where it has one and its ids are this tokenizer's; else None."""
-    own = getattr(scorer, "tokenizer", None)
-    known = own is not None and vocabulary_name(own) == vocabulary_name(tokenizer)
-    return getattr(scorer, name, None) if known else None
+    method, own = getattr(scorer, name, None), getattr(scorer, "tokenizer", None)
+    if method is None or own is None:  # a scorer of texts may call anything its tokenizer
+        return None
+    return method if vocabulary_name(own) == vocabulary_name(tokenizer) else None
 
 
 def special_texts(tokenizer) -> re.Pattern:

@@ -273,7 +273,8 @@ def _evaluation(folder: Path, step: int) -> Path:
 
 def _data(stage: Stage) -> dict:
     """What the report says of prompts and pairs: how many of how many were kept, and tokens of a prompt (least, mean, most)."""
-    texts, lengths = {"training": prompts_of(stage.table, stage.tokenizer), "held-out": stage.held_out_prompts}, {}
+    trained = prompts_of(stage.table, stage.tokenizer) or [""]  # pairs may have none
+    texts, lengths = {"training": trained, "held-out": stage.held_out_prompts}, {}
     for name, each in texts.items():
         sizes = list(map(len, stage.tokenizer(each, add_special_tokens=False)["input_ids"]))
         lengths[name] = min(sizes), statistics.fmean(sizes), max(sizes)

@@ -71,9 +71,14 @@ def scorer(name: str, device) -> Reward:
 
 def check_loss(loss: Callable, config: TrainConfig) -> None:
     """Raise ValueError, or what the loss itself raises, where it is none, or reads what the config's objective does not bring."""
-    needs = losses.OBJECTIVES[config.loss_type].needs
-    there = f"{config.loss_type} has {', '.join(('logps', *needs))}"
-    _try(_name(loss), loss, config.hyperparameters(), needs, there)
+    needs, given = losses.OBJECTIVES[config.loss_type].needs, config.hyperparameters()
+    try:
+        inspect.signature(loss, follow_wrapped=False).bind(None, None, **given)
+    except TypeError as error:
+        called = ", ".join(("chosen", "rejected", *(f"{name}={value}" for name, value in given.items())))
+        fix = f"it is given the hyperparameters of {config.loss_type}, and needs a value of its own for every other"
+        raise ValueError(f"{_name(loss)} cannot be called as ({called}), {error}: {fix}") from error
+    _try(_name(loss), loss, given, needs, f"{config.loss_type} has {', '.join(('logps', *needs))}")
 
 
 def described(loss: Callable) -> dict:

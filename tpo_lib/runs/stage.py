@@ -203,7 +203,7 @@ def stage_prompts(config: StageConfig, start, tokenizer, given: list[str] | None
     if given is None and config.prompts not in SOURCES:
         given, _ = read_prompts(config.prompts)
     if given is not None:
-        return _cut(config, given)
+        return _cut(config, list(dict.fromkeys(given)))
     source = {"imdb": config.imdb, "seed": config.seed + 1}
     count = config.train_prompts
     drawn = count + (config.held_out_prompts if config.prompts == "model" else 0)  # how many decides which
@@ -219,10 +219,10 @@ def _cut(config: StageConfig, given: list[str]) -> tuple[list[str], list[str]]:
     held_out = [text for i, text in enumerate(rest) if i not in seen][: config.held_out_prompts]
     said = f"{len(seen)} of the {len(rest)} prompts behind the first {len(train)} begin or continue one of these"
     if len(held_out) < config.held_out_prompts:
-        need = f"{config.train_prompts} + {config.held_out_prompts} of {config.prompts} are needed"
+        place = "" if config.prompts in SOURCES else f" in {config.prompts}"
         raise ValueError(
-            f"there are {len(given)} distinct prompts, {need}, and {said}: take fewer for training (run: --set "
-            "stage.train_prompts=N; compare: --num-prompts N)"
+            f"there are {len(given)} distinct prompts{place}, {config.train_prompts} + {config.held_out_prompts} are needed, and "
+            f"{said}: take fewer for training (run: --set stage.train_prompts=N; compare: --num-prompts N)"
         )
     if seen:
         print(f"held-out prompts: {said}, and are left out", file=sys.stderr)
@@ -282,14 +282,15 @@ def given_pairs(
     wanted, taken, held_out = min(config.max_held_out_pairs, len(table) // 10), 0, set()
     # of messages without the bracket that ends them: a conversation that goes on begins with the shorter one
     roots = prompt_roots([text if isinstance(text, str) else json.dumps(text)[:-1] for text in table["prompt"]])
-    for root, count in Counter(roots).items():
+    # a prompt of more pairs than are wanted comes last: one such could take half of all
+    for root, count in sorted(Counter(roots).items(), key=lambda each: max(each[1], wanted)):
         if taken < wanted and taken + count <= len(table) // 2:  # what most pairs share stays in training
             taken, held_out = taken + count, held_out | {root}
     if not held_out:
         few = f"{config.pairs or 'the table'} has {len(table)} pairs of {len(set(roots))} prompts that do not begin each other"
         raise ValueError(f"{few}, too few to hold a tenth out; name --eval-pairs")
     parts = [[i for i, root in enumerate(roots) if (root in held_out) == held] for held in (False, True)]
-    return table.select(parts[0]), table.select(parts[1])
+    return table.select(parts[0][: config.max_pairs]), table.select(parts[1][: config.max_held_out_pairs])
 
 
 def prompts_of(table: Dataset, tokenizer) -> list[str]:
