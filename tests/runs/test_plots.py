@@ -399,6 +399,8 @@ def test_a_level_of_the_kl_is_read_in_its_root_and_the_picture_is_drawn_so():
     assert plots.at_level(kl, reward, 6.25, root=True) == pytest.approx(0.75)
     assert plots.at_level(kl, reward, 6.25, root=False) == pytest.approx(0.745)
     assert plots.at_level(kl, reward, 9.1, root=True) is None
+    end = 34.31653742712939  # whose power of 1/2 is larger than its root, by rounding
+    assert plots.at_level([0.0, end], reward[:2], end, root=True) == 0.7
     assert plots.at_level(kl[:1], reward[:1], 1.0, root=True) is None
     x, y = plots.bent(kl, reward)
     assert x[:: plots.STEPS] == pytest.approx(kl, abs=1e-8)

@@ -333,7 +333,7 @@ def at_level(xs: Sequence[float], ys: Sequence[float], level: float, *, root: bo
         0.7
     """
     if root:
-        xs, level = np.sqrt(np.maximum(xs, 0.0)), level**0.5  # a KL of 0 may be a rounding below it
+        xs, level = np.sqrt(np.maximum(xs, 0.0)), np.sqrt(level)  # a KL of 0 may be a rounding below it
     for i, (low, high) in enumerate(itertools.pairwise(xs)):
         if low <= level <= high:
             return float(np.interp(level, [low, high], ys[i : i + 2]))
