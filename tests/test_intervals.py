@@ -89,6 +89,14 @@ def test_what_has_one_prompt_is_drawn_together():
     assert as_if / tables < 0.85
 
 
+def test_no_bound_of_groups_of_unequal_size_lies_where_no_mean_can():
+    values, groups = np.array([1.0] * 8 + [0.0, 1.0]), [0] * 8 + [1, 2]
+    alone = intervals.bootstrap(intervals.by_group(values, groups), seed=0)
+    metric = intervals.bootstrap(values, groups=groups, seed=0)
+    assert alone.high > 1 == metric.high
+    assert (metric.mean, metric.low, metric.n) == (alone.mean, max(0.0, alone.low), 3)
+
+
 def test_one_number_a_group_serves_means_and_differences():
     prompts = ["b", "a", "b", "b"]  # of any kind that has equals; tensors of numbers too
     values, others = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.5, 0.5, 1.0, 0.0])

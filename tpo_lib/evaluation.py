@@ -139,9 +139,9 @@ def evaluate(
             few = max(1, batch_size // 2)  # a pair is two sequences
             held_out = pair_stats(policy, reference, pairs, tokenizer.pad_token_id, batch_size=few, **how)
             own = [tuple(pair.prompt_ids) for pair in pairs]  # a prompt may have several pairs
-            values = {k: by_group(v, own) for k, v in pair_values(held_out, objective, hyperparameters).items()}
-            by_prompt |= {name: torch.from_numpy(value) for name, value in values.items()}
-            metrics |= {name: bootstrap(value, seed=seed) for name, value in values.items()}
+            values = pair_values(held_out, objective, hyperparameters)
+            by_prompt |= {name: torch.from_numpy(by_group(value, own)) for name, value in values.items()}
+            metrics |= {name: bootstrap(value, seed=seed, groups=own) for name, value in values.items()}
     by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
     columns = [scores[k].flatten().tolist() if k in scores else [None] * len(flat) for k in ("reward", "judge")]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
@@ -213,11 +213,10 @@ def sequence_kl(
         said = (*said, said[2] > -math.log(RARE), stats.response_mask(batch.labels))  # (N, T-1) each
         for name, values in zip(vars(sums), said, strict=True):
             getattr(sums, name)[rows] = values.double().sum(-1).cpu()
-    kl, entropy, surprisal = sums.kl, sums.entropy, sums.surprisal
-    for i in (~(kl + entropy + surprisal).isfinite()).nonzero().flatten().tolist():
+    for i in (~(sums.kl + sums.entropy + sums.surprisal).isfinite()).nonzero().flatten().tolist():
         raise ValueError(
-            f"sample {i} has KL(policy || reference) = {kl[i]:.4g} and an entropy of {entropy[i]:.4g}: the reference forbids a "
-            "token that the policy allows, or logits are not finite; give the policy's own reference, and check both models"
+            f"sample {i} has KL(policy || reference) = {sums.kl[i]:.4g} and an entropy of {sums.entropy[i]:.4g}: the reference "
+            "forbids a token that the policy allows, or logits are not finite; give the policy's own reference, check both models"
         )
     return sums
 

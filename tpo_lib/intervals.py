@@ -9,7 +9,7 @@ intervals then cover .92 (before: .86) at n = 5, .96 (.91) at 8, .95 (.94) at 30
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
@@ -52,8 +52,11 @@ def bootstrap(
         >>> bootstrap([1.0, 0.0, 1.0, 0.0], groups=["a", "a", "b", "b"], seed=0)  # every prompt says the same
         Metric(mean=0.5, low=0.5, high=0.5, n=2)
     """
-    values = _finite(values, "values") if groups is None else by_group(values, groups)
-    return bootstrap_ratio(values, np.ones(len(values)), seed=seed, resamples=resamples, confidence=confidence)
+    each = _finite(values, "values") if groups is None else by_group(values, groups)
+    found = bootstrap_ratio(each, np.ones(len(each)), seed=seed, resamples=resamples, confidence=confidence)
+    if groups is not None:  # no mean lies beyond the values, a share above 1 say, as a linearised one may
+        found = replace(found, low=max(found.low, float(min(values))), high=min(found.high, float(max(values))))
+    return found
 
 
 def by_group(values, groups: Sequence[Hashable]) -> np.ndarray:
