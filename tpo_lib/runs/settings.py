@@ -74,15 +74,15 @@ class CompareConfig:
 def schedule(updates: int, evaluations: int) -> list[int]:
     """The updates after which a run is evaluated: dense at first, where a nat of KL buys most, and the end.
 
-    The first comes after a twentieth of the updates, every other after as many times more as the one before, rounded up; of
-    two that fall together one is made.
+    The first comes after a twentieth of the updates, but not before the second: after one, of a warm-up, there is nothing to
+    see. Every other comes after as many times more as the one before, rounded up; of two that fall together one is made.
 
     Example:
         >>> schedule(40, 10)
         [2, 3, 4, 6, 8, 11, 15, 21, 29, 40]
     """
     shares = (20 ** (-i / max(1, evaluations - 1)) for i in range(evaluations))  # of the updates, the last first
-    return sorted({math.ceil(updates * share - 1e-9) for share in shares})
+    return sorted({min(updates, max(2, math.ceil(updates * share - 1e-9))) for share in shares})
 
 
 def labels(settings: Sequence[TrainConfig]) -> dict[str, TrainConfig]:
