@@ -94,7 +94,7 @@ def finished(shelf):
 
 
 def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatch):
-    """Nine updates, evaluated after 1, 3 and 9, saved after 2, 4, 6 and 8: what was evaluated stays, and the end is the same."""
+    """Nine updates, evaluated after 2, 3 and 9, saved after 2, 4, 6 and 8: what was evaluated stays, and the end is the same."""
     config = config_of(*given(shelf, "--objectives", "dpo", "--epochs", "3", "--evaluations", "3"))
     config = compare.replace(config, stage=compare.replace(config.stage, evaluation_samples=2))
     whole = compare.run(config, shelf / "K1", progress=False, latest=False)
@@ -102,7 +102,7 @@ def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatc
 
     def killed(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:  # after the start and update 1: at update 3, before a checkpoint
+        if len(calls) == 3:  # after the start and update 2: at update 3, before a checkpoint
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
@@ -112,15 +112,15 @@ def test_a_kill_between_two_evaluations_costs_nothing_but_time(shelf, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             compare.run(config, shelf / "K2", progress=False, latest=False)
     kept = {path.name: path.stat().st_mtime_ns for path in (shelf / "K2/dpo/evaluations").iterdir()}
-    assert list(kept) == ["00000001.json"]
+    assert list(kept) == ["00000002.json"]
     assert [path.name for path in (shelf / "K2/dpo/checkpoints").glob("step-*")] == ["step-00000002"]
     begin = Run.begin
     monkeypatch.setattr(Run, "begin", lambda run, *a, **k: begin(run, *a, **k) or steps.append(run.step))
     again = compare.run(config, shelf / "K2", progress=False, latest=False)
     assert steps == [2]
     assert len(calls) == 5
-    assert (shelf / "K2/dpo/evaluations/00000001.json").stat().st_mtime_ns == kept["00000001.json"]
-    assert sorted(int(path.stem) for path in (shelf / "K2/dpo/evaluations").iterdir()) == [1, 3, 9]
+    assert (shelf / "K2/dpo/evaluations/00000002.json").stat().st_mtime_ns == kept["00000002.json"]
+    assert sorted(int(path.stem) for path in (shelf / "K2/dpo/evaluations").iterdir()) == [2, 3, 9]
     assert again["objectives"] == whole["objectives"]
     made = [*(shelf / "K2/start/evaluations").iterdir(), *sorted((shelf / "K2/dpo/evaluations").iterdir())]
     counts = [len(json.loads(path.read_text())["samples"]) for path in made]
@@ -137,7 +137,7 @@ def test_evaluations_are_dense_at_first_and_the_last_is_the_end(updates, evaluat
     assert steps[-1] == updates
     assert len(steps) <= evaluations
     if evaluations > 1:
-        assert updates / 20 <= steps[0] < updates / 20 + 1
+        assert max(min(2, updates), updates / 20) <= steps[0] < max(3, updates / 20 + 1)
         assert len(steps) == evaluations or updates < 10 * evaluations  # then some fall together
     factor = 20 ** (1 / max(1, evaluations - 1))
     for a, b in itertools.pairwise(steps):
