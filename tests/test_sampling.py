@@ -482,7 +482,7 @@ def test_a_reward_that_reads_tokens_scores_the_sampled_ones(tokenizer, llama):
         ids = row["chosen_ids"][:-1] if row["chosen_complete"] else row["chosen_ids"]
         assert row["chosen_score"] == pytest.approx(reward.score_ids([ids]).item(), abs=1e-6)
     found = evaluate(llama, llama, tokenizer, PROMPTS, reward, **settings)
-    torch.testing.assert_close(torch.tensor([sample.reward for sample in found.samples]), by_token.flatten())
+    torch.testing.assert_close(torch.tensor([sample.reward for sample in found.samples]), by_token.T.flatten())
 
 
 # ---- files and cache
