@@ -27,7 +27,8 @@ def finding(points: Sequence[Mapping], judge: str, *, seed: int) -> Finding | No
     """Seen: the judge fell while the reward rose. Open: the reward rose, the judge's change is not told from 0. Else not seen.
 
     The highest of several evaluations is chosen with its noise, from which the end then seems to fall: so the judge's fall has to
-    stand after Bonferroni's correction for the evaluations it was chosen from.
+    stand after Bonferroni's correction for the evaluations it was chosen from. The reward of the chosen one was measured on the
+    same samples and is too high with it, its rise too small: this errs towards "not seen".
 
     Args:
         points: a curve as in `report`, the start first; None is returned where it kept no number a prompt, or has one point.
