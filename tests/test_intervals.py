@@ -74,6 +74,11 @@ def test_intervals_of_few_values_cover_what_plain_percentiles_miss(n):
     assert plain < ours - (0.02 * tables if n == 8 else 0)
 
 
+def test_one_value_is_told_to_say_nothing():
+    with pytest.warns(UserWarning, match="length 0"):
+        assert intervals.bootstrap([0.5], seed=0) == intervals.Metric(0.5, 0.5, 0.5, 1)
+
+
 def test_what_has_one_prompt_is_drawn_together():
     generator, tables, ours, as_if = np.random.default_rng(1), 300, 0, 0
     for seed in range(tables):

@@ -8,6 +8,7 @@ intervals then cover .92 (before: .86) at n = 5, .96 (.91) at 8, .95 (.94) at 30
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -85,17 +86,16 @@ def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, conf
     """
     sums, counts = _finite(sums, "sums"), _finite(counts, "counts")
     if len(sums) != len(counts) or (counts < 0).any() or counts.sum() == 0:
-        raise ValueError(
-            f"{len(sums)} sums over {len(counts)} counts (total {counts.sum()}): need one count >= 0 a sum"
-        )
+        raise ValueError(f"{len(sums)} sums over {len(counts)} counts (total {counts.sum()}): need one >= 0 for each")
+    if len(sums) == 1:
+        warnings.warn("one prompt makes an interval of length 0, which says nothing: take two at least", stacklevel=2)
     generator, n, ratios = np.random.default_rng(seed), len(sums), []
     for start in range(0, resamples, rows := max(1, BLOCK // n)):
         drawn = generator.integers(n, size=(min(rows, resamples - start), n))  # (rows, n)
         top, bottom = sums[drawn].sum(axis=1), counts[drawn].sum(axis=1)  # (rows,)
         ratios.append(top[bottom > 0] / bottom[bottom > 0])
     tail = ndtr((n / max(1, n - 1)) ** 0.5 * stdtrit(max(1, n - 1), (1 - confidence) / 2))
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
-    return Metric(float(sums.sum() / counts.sum()), float(low), float(high), n)
+    return Metric(float(sums.sum() / counts.sum()), *np.quantile(np.concatenate(ratios), [tail, 1 - tail]).tolist(), n)
 
 
 def _finite(values, name: str) -> np.ndarray:
