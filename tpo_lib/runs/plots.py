@@ -159,7 +159,7 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
         for tick in (0, *ROOT_TICKS)
         if tick <= 1.05 * max(mean(p, "kl") for p in itertools.chain(*curves.values()))
     ]
-    ax.set_xticks([tick for tick in shown if tick == 0 or tick >= shown[-1] / 100], minor=False)
+    ax.set_xticks([tick for tick in shown if tick == 0 or tick >= shown[-1] / 60], minor=False)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel=f"{AXIS['kl']} (root scale)", ylabel=label(y, itertools.chain(*curves.values())))
     _star(ax, next(iter(curves.values()))[0], "kl", y, named=True)
