@@ -122,22 +122,27 @@ def sums_of(ids) -> ev.SampleStats:
 def test_collapse_within_a_prompt_is_seen_where_all_samples_together_look_diverse():
     # K = 3; alike within a prompt, or alike across the prompts: the same six sentences
     alike, apart = [[1, 2, 3]] * 3 + [[4, 5, 6]] * 3, [[1, 2, 3], [4, 5, 6], [7, 8, 9]] * 2
-    first, second = (ev.sample_metrics(sums_of(ids), ids, 2, seed=0) for ids in (alike, apart))
+    first, second = (ev.sample_metrics(sums_of(ids), ids, 2, seed=0)[0] for ids in (alike, apart))
     assert (first["distinct_2"].mean, second["distinct_2"].mean) == (1.0, 0.5)  # of the first sample of each prompt
     assert (first["distinct_2_within"].mean, second["distinct_2_within"].mean) == (pytest.approx(1 / 3), 1.0)
-    mixed = ev.sample_metrics(sums_of(alike), [*alike[:3], *apart[:3]], 2, seed=0)["distinct_2_within"]
+    mixed = ev.sample_metrics(sums_of(alike), [*alike[:3], *apart[:3]], 2, seed=0)[0]["distinct_2_within"]
     assert (mixed.mean, mixed.low, mixed.high, mixed.n) == (pytest.approx(2 / 3), pytest.approx(1 / 3), 1.0, 2)
-    assert "distinct_2_within" not in ev.sample_metrics(sums_of(alike), alike, 6, seed=0)  # one sample a prompt
-    nothing = ev.sample_metrics(sums_of([[]] * 4), [[], [1], [], []], 2, seed=0)
+    for found in ev.sample_metrics(sums_of(alike), alike, 6, seed=0):
+        assert "distinct_2_within" not in found  # one sample a prompt
+    nothing, of_prompts = ev.sample_metrics(sums_of([[]] * 4), [[], [1], [], []], 2, seed=0)
+    assert of_prompts["repetition"].tolist() == of_prompts["distinct_2_within"].tolist() == [0, 0]
     assert [nothing[name].mean for name in ("distinct_2", "distinct_2_within", "repetition")] == [0, 0, 0]
 
 
 def test_rare_tokens_and_perplexity_are_per_token():
     sums = ev.SampleStats(*(torch.tensor(v).double() for v in ([1.0, 1], [1.0, 1], [6.0, 2], [2.0, 0], [3.0, 1])))
-    metrics = ev.sample_metrics(sums, [[1, 2, 3], [1]], 2, seed=0)
+    metrics, of_prompts = ev.sample_metrics(sums, [[1, 2, 3], [1]], 2, seed=0)
     assert metrics["ref_perplexity"].mean == pytest.approx(math.exp(8 / 4))  # not the mean of exp(2) and exp(2)
     assert metrics["rare"].mean == pytest.approx(2 / 4)
     assert metrics["rare"].low == 0.0
+    # ratio 2, P / sum(steps) = 2 / 4: 2 + (6 - 2 * 3) / 2 and 2 + (2 - 2 * 1) / 2; the shares 2/3 and 0 of 1/2 in all
+    assert of_prompts["ref_nats"].tolist() == [2.0, 2.0]
+    assert of_prompts["rare"].tolist() == [0.75, 0.25]  # 1/2 + (2 - 3/2) / 2, 1/2 + (0 - 1/2) / 2
 
 
 # ---- KL and entropy of the policy's own samples
@@ -364,8 +369,10 @@ def test_evaluate_reports_everything_and_repeats_itself(llamas, tokenizer):
     rewards = [sample.reward for sample in first.samples]
     assert first.metrics["reward"].mean == pytest.approx(sum(rewards) / 4)
     assert first.by_prompt["reward"].tolist() == pytest.approx(rewards)
-    for name in ("kl", "seqkl_margin", "own_accuracy", "accuracy_logratio"):
-        assert first.metrics[name].mean == pytest.approx(first.by_prompt[name].mean().item())
+    assert set(first.by_prompt) == set(names.split()) - {"ref_perplexity", "distinct_2"} | {"ref_nats"}
+    for name in set(first.by_prompt) - {"ref_nats"}:
+        assert first.metrics[name].mean == pytest.approx(first.by_prompt[name].mean().item()), name
+    assert first.metrics["ref_perplexity"].mean == pytest.approx(first.by_prompt["ref_nats"].mean().exp().item())
 
 
 def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):
@@ -375,6 +382,10 @@ def test_several_samples_a_prompt_count_as_one_unit(llamas, tokenizer):
     assert [sample.prompt for sample in result.samples] == 3 * PROMPTS  # so that the first four have one each
     assert result.samples[0].judge is None
     assert {metric.n for metric in result.metrics.values()} == {4}
+    assert {len(values) for values in result.by_prompt.values()} == {4}
+    assert result.metrics["distinct_2_within"].mean == pytest.approx(
+        result.by_prompt["distinct_2_within"].mean().item()
+    )
     means = [sum(s.reward for s in result.samples[i::4]) / 3 for i in range(4)]
     assert result.by_prompt["reward"].tolist() == pytest.approx(means)
     assert result.metrics["length"].mean <= 6

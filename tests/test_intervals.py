@@ -116,6 +116,17 @@ def test_one_number_a_group_serves_means_and_differences():
     assert alone.n == grouped.n
 
 
+def test_a_linearised_ratio_has_its_mean_and_the_spread_of_its_bootstrap():
+    generator = np.random.default_rng(0)
+    counts = generator.integers(5, 40, size=300)
+    sums = 0.5 * counts + generator.normal(size=300) * counts**0.5
+    each, whole = intervals.linearised(sums, counts), intervals.bootstrap_ratio(sums, counts, seed=0)
+    found = intervals.bootstrap(each, seed=0)
+    assert each.mean() == pytest.approx(whole.mean) == sums.sum() / counts.sum()
+    assert (found.low, found.high) == pytest.approx((whole.low, whole.high), abs=0.003)
+    assert np.std(sums / counts) > 1.05 * np.std(each)  # a prompt counts by its steps
+
+
 def test_bootstrap_is_a_function_of_the_seed_and_blocks_do_not_matter(monkeypatch):
     values = np.random.default_rng(0).normal(size=40)
     first = intervals.bootstrap(values, seed=3)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tpo_lib import stats
 from tpo_lib.data import EncodedPair, collate
 from tpo_lib.files.tokens import prompt_token_ids
-from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio, by_group
+from tpo_lib.intervals import Metric, bootstrap, bootstrap_ratio, by_group, linearised
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs
 from tpo_lib.pairing import sample_cached, score_samples
@@ -133,7 +133,8 @@ def evaluate(
         scores = {k: score_samples(r, tokenizer, prompts, drawn) for k, r in scorers.items() if r is not None}
         by_prompt = {name: values.double().mean(-1) for name, values in scores.items()}  # (P, K) -> (P,)
         metrics = {name: bootstrap(values, seed=seed) for name, values in by_prompt.items()}
-        metrics |= sample_metrics(sums, [c.token_ids for c in flat], len(prompts), seed=seed)
+        found, values = sample_metrics(sums, [c.token_ids for c in flat], len(prompts), seed=seed)
+        metrics, by_prompt = metrics | found, by_prompt | values
         if pairs:
             how = {"guide": guide, "cache": reference_cache, "pair_loss": pair_loss}
             few = max(1, batch_size // 2)  # a pair is two sequences
@@ -142,7 +143,6 @@ def evaluate(
             values = pair_values(held_out, objective, hyperparameters)
             by_prompt |= {name: torch.from_numpy(by_group(value, own)) for name, value in values.items()}
             metrics |= {name: bootstrap(value, seed=seed, groups=own) for name, value in values.items()}
-    by_prompt["kl"] = _by_prompt(sums.kl, len(prompts)) / samples_per_prompt
     columns = [scores[k].flatten().tolist() if k in scores else [None] * len(flat) for k in ("reward", "judge")]
     samples = [Sample(p, c.text, *s) for p, c, *s in zip(repeated, flat, *columns, strict=True)]
     samples = [sample for k in range(samples_per_prompt) for sample in samples[k::samples_per_prompt]]
@@ -221,9 +221,7 @@ def sequence_kl(
     return sums
 
 
-def sample_metrics(
-    sums: SampleStats, token_ids: Sequence[Sequence[int]], prompts: int, *, seed: int
-) -> dict[str, Metric]:
+def sample_metrics(sums: SampleStats, token_ids: Sequence[Sequence], prompts: int, *, seed: int) -> tuple[dict, dict]:
     """What the samples of P prompts, K of each side by side, are like.
 
     Args:
@@ -234,30 +232,30 @@ def sample_metrics(
         kl; entropy; rare, the share of steps less likely than RARE under the reference, and ref_perplexity, its exp(nats a step);
         distinct_2 of every prompt's first sample, so that it is the same for any K; with K > 1 distinct_2_within, distinct
         bigrams / bigrams of all samples of a prompt: collapse within a prompt shows here alone; repetition, the share of a
-        sample's bigrams that it has used before; length in tokens.
+        sample's bigrams that it has used before; length in tokens. And {metric: (P,) tensor} of all but distinct_2, see
+        `intervals.linearised`: ref_nats, nats a step, in the place of ref_perplexity.
     """
-    per = len(token_ids) // prompts
+    per, by_prompt = len(token_ids) // prompts, {}
     groups = [token_ids[start : start + per] for start in range(0, len(token_ids), per)]
     bigrams = [[list(itertools.pairwise(ids)) for ids in group] for group in groups]
     count = torch.tensor([sum(map(len, group)) for group in bigrams])
     apart = torch.tensor([sum(len(set(ids)) for ids in group) for group in bigrams])  # distinct in each sample
     together = torch.tensor([len(set(itertools.chain(*group))) for group in bigrams])  # distinct in all of them
 
-    def ratio(top, bottom) -> Metric:
-        return bootstrap_ratio(top, bottom if bottom.sum() else bottom + 1, seed=seed)  # without bigrams: 0
+    def ratio(name: str, top, bottom) -> dict[str, Metric]:
+        bottom = bottom if bottom.sum() else bottom + 1  # without bigrams: 0
+        by_prompt[name] = linearised(top.double(), bottom)
+        return {name: bootstrap_ratio(top, bottom, seed=seed)}
 
     kl, entropy, surprisal, rare, steps = (_by_prompt(values, prompts) for values in vars(sums).values())
-    nats = ratio(surprisal, steps)
-    return {
-        "kl": bootstrap(kl / per, seed=seed),
-        "entropy": ratio(entropy, steps),
-        "rare": ratio(rare, steps),
-        "ref_perplexity": Metric(*torch.tensor([nats.mean, nats.low, nats.high]).double().exp().tolist(), nats.n),
-        "distinct_2": distinct_2([group[:1] for group in groups]),
-        **({"distinct_2_within": ratio(together, count)} if per > 1 else {}),
-        "repetition": ratio(count - apart, count),
-        "length": bootstrap(_by_prompt([len(ids) for ids in token_ids], prompts) / per, seed=seed),
-    }
+    length, samples = _by_prompt(list(map(len, token_ids)), prompts), torch.full((prompts,), per)
+    metrics = ratio("kl", kl, samples) | ratio("entropy", entropy, steps) | ratio("rare", rare, steps)
+    nats = ratio("ref_nats", surprisal, steps)["ref_nats"]
+    metrics["ref_perplexity"] = Metric(*np.exp([nats.mean, nats.low, nats.high]).tolist(), nats.n)
+    metrics["distinct_2"] = distinct_2([group[:1] for group in groups])
+    metrics |= ratio("distinct_2_within", together, count) if per > 1 else {}
+    metrics |= ratio("repetition", count - apart, count) | ratio("length", length, samples)
+    return metrics, by_prompt
 
 
 def distinct_2(groups: Sequence[Sequence[Sequence[int]]]) -> Metric:

@@ -61,17 +61,19 @@ def bootstrap(
 
 
 def by_group(values, groups: Sequence[Hashable]) -> np.ndarray:
-    """(n,) values -> (G,), one a group as they appear: mean + G / n sum(its values - mean), its own mean if all are as large.
-
-    Their mean is that of the values; their spread that of the ratio of sums over groups, linearised, so they may be subtracted.
-    """
+    """(n,) values -> (G,), one a group as they appear, `linearised`: of groups of one size the mean of each."""
     values = _finite(values, "values")
     groups = groups.tolist() if hasattr(groups, "tolist") else list(groups)  # the entries of a tensor have no equals
     if len(groups) != len(values):
         raise ValueError(f"{len(values)} values in {len(groups)} groups: need the group of every value")
-    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    of, mean = [index[group] for group in groups], values.mean()
-    return mean + len(index) / len(values) * np.bincount(of, values - mean)
+    of = list(map({group: i for i, group in enumerate(dict.fromkeys(groups))}.get, groups))
+    return linearised(np.bincount(of, values), np.bincount(of))
+
+
+def linearised(sums, counts):
+    """(n,) arrays or tensors -> (n,) values to subtract, of mean sum(sums) / sum(counts) and, to first order, its spread."""
+    ratio = sums.sum() / counts.sum()
+    return ratio + len(sums) / counts.sum() * (sums - ratio * counts)
 
 
 def bootstrap_ratio(sums, counts, *, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Metric:
