@@ -94,6 +94,7 @@ def test_every_file_imports_what_it_may(path):
         ("fast/tiles.py", "from tpo_lib.runs.run import fit", "tpo_lib.runs.run.fit"),
         ("runs/lab.py", "from tpo_lib import cli", "tpo_lib.cli"),
         ("runs/lab.py", "from tpo_lib.studies import tables", "tpo_lib.studies.tables"),
+        ("studies/guides.py", "from tpo_lib import parser", "tpo_lib.parser"),
         ("runs/lab.py", "def show():\n    import tpo_course.widgets", "tpo_course.widgets"),
         ("cli.py", "import benchmarks", "benchmarks"),
     ],
