@@ -62,7 +62,7 @@ def widened(metric: Metric, means: Sequence[float]) -> Metric:
     """A mean whose interval covers the evaluation alone, with one that covers the spread of its seeds' means too."""
     if len(means) == 1:
         return metric
-    error, freedom = _error(metric, means)
+    error, freedom = standard_error(metric, means)
     half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
     return Metric(metric.mean, metric.mean - half, metric.mean + half, metric.n)
 
@@ -89,7 +89,7 @@ def paired_over_seeds(tables: Mapping[str, Sequence], *, seed: int) -> list[dict
             )
         difference = tables[a] - tables[b]
         metric, means = bootstrap(difference.mean(0), seed=seed), difference.mean(1)
-        found.append({"a": a, "b": b, **widened(metric, means).as_dict(), "p": _p_value(metric, means)})
+        found.append({"a": a, "b": b, **widened(metric, means).as_dict(), "p": p_value(metric, means)})
     corrected = holm([entry["p"] for entry in found])
     return [entry | {"holm": p} for entry, p in zip(found, corrected, strict=True)]
 
@@ -162,8 +162,13 @@ def _merged_metric(name: str, metrics: Sequence[Mapping], table: Sequence | None
     return both | {"seeds": means, "seed_sd": float(np.std(means, ddof=1)), "evaluation": (alone.high - alone.low) / 2}
 
 
-def _error(metric: Metric, means: Sequence[float]) -> tuple[float, float]:
-    """The standard error of a mean over prompts and seeds, and its degrees of freedom."""
+def standard_error(metric: Metric, means: Sequence[float]) -> tuple[float, float]:
+    """The standard error of a mean over prompts and seeds, and its degrees of freedom (Satterthwaite's).
+
+    Args:
+        metric: the mean over seeds, with the interval that covers the prompts alone.
+        means: of every seed.
+    """
     free = max(1, metric.n - 1)
     parts = [(((metric.high - metric.low) / 2 / t.ppf((1 + LEVEL) / 2, free)) ** 2, free)]  # of the prompts
     if len(means) > 1:
@@ -173,8 +178,9 @@ def _error(metric: Metric, means: Sequence[float]) -> tuple[float, float]:
     return float(total**0.5), float(freedom)
 
 
-def _p_value(metric: Metric, means: Sequence[float]) -> float:
-    error, freedom = _error(metric, means)
+def p_value(metric: Metric, means: Sequence[float]) -> float:
+    """P of the hypothesis that a mean is 0 (two-sided), with the arguments of `standard_error`."""
+    error, freedom = standard_error(metric, means)
     if metric.n == len(means) == 1 or metric.mean == 0:
         return 1.0  # one number tells nothing
     return float(2 * t.sf(abs(metric.mean) / error, freedom)) if error else 0.0
