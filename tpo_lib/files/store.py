@@ -105,6 +105,15 @@ def read_json(path: str | Path, fix: str) -> dict:
     return content
 
 
+def rounded(value: Any, digits: int) -> Any:
+    """The same nest of dicts and lists with every float cut to so many significant digits, for files that are kept small."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(each, digits) for key, each in value.items()}
+    return [rounded(each, digits) for each in value] if isinstance(value, list) else value
+
+
 def settle(path: Path, facts: dict, fix: str) -> None:
     """Add to a JSON file what the work in its folder was begun with; RuntimeError where it would go on with something else."""
     known, facts = read_json(path, fix) if path.exists() else {}, json.loads(json.dumps(facts))

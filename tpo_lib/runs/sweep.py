@@ -52,7 +52,7 @@ def sweep(path: Path, *, progress: bool = True) -> dict:
         todo = [settings for settings in grid() if settings not in done]
         for objective, beta, alpha in tqdm(todo, desc="sweep", unit="run", disable=not progress):
             run = lab.train(lab.config(objective, beta=beta, alpha=alpha, lr=LR, updates=UPDATES))
-            found = _short({"training": run.rows} | run.evaluation.record(SAMPLES))
+            found = store.rounded({"training": run.rows} | run.evaluation.record(SAMPLES), DIGITS)
             content["runs"].append({"objective": objective, "beta": beta, "alpha": alpha} | found)
             lab.runs.clear()  # its policy with it
             store.write_json(path, content)
@@ -70,7 +70,7 @@ def _known(path: Path) -> dict | None:
 
 def _begin(path: Path, known: dict | None, lab: Laboratory) -> dict:
     """The content of `path`, or that of a file without runs; what is there is of the same start and settings."""
-    content = {"lr": LR, "updates": UPDATES} | _short(lab.record(samples=SAMPLES)) | {"runs": []}
+    content = {"lr": LR, "updates": UPDATES} | store.rounded(lab.record(samples=SAMPLES), DIGITS) | {"runs": []}
     content["stage"] |= {"model": "pocket", "reward": "pocket", "judge": "pocket/judge"}
     content["stage"]["second_judge"] = "pocket/second_judge"
     if known is None:
@@ -82,12 +82,3 @@ def _begin(path: Path, known: dict | None, lab: Laboratory) -> dict:
                 f"{path} holds runs of another sweep ({name} differs); remove it, or name another --output"
             )
     return known
-
-
-def _short(value):
-    """The same nest of values with every float cut to DIGITS significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _short(v) for key, v in value.items()}
-    return [_short(v) for v in value] if isinstance(value, list) else value

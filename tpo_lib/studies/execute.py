@@ -1,0 +1,139 @@
+"""One run of a study: a function of its spec, which leaves a record in a folder that is named by the spec's content.
+
+A spec is a dict as JSON has it:
+
+    data      what it trains on, the fields of `bench.Data`
+    train     the fields of TrainConfig that are not its defaults; loss_type may be FILE.py:NAME
+    guide     of objectives that need one: the `train` of the DPO run that guides
+    evaluate  {"on": "test" | "validation", "at": [updates], "samples": of a prompt, "seed": of the sampling}
+    measures  names in `measures.MEASURES`, taken at every evaluation
+
+Its record is {"spec", "points": [{"step", "metrics", "by_prompt"}, ...], "training": [rows], "seconds", "versions"}: the start
+first, then as trained. Every run computes in one thread, so that its figures do not depend on how many run side by side.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from tpo_lib import train
+from tpo_lib.config import TrainConfig
+from tpo_lib.evaluation import Evaluation
+from tpo_lib.fast import FastPath
+from tpo_lib.files import store
+from tpo_lib.files.own_code import is_own
+from tpo_lib.models import frozen_copy
+from tpo_lib.runs import own, runs
+from tpo_lib.studies import bench
+
+FORMAT = 1  # of records and of what runs do; raise it where the figures change
+FIX = "remove it, and the run is made anew"
+DIGITS = 6  # significant ones kept of a figure
+
+
+def key(spec: dict) -> str:
+    """What a run's folder is called: 24 digits of the content of its spec, and of the objective's own file where it has one."""
+    sources = [each["loss_type"] for each in (spec.get("train"), spec.get("guide")) if each]
+    own_code = [store.sha256_file(name.rpartition(":")[0]) for name in sources if is_own(name)]
+    return store.content_key({"format": FORMAT, "spec": spec, "own": own_code})[:24]
+
+
+def record_path(spec: dict, folder: Path) -> Path:
+    """Where the record of a run lies, or will."""
+    return folder / key(spec) / "record.json"
+
+
+def execute(spec: dict, folder: Path) -> Path:
+    """Make the run, unless its record is there; returns the record's place. Two processes never make the same one twice."""
+    path = record_path(spec, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with store.alone(path):
+        if not path.exists():
+            torch.set_num_threads(1)
+            store.write_json(path, _made(spec, folder))
+    return path
+
+
+def read(spec: dict, folder: Path) -> dict:
+    """The record of a run that was made."""
+    return store.read_json(record_path(spec, folder), FIX)
+
+
+def _made(spec: dict, folder: Path) -> dict:
+    begun, evaluating = time.monotonic(), 0.0
+    data = bench.build(bench.Data(**spec["data"]), folder / "pairs")
+    how = spec["evaluate"]
+    stage = data.on(how["on"], how["samples"])
+    points = [_start(spec, stage, folder)]
+    guide = spec.get("guide") and _guide(spec, data, folder)
+    config = config_of(spec["train"])
+
+    def evaluate(step: int, policy) -> None:
+        nonlocal evaluating
+        if step in how["at"]:
+            clock = time.monotonic()
+            points.append({"step": step} | _point(stage, policy, how["seed"]))
+            evaluating += time.monotonic() - clock
+
+    clock = time.monotonic()
+    result = _trained(config, data, guide, [evaluate])
+    seconds = {"training": time.monotonic() - clock - evaluating, "evaluating": evaluating}
+    seconds["in all"] = time.monotonic() - begun
+    if result.steps != how["at"][-1]:
+        raise ValueError(f"the run made {result.steps} updates and is evaluated at {how['at']}: the last must be the end")
+    made = {"spec": spec, "points": points, "training": result.metrics, "seconds": seconds}
+    return store.rounded(made, DIGITS) | {"versions": runs.versions()}
+
+
+def config_of(settings: dict) -> TrainConfig:
+    """The settings of a run; an objective of one's own is loaded."""
+    loss_type = settings["loss_type"]
+    name = own.load_objective(loss_type) if is_own(loss_type) else loss_type
+    return TrainConfig(**settings | {"loss_type": name, "eval_every": 1})
+
+
+def _trained(config: TrainConfig, data: bench.Bench, guide=None, callbacks=()) -> train.TrainResult:
+    fast, stage = FastPath(), data.stage
+    policy, reference = stage.policy(config), fast.reader(stage.start, config)
+    more = {"guide": guide, "pair_loss": fast.pair_loss, "callbacks": callbacks, "progress": False}
+    return train.fit(config, fast.reader(policy.eval(), config), reference, stage.pairs, **more)
+
+
+def _guide(spec: dict, data: bench.Bench, folder: Path):
+    """The frozen policy of the run that guides: read, or trained by now and kept."""
+    what = {"data": spec["data"], "train": spec["guide"]}
+    path = folder / key(what) / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    guide = frozen_copy(data.stage.start)
+    with store.alone(path):
+        if path.exists():
+            load_model(guide, path)
+        else:
+            trained = _trained(config_of(spec["guide"]), data).policy
+            store.write_file(path, partial(save_model, trained))
+            guide = frozen_copy(trained)
+    return guide
+
+
+def _start(spec: dict, stage, folder: Path) -> dict:
+    """The untrained start as a point; one evaluation serves all runs of the same prompts and random numbers."""
+    how = {name: spec["evaluate"][name] for name in ("on", "samples", "seed")}
+    path = folder / "starts" / f"{key({'data': spec['data'], 'evaluate': how})}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with store.alone(path):
+        if not path.exists():
+            store.write_json(path, {"step": 0} | _point(stage, stage.start, how["seed"]))
+    return store.read_json(path, FIX)
+
+
+def _point(stage, policy, seed: int) -> dict:
+    found: Evaluation = replace(stage, config=replace(stage.config, seed=seed)).evaluate(policy)
+    by_prompt = {name: list(map(float, values)) for name, values in found.by_prompt.items()}
+    metrics = {name: asdict(metric) for name, metric in found.metrics.items()}
+    return store.rounded({"metrics": metrics, "by_prompt": by_prompt}, DIGITS)
