@@ -86,7 +86,9 @@ def _made(spec: dict, folder: Path) -> dict:
     seconds = {"training": time.monotonic() - clock - evaluating, "evaluating": evaluating}
     seconds["in all"] = time.monotonic() - begun
     if result.steps != how["at"][-1]:
-        raise ValueError(f"the run made {result.steps} updates and is evaluated at {how['at']}: the last must be the end")
+        raise ValueError(
+            f"the run made {result.steps} updates and is evaluated at {how['at']}: the last must be the end"
+        )
     made = {"spec": spec, "points": points, "training": result.metrics, "seconds": seconds}
     return store.rounded(made, DIGITS) | {"versions": runs.versions()}
 

@@ -72,7 +72,9 @@ def _pool(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict
             except BrokenProcessPool as error:
                 tries += 1
                 if tries == TRIES:
-                    raise RuntimeError(f"a worker was killed {TRIES} times in a row (is there memory for {workers}?)") from error
+                    raise RuntimeError(
+                        f"a worker was killed {TRIES} times in a row (is there memory for {workers}?)"
+                    ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
