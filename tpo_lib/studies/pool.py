@@ -10,15 +10,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from tpo_lib.studies.execute import execute, record_path
+from tpo_lib.files import store
+from tpo_lib.studies.execute import execute, read, record_path
 
 ENGINES = ("pool", "ray")
 TRIES = 3  # of a run whose worker died
+GPU_SHARE = 0.25  # of a GPU that a run takes in a cluster that has some: small models leave it idle
+STORE = 100 * 2**20  # bytes of Ray's object store: records are small
 UPDATE, EVALUATION = 1.0, 5.5  # core-seconds on the pocket model: the bar's weights, and of no consequence else
 
 
@@ -65,7 +69,7 @@ def _pool(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict
             futures = {pool.submit(execute, spec, folder): spec for spec in specs}
             try:
                 for future in _as_completed(futures):
-                    _result(future, futures[future])
+                    _told(future.result, futures[future])
                     specs.remove(futures[future])
                     yield futures[future]
                     tries = 0
@@ -86,10 +90,41 @@ def _as_completed(futures: dict[Future, dict]) -> Iterator[Future]:
         yield from done
 
 
-def _result(future: Future, spec: dict) -> None:
+def _told(result: Callable, spec: dict):
+    """The result of a run; its spec is named where it failed."""
     try:
-        future.result()
+        return result()
     except BrokenProcessPool:
         raise
     except Exception as error:
         raise ValueError(f"the run {spec} failed: {type(error).__name__}: {error}") from error
+
+
+def _ray(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict]:
+    """The same on a Ray cluster; a host that shares no folder with this one sends its records here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("engine ray needs the package: pip install tpo-lib[ray]") from error
+    here = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": workers or cores()}
+    cluster = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
+    ray.init(**cluster, log_to_driver=False, logging_level="ERROR")
+    try:
+        gpus = GPU_SHARE if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES)(_record)
+        pending = {remote.remote(spec, str(folder.absolute())): spec for spec in specs}
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            spec = pending.pop(ready)
+            path, record = record_path(spec, folder), _told(partial(ray.get, ready), spec)
+            if not path.exists():
+                store.write_json(path, record)
+            yield spec
+    finally:
+        ray.shutdown()
+
+
+def _record(spec: dict, folder: str) -> dict:
+    execute(spec, Path(folder))
+    return read(spec, Path(folder))
