@@ -120,9 +120,8 @@ class Study:
             if not (method.loss_type or method.like or method.tuned):
                 raise ValueError(f"{path}: {method.name!r} has no loss_type")
             if method.loss_type and method.loss_type not in OBJECTIVES and not is_own(method.loss_type):
-                raise ValueError(
-                    f"{path}: {method.name!r} has loss_type {method.loss_type!r}; choose one of {', '.join(OBJECTIVES)}, or FILE.py:NAME"
-                )
+                what = f"{method.name!r} has loss_type {method.loss_type!r}"
+                raise ValueError(f"{path}: {what}; choose one of {', '.join(OBJECTIVES)}, or FILE.py:NAME")
         steps = self.train.get("max_steps")
         for part in ("tune", "report"):
             at = getattr(self, part).get("at", [steps])

@@ -1,66 +1,145 @@
-"""A study from its file to its result: tune, choose, report. `run` goes on where it was, since every run is kept."""
+"""A study from its file to its result: tune, choose, report. It goes on where it was, since every run is kept.
+
+A result is {"study", "digest", "versions", "core_seconds", "grid": [[method, setting, area on validation prompts]],
+"chosen": {label: [method, setting]}, "best": {method: label}, "runs": {label: [a run of every seed]}}; such a run is {"seed",
+"points": [{"step", metric: mean}], "endpoints": {key: [a number a prompt] or None}, "training": {"loss": [...]}}. What is said
+of a study (`analysis`, `page`) is computed from this file alone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tpo_lib.files import store
+from tpo_lib.losses import OBJECTIVES
+from tpo_lib.runs import runs as training
 from tpo_lib.studies import endpoints, execute
 from tpo_lib.studies.pool import make_all
-from tpo_lib.studies.spec import FOLDER, Study
+from tpo_lib.studies.spec import FOLDER, Method, Study
 
 AREA = 1.0, 20.0  # nats, what settings are chosen by
+DIGITS = 4  # significant ones kept of a figure in a result
+NAMES = {"kl": "{level:g} nats", "reward": "reward {level:g}"}  # of a level
 
 
 def run(name: str, *, runs: Path, folder: Path = FOLDER, **how) -> dict:
-    """Make the runs of a study that are missing, and write its result.
+    """Make the runs of a study that are missing, write folder/results/NAME.json, and return it.
 
     Args:
         name: of its file, folder/NAME.toml.
         runs: where runs are kept.
         how: of `pool.make_all`: engine, workers, progress.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Study.read`, and where a run fails.
     """
     study = Study.read(folder / f"{name}.toml")
     tuning = study.tuning()
     make_all([spec for *_, spec in tuning], runs, **how)
     grid = [(method.name, setting, score(execute.read(spec, runs))) for method, setting, spec in tuning]
-    chosen = choose(study, grid, folder)
+    chosen, best = choose(study, grid, folder)
     reporting = study.reporting(chosen)
     make_all([spec for *_, spec in reporting], runs, **how)
-    return {"grid": grid, "chosen": chosen, "reporting": reporting}
+    seconds, reported = 0.0, {label: [] for label in chosen}
+    for *_, spec in tuning:
+        seconds += execute.read(spec, runs)["seconds"]["in all"]
+    for label, seed, spec in reporting:
+        record = execute.read(spec, runs)
+        seconds += record["seconds"]["in all"]
+        reported[label].append({"seed": seed} | summarised(study, record))
+    result = {"study": name, "digest": study.digest, "versions": training.versions(), "core_seconds": round(seconds)}
+    result |= {"grid": grid, "chosen": chosen, "best": best, "runs": reported}
+    result = json.loads(json.dumps(store.rounded(result, DIGITS)))
+    write(folder / "results" / f"{name}.json", result)
+    return result
 
 
 def score(record: Mapping) -> float:
     """The area under a run's curve of rewards, by which settings are chosen."""
-    return endpoints.area(record["points"], "reward", *AREA).mean().item()
+    return float(endpoints.area(record, "reward", *AREA).mean())
 
 
-def choose(study: Study, grid: list[tuple[str, dict, float]], folder: Path) -> dict[str, tuple[str, dict]]:
-    """{label: (method, setting)} of all that is reported."""
+def choose(study: Study, grid: list[tuple[str, dict, float]], folder: Path) -> tuple[dict, dict]:
+    """{label: (method, setting)} of all that is reported, and {method: the label that stands for it}."""
     chosen: dict[str, tuple[str, dict]] = {}
-    best: dict[str, dict] = {}
+    best: dict[str, str] = {}
     for method in study.methods:
         mine = [(points, setting) for name, setting, points in grid if name == method.name]
-        if method.tuned:
-            other, _, label = method.tuned.partition(": ")
-            known = store.read_json(folder / "results" / f"{other}.json", f"run `study {other}` first")["chosen"]
-            best[method.name] = known[label][1] | method.fixed
-        elif method.like:
-            best[method.name] = best[method.like] | method.fixed
-        elif not method.grid:
-            (best[method.name],) = method.settings()
-        else:
-            best[method.name] = max(mine, key=lambda each: each[0])[1]
-        for value in method.grid.get(method.each, ()) if method.each else ():
-            found = max((each for each in mine if each[1][method.each] == value), key=lambda each: each[0])[1]
-            chosen[f"{method.name} {method.each} {value:g}"] = method.name, found
-        if not method.each:
-            chosen[method.name] = method.name, best[method.name]
-    return chosen
+        groups = {_label(method, setting): [] for _, setting in mine} or {
+            method.name: [(0.0, _settled(method, chosen, best, folder))]
+        }
+        for points, setting in mine:
+            groups[_label(method, setting)].append((points, setting))
+        winners = {label: max(several, key=lambda each: each[0]) for label, several in groups.items()}
+        chosen |= {label: (method.name, setting) for label, (_, setting) in winners.items()}
+        best[method.name] = max(winners, key=lambda label: winners[label][0])
+    return chosen, best
 
 
-def write(path: Path, content: dict) -> None:
-    """Write a result, a line a run, so that a change is seen where it is."""
-    store.write_file(path, json.dumps(content, indent=None) + "\n")
+def _settled(method: Method, chosen: Mapping, best: Mapping, folder: Path) -> dict:
+    """The setting of a method that has no grid."""
+    if method.like:
+        return chosen[best[method.like]][1] | method.fixed
+    if method.tuned:
+        other, _, label = method.tuned.partition(": ")
+        known = store.read_json(folder / "results" / f"{other}.json", f"run `study {other}` first")
+        label = known["best"].get(label, label)
+        if label not in known["chosen"]:
+            raise ValueError(f"study {other} has chosen nothing for {label!r}; it has {', '.join(known['chosen'])}")
+        return known["chosen"][label][1] | method.fixed
+    (setting,) = method.settings()
+    return setting
+
+
+def _label(method: Method, setting: Mapping) -> str:
+    """The method's name, and where every value of a setting is reported, that value: "tdpo2 α0.5"."""
+    if not method.each:
+        return method.name
+    known = OBJECTIVES[method.loss_type].hyperparameters
+    symbol = known[method.each].symbol if method.each in known else f"{method.each}="
+    return f"{method.name} {symbol}{setting[method.each]:g}"
+
+
+def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
+    """(key, name of the endpoint, its arguments) of all that is read off a run."""
+    for each in study.endpoints:
+        kind, x = each["kind"], each.get("x", "kl")
+        for metric in each.get("metrics", ["reward"]):
+            if kind == "area":
+                yield f"area {metric}", kind, (metric, *each["between"])
+            elif kind in ("at_level", "budget"):
+                within = "within" if kind == "budget" else "at"
+                for level in each["levels"]:
+                    yield (
+                        f"{metric} {within} {NAMES[x].format(level=level)}",
+                        kind,
+                        (metric, level, *([x] if kind == "at_level" else [])),
+                    )
+            elif kind == "steps_to":
+                for level in each["levels"]:
+                    yield f"updates to {metric} {level:g}", kind, (level, metric)
+            else:
+                yield f"{metric} {kind}", kind, (metric,)
+
+
+def summarised(study: Study, record: Mapping) -> dict:
+    """What a result keeps of a run."""
+    found = {key: endpoints.ENDPOINTS[kind](record, *given) for key, kind, given in keys(study)}
+    found = {key: None if values is None else values.tolist() for key, values in found.items()}
+    points = [
+        {"step": point["step"]} | {name: metric["mean"] for name, metric in point["metrics"].items()}
+        for point in record["points"]
+    ]
+    return {"points": points, "endpoints": found, "training": {"loss": [row["loss"] for row in record["training"]]}}
+
+
+def write(path: Path, result: Mapping) -> None:
+    """Write a result with a line a run, so that a change is seen where it is."""
+    runs = ",\n".join(
+        f"  {json.dumps(label)}: [\n   " + ",\n   ".join(map(json.dumps, several)) + "\n  ]"
+        for label, several in result["runs"].items()
+    )
+    rest = json.dumps({name: value for name, value in result.items() if name != "runs"})
+    store.write_file(path, f'{rest[:-1]},\n "runs": {{\n{runs}\n }}}}\n')
