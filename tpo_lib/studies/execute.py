@@ -4,7 +4,10 @@ A spec is a dict as JSON has it:
 
     data      what it trains on, the fields of `bench.Data`
     train     the fields of TrainConfig that are not its defaults; loss_type may be FILE.py:NAME
-    guide     of objectives that need one: the `train` of the DPO run that guides
+    guide     of objectives that need one: the `train` of the DPO run that guides; guide_data: in which fields its data differ
+    guidance  what becomes of it, the spec of `guides.make`; without it the model guides as it is
+    match     alpha, guide_beta, ...: the run is DPO at `guides.matched_beta` of a TGDPO run with these and that guide
+    kl        "reverse": TDPO's term is KL(policy || reference), see `reverse_kl`
     evaluate  {"on": "test" | "validation", "at": [updates], "samples": of a prompt, "seed": of the sampling}
     measures  names in `measures.MEASURES`, taken at every evaluation
 
@@ -24,16 +27,16 @@ from safetensors.torch import load_model, save_model
 
 from tpo_lib import train
 from tpo_lib.config import TrainConfig
-from tpo_lib.evaluation import Evaluation
 from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.files.own_code import is_own
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs import own, runs
-from tpo_lib.studies import bench
+from tpo_lib.studies import bench, guides, reverse_kl
 
 FORMAT = 1  # of records and of what runs do; raise it where the figures change
 FIX = "remove it, and the run is made anew"
+NO_GUIDE = guides.Guide(None)
 DIGITS = 6  # significant ones kept of a figure
 
 
@@ -71,25 +74,29 @@ def _made(spec: dict, folder: Path) -> dict:
     how = spec["evaluate"]
     stage = data.on(how["on"], how["samples"])
     points = [_start(spec, stage, folder)]
-    guide = spec.get("guide") and _guide(spec, data, folder)
+    guide = _guidance(spec, data, folder)
     config = config_of(spec["train"])
+    if "match" in spec:
+        matched = guides.matched_beta(guide, data.stage.pairs, reference=stage.start, beta=config.beta, **spec["match"])
+        config, guide = replace(config, beta=matched["beta"]), guides.Guide(None, matched)
 
     def evaluate(step: int, policy) -> None:
         nonlocal evaluating
         if step in how["at"]:
             clock = time.monotonic()
-            points.append({"step": step} | _point(stage, policy, how["seed"]))
+            points.append({"step": step} | _point(spec, stage, policy, config))
             evaluating += time.monotonic() - clock
 
     clock = time.monotonic()
-    result = _trained(config, data, guide, [evaluate])
+    pair_loss = reverse_kl.pair_loss if spec.get("kl") == "reverse" else None
+    result = _trained(config, data, guide, [*guide.callbacks, evaluate], pair_loss)
     seconds = {"training": time.monotonic() - clock - evaluating, "evaluating": evaluating}
     seconds["in all"] = time.monotonic() - begun
     if result.steps != how["at"][-1]:
         raise ValueError(
             f"the run made {result.steps} updates and is evaluated at {how['at']}: the last must be the end"
         )
-    made = {"spec": spec, "points": points, "training": result.metrics, "seconds": seconds}
+    made = {"spec": spec, "points": points, "training": result.metrics, "seconds": seconds, "guide": guide.note}
     return store.rounded(made, DIGITS) | {"versions": runs.versions()}
 
 
@@ -100,18 +107,30 @@ def config_of(settings: dict) -> TrainConfig:
     return TrainConfig(**settings | {"loss_type": name, "eval_every": 1})
 
 
-def _trained(config: TrainConfig, data: bench.Bench, guide=None, callbacks=()) -> train.TrainResult:
+def _trained(config: TrainConfig, data: bench.Bench, guide=NO_GUIDE, callbacks=(), pair_loss=None) -> train.TrainResult:
     fast, stage = FastPath(), data.stage
     policy, reference = stage.policy(config), fast.reader(stage.start, config)
-    more = {"guide": guide, "pair_loss": fast.pair_loss, "callbacks": callbacks, "progress": False}
+    more = {"guide": guide.reader, "pair_loss": pair_loss or fast.pair_loss, "callbacks": callbacks, "progress": False}
     return train.fit(config, fast.reader(policy.eval(), config), reference, stage.pairs, **more)
 
 
-def _guide(spec: dict, data: bench.Bench, folder: Path):
+def _guidance(spec: dict, data: bench.Bench, folder: Path) -> guides.Guide:
+    """What guides a run, by its `guide` and `guidance`."""
+    model = _model(spec, folder) if "guide" in spec else None
+    kind = spec.get("guidance", {"kind": "model" if model else "none"})
+    if kind == {"kind": "model"} and "match" not in spec:
+        return guides.Guide(model)
+    stage = data.stage
+    known = {"reference": stage.start, "tokenizer": stage.tokenizer, "reward": stage.reward, "model": model}
+    return guides.make(kind, stage.pairs, beta=spec["train"].get("guide_beta") or spec["guide"]["beta"], **known)
+
+
+def _model(spec: dict, folder: Path):
     """The frozen policy of the run that guides: read, or trained by now and kept."""
-    what = {"data": spec["data"], "train": spec["guide"]}
+    what = {"data": spec["data"] | spec.get("guide_data", {}), "train": spec["guide"]}
     path = folder / key(what) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = bench.build(bench.Data(**what["data"]), folder / "pairs")
     guide = frozen_copy(data.stage.start)
     with store.alone(path):
         if path.exists():
@@ -130,12 +149,14 @@ def _start(spec: dict, stage, folder: Path) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     with store.alone(path):
         if not path.exists():
-            store.write_json(path, {"step": 0} | _point(stage, stage.start, how["seed"]))
+            store.write_json(path, {"step": 0} | _point(spec, stage, stage.start))
     return store.read_json(path, FIX)
 
 
-def _point(stage, policy, seed: int) -> dict:
-    found: Evaluation = replace(stage, config=replace(stage.config, seed=seed)).evaluate(policy)
+def _point(spec: dict, stage, policy, config: TrainConfig | None = None) -> dict:
+    """The evaluation of a policy, with the measures that the spec names."""
+    stage = replace(stage, config=replace(stage.config, seed=spec["evaluate"]["seed"]))
+    found = stage.evaluate(policy)
     by_prompt = {name: list(map(float, values)) for name, values in found.by_prompt.items()}
     metrics = {name: asdict(metric) for name, metric in found.metrics.items()}
     return store.rounded({"metrics": metrics, "by_prompt": by_prompt}, DIGITS)

@@ -21,13 +21,15 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from tpo_lib.config import run_settings
 from tpo_lib.files import store
 from tpo_lib.files.own_code import is_own
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.studies.bench import Data
 
 FOLDER = Path("studies")
-NO_METHOD = {"name", "loss_type", "grid", "each", "ratio", "like", "tuned", "guide", "data"}
+AS_IT_IS = ("guide_data", "guidance", "match", "kl")  # of a run's spec
+OF_METHOD = {"name", "loss_type", "grid", "each", "ratio", "like", "tuned", "guide", "data", "also"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Method:
     tuned: str | None = None
     guide: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+    also: dict = field(default_factory=dict)  # what its runs' specs have beside that: those of AS_IT_IS
     fixed: dict = field(default_factory=dict)  # all other settings
 
     @classmethod
     def read(cls, row: Mapping) -> Method:
         """From a table of the file; what is no field is a setting of its runs."""
-        fixed = {name: value for name, value in row.items() if name not in NO_METHOD}
-        return cls(**{name: value for name, value in row.items() if name in NO_METHOD}, fixed=fixed)
+        also = {name: value for name, value in row.items() if name in AS_IT_IS}
+        fixed = {name: value for name, value in row.items() if name not in OF_METHOD | also.keys()}
+        return cls(**{name: value for name, value in row.items() if name in OF_METHOD}, also=also, fixed=fixed)
 
     def settings(self) -> list[dict]:
         """Every setting of the grid, of a method without one the only one."""
@@ -166,11 +170,9 @@ class Study:
         made = {"data": data, "train": train, "evaluate": evaluate}
         if how.get("measures"):
             made["measures"] = list(how["measures"])
-        loss_type = train["loss_type"]
-        if method.guide or (
-            "guide_logps" in OBJECTIVES[loss_type].needs if loss_type in OBJECTIVES else "guide_beta" in train
-        ):
-            own = OBJECTIVES[loss_type].hyperparameters if loss_type in OBJECTIVES else ("alpha", "guide_beta", "beta")
-            shared = {name: value for name, value in train.items() if name not in own}
-            made["guide"] = shared | {"loss_type": "dpo", "beta": train["guide_beta"]} | method.guide
-        return made
+        if method.guide or "guide_beta" in train or "match" in method.also:
+            # an objective of its own says what it takes; a guide takes what every run does
+            shared = {name: value for name, value in train.items() if name in run_settings()}
+            beta = train.get("guide_beta") or method.also["match"]["guide_beta"]
+            made["guide"] = shared | {"loss_type": "dpo", "beta": beta} | method.guide
+        return made | method.also

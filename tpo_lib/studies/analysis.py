@@ -1,0 +1,94 @@
+"""What a study's result says: tables with intervals, comparisons, verdicts. Nothing is computed from runs, all from the result.
+
+The rules are those of studies/PLAN.md: a claim names pairs of methods (a, b) and an endpoint, the primary one unless it says
+another; a shall be above b. All comparisons of the same endpoint in a study are one family for Holm's correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tpo_lib.studies import tables
+from tpo_lib.studies.spec import Study
+
+LEVEL = 0.05  # of a corrected p
+MATTERS = 0.01  # the smallest difference that does, in units of a reward or a share, where a claim says no other
+SEED = 0  # of the bootstrap
+SCORERS = ("reward", "judge", "second_judge")
+HOLDS, NOT, PARTLY, OPEN = "holds", "does not hold here", "partly", "not decided"
+
+
+def table(result: Mapping, label: str, key: str) -> np.ndarray | None:
+    """(S, n) numbers of one endpoint, a row a seed; None where a seed has none."""
+    rows = [run["endpoints"][key] for run in result["runs"][label]]
+    return None if any(row is None for row in rows) else np.array(rows)
+
+
+def summaries(result: Mapping, key: str) -> dict[str, dict]:
+    """{label: mean with interval, seeds, ...} of one endpoint, see `tables.summary`."""
+    return {label: tables.summary(table(result, label, key), seed=SEED) for label in result["runs"]}
+
+
+def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
+    """{endpoint: [a row a comparison]} of all that the study's claims compare, each endpoint with Holm's correction for itself.
+
+    A claim on the primary endpoint is read with the judges' scores too, where the result has them.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for claim in study.hypotheses:
+        for key in read(study, result, claim):
+            known = pairs.setdefault(key, [])
+            known += [pair for pair in named(result, claim) if pair not in known]
+    found = {}
+    for key, family in pairs.items():
+        values = {label: table(result, label, key) for label in {label for pair in family for label in pair}}
+        found[key] = tables.paired(values, family, seed=SEED)
+    return found
+
+
+def named(result: Mapping, claim: Mapping) -> list[tuple[str, str]]:
+    """The pairs of labels of a claim; a method that is tuned stands for its best label."""
+    return [(result["best"].get(a, a), result["best"].get(b, b)) for a, b in claim["pairs"]]
+
+
+def read(study: Study, result: Mapping, claim: Mapping) -> list[str]:
+    """The endpoints that a claim is judged by: the first decides, the others (judges) confirm."""
+    key = claim.get("endpoint", study.primary)
+    has = next(iter(result["runs"].values()))[0]["endpoints"]
+    others = [key.replace("reward", judge, 1) for judge in SCORERS[1:]] if "reward" in key else []
+    return [key, *(each for each in others if each in has)]
+
+
+def verdict(
+    study: Study, result: Mapping, claim: Mapping, compared: Mapping[str, Sequence[Mapping]]
+) -> tuple[str, list]:
+    """What became of a claim, and its comparisons on the deciding endpoint."""
+    key, *confirming = read(study, result, claim)
+    matters, sign = claim.get("matters", MATTERS), -1 if claim.get("below") else 1
+    pairs, said = named(result, claim), []
+    for pair in pairs:
+        rows = [_row(compared[each], pair) for each in (key, *confirming)]
+        said.append(_one(rows, sign, matters, equal=claim.get("equal", False)))
+    words = said[0] if len(set(said)) == 1 else PARTLY if HOLDS in said else NOT if NOT in said else OPEN
+    return words, [_row(compared[key], pair) for pair in pairs]
+
+
+def _one(rows: Sequence[Mapping], sign: int, matters: float, *, equal: bool) -> str:
+    """The verdict of one comparison; the first row is the deciding one's, the others are the judges'."""
+    first, *judges = rows
+    if first["mean"] is None:
+        return OPEN
+    low, high = sorted((sign * first["low"], sign * first["high"]))
+    if equal:  # the claim is that they do not differ by more than matters
+        return HOLDS if -matters < low and high < matters else NOT if low > matters or high < -matters else OPEN
+    if first["holm"] < LEVEL and sign * first["mean"] > 0:
+        confirmed = not judges or any(row["holm"] < LEVEL and sign * row["mean"] > 0 for row in judges)
+        return HOLDS if confirmed else PARTLY
+    against = first["holm"] < LEVEL and sign * first["mean"] < 0
+    return NOT if against or high < matters else OPEN
+
+
+def _row(rows: Sequence[Mapping], pair: tuple[str, str]) -> Mapping:
+    return next(row for row in rows if (row["a"], row["b"]) == pair)
