@@ -70,6 +70,11 @@ COMMANDS = {
     ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
+    "study": Command(
+        "run a study: its grids, its seeds, and what they say of its claims",
+        "tpo_lib.studies.commands.run",
+        "study_name --all --engine --workers --runs",
+    ),
     "derive": Command(
         "check every step of the derivations in small worlds, with numbers", "tpo_lib.cli._derive", "name --map"
     ),
@@ -392,6 +397,14 @@ FLAGS = {  # those of one command stand behind its name
     "--dry-run": {"help": "time a few steps, say what the whole would do and take here, and leave", **SWITCH},
     "--fresh": {"help": "throw away what an earlier run left in the folder", **SWITCH},
     "--resume": {"help": "continue from the newest sound checkpoint", **SWITCH},
+    "study_name": {"nargs": "*", "metavar": "NAME", "help": "studies/NAME.toml, or the path of a file of your own"},
+    "--all": {"help": "every study of the folder studies", **SWITCH},
+    "--engine": {
+        "choices": ("pool", "ray"),
+        "default": "pool",
+        "help": "processes of this machine, or a Ray cluster: that of RAY_ADDRESS, else one here (extra `ray`)",
+    },
+    "--workers": {"type": COUNT, "help": "runs side by side, each in one thread (default: as many as there are cores)"},
     "name": {"nargs": "?", "help": "one derivation (default: all)"},
     "--map": {"help": "print the equation map instead", **SWITCH},
 }

@@ -17,29 +17,29 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.runs import runs as training
 from tpo_lib.studies import endpoints, execute
 from tpo_lib.studies.pool import make_all
-from tpo_lib.studies.spec import FOLDER, Method, Study
+from tpo_lib.studies.spec import Method, Study
 
 AREA = 1.0, 20.0  # nats, what settings are chosen by
 DIGITS = 4  # significant ones kept of a figure in a result
 NAMES = {"kl": "{level:g} nats", "reward": "reward {level:g}"}  # of a level
 
 
-def run(name: str, *, runs: Path, folder: Path = FOLDER, **how) -> dict:
-    """Make the runs of a study that are missing, write folder/results/NAME.json, and return it.
+def run(path: Path, *, runs: Path, **how) -> dict:
+    """Make the runs of a study that are missing, write results/NAME.json beside its file NAME.toml, and return it.
 
     Args:
-        name: of its file, folder/NAME.toml.
+        path: of its file.
         runs: where runs are kept.
         how: of `pool.make_all`: engine, workers, progress.
 
     Raises:
         FileNotFoundError, ValueError: as `Study.read`, and where a run fails.
     """
-    study = Study.read(folder / f"{name}.toml")
+    study, results = Study.read(path), path.parent / "results"
     tuning = study.tuning()
     make_all([spec for *_, spec in tuning], runs, **how)
     grid = [(method.name, setting, score(execute.read(spec, runs))) for method, setting, spec in tuning]
-    chosen, best = choose(study, grid, folder)
+    chosen, best = choose(study, grid, results)
     reporting = study.reporting(chosen)
     make_all([spec for *_, spec in reporting], runs, **how)
     seconds, reported = 0.0, {label: [] for label in chosen}
@@ -49,10 +49,15 @@ def run(name: str, *, runs: Path, folder: Path = FOLDER, **how) -> dict:
         record = execute.read(spec, runs)
         seconds += record["seconds"]["in all"]
         reported[label].append({"seed": seed} | summarised(study, record))
-    result = {"study": name, "digest": study.digest, "versions": training.versions(), "core_seconds": round(seconds)}
+    result = {
+        "study": study.name,
+        "digest": study.digest,
+        "versions": training.versions(),
+        "core_seconds": round(seconds),
+    }
     result |= {"grid": grid, "chosen": chosen, "best": best, "runs": reported}
     result = json.loads(json.dumps(store.rounded(result, DIGITS)))
-    write(folder / "results" / f"{name}.json", result)
+    write(results / f"{study.name}.json", result)
     return result
 
 
@@ -61,14 +66,14 @@ def score(record: Mapping) -> float:
     return float(endpoints.area(record, "reward", *AREA).mean())
 
 
-def choose(study: Study, grid: list[tuple[str, dict, float]], folder: Path) -> tuple[dict, dict]:
+def choose(study: Study, grid: list[tuple[str, dict, float]], results: Path) -> tuple[dict, dict]:
     """{label: (method, setting)} of all that is reported, and {method: the label that stands for it}."""
     chosen: dict[str, tuple[str, dict]] = {}
     best: dict[str, str] = {}
     for method in study.methods:
         mine = [(points, setting) for name, setting, points in grid if name == method.name]
         groups = {_label(method, setting): [] for _, setting in mine} or {
-            method.name: [(0.0, _settled(method, chosen, best, folder))]
+            method.name: [(0.0, _settled(method, chosen, best, results))]
         }
         for points, setting in mine:
             groups[_label(method, setting)].append((points, setting))
@@ -78,13 +83,13 @@ def choose(study: Study, grid: list[tuple[str, dict, float]], folder: Path) -> t
     return chosen, best
 
 
-def _settled(method: Method, chosen: Mapping, best: Mapping, folder: Path) -> dict:
+def _settled(method: Method, chosen: Mapping, best: Mapping, results: Path) -> dict:
     """The setting of a method that has no grid."""
     if method.like:
         return chosen[best[method.like]][1] | method.fixed
     if method.tuned:
         other, _, label = method.tuned.partition(": ")
-        known = store.read_json(folder / "results" / f"{other}.json", f"run `study {other}` first")
+        known = store.read_json(results / f"{other}.json", f"run `study {other}` first")
         label = known["best"].get(label, label)
         if label not in known["chosen"]:
             raise ValueError(f"study {other} has chosen nothing for {label!r}; it has {', '.join(known['chosen'])}")

@@ -1,0 +1,151 @@
+"""The page of a study, from its file and its result alone: question, verdicts, tables, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from tpo_lib.runs.plots import style_of
+from tpo_lib.studies import analysis, study
+from tpo_lib.studies.spec import Study
+
+HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
+correction over all comparisons of the study with that endpoint, and a judge that agrees. Detectable is the smallest true
+difference that this design would find in 8 of 10 repetitions."""
+DIGITS = {
+    "kl": 1,
+    "entropy": 2,
+    "ref_perplexity": 0,
+    "updates": 0,
+    "seqkl_chosen": 1,
+    "seqkl_rejected": 1,
+    "seqkl_margin": 1,
+}
+
+
+def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """Markdown; `pictures` are (file, what it shows in words)."""
+    compared = analysis.comparisons(plan, result)
+    parts = [f"# {plan.title}: {plan.question}", _made(plan, result)]
+    parts += [f"![{words}]({file})\n\n*{words}*" for file, words in pictures]
+    if plan.hypotheses:
+        parts += ["## Claims", claims_table(plan, result), HOW]
+    parts += ["## Figures", endpoints_table(plan, result)]
+    if compared:
+        parts += ["## Comparisons", comparisons_table(compared)]
+    if result["grid"]:
+        parts += ["## Settings", settings_table(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def claims_table(plan: Study, result: Mapping) -> str:
+    """A row a claim: who makes it, the paper's number, ours with interval, the verdict."""
+    compared, rows = analysis.comparisons(plan, result), []
+    for claim in plan.hypotheses:
+        words, found = analysis.verdict(plan, result, claim, compared)
+        ours = "; ".join(difference(row, analysis.read(plan, result, claim)[0]) for row in found)
+        rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, f"**{words}**"])
+    return table(["claim", "claimed by", "there", "here", "verdict"], rows)
+
+
+def difference(row: Mapping, key: str) -> str:
+    """A paired difference in words, with its interval and, where it is not told from 0, what would have been."""
+    names = f"{label(row['a'])} - {label(row['b'])}"
+    if row["mean"] is None:
+        return f"{names}: one does not come there"
+    digits = _digits(key)
+    said = f"{names} {row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
+    return said if row["holm"] < analysis.LEVEL else f"{said}, detectable {row['detectable']:.{digits}f}"
+
+
+def label(name: str) -> str:
+    """How a method is called in texts."""
+    return style_of(name).label
+
+
+def endpoints_table(plan: Study, result: Mapping) -> str:
+    """A row a method: every endpoint as mean [interval]; a dash where not every seed comes there."""
+    every = [key for key, *_ in study.keys(plan)]
+    found = {key: analysis.summaries(result, key) for key in every}
+    rows = [[label(name), *(cell(found[key][name], key) for key in every)] for name in result["runs"]]
+    return table(["", *map(heading, every)], rows)
+
+
+def cell(metric: Mapping, key: str) -> str:
+    """mean [low, high]."""
+    digits = _digits(key)
+    return (
+        "-"
+        if metric["mean"] is None
+        else f"{metric['mean']:z.{digits}f} [{metric['low']:z.{digits}f}, {metric['high']:z.{digits}f}]"
+    )
+
+
+def heading(key: str) -> str:
+    """An endpoint's key in words."""
+    return key.replace("second_judge", "second judge").replace("_", " ")
+
+
+def comparisons_table(compared: Mapping[str, Sequence[Mapping]]) -> str:
+    """A row a comparison: difference, corrected p, the smallest difference the design detects, the spread of the seeds."""
+    rows = []
+    for key, family in compared.items():
+        for row in family:
+            digits = _digits(key) + 1
+            if row["mean"] is None:
+                rows.append([heading(key), f"{label(row['a'])} - {label(row['b'])}", *["-"] * 5])
+                continue
+            interval = f"{row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
+            apart = [
+                f"{value:.{digits}f}" if value is not None else "-"
+                for value in (row["detectable"], row["seed_sd"], row["evaluation"])
+            ]
+            rows.append(
+                [heading(key), f"{label(row['a'])} - {label(row['b'])}", interval, f"{row['holm']:.3f}", *apart]
+            )
+    return table(
+        [
+            "endpoint",
+            "difference",
+            "mean [95%]",
+            "p (Holm)",
+            "detectable",
+            "sd of seeds",
+            "error of the evaluation (half its interval)",
+        ],
+        rows,
+    )
+
+
+def settings_table(result: Mapping) -> str:
+    """What was chosen out of which grid, with its area on validation prompts."""
+    rows, areas = [], {}
+    for name, setting, area in result["grid"]:
+        areas.setdefault(name, []).append((area, setting))
+    for name, (method, setting) in result["chosen"].items():
+        mine = [area for area, each in areas.get(method, ()) if each == setting]
+        tried = len(areas.get(method, ()))
+        words = " ".join(
+            f"{key} {value:g}" for key, value in setting.items() if key != "loss_type" and not isinstance(value, str)
+        )
+        rows.append([label(name), words, f"{mine[0]:.3f}" if mine else "-", str(tried or "-")])
+    return table(["", "chosen setting", "area on validation prompts", "settings tried"], rows)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(each.replace("|", "\\|") for each in line) + " |" for line in lines)
+
+
+def _digits(key: str) -> int:
+    return next((digits for name, digits in DIGITS.items() if key.startswith(name)), 3)
+
+
+def _made(plan: Study, result: Mapping) -> str:
+    runs, hours = sum(map(len, result["runs"].values())), result["core_seconds"] / 3600
+    grids = f", chosen from {len(result['grid'])} settings on validation prompts" if result["grid"] else ""
+    return (
+        f"{runs} runs of {len(result['runs'])} methods over {len(plan.report['seeds'])} seeds{grids}; {hours:.1f} hours of a "
+        f"core. [The plan](../PLAN.md) was written before them. `python -m tpo_lib study {plan.name}` makes them again."
+    )
