@@ -152,6 +152,8 @@ def test_where_the_probability_went_by_credit_and_by_the_guide():
                 assert found[f"moved_{side}_{name}"].mean() == pytest.approx(expected, abs=1e-3), (side, name)
     assert len(found) == 8
     live = measures.moved(seen(guide=guides.Average(tiny.llama(2), 0.5), on=on))
+    model = measures.moved(seen(guide=tiny.llama(2), on=on))
+    assert {k: v.mean() for k, v in live.items()} == {k: v.mean() for k, v in model.items()}
     assert {k: v.mean() for k, v in live.items()} == pytest.approx({k: v.mean() for k, v in found.items()}, abs=1e-5)
     assert set(measures.moved(seen(on=stage(reward=len), guide=guide))) == {
         k for k in found if k.endswith(("up", "down"))
@@ -219,8 +221,34 @@ def test_credit_on_the_policy_s_own_samples():
         measures.credit_own(seen(texts=("ab", "cd")))
 
 
+def test_the_value_of_a_state_summed_over_the_vocabulary_by_hand():
+    given = seen(texts=("ab cd e", "fgh a", "x", "y"), beta=0.3)
+    reward, tokenizer, found = given.stage.reward, given.stage.tokenizer, measures.relaxation(given)
+
+    def values(prompt: list[int], response: list[int]) -> list[float]:
+        ids, out = torch.tensor([[*prompt, *response]]), []
+        said = [m(ids).logits[0].detach().double().log_softmax(-1) for m in (given.policy, given.stage.start)]
+        for t in range(len(response)):
+            p, q = (each[len(prompt) + t - 1] for each in said)
+            previous = response[t - 1] if t else 0
+            credit = torch.tensor([reward.token_credit(torch.tensor([previous, z]))[1] for z in range(tiny.VOCAB)])
+            credit[0] = 0  # EOS
+            out.append((p.exp() @ credit.double() - 0.3 * (p.exp() * (p - q)).sum()).item())
+        return out
+
+    own = [values(*(tokenizer(x, add_special_tokens=x == y)["input_ids"] for x in (y, text))) for y, text in
+           (("a", "ab cd e"), ("b c", "fgh a"))]  # fmt: skip
+    assert found["step_own"].mean() == pytest.approx(np.mean(own[0] + own[1]), abs=1e-5)
+    pairs = given.stage.held_out_pairs
+    data = [v for p in pairs for ids in (p.chosen_ids, p.rejected_ids) for v in values(p.prompt_ids, ids)]
+    assert found["step_data"].mean() == pytest.approx(np.mean(data), abs=1e-5)
+    assert (len(found["step_own"]), len(found["step_data"])) == (2, 4)
+
+
 def test_what_is_unknown_or_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match="mood is no measure; there is credit, credit_own, moved, growth, self_bleu"):
+    with pytest.raises(
+        ValueError, match="mood is no measure; there is credit, credit_own, moved, growth, self_bleu, relaxation"
+    ):
         measure(["credit", "mood"], seen())
     for name in ("credit", "moved"):
         with pytest.raises(ValueError, match="gives no credit to the model's own tokens"):
@@ -232,7 +260,7 @@ def test_everything_on_the_bundled_model(small_stage):
     found = measure(list(measures.MEASURES), Seen(small_stage, small_stage.policy(), evaluation, TrainConfig()))
     held_out = len({tuple(p.prompt_ids) for p in small_stage.held_out_pairs})
     for name, values in found.items():
-        own = name.startswith(("own", "self"))
+        own = name.startswith(("own", "self", "step_own"))
         assert len(values) == (len(small_stage.held_out_prompts) if own else held_out), name
         assert np.isfinite(values).all(), name
     assert {

@@ -33,6 +33,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader
 from tpo_lib.runs.stage import Stage
 from tpo_lib.studies.guides import true_credit
+from tpo_lib.studies.relaxation import relaxation
 from tpo_lib.types import TokenStats
 
 RARE = 1e-3  # probability under the reference below which a token of a held-out pair counts as rare
@@ -60,6 +61,12 @@ class Seen:
     def read(self, pairs: Sequence[EncodedPair], cache: dict | None = None) -> TokenStats:
         pad = self.stage.tokenizer.pad_token_id
         return pair_stats(self.policy, self.stage.start, pairs, pad, pair_loss=pair_loss, cache=cache)
+
+    @cached_property
+    def sample_ids(self) -> list[list[int]]:
+        """Token ids of every sample's text, the first of each prompt first."""
+        texts = [sample.text for sample in self.evaluation.samples]
+        return self.stage.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -106,7 +113,7 @@ def credit_own(seen: Seen) -> dict[str, np.ndarray]:
     texts = [sample.text for sample in seen.evaluation.samples]
     if len(texts) < 2 * len(prompts):
         raise ValueError("credit_own takes two samples a prompt; set the stage's evaluation_samples to 2")
-    encoded, ids = prompt_token_ids(seen.stage.tokenizer, prompts), _token_ids(seen)
+    encoded, ids = prompt_token_ids(seen.stage.tokenizer, prompts), seen.sample_ids
     sides = zip(ids[: len(prompts)], ids[len(prompts) : 2 * len(prompts)], strict=True)
     pairs = [EncodedPair(i, encoded[i], *both) for i, both in enumerate(sides) if all(both)]
     if not pairs:
@@ -165,9 +172,10 @@ def moved(seen: Seen) -> dict[str, np.ndarray]:
 def _guide_logps(seen: Seen) -> Tensor:
     """(2P, T-1) log pi_hat of the held-out pairs."""
     pairs, read = seen.stage.held_out_pairs, getattr(seen.guide, "held_out", seen.guide)
-    if isinstance(read, ResponseReader):
+    if isinstance(read, torch.nn.Module):
+        model = read.model if isinstance(read, ResponseReader) else read
         return pair_stats(
-            read.model, None, pairs, seen.stage.tokenizer.pad_token_id, with_kl=False, pair_loss=pair_loss
+            model, None, pairs, seen.stage.tokenizer.pad_token_id, with_kl=False, pair_loss=pair_loss
         ).logps
     if read is None:
         raise ValueError("the guide was made without held-out pairs; give them to guides.make")
@@ -206,7 +214,7 @@ def self_bleu(seen: Seen) -> dict[str, np.ndarray]:
         self_bleu and self_bleu_2, of n-grams of up to four tokens and of two; tokens are those of the samples' text.
     """
     count = len(seen.stage.held_out_prompts)
-    ids = _token_ids(seen)
+    ids = seen.sample_ids
     groups = [ids[i::count] for i in range(count)]
     if len(groups[0]) < 2:
         raise ValueError("self_bleu takes two samples a prompt or more; raise the stage's evaluation_samples")
@@ -241,12 +249,6 @@ def bleu(candidate: Sequence[int], references: Sequence[Sequence[int]], most: in
     return math.exp(sum(logs) / len(logs) + min(0.0, 1 - nearest / len(candidate)))
 
 
-def _token_ids(seen: Seen) -> list[list[int]]:
-    """Of every sample, the first of each prompt first."""
-    texts = [sample.text for sample in seen.evaluation.samples]
-    return seen.stage.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
 def _mean(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     """(n,) values of groups 0, ..., count - 1 -> (count,) `linearised`."""
     return linearised(np.bincount(groups, values, count), np.bincount(groups, minlength=count))
@@ -264,6 +266,7 @@ MEASURES: dict[str, Callable[[Seen], dict[str, np.ndarray]]] = {
     "moved": moved,
     "growth": growth,
     "self_bleu": self_bleu,
+    "relaxation": relaxation,
 }
 
 
