@@ -43,6 +43,7 @@ OTHERS = {  # what is drawn beside the objectives
     "start": Style("start", "#000000", "*", (0, (1, 1))),
     "ref": Style("reference", "#000000", "*", (0, (1, 1))),  # the same model
     "ppo": Style("PPO", "#56B4E9", "X", (0, (8, 2))),
+    "best of n": Style("best of n", "#777777", ".", (0, (2, 3))),
 }
 # For objectives whose record has no look: Tol's dark colours, and markers that nobody else has.
 OWN_COLOURS = ("#332288", "#882255", "#117733", "#999933", "#663333", "#AA3377", "#225555")
@@ -152,23 +153,25 @@ def frontier(curves: Mapping[str, Sequence[Mapping]], y: str = "reward") -> Figu
     """
     fig, (ax,) = panels(1, width=8.0, height=5.2)
     _trajectories(ax, curves, "kl", y)
-    # a KL of 0 may be a rounding below it
-    ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: x * np.abs(x)))
-    shown = [
-        tick
-        for tick in (0, *ROOT_TICKS)
-        if tick <= 1.05 * max(mean(p, "kl") for p in itertools.chain(*curves.values()))
-    ]
-    ax.set_xticks([tick for tick in shown if tick == 0 or tick >= shown[-1] / 60], minor=False)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel=f"{AXIS['kl']} (root scale)", ylabel=label(y, itertools.chain(*curves.values())))
+    root_axis(ax, max(mean(p, "kl") for p in itertools.chain(*curves.values())))
+    ax.set_ylabel(label(y, itertools.chain(*curves.values())))
     _star(ax, next(iter(curves.values()))[0], "kl", y, named=True)
     ends = {name: (mean(points[-1], "kl"), mean(points[-1], y)) for name, points in curves.items()}
     if len(ends) <= MANY and min(x for x, _ in ends.values()) > 0.4 * max(x for x, _ in ends.values()):
         _label_ends(ax, ends)
     else:  # a line from a curve that ends far left would cross the others
-        _legend(fig, curves)
+        legend(fig, curves)
     return fig
+
+
+def root_axis(ax: Axes, most: float, *, across: float = 60.0) -> None:
+    """Make the x axis one of the KL, up to `most` nats, and of its root, with ticks down to 1 / across of the largest."""
+    # a KL of 0 may be a rounding below it
+    ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: x * np.abs(x)))
+    shown = [tick for tick in (0, *ROOT_TICKS) if tick <= 1.05 * most]
+    ax.set_xticks([tick for tick in shown if tick == 0 or tick >= shown[-1] / across], minor=False)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel(f"{AXIS['kl']} (root scale)")
 
 
 def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str = "reward") -> Figure:
@@ -196,7 +199,7 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
     drawn = {run["objective"] for run in (chosen, *others)}
     order = [name for name in OBJECTIVES if name in drawn] + sorted(drawn - set(OBJECTIVES))  # whichever run is chosen
-    _legend(fig, dict.fromkeys(order, ()), start=True)
+    legend(fig, dict.fromkeys(order, ()), start=True)
     return fig
 
 
@@ -213,13 +216,13 @@ def seqkl(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     fig, axes = panels(3, width=12.5, height=4.4)
     titles = {"seqkl_chosen": "chosen responses", "seqkl_rejected": "rejected responses", "seqkl_margin": "margin"}
     for ax, (metric, title) in zip(axes, titles.items(), strict=True):
-        _over_training(ax, curves, metric)
+        over_training(ax, curves, metric)
         ax.set(title=title, ylabel=AXIS[metric])
     lows, highs = zip(axes[0].get_ylim(), axes[1].get_ylim(), strict=True)
     for ax in axes[:2]:
         ax.set_ylim(min(lows), max(highs))  # one scale for the two sides of a pair
     axes[2].axhline(0, color="#555555", linewidth=0.8)
-    _legend(fig, curves)
+    legend(fig, curves)
     return fig
 
 
@@ -229,7 +232,7 @@ def diversity(curves: Mapping[str, Sequence[Mapping]]) -> Figure:
     for ax, metric in zip(axes, ("entropy", "distinct_2", "length"), strict=True):
         _trajectories(ax, curves, "reward", metric)
         ax.set(xlabel=label("reward", itertools.chain(*curves.values())), ylabel=AXIS[metric])
-    _legend(fig, curves, start=True)
+    legend(fig, curves, start=True)
     return fig
 
 
@@ -245,7 +248,7 @@ def training(rows: Mapping[str, Sequence]) -> Figure:
             style, seeds = style_of(label, rows), [runs] if not runs or isinstance(runs[0], Mapping) else runs
             _over_updates(ax, seeds, name, style, raw=len(rows) <= MANY and len(seeds) == 1)
         ax.set(xlabel="update", ylabel=LOGGED[name])
-    _legend(fig, rows)
+    legend(fig, rows)
     return fig
 
 
@@ -262,7 +265,7 @@ def _over_updates(ax: Axes, runs: Sequence[Sequence[Mapping]], name: str, style:
         ax.plot(steps, values[0], color=style.colour, linewidth=0.8, alpha=0.3)
     elif len(runs) > 1:
         ax.fill_between(steps, smooth.min(0), smooth.max(0), color=style.colour, alpha=0.15, linewidth=0)
-    _curve(ax, steps, smooth.mean(0), style, every=eighth)
+    curve(ax, steps, smooth.mean(0), style, every=eighth)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
@@ -283,7 +286,7 @@ def run(objective: str, rows: Sequence[Mapping]) -> Figure:
             _over_updates(ax, [rows], name, style, raw=True)
             points = [(row["step"], row[f"eval_{name}"]) for row in rows if row.get(f"eval_{name}") is not None]
             if points:
-                _curve(ax, *zip(*points, strict=True), held_out)
+                curve(ax, *zip(*points, strict=True), held_out)
             if len(names) > 1 and ax.lines:  # two sides of a pair on one scale
                 end = ax.lines[-1].get_xydata()[-1]
                 ax.annotate(
@@ -362,7 +365,7 @@ def _trajectories(ax: Axes, curves: Mapping[str, Sequence[Mapping]], x: str, y: 
         else:
             bars = np.maximum(0.0, [np.subtract(ys, lows), np.subtract(highs, ys)])
             ax.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=style.colour, elinewidth=1.2, alpha=0.35, zorder=2)
-        _curve(ax, *bent(xs, ys), style, every=STEPS) if x == "kl" else _curve(ax, xs, ys, style)
+        curve(ax, *bent(xs, ys), style, every=STEPS) if x == "kl" else curve(ax, xs, ys, style)
     _star(ax, next(iter(curves.values()))[0], x, y)
 
 
@@ -389,18 +392,19 @@ def _star(ax: Axes, start: Mapping, x: str, y: str, *, named: bool = False) -> N
         ax.annotate("start", at, xytext=(9, -13), textcoords="offset points", fontsize=FONT)
 
 
-def _over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: str) -> None:
+def over_training(ax: Axes, curves: Mapping[str, Sequence[Mapping]], metric: str) -> None:
     """One curve a label over the pairs seen (or the updates), with the band of its interval or of its seeds."""
     x = "pairs_seen" if all("pairs_seen" in p for points in curves.values() for p in points) else "step"
     for name, points in curves.items():
         style, xs = style_of(name, curves), [p[x] for p in points]
         ax.fill_between(xs, *_bounds(points, metric), color=style.colour, alpha=0.15, linewidth=0)
-        _curve(ax, xs, [mean(p, metric) for p in points], style)
+        curve(ax, xs, [mean(p, metric) for p in points], style)
     ax.set_xlabel("training pairs seen" if x == "pairs_seen" else "updates")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _curve(ax: Axes, xs: Sequence[float], ys: Sequence[float], style: Style, every: int = 1) -> None:
+def curve(ax: Axes, xs: Sequence[float], ys: Sequence[float], style: Style, every: int | list[int] = 1) -> None:
+    """A line in the style of its objective, with a marker at every so many of its points, or at those listed."""
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
     ax.plot(xs, ys, linewidth=2.0, markersize=8, markevery=every, zorder=3, **_line(style), **edge)
 
@@ -438,7 +442,7 @@ def dark(colour: str) -> tuple[float, ...]:
     return tuple(0.7 * part for part in to_rgb(colour))
 
 
-def _legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) -> None:
+def legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) -> None:
     """One legend below all panels, for which the figure grows: it covers no data."""
     handles = [Line2D([], [], linewidth=2, markersize=7, **_line(style_of(name, curves))) for name in curves]
     star = [Line2D([], [], **_STAR)] * start

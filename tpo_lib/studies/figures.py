@@ -1,0 +1,222 @@
+"""The pictures of a study, each with a text that says what it shows to who does not see it.
+
+`methods` is {label: the records of its runs, one a seed}, see `endpoints`; a label is an objective, or one with a setting
+("tdpo2 α.5"), as in `plots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tpo_lib.runs import plots
+from tpo_lib.studies.endpoints import Run, best_of_n_kl, curve
+
+SCORES = ("reward", "judge", "second_judge")
+SEQKL = ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
+BEST = "best of n"
+GRID = 80  # KLs at which a mean curve is read, besides its evaluations
+GREY = "#E2E2E2"
+
+Methods = Mapping[str, Sequence[Run]]
+
+
+def mean_curve(runs: Sequence[Run], y: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """A metric against the KL, averaged over seeds at equal KL, as far as every seed comes.
+
+    Returns:
+        (G,) nats; (S, G) of every seed, straight between its evaluations in sqrt(KL); and which of the G lie at an evaluation's
+        mean KL.
+    """
+    kls, ys = ([curve(run, metric).mean(1) for run in runs] for metric in ("kl", y))
+    first, far = max(kl[0] for kl in kls), min(kl.max() for kl in kls)
+    first = max(first, 0.0)  # a KL of 0 may be a rounding below it
+    places = [kl for kl in np.mean([kl[: min(map(len, kls))] for kl in kls], 0) if first <= kl <= far]
+    grid = np.unique([*np.clip(np.linspace(first**0.5, far**0.5, GRID) ** 2, first, far), *places])
+    each = [[plots.at_level(kl, values, k, root=True) for k in grid] for kl, values in zip(kls, ys, strict=True)]
+    return grid, np.array(each), np.searchsorted(grid, places).tolist()
+
+
+def frontier(methods: Methods, scores: Sequence[str] = SCORES, best_of_n: Sequence[Mapping] = ()) -> Figure:
+    """What a nat buys, a panel a score: the mean over seeds at equal KL, in a band from the lowest to the highest seed.
+
+    A curve ends where one of its seeds does, so that none is a mean of fewer seeds.
+
+    Args:
+        scores: metrics that are drawn where every run has them.
+        best_of_n: [{"n", score: mean}, ...], of the start: what no training, but n samples buy, at log n - (n - 1) / n nats.
+    """
+    scores = _present(methods, scores)
+    fig, axes = plots.panels(len(scores), width=max(6.5, 4.6 * len(scores)), height=4.9)
+    for ax, score in zip(axes, scores, strict=True):
+        most, ends = 0.0, []
+        for name, runs in methods.items():
+            style, (kl, each, marks) = plots.style_of(name, methods), mean_curve(runs, score)
+            ax.fill_between(kl, each.min(0), each.max(0), color=style.colour, alpha=0.15, linewidth=0)
+            plots.curve(ax, kl, each.mean(0), style, every=marks)
+            most, ends = max(most, kl[-1]), [*ends, {"low": each.min(), "high": each.max()}]
+        reference = [(best_of_n_kl(row["n"]), row[score]) for row in best_of_n if score in row]
+        if reference:
+            plots.curve(ax, *plots.bent(*zip(*reference, strict=True)), plots.style_of(BEST), every=plots.STEPS)
+            most = max(most, reference[-1][0])
+        plots.root_axis(ax, most, across=25.0)
+        ax.set_xlabel(ax.get_xlabel().replace(", ", ",\n"))  # of three panels each is narrow
+        ax.set_ylabel(plots.label(score, [{score: end} for end in ends]))
+    plots.legend(fig, [*methods, *[BEST] * bool(best_of_n)])
+    return fig
+
+
+def frontier_alt(methods: Methods, scores: Sequence[str] = SCORES) -> str:
+    """What `frontier` shows: every score at the largest round KL that all methods reach."""
+    said, scores = [], _present(methods, scores)
+    curves = {name: {score: mean_curve(runs, score) for score in scores} for name, runs in methods.items()}
+    far = min(found[scores[0]][0][-1] for found in curves.values())
+    level = max([tick for tick in plots.ROOT_TICKS if tick <= far], default=far)
+    for score in scores:
+        places = {
+            name: np.interp(level**0.5, found[score][0] ** 0.5, found[score][1].mean(0))
+            for name, found in curves.items()
+        }
+        order = sorted(places, key=places.get, reverse=True)
+        said.append(
+            f"{score.replace('_', ' ')}: " + ", ".join(f"{plots.style_of(m).label} {places[m]:.3f}" for m in order)
+        )
+    seeds = sorted({len(runs) for runs in methods.values()})
+    return (
+        f"Mean scores against the KL to the reference in nats on a root scale, over {_span(seeds)} seeds with bands from the "
+        f"lowest to the highest. At {level:g} nats, {'; '.join(said)}."
+    )
+
+
+def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """A forest plot: {what differs, with its unit: rows of `tables.paired`}, a panel each, the same family in all.
+
+    Points are mean differences a - b with their 95% intervals, filled where Holm's p is below .05. The grey band is what the
+    design would miss more often than once in five times: a point inside it that is not filled does not say "no difference".
+    A row without figures is left empty and says that a level was not reached.
+    """
+    rows = next(iter(panels.values()))
+    pairs = [(row["a"], row["b"]) for row in rows]
+    if any([(row["a"], row["b"]) for row in each] != pairs for each in panels.values()):
+        raise ValueError(
+            "the panels of a forest plot share their rows: need the same pairs (a, b) in one order in each"
+        )
+    fig, axes = plots.panels(len(panels), width=2.2 + 3.8 * len(panels), height=1.6 + 0.42 * len(rows))
+    for ax, (words, each) in zip(axes, panels.items(), strict=True):
+        ax.axvline(0, color="#555555", linewidth=1)
+        ax.use_sticky_edges = False  # else a band would end at the frame
+        for y, row in enumerate(each):
+            if row["mean"] is None:
+                ax.text(
+                    0.5,
+                    y,
+                    "level not reached",
+                    transform=ax.get_yaxis_transform(),
+                    ha="center",
+                    va="center",
+                    fontsize=10,
+                )
+                continue
+            style = plots.style_of(row["a"], [name for pair in pairs for name in pair])
+            ax.barh(y, 2 * row["detectable"], left=-row["detectable"], height=0.8, color=GREY, zorder=0)
+            face = style.colour if row["holm"] < 0.05 else "white"
+            look = {
+                "color": style.colour,
+                "marker": style.marker,
+                "markerfacecolor": face,
+                "markersize": 8,
+                "linewidth": 2,
+            }
+            ax.plot([row["low"], row["high"]], [y, y], color=style.colour, linewidth=2, zorder=2)
+            ax.plot([row["mean"]], [y], **look, zorder=3)
+        ax.set(xlabel=words, ylim=(len(each) - 0.4, -0.6), yticks=range(len(each)))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        names = [" − ".join(plots.style_of(name).label for name in pair) for pair in pairs]
+        ax.set_yticklabels(names if ax is axes[0] else [])
+        ax.grid(axis="y", visible=False)
+    note = "filled: Holm p < .05; grey: smaller than what is detected in 80 of 100 such studies"
+    fig.supxlabel(note, fontsize=plots.FONT - 1)
+    return fig
+
+
+def differences_alt(panels: Mapping[str, Sequence[Mapping]]) -> str:
+    """What `differences` shows, row by row."""
+    said = []
+    for words, rows in panels.items():
+        said.append(f"{words}: " + "; ".join(_sentence(row) for row in rows))
+    return "Paired differences with 95% intervals. " + ". ".join(said) + "."
+
+
+def seqkl(methods: Methods) -> Figure:
+    """SeqKL(reference ‖ policy) of held-out chosen and rejected responses over training, and the margin: TDPO's panels b to d."""
+    return plots.seqkl({name: points(runs, SEQKL) for name, runs in methods.items()})
+
+
+def over_training(methods: Methods, metrics: Sequence[str]) -> Figure:
+    """Metrics over the updates, a panel each: the mean over seeds in a band from the lowest to the highest seed."""
+    curves = {name: points(runs, metrics) for name, runs in methods.items()}
+    fig, axes = plots.panels(len(metrics), width=max(6.5, 4.4 * len(metrics)), height=4.6)
+    for ax, metric in zip(axes, metrics, strict=True):
+        plots.over_training(ax, curves, metric)
+        every = [point for each in curves.values() for point in each]
+        ax.set_ylabel(plots.label(metric, every, WORDS.get(metric) or plots.AXIS.get(metric, metric)))
+    plots.legend(fig, curves)
+    return fig
+
+
+WORDS = {"ref_nats": "surprisal under the reference, nats per token"}  # of metrics that `plots` does not know
+
+
+def over_training_alt(methods: Methods, metrics: Sequence[str] = SEQKL) -> str:
+    """What `over_training`, and with its metrics `seqkl`, shows: every metric at its largest and at the end."""
+    said = []
+    for metric in metrics:
+        ends = []
+        for name, runs in methods.items():
+            each = points(runs, (metric,))
+            top = max(each, key=lambda point: point[metric]["mean"])
+            last, most = each[-1][metric]["mean"], top[metric]["mean"]
+            ends.append(f"{plots.style_of(name).label} {last:.3g} (most {most:.3g}, after {top['step']})")
+        said.append(f"{metric.replace('_', ' ')} at the end: " + ", ".join(ends))
+    return "Means over seeds against updates of training. " + "; ".join(said) + "."
+
+
+def points(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict]:
+    """The points of a method as `plots` takes them: means over seeds at the evaluations that all of them have."""
+    steps = [[point["step"] for point in run["points"]] for run in runs]
+    common = sorted(set.intersection(*map(set, steps)))
+    found = [{"step": step} for step in common]
+    for metric in metrics:
+        means = [
+            dict(zip(at, curve(run, metric).mean(1).tolist(), strict=True)) for at, run in zip(steps, runs, strict=True)
+        ]
+        for point in found:
+            each = [mean[point["step"]] for mean in means]
+            point[metric] = {"mean": float(np.mean(each)), "low": min(each), "high": max(each), "seeds": each}
+    return found
+
+
+def _present(methods: Methods, metrics: Sequence[str]) -> list[str]:
+    """Those metrics that every run has."""
+    runs = [run for each in methods.values() for run in each]
+    found = [
+        metric for metric in metrics if all(metric in point["by_prompt"] for run in runs for point in run["points"])
+    ]
+    if not found:
+        raise ValueError(f"none of {', '.join(metrics)} is in every run: nothing to draw")
+    return found
+
+
+def _sentence(row: Mapping) -> str:
+    a, b = (plots.style_of(row[side]).label for side in "ab")
+    if row["mean"] is None:
+        return f"{a} and {b} do not both reach the level"
+    told = "told apart" if row["holm"] < 0.05 else f"not told apart, {row['detectable']:.3f} could be"
+    return f"{a} minus {b} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], {told}"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
