@@ -434,22 +434,11 @@ def test_what_stands_behind_a_response_changes_nothing(sampled):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"lr": 3e-4, "epochs": 2},
-        {
-            "lr": 3e-4,
-            "epochs": 2,
-            "estimator": "rloo",
-            "prompts_per_update": 8,
-            "samples_per_prompt": 4,
-        },
-    ],
-    ids=["ppo", "rloo"],
+    "settings", [{}, {"estimator": "rloo", "prompts_per_update": 8, "samples_per_prompt": 4}], ids=["ppo", "rloo"]
 )
 def test_it_raises_the_reward_of_the_bundled_model(settings):
     policy, tokenizer = load_model(POCKET), load_tokenizer(POCKET)
-    prompts = [
+    openings = [
         "The film",
         "This movie was",
         "I watched this",
@@ -458,12 +447,12 @@ def test_it_raises_the_reward_of_the_bundled_model(settings):
         "It is",
         "My wife",
         "One of the",
-    ] * 2
-    settings = {"updates": 12, "prompts_per_update": 16, "minibatches": 2, "max_new_tokens": 12, **settings}
-    rows = run(tokenizer, policy, reward=load_reward(POCKET), prompts=prompts, **settings).metrics
+    ]
+    short = {"updates": 8, "lr": 1e-3, "prompts_per_update": 16, "max_new_tokens": 8, **settings}
+    rows = run(tokenizer, policy, reward=load_reward(POCKET), prompts=openings * 2, **short).metrics
     scores = [row["objective/scores"] for row in rows]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.05, scores
-    assert rows[-1]["objective/kl"] > 0.1
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.05, scores  # by .11 to .20 with three seeds of each
+    assert rows[-1]["objective/kl"] > 1
 
 
 # ---- what is refused
