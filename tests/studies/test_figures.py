@@ -120,6 +120,17 @@ def test_the_frontier_draws_means_bands_and_the_best_of_n(methods):
         figures.frontier(without, ["judge"])
 
 
+def test_what_a_result_keeps_of_a_run_gives_the_same_picture(methods):
+    def short(run: dict) -> dict:
+        return {
+            "points": [{"step": p["step"]} | {k: np.mean(v) for k, v in p["by_prompt"].items()} for p in run["points"]]
+        }
+
+    kept = {name: [short(run) for run in each] for name, each in methods.items()}
+    assert figures.frontier_alt(kept) == figures.frontier_alt(methods)
+    assert figures.over_training_alt(kept) == figures.over_training_alt(methods)
+
+
 def test_a_row_of_the_forest_is_its_interval_in_the_band_of_what_is_detected(methods):
     rows = family(methods, "area", "reward", 1, 20)
     (ax,) = figures.differences({"reward": rows}).axes

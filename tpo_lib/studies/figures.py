@@ -1,7 +1,7 @@
 """The pictures of a study, each with a text that says what it shows to who does not see it.
 
-`methods` is {label: the records of its runs, one a seed}, see `endpoints`; a label is an objective, or one with a setting
-("tdpo2 α.5"), as in `plots`.
+`methods` is {label: its runs, one a seed}: records, see `endpoints`, or what a study's result keeps of them, whose points have
+means, {"step", metric: mean}. A label is an objective, or one with a setting ("tdpo2 α.5"), as in `plots`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.runs import plots
-from tpo_lib.studies.endpoints import Run, best_of_n_kl, curve
+from tpo_lib.studies.endpoints import Run, best_of_n_kl
 
 SCORES = ("reward", "judge", "second_judge")
 SEQKL = ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
@@ -31,7 +31,7 @@ def mean_curve(runs: Sequence[Run], y: str) -> tuple[np.ndarray, np.ndarray, lis
         (G,) nats; (S, G) of every seed, straight between its evaluations in sqrt(KL); and which of the G lie at an evaluation's
         mean KL.
     """
-    kls, ys = ([curve(run, metric).mean(1) for run in runs] for metric in ("kl", y))
+    kls, ys = ([_means(run, metric) for run in runs] for metric in ("kl", y))
     first, far = max(kl[0] for kl in kls), min(kl.max() for kl in kls)
     first = max(first, 0.0)  # a KL of 0 may be a rounding below it
     places = [kl for kl in np.mean([kl[: min(map(len, kls))] for kl in kls], 0) if first <= kl <= far]
@@ -190,21 +190,26 @@ def points(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict]:
     common = sorted(set.intersection(*map(set, steps)))
     found = [{"step": step} for step in common]
     for metric in metrics:
-        means = [
-            dict(zip(at, curve(run, metric).mean(1).tolist(), strict=True)) for at, run in zip(steps, runs, strict=True)
-        ]
+        means = [dict(zip(at, _means(run, metric).tolist(), strict=True)) for at, run in zip(steps, runs, strict=True)]
         for point in found:
             each = [mean[point["step"]] for mean in means]
             point[metric] = {"mean": float(np.mean(each)), "low": min(each), "high": max(each), "seeds": each}
     return found
 
 
+def _means(run: Run, metric: str) -> np.ndarray:
+    """(C,) means of a metric at the points of a run."""
+    return np.array(
+        [np.mean(point[metric] if metric in point else point["by_prompt"][metric]) for point in run["points"]]
+    )
+
+
 def _present(methods: Methods, metrics: Sequence[str]) -> list[str]:
     """Those metrics that every run has."""
-    runs = [run for each in methods.values() for run in each]
-    found = [
-        metric for metric in metrics if all(metric in point["by_prompt"] for run in runs for point in run["points"])
+    points = [
+        point.get("by_prompt", {}) | point for each in methods.values() for run in each for point in run["points"]
     ]
+    found = [metric for metric in metrics if all(metric in point for point in points)]
     if not found:
         raise ValueError(f"none of {', '.join(metrics)} is in every run: nothing to draw")
     return found

@@ -2,6 +2,21 @@
 
 A table is (S seeds, n prompts), as `endpoints.table` makes it, or (S, 1) of one number a run. It may be None, where a level was
 not reached: its rows then have None for every figure, and a p of 1, so that a family keeps the size it was planned with.
+
+How often 95% intervals hold the truth, in 400 simulated studies (1,200 where it says so) of 128 prompts and 11 evaluations, where
+prompts have a standard deviation of .2 in reward, seeds one of .01, a mean KL an error of 5% and a seed's KL a spread of 10%:
+
+                                          5 seeds    3 seeds
+    area from 1 to 20 nats                 .943       .943
+    reward at 5 nats                       .950       .968
+    reward within 20 nats                  .968       .960
+    updates to a reward of .65             .950       .943
+    paired difference of areas             .950       .941 (1,200)
+    paired difference at 5 nats            .968       .963
+    ... within 20 nats, one rests at 4     .970       .973
+    paired difference of updates           .970       .963
+
+They err on the wide side where seeds do little: what prompt and seed do together is counted with both (`runs.seeds`).
 """
 
 from __future__ import annotations
