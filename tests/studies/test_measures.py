@@ -16,7 +16,7 @@ from test_guides import additive
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate
 from tpo_lib.evaluation import Sample, pair_stats
-from tpo_lib.intervals import bootstrap
+from tpo_lib.intervals import bootstrap, linearised
 from tpo_lib.stats import response_mask
 from tpo_lib.studies import guides, measures
 from tpo_lib.studies.measures import LENGTHS, Seen, bleu, measure
@@ -135,6 +135,24 @@ def test_per_prompt_numbers_give_the_interval_of_a_ratio_over_prompts():
     assert found.mean() == pytest.approx(4.0)
     assert found.tolist() == pytest.approx([4 + 3 / 4 * (6 - 12), 4 + 3 / 4 * (10 - 4), 4.0])
     assert bootstrap(found, seed=0).mean == pytest.approx(4.0)
+
+
+def test_every_response_counts_for_its_own_prompt():
+    """Four prompts in the order of the pairs; both responses of a pair belong to its own: values a prompt, not their mean."""
+    given, names = seen(), []
+    for pair in SHARED:
+        names += [tuple(pair.prompt_ids)] * (tuple(pair.prompt_ids) not in names)
+    rows = by_token(given)
+    of = np.array([names.index(tuple(SHARED[int(i) % 10].prompt_ids)) for i in rows[:, 3]])
+    on = (rows[:, 3] < 10) & (rows[:, 1] > 0)
+    expected = linearised(*(np.bincount(of[on], v, 4) for v in (rows[on, 0], np.ones(on.sum()))))
+    assert measures.moved(given)["moved_chosen_good"] == pytest.approx(expected, abs=1e-3)
+    on = (rows[:, 3] >= 10) & (rows[:, 1] > 0)
+    expected = linearised(*(np.bincount(of[on], v, 4) for v in (rows[on, 0], np.ones(on.sum()))))
+    assert measures.moved(given)["moved_rejected_good"] == pytest.approx(expected, abs=1e-3)
+    x = rows[:, 1] - rows[:, 1].mean()
+    expected = linearised(*(np.bincount(of, v, 4) for v in (0.1 * x * rows[:, 0], x * x)))
+    assert measures.credit(given)["credit_slope"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_where_the_probability_went_by_credit_and_by_the_guide():

