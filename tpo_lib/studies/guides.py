@@ -76,18 +76,16 @@ def make(
     if kind == "ema":
         average = Average(reference, spec.get("decay", 0.9))
         return Guide(average, {"decay": average.decay}, (average.update,))
-    needs_model = kind in ("model", "shuffled") or spec.get("std") is None
+    needs_model = spec.get("std") is None
     if needs_model and model is None:
         raise ValueError(f"a guide of kind {kind!r} needs model=, a DPO policy" + ", or std" * ("std" in TAKES[kind]))
-    if kind == "oracle" and token_method(reward, "token_credit", tokenizer) is None:
-        raise ValueError("a guide of kind 'oracle' needs a reward whose token_credit reads the model's own token ids")
     tables = [Table.read(rows, reference, beta, model if needs_model else None) for rows in (pairs, held_out) if rows]
     std = spec.get("std") or tables[0].r_hat[tables[0].mask].std(correction=0).item()
     if kind == "oracle":
-        known = [true_credit(reward, tokenizer, reference, table.pairs, table.mask) for table in tables]
-        on = known[0][tables[0].mask]
+        credits = [_credit(reward, tokenizer, reference, table) for table in tables]
+        on = credits[0][tables[0].mask]
         middle, scale = on.mean() if spec.get("centred") else 0.0, std / on.std(correction=0)
-        tables = [table.said(scale * (w - middle)) for table, w in zip(tables, known, strict=True)]
+        tables = [table.said(scale * (w - middle)) for table, w in zip(tables, credits, strict=True)]
     elif kind != "model":
         tables = [table.said(_drawn(table, kind, std, spec.get("seed", 0))) for table in tables]
     reads = [table.cache(beta).read for table in tables]
@@ -158,6 +156,13 @@ def true_credit(reward, tokenizer, model, pairs: Sequence[EncodedPair], mask: Te
         credit = reward.token_credit(torch.tensor(ids))  # (n,)
         parts.append(torch.where(torch.arange(len(ids)) == len(ids) - 1, 0.0, credit) if ids[-1] in ends else credit)
     return stats.unpack(torch.cat(parts), mask)
+
+
+def _credit(reward, tokenizer, model, table: Table) -> Tensor:
+    """`true_credit` of a table; ValueError where the reward knows none."""
+    if token_method(reward, "token_credit", tokenizer) is None:
+        raise ValueError("a guide of kind 'oracle' needs a reward whose token_credit reads the model's own token ids")
+    return true_credit(reward, tokenizer, model, table.pairs, table.mask)
 
 
 def _drawn(table: Table, kind: str, std: float, seed: int) -> Tensor:
