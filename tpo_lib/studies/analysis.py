@@ -43,9 +43,18 @@ def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
             known += [pair for pair in named(result, claim) if pair not in known]
     found = {}
     for key, family in pairs.items():
-        values = {label: table(result, label, key) for label in {label for pair in family for label in pair}}
+        values = {a: table(result, a, key) for a, _ in family}
+        values |= {b: other(result, a, b, key) for a, b in family}
         found[key] = tables.paired(values, family, seed=SEED)
     return found
+
+
+def other(result: Mapping, a: str, b: str, key: str) -> np.ndarray | None:
+    """What a method is compared with: another one, or a number, "0.1" say, as large for every seed and prompt."""
+    if b in result["runs"]:
+        return table(result, b, key)
+    mine = table(result, a, key)
+    return None if mine is None else np.full_like(mine, float(b))
 
 
 def named(result: Mapping, claim: Mapping) -> list[tuple[str, str]]:

@@ -72,14 +72,16 @@ def choose(study: Study, grid: list[tuple[str, dict, float]], results: Path) -> 
     best: dict[str, str] = {}
     for method in study.methods:
         mine = [(points, setting) for name, setting, points in grid if name == method.name]
-        groups = {_label(method, setting): [] for _, setting in mine} or {
-            method.name: [(0.0, _settled(method, chosen, best, results))]
-        }
+        if not mine:  # nothing was tuned
+            several = method.settings() if method.each else [_settled(method, chosen, best, results)]
+            mine = [(0.0, setting) for setting in several]
+        groups: dict[str, list] = {}
         for points, setting in mine:
-            groups[_label(method, setting)].append((points, setting))
+            groups.setdefault(_label(method, setting), []).append((points, setting))
         winners = {label: max(several, key=lambda each: each[0]) for label, several in groups.items()}
         chosen |= {label: (method.name, setting) for label, (_, setting) in winners.items()}
-        best[method.name] = max(winners, key=lambda label: winners[label][0])
+        if study.tune or len(winners) == 1:
+            best[method.name] = max(winners, key=lambda label: winners[label][0])
     return chosen, best
 
 
