@@ -117,7 +117,7 @@ class Study:
                 raise ValueError(
                     f"{path}: {method.name!r} is like {others[0]!r}, which is no method here; there are {', '.join(names)}"
                 )
-            if method.grid and not self.tune:
+            if method.grid and not self.tune and [*method.grid] != [method.each]:
                 raise ValueError(
                     f"{path}: {method.name!r} has a grid and there is no [tune]; add it, or settle the settings"
                 )
