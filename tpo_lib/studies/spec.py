@@ -145,7 +145,7 @@ class Study:
         return [
             (method, setting, self.spec(method, setting, seed, how))
             for method in self.methods
-            if method.grid
+            if method.grid and self.tune
             for setting in method.settings()
         ]
 
