@@ -70,6 +70,11 @@ def read(study: Study, result: Mapping, claim: Mapping) -> list[str]:
     return [key, *(each for each in others if each in has)]
 
 
+def read_first(study: Study) -> set[str]:
+    """The endpoints that decide a claim."""
+    return {claim.get("endpoint", study.primary) for claim in study.hypotheses}
+
+
 def verdict(
     study: Study, result: Mapping, claim: Mapping, compared: Mapping[str, Sequence[Mapping]]
 ) -> tuple[str, list]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from tpo_lib.runs import own
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.prompts import held_out_prompts, stream
 from tpo_lib.runs.stage import Stage, StageConfig, sampled_pairs
+from tpo_lib.studies import labels
 
 TEST, VALIDATION = 128, 64  # held-out prompts: to report on, and to choose settings by
 HELD_OUT_PAIRS = 128  # of the test prompts
@@ -30,6 +31,8 @@ class Data:
     max_pairs: int = 1280
     min_gap: float = 0.4
     max_new_tokens: int = 40
+    writer: int = 0  # updates of a DPO policy of the same seed that writes the pairs; 0: the start does
+    labels: dict = field(default_factory=dict, hash=False)  # what becomes of the pairs, as in `labels.labelled`
 
     def config(self) -> StageConfig:
         """The stage of the preset with these settings; its seed is that of the evaluation."""
@@ -46,6 +49,18 @@ class Bench:
     stage: Stage
     validation: list[str]  # prompts
     training: list[str]  # prompts of the pairs, for what trains online
+    note: dict = field(default_factory=dict)  # what became of the pairs
+
+    def by(self, data: Data, writer, cache_dir: Path) -> Bench:
+        """With pairs that another model wrote, where there is one, and that have the labels of `data`."""
+        stage, note, seed = self.stage, {}, stream(data.seed, "study: labels") % 2**31
+        if writer is not None:
+            table, pairs, note = labels.off_policy(stage, writer, self.training, seed=seed, cache_dir=cache_dir)
+            stage = replace(stage, table=table, pairs=pairs)
+        if data.labels:
+            made = labels.labelled(data.labels, stage, seed=seed)
+            stage, note = replace(stage, pairs=made.pairs), note | made.note
+        return replace(self, stage=stage, note=note)
 
     def on(self, part: str, samples: int) -> Stage:
         """The stage that evaluates on "test", or on "validation" prompts and no pairs, with so many samples a prompt."""

@@ -27,6 +27,6 @@ def run(options) -> None:
         how = {"engine": options.engine, "workers": options.workers}
         result = study.run(path, runs=Path(options.runs) / "studies", **how)
         place = path.parent / "results" / f"{path.stem}.md"
-        store.write_file(place, page.page(plan, result))
+        store.write_file(place, page.page(plan, result, page.pictures(plan, result, place.parent)))
         print(page.claims_table(plan, result) if plan.hypotheses else page.endpoints_table(plan, result))
         print(f"\nwritten: {place}")

@@ -5,8 +5,9 @@ A spec is a dict as JSON has it:
     data      what it trains on, the fields of `bench.Data`
     train     the fields of TrainConfig that are not its defaults; loss_type may be FILE.py:NAME
     guide     of objectives that need one: the `train` of the DPO run that guides; guide_data: in which fields its data differ
-    guidance  what becomes of it, the spec of `guides.make`; without it the model guides as it is
+    guided_by what becomes of it, the spec of `guides.make`; without it the model guides as it is
     match     alpha, guide_beta, ...: the run is DPO at `guides.matched_beta` of a TGDPO run with these and that guide
+    best_of   nothing is trained: that many samples of every test prompt by the start are scored
     kl        "reverse": TDPO's term is KL(policy || reference), see `reverse_kl`
     evaluate  {"on": "test" | "validation", "at": [updates], "samples": of a prompt, "seed": of the sampling}
     measures  names in `measures.MEASURES`, taken at every evaluation
@@ -26,17 +27,22 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from tpo_lib import train
-from tpo_lib.config import TrainConfig
+from tpo_lib.config import TrainConfig, run_settings
 from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.files.own_code import is_own
+from tpo_lib.intervals import bootstrap
 from tpo_lib.models import frozen_copy
+from tpo_lib.pairing import score_samples
 from tpo_lib.runs import own, runs
+from tpo_lib.sampling import generate
 from tpo_lib.studies import bench, guides, reverse_kl
+from tpo_lib.studies.measures import Seen, measure
 
 FORMAT = 1  # of records and of what runs do; raise it where the figures change
 FIX = "remove it, and the run is made anew"
 NO_GUIDE = guides.Guide(None)
+WRITER_BETA = 0.1  # of the DPO policy that writes pairs
 DIGITS = 6  # significant ones kept of a figure
 
 
@@ -70,11 +76,13 @@ def read(spec: dict, folder: Path) -> dict:
 
 def _made(spec: dict, folder: Path) -> dict:
     begun, evaluating = time.monotonic(), 0.0
-    data = bench.build(bench.Data(**spec["data"]), folder / "pairs")
+    data = _data(spec, folder)
     how = spec["evaluate"]
+    if "best_of" in spec:
+        return _best_of(spec, data.stage) | {"spec": spec, "seconds": {"in all": time.monotonic() - begun}}
     stage = data.on(how["on"], how["samples"])
     points = [_start(spec, stage, folder)]
-    guide = _guidance(spec, data, folder)
+    guide = _guide(spec, data, folder)
     config = config_of(spec["train"])
     if "match" in spec:
         matched = guides.matched_beta(guide, data.stage.pairs, reference=stage.start, beta=config.beta, **spec["match"])
@@ -96,8 +104,28 @@ def _made(spec: dict, folder: Path) -> dict:
         raise ValueError(
             f"the run made {result.steps} updates and is evaluated at {how['at']}: the last must be the end"
         )
-    made = {"spec": spec, "points": points, "training": result.metrics, "seconds": seconds, "guide": guide.note}
+    made = {
+        "spec": spec,
+        "points": points,
+        "training": result.metrics,
+        "seconds": seconds,
+        "guide": guide.note,
+        "pairs": data.note,
+    }
     return store.rounded(made, DIGITS) | {"versions": runs.versions()}
+
+
+def _best_of(spec: dict, stage) -> dict:
+    """{"scores": {scorer: (P, K)}} of K samples of every test prompt by the start, out of which the best of n are chosen."""
+    how = {"samples_per_prompt": spec["best_of"], "max_new_tokens": stage.config.max_new_tokens}
+    drawn = generate(stage.start, stage.tokenizer, stage.held_out_prompts, seed=spec["evaluate"]["seed"], **how)
+    scorers = {"reward": stage.reward, "judge": stage.judge, "second_judge": stage.second_judge}
+    found = {
+        name: score_samples(scorer, stage.tokenizer, stage.held_out_prompts, drawn).tolist()
+        for name, scorer in scorers.items()
+        if scorer
+    }
+    return {"scores": store.rounded(found, DIGITS)}
 
 
 def config_of(settings: dict) -> TrainConfig:
@@ -114,15 +142,27 @@ def _trained(config: TrainConfig, data: bench.Bench, guide=NO_GUIDE, callbacks=(
     return train.fit(config, fast.reader(policy.eval(), config), reference, stage.pairs, **more)
 
 
-def _guidance(spec: dict, data: bench.Bench, folder: Path) -> guides.Guide:
-    """What guides a run, by its `guide` and `guidance`."""
+def _data(spec: dict, folder: Path) -> bench.Bench:
+    """What a run trains on, and is evaluated on."""
+    data = bench.Data(**spec["data"])
+    plain = {name: value for name, value in spec["data"].items() if name not in ("writer", "labels")}
+    made, writer = bench.build(bench.Data(**plain), folder / "pairs"), None
+    if data.writer:
+        shared = {name: value for name, value in spec["train"].items() if name in run_settings()}
+        train = shared | {"loss_type": "dpo", "beta": WRITER_BETA, "max_steps": data.writer}
+        writer = _model({"data": plain, "guide": train}, folder)
+    return made.by(data, writer, folder / "pairs") if data.writer or data.labels else made
+
+
+def _guide(spec: dict, data: bench.Bench, folder: Path) -> guides.Guide:
+    """What guides a run, by its `guide` and `guided_by`."""
     model = _model(spec, folder) if "guide" in spec else None
-    kind = spec.get("guidance", {"kind": "model" if model else "none"})
-    if kind == {"kind": "model"} and "match" not in spec:
+    if "guided_by" not in spec and "match" not in spec:
         return guides.Guide(model)
     stage = data.stage
     known = {"reference": stage.start, "tokenizer": stage.tokenizer, "reward": stage.reward, "model": model}
-    return guides.make(kind, stage.pairs, beta=spec["train"].get("guide_beta") or spec["guide"]["beta"], **known)
+    beta = spec["train"].get("guide_beta") or spec["guide"]["beta"]
+    return guides.make(spec.get("guided_by", {"kind": "model"}), stage.pairs, beta=beta, **known)
 
 
 def _model(spec: dict, folder: Path):
@@ -130,7 +170,7 @@ def _model(spec: dict, folder: Path):
     what = {"data": spec["data"] | spec.get("guide_data", {}), "train": spec["guide"]}
     path = folder / key(what) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = bench.build(bench.Data(**what["data"]), folder / "pairs")
+    data = _data(what, folder)
     guide = frozen_copy(data.stage.start)
     with store.alone(path):
         if path.exists():
@@ -144,7 +184,7 @@ def _model(spec: dict, folder: Path):
 
 def _start(spec: dict, stage, folder: Path) -> dict:
     """The untrained start as a point; one evaluation serves all runs of the same prompts and random numbers."""
-    how = {name: spec["evaluate"][name] for name in ("on", "samples", "seed")}
+    how = {name: spec["evaluate"][name] for name in ("on", "samples", "seed")} | {"measures": spec.get("measures")}
     path = folder / "starts" / f"{key({'data': spec['data'], 'evaluate': how})}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with store.alone(path):
@@ -159,4 +199,8 @@ def _point(spec: dict, stage, policy, config: TrainConfig | None = None) -> dict
     found = stage.evaluate(policy)
     by_prompt = {name: list(map(float, values)) for name, values in found.by_prompt.items()}
     metrics = {name: asdict(metric) for name, metric in found.metrics.items()}
+    if names := spec.get("measures"):
+        measured = measure(names, Seen(stage, policy, found, config or TrainConfig()))
+        by_prompt |= measured
+        metrics |= {name: asdict(bootstrap(values, seed=0)) for name, values in measured.items()}
     return store.rounded({"metrics": metrics, "by_prompt": by_prompt}, DIGITS)

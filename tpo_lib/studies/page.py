@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+from tpo_lib.files import store
 from tpo_lib.runs.plots import style_of
-from tpo_lib.studies import analysis, study
+from tpo_lib.studies import analysis, figures, study
 from tpo_lib.studies.spec import Study
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
@@ -35,6 +37,50 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     if result["grid"]:
         parts += ["## Settings", settings_table(result)]
     return "\n\n".join(parts) + "\n"
+
+
+def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]]:
+    """Draw what a study has to show beside its page; returns (file, what it shows in words) of each."""
+    runs, drawn = methods(result), []
+
+    def keep(name: str, figure, words: str) -> None:
+        file = f"{plan.name}_{name}.png"
+        store.write_file(folder / file, lambda path: figure.savefig(path, dpi=110))
+        drawn.append((file, words))
+
+    for name in plan.report.get("pictures", ["frontier"]):
+        if name == "frontier":
+            keep(name, figures.frontier(runs, best_of_n=result.get("best_of_n", ())), figures.frontier_alt(runs))
+        elif name == "seqkl":
+            keep(name, figures.seqkl(runs), figures.over_training_alt(runs))
+        else:
+            metrics = name.split()
+            keep("_".join(metrics), figures.over_training(runs, metrics), figures.over_training_alt(runs, metrics))
+    compared = analysis.comparisons(plan, result)
+    shown = {heading(key): rows for key, rows in compared.items() if key in analysis.read_first(plan)}
+    for words, rows in shown.items():
+        keep(
+            f"differences_{words.replace(' ', '_')}",
+            figures.differences({words: rows}),
+            figures.differences_alt({words: rows}),
+        )
+    return drawn
+
+
+def methods(result: Mapping) -> dict[str, list[dict]]:
+    """{label: runs} as `figures` takes them: of every point the means alone."""
+    return {
+        label: [
+            {
+                "points": [
+                    {"step": point["step"], "by_prompt": {k: [v] for k, v in point.items() if k != "step"}}
+                    for point in run["points"]
+                ]
+            }
+            for run in several
+        ]
+        for label, several in result["runs"].items()
+    }
 
 
 def claims_table(plan: Study, result: Mapping) -> str:

@@ -28,7 +28,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.studies.bench import Data
 
 FOLDER = Path("studies")
-AS_IT_IS = ("guide_data", "guidance", "match", "kl")  # of a run's spec
+AS_IT_IS = ("guide_data", "guided_by", "match", "kl")  # of a run's spec
 OF_METHOD = {"name", "loss_type", "grid", "each", "ratio", "like", "tuned", "guide", "data", "also"}
 
 
@@ -158,6 +158,17 @@ class Study:
             for label, (name, setting) in chosen.items()
             for seed in self.report["seeds"]
         ]
+
+    def best_of(self) -> dict | None:
+        """The spec of the best-of-n reference, where [report] has best_of = the largest n."""
+        if "best_of" not in self.report:
+            return None
+        evaluate = {"on": "test", "at": [0], "samples": 2 * self.report["best_of"], "seed": self.report["seeds"][0]}
+        return {
+            "data": {"seed": self.report["seeds"][0]} | self.data,
+            "best_of": self.report["best_of"],
+            "evaluate": evaluate,
+        }
 
     def spec(self, method: Method, setting: Mapping, seed: int, how: Mapping) -> dict:
         """The spec of one run, as `execute` takes it."""

@@ -1,7 +1,7 @@
 """A study from its file to its result: tune, choose, report. It goes on where it was, since every run is kept.
 
 A result is {"study", "digest", "versions", "core_seconds", "grid": [[method, setting, area on validation prompts]],
-"chosen": {label: [method, setting]}, "best": {method: label}, "runs": {label: [a run of every seed]}}; such a run is {"seed",
+"chosen": {label: [method, setting]}, "best": {method: label}, "best_of_n": [{"n", "kl", scorer: mean}], "runs": {label: [a run of every seed]}}; such a run is {"seed",
 "points": [{"step", metric: mean}], "endpoints": {key: [a number a prompt] or None}, "training": {"loss": [...]}}. What is said
 of a study (`analysis`, `page`) is computed from this file alone.
 """
@@ -41,7 +41,8 @@ def run(path: Path, *, runs: Path, **how) -> dict:
     grid = [(method.name, setting, score(execute.read(spec, runs))) for method, setting, spec in tuning]
     chosen, best = choose(study, grid, results)
     reporting = study.reporting(chosen)
-    make_all([spec for *_, spec in reporting], runs, **how)
+    best_of = study.best_of()
+    make_all([*([best_of] if best_of else []), *(spec for *_, spec in reporting)], runs, **how)
     seconds, reported = 0.0, {label: [] for label in chosen}
     for *_, spec in tuning:
         seconds += execute.read(spec, runs)["seconds"]["in all"]
@@ -56,9 +57,18 @@ def run(path: Path, *, runs: Path, **how) -> dict:
         "core_seconds": round(seconds),
     }
     result |= {"grid": grid, "chosen": chosen, "best": best, "runs": reported}
+    if best_of:
+        scores = execute.read(best_of, runs)["scores"]
+        result["best_of_n"] = [best(scores, 2**i) for i in range(best_of["best_of"].bit_length())]
     result = json.loads(json.dumps(store.rounded(result, DIGITS)))
     write(results / f"{study.name}.json", result)
     return result
+
+
+def best(scores: Mapping, n: int) -> dict:
+    """The start's best of n samples, by the reward: what it scores, at a KL of at most log n - (n - 1) / n nats."""
+    means = {name: float(endpoints.best_of_n(each, n, by=scores["reward"]).mean()) for name, each in scores.items()}
+    return {"n": n, "kl": endpoints.best_of_n_kl(n)} | means
 
 
 def score(record: Mapping) -> float:

@@ -1,0 +1,81 @@
+"""Runs side by side: none is made twice, none is lost with its worker, a failing one is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import study_workers as workers
+from tpo_lib.studies import pool
+from tpo_lib.studies.execute import read, record_path
+
+EVALUATE = {"at": [1], "samples": 2}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(pool, "execute", workers.made)
+
+
+def specs(count: int, **more) -> list[dict]:
+    return [{"number": i, "evaluate": EVALUATE} | more for i in range(count)]
+
+
+def tries(spec: dict, folder) -> int:
+    return len(record_path(spec, folder).with_name("tries").read_text())
+
+
+@pytest.mark.usefixtures("fake")
+def test_every_run_is_made_once_and_kept(tmp_path):
+    pool.make_all(specs(3), tmp_path, workers=2, progress=False)
+    pool.make_all(specs(4), tmp_path, workers=2, progress=False)
+    assert [read(spec, tmp_path)["spec"]["number"] for spec in specs(4)] == [0, 1, 2, 3]
+    assert [tries(spec, tmp_path) for spec in specs(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_killed_worker_costs_its_run_and_no_other(tmp_path):
+    one, *others = specs(3)
+    one["die"] = 1
+    pool.make_all([one, *others], tmp_path, workers=2, progress=False)
+    assert tries(one, tmp_path) == 2
+    assert all(record_path(spec, tmp_path).exists() for spec in (one, *others))
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_always_kills_its_worker_is_given_up(tmp_path):
+    with pytest.raises(RuntimeError, match="a worker was killed 3 times in a row"):
+        pool.make_all(specs(1, die=9), tmp_path, workers=1, progress=False)
+    assert tries(specs(1, die=9)[0], tmp_path) == 3
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_failing_run_is_named_and_the_others_stay(tmp_path):
+    good, bad = specs(1)[0], {"number": 7, "evaluate": EVALUATE, "fail": "no pair is left"}
+    with pytest.raises(ValueError, match=re.escape("'number': 7") + ".*failed: ValueError: no pair is left"):
+        pool.make_all([good, bad], tmp_path, workers=1, progress=False)
+    assert record_path(good, tmp_path).exists()
+
+
+def test_an_unknown_engine_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="engine='slurm' is unknown; choose one of pool, ray"):
+        pool.make_all([], tmp_path, engine="slurm")
+
+
+def test_ray_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install tpo-lib\[ray\]"):
+        pool.make_all(specs(1), tmp_path, engine="ray", progress=False)
+
+
+def test_ray_makes_the_same_files_and_repeats_a_killed_run(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(pool, "execute", workers.made)
+    one, *others = specs(3)
+    one["die"] = 1
+    pool.make_all([one, *others], tmp_path / "ray", engine="ray", workers=2, progress=False)
+    pool.make_all([one, *others], tmp_path / "pool", workers=1, progress=False)
+    for spec in (one, *others):
+        assert read(spec, tmp_path / "ray") == read(spec, tmp_path / "pool")
+    assert tries(one, tmp_path / "ray") == 2
