@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-
 import study_workers as workers
+
 from tpo_lib.studies import pool
 from tpo_lib.studies.execute import read, record_path
 

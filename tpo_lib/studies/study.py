@@ -1,9 +1,9 @@
 """A study from its file to its result: tune, choose, report. It goes on where it was, since every run is kept.
 
 A result is {"study", "digest", "versions", "core_seconds", "grid": [[method, setting, area on validation prompts]],
-"chosen": {label: [method, setting]}, "best": {method: label}, "best_of_n": [{"n", "kl", scorer: mean}], "runs": {label: [a run of every seed]}}; such a run is {"seed",
-"points": [{"step", metric: mean}], "endpoints": {key: [a number a prompt] or None}, "training": {"loss": [...]}}. What is said
-of a study (`analysis`, `page`) is computed from this file alone.
+"chosen": {label: [method, setting]}, "best": {method: label}, "best_of_n": [{"n", "kl", scorer: mean}], "runs": {label: [a run
+of every seed]}}; such a run is {"seed", "points": [{"step", metric: mean}], "endpoints": {key: [a number a prompt] or None},
+"training": {"loss": [...]}}. What is said of a study (`analysis`, `page`) is computed from this file alone.
 """
 
 from __future__ import annotations
