@@ -12,6 +12,7 @@ from tpo_lib.studies.spec import Study
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
+number = 1
 title = "T"
 question = "Q?"
 primary = "area reward"

@@ -28,5 +28,11 @@ def run(options) -> None:
         result = study.run(path, runs=Path(options.runs) / "studies", **how)
         place = path.parent / "results" / f"{path.stem}.md"
         store.write_file(place, page.page(plan, result, page.pictures(plan, result, place.parent)))
-        print(page.claims_table(plan, result) if plan.hypotheses else page.endpoints_table(plan, result))
+        print(
+            page.table(page.CLAIMS, page.claim_rows(plan, result))
+            if plan.hypotheses
+            else page.endpoints_table(plan, result)
+        )
         print(f"\nwritten: {place}")
+        if path.parent == FOLDER:
+            store.write_file(FOLDER / "README.md", page.index(FOLDER))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +15,14 @@ from tpo_lib.studies.spec import Study
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
 correction over all comparisons of the study with that endpoint, and a judge that agrees. Detectable is the smallest true
 difference that this design would find in 8 of 10 repetitions."""
+INDEX = """# Studies
+
+Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts. [The plan](PLAN.md)
+says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all of them; what was
+run is kept in runs/studies, and an interrupted study goes on where it was.
+
+This page is written by that command."""
+CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
 DIGITS = {
     "kl": 1,
     "entropy": 2,
@@ -30,13 +40,45 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     parts = [f"# {plan.title}: {plan.question}", _made(plan, result)]
     parts += [f"![{words}]({file})\n\n*{words}*" for file, words in pictures]
     if plan.hypotheses:
-        parts += ["## Claims", claims_table(plan, result), HOW]
+        parts += ["## Claims", table(CLAIMS, claim_rows(plan, result)), HOW]
     parts += ["## Figures", endpoints_table(plan, result)]
     if compared:
         parts += ["## Comparisons", comparisons_table(compared)]
     if result["grid"]:
         parts += ["## Settings", settings_table(result)]
     return "\n\n".join(parts) + "\n"
+
+
+def index(folder: Path) -> str:
+    """What studies/README.md says: every study's question, verdicts and page, and the table of all claims."""
+    rows = []
+    for plan, result in finished(folder):
+        verdicts = Counter(words for *_, words in claim_rows(plan, result))
+        said = ", ".join(f"{words}: {count}" for words, count in verdicts.items())
+        rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
+    return f"{INDEX}\n\n{table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
+
+
+def finished(folder: Path) -> list[tuple[Study, dict]]:
+    """The studies that have a result, in the order of the plan."""
+    known = [Study.read(path) for path in folder.glob("*.toml")]
+    done = [plan for plan in known if (folder / "results" / f"{plan.name}.json").is_file()]
+    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: plan.number)]
+
+
+def claims(folder: Path) -> str:
+    """One table of all claims, those that nothing here can test among them; `folder` is that of the studies."""
+    rows = [
+        [*row[:-1], f"[{row[-1]}](results/{plan.name}.md)"]
+        for plan, result in finished(folder)
+        for row in claim_rows(plan, result)
+    ]
+    untestable = tomllib.loads((folder / "claims" / "untestable.toml").read_text(encoding="utf-8"))["claim"]
+    rows += [
+        [each["claim"], each["source"], each.get("paper", "-"), f"cannot be tested here: {each['why']}", "-"]
+        for each in untestable
+    ]
+    return table(CLAIMS, rows)
 
 
 def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]]:
@@ -83,14 +125,14 @@ def methods(result: Mapping) -> dict[str, list[dict]]:
     }
 
 
-def claims_table(plan: Study, result: Mapping) -> str:
+def claim_rows(plan: Study, result: Mapping) -> list[list[str]]:
     """A row a claim: who makes it, the paper's number, ours with interval, the verdict."""
     compared, rows = analysis.comparisons(plan, result), []
     for claim in plan.hypotheses:
         words, found = analysis.verdict(plan, result, claim, compared)
         ours = "; ".join(difference(row, analysis.read(plan, result, claim)[0]) for row in found)
-        rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, f"**{words}**"])
-    return table(["claim", "claimed by", "there", "here", "verdict"], rows)
+        rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, words])
+    return rows
 
 
 def difference(row: Mapping, key: str) -> str:

@@ -72,6 +72,7 @@ class Study:
     title: str
     question: str
     primary: str
+    number: int  # in the plan
     data: dict
     train: dict
     tune: dict

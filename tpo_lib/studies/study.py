@@ -101,7 +101,7 @@ def _settled(method: Method, chosen: Mapping, best: Mapping, results: Path) -> d
         return chosen[best[method.like]][1] | method.fixed
     if method.tuned:
         other, _, label = method.tuned.partition(": ")
-        known = store.read_json(results / f"{other}.json", f"run `study {other}` first")
+        known = read(results.parent, other)
         label = known["best"].get(label, label)
         if label not in known["chosen"]:
             raise ValueError(f"study {other} has chosen nothing for {label!r}; it has {', '.join(known['chosen'])}")
@@ -150,6 +150,14 @@ def summarised(study: Study, record: Mapping) -> dict:
         for point in record["points"]
     ]
     return {"points": points, "endpoints": found, "training": {"loss": [row["loss"] for row in record["training"]]}}
+
+
+def read(folder: Path, name: str) -> dict:
+    """The result of a study in the folder of studies; FileNotFoundError where there is none yet."""
+    path = folder / "results" / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there yet; run `python -m tpo_lib study {name}` first")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, result: Mapping) -> None:
