@@ -3,6 +3,7 @@
 A spec is a dict as JSON has it:
 
     data      what it trains on, the fields of `bench.Data`
+    online    the fields of PPOConfig that are not its defaults, of a run on its own samples; else
     train     the fields of TrainConfig that are not its defaults; loss_type may be FILE.py:NAME
     guide     of objectives that need one: the `train` of the DPO run that guides; guide_data: in which fields its data differ
     guided_by what becomes of it, the spec of `guides.make`; without it the model guides as it is
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 
-from tpo_lib import train
+from tpo_lib import ppo, train
 from tpo_lib.config import TrainConfig, run_settings
 from tpo_lib.fast import FastPath
 from tpo_lib.files import store
@@ -82,8 +83,10 @@ def _made(spec: dict, folder: Path) -> dict:
         return _best_of(spec, data.stage) | {"spec": spec, "seconds": {"in all": time.monotonic() - begun}}
     stage = data.on(how["on"], how["samples"])
     points = [_start(spec, stage, folder)]
-    guide = _guide(spec, data, folder)
-    config = config_of(spec["train"])
+    if "online" in spec:
+        guide, config = guides.Guide(None), None
+    else:
+        guide, config = _guide(spec, data, folder), config_of(spec["train"])
     if "match" in spec:
         matched = guides.matched_beta(guide, data.stage.pairs, reference=stage.start, beta=config.beta, **spec["match"])
         config, guide = replace(config, beta=matched["beta"]), guides.Guide(None, matched)
@@ -97,7 +100,10 @@ def _made(spec: dict, folder: Path) -> dict:
 
     clock = time.monotonic()
     pair_loss = reverse_kl.pair_loss if spec.get("kl") == "reverse" else None
-    result = _trained(config, data, guide, [*guide.callbacks, evaluate], pair_loss)
+    if config is None:
+        result = _online(ppo.PPOConfig(**spec["online"]), data, [evaluate])
+    else:
+        result = _trained(config, data, guide, [*guide.callbacks, evaluate], pair_loss)
     seconds = {"training": time.monotonic() - clock - evaluating, "evaluating": evaluating}
     seconds["in all"] = time.monotonic() - begun
     if result.steps != how["at"][-1]:
@@ -140,6 +146,12 @@ def _trained(config: TrainConfig, data: bench.Bench, guide=NO_GUIDE, callbacks=(
     policy, reference = stage.policy(config), fast.reader(stage.start, config)
     more = {"guide": guide.reader, "pair_loss": pair_loss or fast.pair_loss, "callbacks": callbacks, "progress": False}
     return train.fit(config, fast.reader(policy.eval(), config), reference, stage.pairs, **more)
+
+
+def _online(config: ppo.PPOConfig, data: bench.Bench, callbacks) -> ppo.PPOResult:
+    stage = data.stage
+    known = (stage.policy(), stage.start, stage.tokenizer, stage.reward, data.training)
+    return ppo.fit(config, *known, callbacks=callbacks, progress=False)
 
 
 def _data(spec: dict, folder: Path) -> bench.Bench:

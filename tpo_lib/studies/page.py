@@ -17,9 +17,9 @@ correction over all comparisons of the study with that endpoint, and a judge tha
 difference that this design would find in 8 of 10 repetitions."""
 INDEX = """# Studies
 
-Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts. [The plan](PLAN.md)
-says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all of them; what was
-run is kept in runs/studies, and an interrupted study goes on where it was.
+Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
+[The plan](PLAN.md) says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all
+of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
 
 This page is written by that command."""
 CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")

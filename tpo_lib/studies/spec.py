@@ -29,6 +29,7 @@ from tpo_lib.studies.bench import Data
 
 FOLDER = Path("studies")
 AS_IT_IS = ("guide_data", "guided_by", "match", "kl")  # of a run's spec
+ONLINE = ("ppo", "rloo")  # their settings are those of PPOConfig, and none of [train]
 OF_METHOD = {"name", "loss_type", "grid", "each", "ratio", "like", "tuned", "guide", "data", "also"}
 
 
@@ -124,9 +125,10 @@ class Study:
                 )
             if not (method.loss_type or method.like or method.tuned):
                 raise ValueError(f"{path}: {method.name!r} has no loss_type")
-            if method.loss_type and method.loss_type not in OBJECTIVES and not is_own(method.loss_type):
+            known = [*OBJECTIVES, *ONLINE]
+            if method.loss_type and method.loss_type not in known and not is_own(method.loss_type):
                 what = f"{method.name!r} has loss_type {method.loss_type!r}"
-                raise ValueError(f"{path}: {what}; choose one of {', '.join(OBJECTIVES)}, or FILE.py:NAME")
+                raise ValueError(f"{path}: {what}; choose one of {', '.join(known)}, or FILE.py:NAME")
         steps = self.train.get("max_steps")
         for part in ("tune", "report"):
             at = getattr(self, part).get("at", [steps])
@@ -173,15 +175,20 @@ class Study:
 
     def spec(self, method: Method, setting: Mapping, seed: int, how: Mapping) -> dict:
         """The spec of one run, as `execute` takes it."""
-        train = self.train | setting | {"seed": seed, "epochs": 1000}  # as many passes as max_steps takes
-        steps = train["max_steps"]
+        train, online = self.train | setting | {"seed": seed, "epochs": 1000}, None  # as many passes as max_steps takes
+        if method.loss_type in ONLINE:
+            online = {name: value for name, value in setting.items() if name != "loss_type"}
+            online |= {"estimator": method.loss_type, "seed": seed}
+        steps = online["updates"] if online else train["max_steps"]
         at = [step for step in how["at"] if step < steps] + [steps]
         evaluate = {"on": how["on"], "at": at, "samples": how["samples"], "seed": seed}
         data = {"seed": seed} | self.data | method.data
         Data(**data)
-        made = {"data": data, "train": train, "evaluate": evaluate}
+        made = {"data": data, "evaluate": evaluate} | ({"online": online} if online else {"train": train})
         if how.get("measures"):
             made["measures"] = list(how["measures"])
+        if online:
+            return made
         if method.guide or "guide_beta" in train or "match" in method.also:
             # an objective of its own says what it takes; a guide takes what every run does
             shared = {name: value for name, value in train.items() if name in run_settings()}

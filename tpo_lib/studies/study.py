@@ -3,7 +3,7 @@
 A result is {"study", "digest", "versions", "core_seconds", "grid": [[method, setting, area on validation prompts]],
 "chosen": {label: [method, setting]}, "best": {method: label}, "best_of_n": [{"n", "kl", scorer: mean}], "runs": {label: [a run
 of every seed]}}; such a run is {"seed", "points": [{"step", metric: mean}], "endpoints": {key: [a number a prompt] or None},
-"training": {"loss": [...]}}. What is said of a study (`analysis`, `page`) is computed from this file alone.
+"training": {name in LOGGED: [a number a row]}}. What is said of a study (`analysis`, `page`) is computed from this file alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tpo_lib.studies.pool import make_all
 from tpo_lib.studies.spec import Method, Study
 
 AREA = 1.0, 20.0  # nats, what settings are chosen by
+LOGGED = ("step", "loss", "tokens", "seconds")  # of training; the last two of online runs
 DIGITS = 4  # significant ones kept of a figure in a result
 NAMES = {"kl": "{level:g} nats", "reward": "reward {level:g}"}  # of a level
 
@@ -149,7 +150,11 @@ def summarised(study: Study, record: Mapping) -> dict:
         {"step": point["step"]} | {name: metric["mean"] for name, metric in point["metrics"].items()}
         for point in record["points"]
     ]
-    return {"points": points, "endpoints": found, "training": {"loss": [row["loss"] for row in record["training"]]}}
+    return {
+        "points": points,
+        "endpoints": found,
+        "training": {name: [row.get(name) for row in record["training"]] for name in LOGGED},
+    }
 
 
 def read(folder: Path, name: str) -> dict:
