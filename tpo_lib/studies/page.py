@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ Every claim of the two papers that this bench can decide, over several seeds, wi
 of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
 
 This page is written by that command."""
+PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)  # (words, file) of a page's pictures
 CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
 DIGITS = {
     "kl": 1,

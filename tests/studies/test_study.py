@@ -1,0 +1,205 @@
+"""From records to verdicts: what is kept of a run, how claims are judged, and that pages say no more than the result does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpo_lib.studies import analysis, execute, page, study
+from tpo_lib.studies.spec import Study
+
+ROOT = Path(__file__).parents[2]
+PROMPTS, SEEDS = 40, (1, 2, 3, 4, 5)
+PLAN = """
+number = 1
+title = "Toy"
+question = "Which is higher?"
+primary = "area reward"
+[train]
+max_steps = 4
+[report]
+seeds = [1, 2, 3, 4, 5]
+at = [2, 4]
+samples = 1
+[[method]]
+name = "dpo"
+loss_type = "dpo"
+[[method]]
+name = "tdpo2"
+loss_type = "tdpo2"
+[[endpoint]]
+kind = "area"
+between = [1, 4]
+metrics = ["reward", "judge"]
+[[endpoint]]
+kind = "at_level"
+levels = [4, 90]
+metrics = ["reward"]
+[[endpoint]]
+kind = "steps_to"
+levels = [0.6]
+[[hypothesis]]
+claim = "TDPO2 above DPO"
+source = "TDPO"
+paper = ".98 against .94"
+pairs = [["tdpo2", "dpo"]]
+"""
+
+
+def record(seed: int, gain: float, judge: float | None = None) -> dict:
+    """A run whose reward rises from .5 by `gain` in sqrt(KL), with the noise of its prompts; its judge by `judge`."""
+    draw, points = np.random.default_rng(seed), []
+    noise = draw.normal(0, 0.02, PROMPTS)
+    for step, kl in ((0, 0.0), (2, 1.0), (4, 9.0)):
+        metrics = {"kl": np.full(PROMPTS, kl)}
+        for name, slope in (("reward", gain), ("judge", gain if judge is None else judge)):
+            metrics[name] = 0.5 + slope * kl**0.5 + noise + draw.normal(0, 0.005, PROMPTS)
+        means = {name: {"mean": float(values.mean())} for name, values in metrics.items()}
+        points.append({"step": step, "metrics": means, "by_prompt": {k: v.tolist() for k, v in metrics.items()}})
+    return {"points": points, "training": [{"step": 2, "loss": 0.6}, {"step": 4, "loss": 0.5}]}
+
+
+@pytest.fixture
+def plan(tmp_path) -> Study:
+    path = tmp_path / "toy.toml"
+    path.write_text(PLAN)
+    return Study.read(path)
+
+
+def result(plan: Study, **gains: tuple) -> dict:
+    """A result as `study.run` writes it, of methods with such gains."""
+    runs = {
+        label: [{"seed": s} | study.summarised(plan, record(s + 100 * i, *gain)) for s in SEEDS]
+        for i, (label, gain) in enumerate(gains.items())
+    }
+    chosen = {label: [label, {"loss_type": label}] for label in gains}
+    return json.loads(
+        json.dumps(
+            {
+                "runs": runs,
+                "chosen": chosen,
+                "best": {label: label for label in gains},
+                "grid": [],
+                "core_seconds": 7200,
+            }
+        )
+    )
+
+
+def test_what_is_kept_of_a_run_is_what_its_endpoints_say(plan):
+    found = study.summarised(plan, record(1, 0.1))
+    assert list(found["endpoints"]) == [
+        "area reward", "area judge", "reward at 4 nats", "reward at 90 nats", "updates to reward 0.6",
+    ]  # fmt: skip
+    assert np.mean(found["endpoints"]["reward at 4 nats"]) == pytest.approx(0.7, abs=0.01)  # 0.5 + 0.1 sqrt(4)
+    assert np.mean(found["endpoints"]["area reward"]) == pytest.approx(0.65, abs=0.01)  # mean of sqrt from 1 to 2
+    assert found["endpoints"]["reward at 90 nats"] is None
+    assert found["endpoints"]["updates to reward 0.6"] == pytest.approx([2.0], abs=0.2)
+    assert found["training"]["loss"] == [0.6, 0.5]
+    assert [point["step"] for point in found["points"]] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ((0.15,), (0.1,), analysis.HOLDS),
+        ((0.1,), (0.15,), analysis.NOT),  # the other way round
+        ((0.1,), (0.1001,), analysis.NOT),  # too close to matter, whatever the sign
+        ((0.15, 0.1), (0.1, 0.1), analysis.PARTLY),  # the reward says so, no judge does
+    ],
+)
+def test_verdicts(plan, a, b, verdict):
+    found = result(plan, tdpo2=a, dpo=b)
+    (claim,) = plan.hypotheses
+    said, rows = analysis.verdict(plan, found, claim, analysis.comparisons(plan, found))
+    assert said == verdict
+    assert [(row["a"], row["b"]) for row in rows] == [("tdpo2", "dpo")]
+
+
+def test_a_noisy_difference_is_not_decided(plan):
+    found = result(plan, tdpo2=(0.1,), dpo=(0.1,))
+    for run, shift in zip(found["runs"]["tdpo2"], (-0.1, 0.1, 0.05, -0.05, 0.04), strict=True):  # seeds apart
+        run["endpoints"]["area reward"] = [value + shift for value in run["endpoints"]["area reward"]]
+    (claim,) = plan.hypotheses
+    said, (row,) = analysis.verdict(plan, found, claim, analysis.comparisons(plan, found))
+    assert said == analysis.OPEN
+    assert row["detectable"] > 0.05
+    assert "detectable" in page.difference(row, "area reward")
+
+
+def test_a_claim_of_equality_holds_within_what_matters_alone(plan):
+    claim = {"claim": "the same", "pairs": [["tdpo2", "dpo"]], "equal": True}
+    for gain, verdict in ((0.1, analysis.HOLDS), (0.12, analysis.NOT)):
+        found = result(plan, tdpo2=(gain,), dpo=(0.1,))
+        assert analysis.verdict(plan, found, claim, analysis.comparisons(plan, found))[0] == verdict
+
+
+def test_a_claim_about_one_method_is_compared_with_a_number(plan):
+    found = result(plan, tdpo2=(0.1,), dpo=(0.1,))
+    for number, below, verdict in (
+        ("0.6", False, analysis.HOLDS),
+        ("0.7", True, analysis.HOLDS),
+        ("0.7", False, analysis.NOT),
+    ):
+        claim = {"claim": "c", "pairs": [["tdpo2", number]], "below": below}
+        one = type(plan)(**vars(plan) | {"hypotheses": (claim,)})
+        assert analysis.verdict(one, found, claim, analysis.comparisons(one, found))[0] == verdict
+
+
+def test_a_page_says_what_the_result_says(plan):
+    found = result(plan, tdpo2=(0.15,), dpo=(0.1,))
+    said = page.page(plan, found)
+    (row,) = analysis.comparisons(plan, found)["area reward"]
+    assert f"TDPO2 - DPO {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in said
+    assert "| TDPO2 above DPO | TDPO | .98 against .94 |" in said
+    assert "| holds |" in said
+    assert "10 runs of 2 methods over 5 seeds; 2.0 hours of a core" in said
+    assert page.page(plan, found) == said
+
+
+def test_a_result_is_written_a_line_a_run_and_read_back(plan, tmp_path):
+    found = result(plan, tdpo2=(0.15,), dpo=(0.1,))
+    study.write(tmp_path / "results" / "toy.json", found)
+    assert study.read(tmp_path, "toy") == found
+    lines = (tmp_path / "results" / "toy.json").read_text().splitlines()
+    assert sum('"seed"' in line for line in lines) == 10
+    with pytest.raises(FileNotFoundError, match="run `python -m tpo_lib study other` first"):
+        study.read(tmp_path, "other")
+
+
+RESULTS = sorted((ROOT / "studies" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_every_stored_number_comes_from_the_stored_result(path, monkeypatch):
+    """The pages are written anew from the results and compared; the pictures' words are those that stand there."""
+    monkeypatch.chdir(ROOT)
+    plan, found = Study.read(ROOT / "studies" / f"{path.stem}.toml"), json.loads(path.read_text(encoding="utf-8"))
+    assert found["digest"] == plan.digest, "the study's file has changed since its runs"
+    there = path.with_suffix(".md").read_text(encoding="utf-8")
+    pictures = [(file, words) for words, file in page.PICTURE.findall(there)]
+    assert page.page(plan, found, pictures) == there
+    assert all((path.parent / file).is_file() for file, _ in pictures)
+
+
+def test_the_readme_of_the_studies_is_that_of_their_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    there = ROOT / "studies" / "README.md"
+    if not RESULTS:
+        pytest.skip("no study has been run")
+    assert there.read_text(encoding="utf-8") == page.index(ROOT / "studies")
+
+
+def test_a_spec_is_the_name_of_its_run(tmp_path):
+    spec = {"data": {"seed": 1}, "train": {"loss_type": "dpo"}, "evaluate": {"at": [1]}}
+    assert execute.key(spec) == execute.key(json.loads(json.dumps(spec)))
+    assert execute.key(spec) != execute.key(spec | {"data": {"seed": 2}})
+    own = tmp_path / "mine.py"
+    own.write_text("x = 1")
+    mine = spec | {"train": {"loss_type": f"{own}:f"}}
+    before = execute.key(mine)
+    own.write_text("x = 2")
+    assert execute.key(mine) != before  # the objective has changed
