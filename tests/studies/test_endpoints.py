@@ -264,3 +264,13 @@ def test_intervals_of_endpoints_cover_the_truth(count):
             assert row["detectable"] > 0
     for which, times in inside.items():
         assert times / studies >= 0.9, which
+
+
+def test_a_loss_has_converged_where_an_epoch_of_it_is_low():
+    rows = [{"step": step, "loss": loss} for step, loss in ((5, 0.6), (10, 0.05), (15, 0.08), (20, 0.05), (25, 0.01))]
+    points = [{"step": s, "by_prompt": {"reward": [r, r + 1]}} for s, r in ((0, 0.0), (10, 0.4), (30, 0.8))]
+    run = {"training": rows, "points": points}
+    assert endpoints.converged(run, 10) == [15.0]  # not 10, where one row is low: the epoch before it is .325
+    assert endpoints.at_convergence(run, "reward", 10) == pytest.approx([0.5, 1.5])
+    assert endpoints.converged(run | {"training": rows[:2]}, 10) is None
+    assert endpoints.at_convergence(run | {"training": rows[:2]}, "reward", 10) == pytest.approx([0.8, 1.8])

@@ -17,6 +17,7 @@ from math import comb, log
 import numpy as np
 
 Run = Mapping  # a record
+CONVERGED = log(2) / 10  # a tenth of the loss at the start, nats
 
 
 def curve(run: Run, metric: str) -> np.ndarray:
@@ -121,6 +122,24 @@ def steps_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
     return None if place is None else _read(steps, *place)
 
 
+def converged(run: Run, over: int) -> np.ndarray | None:
+    """(1,): the updates after which the training loss, averaged over the last `over` (an epoch), is CONVERGED; None if never.
+
+    One number a run, whose spread is that of the seeds.
+    """
+    steps, losses = (np.array([row[name] for row in run["training"]]) for name in ("step", "loss"))
+    for step in steps[steps >= over]:
+        if losses[(steps > step - over) & (steps <= step)].mean() <= CONVERGED:
+            return np.array([float(step)])
+    return None
+
+
+def at_convergence(run: Run, metric: str, over: int) -> np.ndarray:
+    """(P,): a metric where the loss has `converged`, straight between evaluations; at the end of a run whose loss never does."""
+    values, steps, at = curve(run, metric), [point["step"] for point in run["points"]], converged(run, over)
+    return values[-1] if at is None else np.array([np.interp(at[0], steps, each) for each in values.T])
+
+
 def best_of_n(scores, n: int, by=None) -> np.ndarray:
     """(P,): the mean score of the best of n samples, over all choices of n among the K >= n of a prompt.
 
@@ -148,7 +167,9 @@ def best_of_n_kl(n: int) -> float:
 
 
 # What a study's file may name.
-ENDPOINTS: dict[str, Callable] = {each.__name__: each for each in (end, at_level, budget, area, drop, steps_to)}
+ENDPOINTS: dict[str, Callable] = {
+    each.__name__: each for each in (end, at_level, budget, area, drop, steps_to, converged, at_convergence)
+}
 
 
 def table(runs: Sequence[Run], endpoint: str, *args, **how) -> np.ndarray | None:

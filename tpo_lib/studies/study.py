@@ -138,8 +138,11 @@ def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
             elif kind == "steps_to":
                 for level in each["levels"]:
                     yield f"updates to {metric} {level:g}", kind, (level, metric)
+            elif kind == "converged":
+                yield "updates to convergence", kind, (each["over"],)
             else:
-                yield f"{metric} {kind}", kind, (metric,)
+                over = [each["over"]] if "over" in each else []
+                yield f"{metric} {kind.replace('_', ' ')}", kind, (metric, *over)
 
 
 def summarised(study: Study, record: Mapping) -> dict:
