@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from tpo_lib.files import store
@@ -17,6 +18,9 @@ def made(spec: dict, folder: Path) -> Path:
     store.write_file(tries, (tries.read_text() if tries.exists() else "") + "x")
     if len(tries.read_text()) <= spec.get("die", 0):
         os.kill(os.getpid(), signal.SIGKILL)
+    if "wait" in spec:
+        store.write_file(path.with_name("pid"), str(os.getpid()))
+        time.sleep(spec["wait"])
     if "fail" in spec:
         raise ValueError(spec["fail"])
     store.write_json(path, {"spec": spec})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import study_workers as workers
@@ -10,6 +14,7 @@ import study_workers as workers
 from tpo_lib.studies import pool
 from tpo_lib.studies.execute import read, record_path
 
+ROOT = Path(__file__).parents[2]
 EVALUATE = {"at": [1], "samples": 2}
 
 
@@ -48,6 +53,37 @@ def test_a_run_that_always_kills_its_worker_is_given_up(tmp_path):
     with pytest.raises(RuntimeError, match="a worker was killed 3 times in a row"):
         pool.make_all(specs(1, die=9), tmp_path, workers=1, progress=False)
     assert tries(specs(1, die=9)[0], tmp_path) == 3
+
+
+PARENT = """
+import sys
+sys.path[:0] = [{tests!r}]
+import study_workers
+from pathlib import Path
+from tpo_lib.studies import pool
+if __name__ == "__main__":
+    pool.execute = study_workers.made
+    pool.make_all([{spec}], Path({folder!r}), workers=1, progress=False)
+"""
+
+
+def test_a_worker_ends_with_a_killed_parent(tmp_path):
+    spec = specs(1, wait=60)[0]
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(tests=str(Path(__file__).parent), spec=spec, folder=str(tmp_path)))
+    pid = record_path(spec, tmp_path).with_name("pid")
+    with subprocess.Popen([sys.executable, script], cwd=ROOT) as parent:
+        until(pid.exists, 60)
+        worker = int(pid.read_text())
+        parent.kill()
+    until(lambda: not Path(f"/proc/{worker}").exists(), 10)
+
+
+def until(happens, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("fake")

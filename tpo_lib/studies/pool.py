@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 from tqdm.auto import tqdm
 
@@ -65,7 +66,8 @@ def _pool(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict
     """Make the runs, and yield each when it is done; a pool that a killed worker broke is begun anew with what is left."""
     tries = 0
     while specs:
-        with ProcessPoolExecutor(workers or cores(), mp_context=get_context("spawn")) as pool:
+        how = {"mp_context": get_context("spawn"), "initializer": _die_with_parent}
+        with ProcessPoolExecutor(workers or cores(), **how) as pool:
             futures = {pool.submit(execute, spec, folder): spec for spec in specs}
             try:
                 for future in _as_completed(futures):
@@ -81,6 +83,16 @@ def _pool(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict
                     ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """Let a worker end with the process that asked for its run: a killed one would leave it at work, its runs locked."""
+
+    def wait_for_it() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait_for_it, daemon=True).start()
 
 
 def _as_completed(futures: dict[Future, dict]) -> Iterator[Future]:
