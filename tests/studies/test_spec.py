@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tpo_lib.config import TrainConfig
+from tpo_lib.ppo import PPOConfig
 from tpo_lib.studies import execute, study
 from tpo_lib.studies.spec import Study
 
@@ -132,11 +133,18 @@ STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 def test_the_studies_of_the_repository_ask_for_runs_that_can_be_made(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # objectives of one's own are named from there
     plan = Study.read(path)
+    results = ROOT / "studies" / "results"
+    for other in {method.tuned.partition(": ")[0] for method in plan.methods if method.tuned}:
+        if not (results / f"{other}.json").is_file():
+            pytest.skip(f"it takes its settings from {other}, which has no result yet")
     grid = [(method.name, setting, 0.5) for method, setting, _ in plan.tuning()]
-    chosen, best = study.choose(plan, grid, ROOT / "studies" / "results")
+    chosen, best = study.choose(plan, grid, results)
     names = {*chosen, *best}
     for *_, spec in [*plan.tuning(), *plan.reporting(chosen)]:
-        execute.config_of(spec["train"])
+        if "online" in spec:
+            PPOConfig(**spec["online"])
+        else:
+            execute.config_of(spec["train"])
         if "guide" in spec:
             execute.config_of(spec["guide"])
     keys = [key for key, *_ in study.keys(plan)]

@@ -176,9 +176,9 @@ class Study:
     def spec(self, method: Method, setting: Mapping, seed: int, how: Mapping) -> dict:
         """The spec of one run, as `execute` takes it."""
         train, online = self.train | setting | {"seed": seed, "epochs": 1000}, None  # as many passes as max_steps takes
-        if method.loss_type in ONLINE:
+        if setting["loss_type"] in ONLINE:
             online = {name: value for name, value in setting.items() if name != "loss_type"}
-            online |= {"estimator": method.loss_type, "seed": seed}
+            online |= {"estimator": setting["loss_type"], "seed": seed}
         steps = online["updates"] if online else train["max_steps"]
         at = [step for step in how["at"] if step < steps] + [steps]
         evaluate = {"on": how["on"], "at": at, "samples": how["samples"], "seed": seed}
