@@ -56,9 +56,9 @@ def test_a_run_that_is_there_is_not_made_again(folder, monkeypatch):
     execute.execute(SPEC, folder)
 
 
-def test_prompts_of_the_three_parts_share_no_beginning():
+def test_prompts_of_the_three_parts_share_no_beginning(folder):
     for seed in (0, 1):
-        data = bench.build(bench.Data(seed=seed, train_prompts=40, max_pairs=8, min_gap=0.0), None)
+        data = bench.build(bench.Data(seed=seed, train_prompts=40, max_pairs=8, min_gap=0.0), folder / "pairs")
         parts = data.stage.held_out_prompts, data.validation, data.training
         assert len(parts[0]) == bench.TEST
         for one in parts:
