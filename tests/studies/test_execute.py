@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.studies import bench, execute
@@ -22,7 +23,9 @@ def folder(tmp_path_factory):
             patch.setattr(bench, name, value)
         for cached in (bench.build, bench._held_out):
             cached.cache_clear()
+        threads = torch.get_num_threads()  # a run takes one, and stays with it
         yield tmp_path_factory.mktemp("runs")
+        torch.set_num_threads(threads)
         for cached in (bench.build, bench._held_out):
             cached.cache_clear()
 
