@@ -24,3 +24,10 @@ def soft_backup(ref_logps, q, beta):
 
 def token_credit(logps, ref_logps, mask, beta):
     return torch.where(mask, beta * (logps - ref_logps), 0.0)
+
+
+def clipped_gain(logps, old_logps, advantages, mask, clip):
+    ratio = (logps - old_logps.detach()).exp()  # the old policy is a constant
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    gain = torch.minimum(free, clipped)  # a token that was moved the wrong way keeps its gradient
+    return torch.where(mask, gain, 0.0)

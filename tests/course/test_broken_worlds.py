@@ -237,6 +237,10 @@ SPEAKS = {
     "one_form.policy_gradient": "A",
     "one_form.ppo_surrogate": "A",
     "one_form.same_fixed_point": "A pi* L",
+    "ppo.token_rewards": "r",
+    "ppo.any_critic": "",
+    "ppo.true_critic": "V R",
+    "ppo.leave_one_out": "r",
 }
 
 # Named, but not claimed: (step, thing) and why its residual need not show it.
@@ -272,6 +276,11 @@ ASIDES = {
     ("one_form.alpha_zero", "KL"): "what alpha = 0 switches off",
     ("one_form.simpo_is_dpo", "L"): "the losses of single pairs, taken from the library, not their mean",
     ("one_form.policy_gradient", "KL"): "another name for the log-ratio inside the reward",
+    ("ppo.token_rewards", "R"): "PPO's token reward, made from the score of the response",
+    ("ppo.any_critic", "R"): "PPO's token reward, made from the score of the response",
+    ("ppo.any_critic", "V"): "holds for any function of states; the step takes one of its own",
+    ("ppo.true_critic", "A"): "an estimate of it from one response, which the step makes",
+    ("ppo.leave_one_out", "R"): "PPO's token reward, made from the score of the response",
 }
 
 CLAIMS = [(name, thing) for name, things in SPEAKS.items() for thing in things.split()]

@@ -13,7 +13,7 @@ import tpo_lib
 from tpo_course import derivations, world
 from tpo_course.derivations import DERIVATIONS
 from tpo_course.derivations.steps import Hyper
-from tpo_lib import losses
+from tpo_lib import losses, ppo
 from tpo_lib.rewards import AdditiveReward
 from tpo_lib.types import LossOutput, TokenStats
 
@@ -30,6 +30,7 @@ GREEK = [
     "epsilon",
     "theta",
     "kappa",
+    "lambda",
     "varphi",
     "phi",
     "Phi",
@@ -72,6 +73,7 @@ PLACES = {"torch": torch, "Tensor": torch.Tensor, "losses": losses, "Hyper": Hyp
 PLACES |= {"TokenStats": TokenStats, "LossOutput": LossOutput, "TokenWorld": world.TokenWorld, "Values": world.Values}
 PLACES |= {"pairs": world.Pairs} | {module: getattr(derivations, module) for module in ("dpo", "tdpo", "tgdpo")}
 PLACES |= {module: getattr(derivations, module) for module in ("one_form", "preferences", "tools")}
+PLACES |= {"ppo": ppo}  # the library's, not the derivation
 OTHERS = {"logps", "logits", "alpha", "beta", "guide_beta", "rewards/margins"}  # arguments of many functions, a metric
 
 

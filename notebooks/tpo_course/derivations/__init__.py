@@ -9,7 +9,7 @@ True
 import pkgutil
 
 from tpo_course import source_path
-from tpo_course.derivations import dpo, one_form, preferences, tdpo, tgdpo, token_mdp
+from tpo_course.derivations import dpo, one_form, ppo, preferences, tdpo, tgdpo, token_mdp
 from tpo_course.derivations.one_form import objective_map
 from tpo_course.derivations.steps import TOLERANCE, Derivation, Hyper, Step, join, table, verify
 from tpo_course.world import TokenWorld
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 DERIVATIONS: dict[str, Derivation] = {
-    derivation.name: derivation for derivation in map(join, (preferences, dpo, token_mdp, tdpo, tgdpo, one_form))
+    derivation.name: derivation for derivation in map(join, (preferences, dpo, token_mdp, tdpo, tgdpo, one_form, ppo))
 }
 
 

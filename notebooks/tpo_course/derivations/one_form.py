@@ -203,6 +203,6 @@ STEPS = (
     Step(simpo_is_dpo, implements="tpo_lib.losses.simpo", symbolic=_symbolic_equal_lengths),
     Step(simpo_gradient, implements="tpo_lib.losses.simpo"),
     Step(policy_gradient, implements="tpo_course.world.TokenWorld.regularised_values"),
-    Step(ppo_surrogate),
+    Step(ppo_surrogate, implements="tpo_lib.ppo.objective"),
     Step(same_fixed_point, gamma_one=True),
 )

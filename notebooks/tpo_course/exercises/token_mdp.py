@@ -1,4 +1,4 @@
-"""Exercises of chapter 3, the token MDP: returns, advantages, the soft backup, and the credit of a token."""
+"""Exercises of chapter 3, the token MDP: returns, advantages, the soft backup, the credit of a token, and what PPO clips."""
 
 from collections.abc import Callable
 
@@ -187,6 +187,52 @@ token_credit = chapter.exercise(
     spread_evenly=_spread,
     times_mask=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps) * mask,
     not_zero_outside=lambda logps, ref_logps, mask, beta: beta * (logps - ref_logps),
+)
+
+
+# ---- clipped_gain
+
+
+def _gain(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
+    ratio = (logps - old_logps.detach()).exp()
+    return _zero(mask, torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages))
+
+
+def _of_ratio(formula: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """The formula of ratio, advantage and clip, 0 off the response."""
+    return lambda logps, old_logps, advantages, mask, clip: _zero(
+        mask, formula((logps - old_logps.detach()).exp(), advantages, clip)
+    )
+
+
+def _gain_cases() -> tuple[Case, ...]:
+    ratios = torch.tensor([[3.0, 1.0, 1.1, 1.5, 1.5, 3.0], [3.0, 0.5, 0.5, 0.9, 3.0, 3.0]])
+    old = torch.tensor([[-1.0, -2.0, -0.5, -3.0, -1.5, -1.0], [-1.0, -0.7, -2.5, -1.2, -1.0, -1.0]])
+    advantages = torch.tensor([[9.0, 2.0, -1.0, 0.5, -2.0, 9.0], [9.0, 1.5, -0.5, 3.0, 9.0, 9.0]])
+
+    def case(words: str, clip: float) -> Case:
+        both = {"logps": (old + ratios.log()).requires_grad_(), "old_logps": old.clone().requires_grad_()}
+        return Case(words, **both, advantages=advantages, mask=marks(".xxxx.", ".xxx.."), clip=clip)
+
+    return (case("clip = 0.2", 0.2), case("clip = 0.6, which nothing reaches", 0.6))
+
+
+clipped_gain = chapter.exercise(
+    "clipped_gain",
+    _gain,
+    _gain_cases,
+    always_clipped=_of_ratio(lambda ratio, a, clip: ratio.clamp(1 - clip, 1 + clip) * a),
+    maximum=_of_ratio(lambda ratio, a, clip: torch.maximum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)),
+    never_clipped=_of_ratio(lambda ratio, a, clip: ratio * a),
+    log_ratio=_of_ratio(lambda ratio, a, clip: torch.minimum(ratio.log() * a, ratio.log().clamp(-clip, clip) * a)),
+    inverse=_of_ratio(lambda ratio, a, clip: torch.minimum(a / ratio, (1 / ratio).clamp(1 - clip, 1 + clip) * a)),
+    clip_of_the_log=_of_ratio(
+        lambda ratio, a, clip: torch.minimum(ratio * a, ratio.log().clamp(-clip, clip).exp() * a)
+    ),
+    gain_clipped=_of_ratio(lambda ratio, a, clip: torch.minimum(ratio * a, (ratio * a).clamp(1 - clip, 1 + clip))),
+    sign=lambda **given: -_gain(**given),
+    through_the_old=lambda logps, old_logps, **given: _gain(logps - old_logps, torch.zeros_like(old_logps), **given),
+    no_mask=lambda mask, **given: _gain(mask=torch.ones_like(mask), **given),
 )
 
 
