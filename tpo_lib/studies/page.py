@@ -94,7 +94,9 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
 
     for name in plan.report.get("pictures", ["frontier"]):
         if name == "frontier":
-            keep(name, figures.frontier(runs, best_of_n=result.get("best_of_n", ())), figures.frontier_alt(runs))
+            for part, each in frontiers(plan, result, runs).items():
+                best_of_n = result.get("best_of_n", ()) if part == name else ()
+                keep(part, figures.frontier(each, best_of_n=best_of_n), figures.frontier_alt(each))
         elif name == "seqkl":
             keep(name, figures.seqkl(runs), figures.over_training_alt(runs))
         else:
@@ -109,6 +111,17 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
             figures.differences_alt({words: rows}),
         )
     return drawn
+
+
+def frontiers(plan: Study, result: Mapping, runs: Mapping) -> dict[str, dict]:
+    """The methods of every picture of frontiers: each at its best, and of one that is reported for several values all of them."""
+    families = {method.name: method.each for method in plan.methods if method.each}
+    of = {label: result["chosen"][label][0] for label in runs}
+    best = {result["best"].get(of[label], label) for label in runs}
+    found = {"frontier": {label: each for label, each in runs.items() if label in best}}
+    for name, each in families.items():
+        found[f"frontier_{name}_{each}"] = {label: runs[label] for label in runs if of[label] == name}
+    return found
 
 
 def methods(result: Mapping) -> dict[str, list[dict]]:

@@ -60,13 +60,13 @@ def run(path: Path, *, runs: Path, **how) -> dict:
     result |= {"grid": grid, "chosen": chosen, "best": best, "runs": reported}
     if best_of:
         scores = execute.read(best_of, runs)["scores"]
-        result["best_of_n"] = [best(scores, 2**i) for i in range(best_of["best_of"].bit_length())]
+        result["best_of_n"] = [best_of_n(scores, 2**i) for i in range(best_of["best_of"].bit_length())]
     result = json.loads(json.dumps(store.rounded(result, DIGITS)))
     write(results / f"{study.name}.json", result)
     return result
 
 
-def best(scores: Mapping, n: int) -> dict:
+def best_of_n(scores: Mapping, n: int) -> dict:
     """The start's best of n samples, by the reward: what it scores, at a KL of at most log n - (n - 1) / n nats."""
     means = {name: float(endpoints.best_of_n(each, n, by=scores["reward"]).mean()) for name, each in scores.items()}
     return {"n": n, "kl": endpoints.best_of_n_kl(n)} | means
