@@ -1,0 +1,176 @@
+"""Exercises of 09_open_questions.ipynb: weights of mean 1, what a state is worth, a guide that follows its policy."""
+
+import torch
+from torch import Tensor
+
+from tpo_course.exercise import Case, Chapter, marks, normal
+
+chapter = Chapter(__file__)
+
+
+# ---- softmax_weights
+
+
+def _lengths(mask: Tensor) -> Tensor:
+    return mask.sum(-1, keepdim=True)  # (N, 1)
+
+
+def _softmax_weights(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    return _lengths(mask) * (alpha * r_hat).masked_fill(~mask, -torch.inf).softmax(-1)
+
+
+def _weights_cases() -> tuple[Case, ...]:
+    def case(words: str, size: float, alpha: float) -> Case:
+        mask = marks(".xxxx.x", "xx.....")
+        r_hat = torch.where(mask, size * normal(0)(*mask.shape), 0.7)  # prompt and padding hold anything
+        return Case(words, r_hat=r_hat, mask=mask, alpha=alpha)
+
+    return (
+        case("responses of five tokens and of two, alpha = 2", 0.5, 2.0),
+        case("a guide so sure that exp overflows", 500.0, 3.0),
+    )
+
+
+def _by_exp(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    weights = torch.where(mask, (alpha * r_hat).exp(), 0.0)
+    return weights * _lengths(mask) / weights.sum(-1, keepdim=True)
+
+
+def _padding_counts(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    return _lengths(mask) * torch.where(mask, (alpha * torch.where(mask, r_hat, 0.0)).softmax(-1), 0.0)
+
+
+def _over_the_batch(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    scores = (alpha * r_hat).masked_fill(~mask, -torch.inf)
+    return mask.sum() * scores.flatten().softmax(-1).view_as(scores)
+
+
+def _centred(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    middle = torch.where(mask, r_hat, 0.0).sum(-1, keepdim=True) / _lengths(mask)
+    return torch.where(mask, 1 + alpha * (r_hat - middle), 0.0)
+
+
+softmax_weights = chapter.exercise(
+    "softmax_weights",
+    _softmax_weights,
+    _weights_cases,
+    sums_to_one=lambda **given: _softmax_weights(**given) / _lengths(given["mask"]),
+    padded_length=lambda r_hat, mask, alpha: (
+        r_hat.shape[-1] * (alpha * r_hat).masked_fill(~mask, -torch.inf).softmax(-1)
+    ),
+    no_mask=lambda r_hat, mask, alpha: r_hat.shape[-1] * (alpha * r_hat).softmax(-1),
+    mask_afterwards=lambda r_hat, mask, alpha: torch.where(mask, _lengths(mask) * (alpha * r_hat).softmax(-1), 0.0),
+    padding_counts=_padding_counts,
+    over_the_batch=_over_the_batch,
+    no_alpha=lambda **given: _softmax_weights(**given | {"alpha": 1.0}),
+    rejected_side=lambda **given: _softmax_weights(**given | {"alpha": -given["alpha"]}),
+    alpha_outside=lambda **given: given["alpha"] * _softmax_weights(**given | {"alpha": 1.0}),
+    not_normalised=lambda r_hat, mask, alpha: torch.where(mask, (alpha * r_hat).exp(), 0.0),
+    centred=_centred,
+    overflow=_by_exp,
+)
+
+
+# ---- state_worth
+
+
+def _state_worth(logits: Tensor, ref_logits: Tensor, credit: Tensor, beta: float) -> Tensor:
+    logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logps.exp() * (credit - beta * (logps - ref_logps))).sum(-1)
+
+
+def _worth_cases() -> tuple[Case, ...]:
+    draw = normal(1)
+    tables = {name: draw(3, 5) for name in ("logits", "ref_logits", "credit")}
+    sure = tables | {"logits": tables["logits"] - torch.tensor([0.0, 800.0, 0.0, 0.0, 0.0])}
+    return (
+        Case("three states, beta = 0.3", **tables, beta=0.3),
+        Case("a token whose probability rounds to 0", **sure, beta=2.0),
+    )
+
+
+def _by_logs(logps: Tensor, ref_logps: Tensor, credit: Tensor, beta: float) -> Tensor:
+    return (logps.exp() * (credit - beta * (logps - ref_logps))).sum(-1)
+
+
+def _forward(logits: Tensor, ref_logits: Tensor, credit: Tensor, beta: float) -> Tensor:
+    logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logps.exp() * credit).sum(-1) - beta * (ref_logps.exp() * (ref_logps - logps)).sum(-1)
+
+
+def _expected_credit(logits: Tensor, credit: Tensor) -> Tensor:
+    return (logits.softmax(-1) * credit).sum(-1)
+
+
+def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return -_state_worth(logits, ref_logits, torch.zeros_like(logits), 1.0)
+
+
+state_worth = chapter.exercise(
+    "state_worth",
+    _state_worth,
+    _worth_cases,
+    forward_kl=_forward,
+    no_beta=lambda **given: _state_worth(**given | {"beta": 1.0}),
+    no_kl=lambda logits, ref_logits, credit, beta: _expected_credit(logits, credit),
+    kl_is_paid=lambda **given: _state_worth(**given | {"beta": -given["beta"]}),
+    under_the_reference=lambda logits, ref_logits, credit, beta: (
+        _expected_credit(ref_logits, credit) - beta * _kl(logits, ref_logits)
+    ),
+    likeliest_token=lambda logits, ref_logits, credit, beta: (
+        credit.gather(-1, logits.argmax(-1, keepdim=True))[:, 0] - beta * _kl(logits, ref_logits)
+    ),
+    mean_credit=lambda logits, ref_logits, credit, beta: credit.mean(-1) - beta * _kl(logits, ref_logits),
+    logits_for_logps=lambda logits, ref_logits, credit, beta: (
+        logits.softmax(-1) * (credit - beta * (logits - ref_logits))
+    ).sum(-1),
+    log_of_softmax=lambda logits, ref_logits, credit, beta: _by_logs(
+        logits.softmax(-1).log(), ref_logits.softmax(-1).log(), credit, beta
+    ),
+)
+
+
+# ---- averaged
+
+
+def _averaged(average: list[Tensor], policy: list[Tensor], decay: float, updates: int) -> list[Tensor]:
+    keep = decay**updates
+    return [keep * mine + (1 - keep) * theirs for mine, theirs in zip(average, policy, strict=True)]
+
+
+def _average_cases() -> tuple[Case, ...]:
+    draw = normal(2)
+
+    def case(words: str, decay: float, updates: int) -> Case:
+        models = {name: [draw(2, 3), draw(4)] for name in ("average", "policy")}
+        return Case(words, **models, decay=decay, updates=updates)
+
+    return (
+        case("after one update, decay = 0.9", 0.9, 1),
+        case("after three updates, decay = 0.5", 0.5, 3),
+        case("decay = 0: the guide is the policy", 0.0, 1),
+    )
+
+
+averaged = chapter.exercise(
+    "averaged",
+    _averaged,
+    _average_cases,
+    swapped=lambda average, policy, **given: _averaged(policy, average, **given),
+    one_update=lambda **given: _averaged(**given | {"updates": 1}),
+    times_updates=lambda **given: _averaged(**given | {"decay": given["decay"] * given["updates"], "updates": 1}),
+    weights_do_not_sum=lambda average, policy, decay, updates: [
+        decay**updates * mine + theirs for mine, theirs in zip(average, policy, strict=True)
+    ],
+    plain_mean=lambda average, policy, decay, updates: [
+        (mine + theirs) / 2 for mine, theirs in zip(average, policy, strict=True)
+    ],
+    forgets_itself=lambda average, policy, decay, updates: [(1 - decay**updates) * theirs for theirs in policy],
+    corrected=lambda average, policy, decay, updates: [
+        each / (1 - decay**updates) for each in _averaged(average, policy, decay, updates)
+    ],
+    stays=lambda average, policy, decay, updates: average,
+)
+
+
+quiz = chapter.quiz()
