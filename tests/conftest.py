@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tpo_lib.losses import OBJECTIVES
+
 # Two processes share the files, a file at a time: the long ones first, so that both end together.
 LONG = ("test_families", "test_compare", "test_gpu", "test_train", "test_frozen", "test_run", "test_wheel")
 settings.register_profile("tpo", deadline=None, derandomize=True, database=None)
@@ -33,6 +35,15 @@ def _light_collections():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _objectives():
+    """What a file's tests register is gone after them: others go through all objectives there are."""
+    before = dict(OBJECTIVES)
+    yield
+    OBJECTIVES.clear()
+    OBJECTIVES.update(before)
 
 
 @pytest.fixture(scope="session")
