@@ -646,3 +646,12 @@ def test_how_a_batch_is_read_does_not_change_the_run(fast, changes):
     for row, again in zip(plain.metrics, other.metrics, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "kl/rejected", "guidance/floor_share"):
             assert again[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_loop_in_memory_does_not_mind_the_precision_of_the_one_before():
+    policy, reference = tiny.llama(), tiny.llama()
+    for precision in ("bf16", "no"):  # each in its own, whatever the other had
+        config = TrainConfig(precision=precision, batch_size=2, max_steps=1, device="cpu")
+        run = train.Progress(config)
+        train.fit(config, policy, reference, tiny.pairs(4), run=run, progress=False)
+        assert run.accelerator.mixed_precision == precision

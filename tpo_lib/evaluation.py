@@ -1,8 +1,7 @@
 """What a policy does: reward, distance from the reference, diversity, and how it ranks held-out pairs.
 
-Every figure is a sum over a count with a 95% interval. What is resampled is the prompt: samples and held-out pairs of one prompt
-resemble each other, prompts are drawn independently. The intervals speak of the evaluation alone: how much a second training
-run with another seed would differ is a different question, and a wider interval.
+Every figure is a sum over a count with a 95% interval. What is resampled is the prompt: its samples and held-out pairs resemble
+each other. The intervals speak of the evaluation alone; how much a second training run would differ is another question.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, state
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -173,6 +173,8 @@ class Progress:
     def __init__(self, config: TrainConfig, accelerator: Accelerator | None = None) -> None:
         device = choose_device(config.device)
         precision = choose_precision(device, config.precision)
+        if accelerator is None:  # an earlier run in this process may have had another precision
+            state.AcceleratorState._reset_state()
         self.config = config
         self.accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.step, self.rows = 0, []  # updates made, metrics rows so far

@@ -6,12 +6,18 @@ from torch import Tensor
 from tpo_course.derivations import tools
 from tpo_course.derivations.steps import Hyper, Step
 from tpo_course.world import TokenWorld
-from tpo_lib import ppo
+
+
+def _ppo():
+    """Imported late: it brings all that trains, and whoever moves a slider needs none of it."""
+    from tpo_lib import ppo
+
+    return ppo
 
 
 def _paid(w: TokenWorld, pi: Tensor, h: Hyper) -> Tensor:
     """(R, T) what PPO pays for every token of every response."""
-    return ppo.token_rewards(w.returns, w.tokenwise(pi), w.tokenwise(w.ref_logps), w.responses.mask, h.beta)
+    return _ppo().token_rewards(w.returns, w.tokenwise(pi), w.tokenwise(w.ref_logps), w.responses.mask, h.beta)
 
 
 def _chance(w: TokenWorld, pi: Tensor) -> Tensor:
@@ -33,7 +39,7 @@ def any_critic(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     pi, mask = w.random_policy(1), w.responses.mask
     paid, guess = _paid(w, pi, h), w.tokenwise(w.random_policy(2)[:, 0])  # any function of the states
     to_go = paid.flip(1).cumsum(1).flip(1)
-    weights = (to_go - guess, ppo.gae(paid, guess, mask, gamma=1.0, lam=1.0))
+    weights = (to_go - guess, _ppo().gae(paid, guess, mask, gamma=1.0, lam=1.0))
     right = torch.stack([tools.score(w, pi, _chance(w, pi) * weight) for weight in weights])
     return _slope(w, pi, h).expand(2, -1, -1), right
 
@@ -43,7 +49,7 @@ def true_critic(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     rewards = w.tokenwise(w.reward)
     earned = rewards.cumsum(1) - rewards  # of the score, before the token; it is paid at the end
     values = torch.where(mask, earned + w.tokenwise(w.regularised_values(pi, h.beta).v), 0.0)
-    weights = [ppo.gae(_paid(w, pi, h), values, mask, gamma=1.0, lam=lam) for lam in (0.0, 0.5, 1.0)]
+    weights = [_ppo().gae(_paid(w, pi, h), values, mask, gamma=1.0, lam=lam) for lam in (0.0, 0.5, 1.0)]
     right = torch.stack([tools.score(w, pi, _chance(w, pi) * weight) for weight in weights])
     return _slope(w, pi, h).expand(3, -1, -1), right
 
@@ -54,7 +60,7 @@ def leave_one_out(w: TokenWorld, h: Hyper) -> tuple[Tensor, Tensor]:
     count = rows.shape[1]
     both = (rows[:, :, None].expand(-1, -1, count), rows[:, None, :].expand(-1, count, -1))
     two = torch.stack(both, dim=-1).flatten()  # (P n n 2,) every two responses to a prompt, drawn independently
-    first = ppo.leave_one_out(_paid(w, pi, h)[two], mask[two], samples=2)[::2]  # (P n n, T)
+    first = _ppo().leave_one_out(_paid(w, pi, h)[two], mask[two], samples=2)[::2]  # (P n n, T)
     other = w.sequence_logps(pi).exp()[two[1::2], None]
     weight = (other * first).view(len(mask), count, -1).sum(1)  # (R, T) mean over the other response
     return _slope(w, pi, h), tools.score(w, pi, _chance(w, pi) * weight)
