@@ -1,8 +1,7 @@
 """Rewards behind one interface: texts in, one finite score a text out; those here say how probably a review is positive.
 
-Any callable, texts -> scores, is a reward. It may have a `name`, a `scope` ("response", the default, if it reads the
-response alone, "full" if it reads prompt and response as one text), and a `fingerprint` that changes whenever its scores
-may: without one, nothing that it scored is cached.
+Any callable, texts -> scores, is a reward. It may have a `name`, a `scope` ("response", the default, or "full": prompt and
+response as one text), and a `fingerprint` that changes whenever its scores may: without one, nothing that it scored is cached.
 """
 
 from __future__ import annotations
