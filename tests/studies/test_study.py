@@ -119,6 +119,17 @@ def test_verdicts(plan, a, b, verdict):
     assert [(row["a"], row["b"]) for row in rows] == [("tdpo2", "dpo")]
 
 
+def test_settings_are_compared_across_the_grid(plan):
+    found = result(plan, tdpo2=(0.1,), dpo=(0.1,))
+    areas = {"tdpo2": [0.5, 0.7, 0.7, 0.9], "dpo": [0.6, 0.6, 0.8, 0.8]}
+    found["grid"] = [[name, {"lr": i}, area] for name, several in areas.items() for i, area in enumerate(several)]
+    dpo, tdpo2 = (line.split(" | ") for line in page.grid_table(plan, found).splitlines()[2:])
+    assert (dpo[1:3], tdpo2[1:3]) == (["0.600", "0.800"], ["0.500", "0.900"])  # worst and best
+    assert (dpo[3][:7], tdpo2[3][:7]) == ("0.700 [", "0.700 [")  # of the middle two of four
+    assert tdpo2[4].startswith("0.50 [")  # .5 is above none of DPO's, .7 above two, .9 above four
+    assert dpo[4].startswith("-")
+
+
 def test_a_noisy_difference_is_not_decided(plan):
     found = result(plan, tdpo2=(0.1,), dpo=(0.1,))
     for run, shift in zip(found["runs"]["tdpo2"], (-0.1, 0.1, 0.05, -0.05, 0.04), strict=True):  # seeds apart

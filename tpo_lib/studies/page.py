@@ -6,16 +6,19 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tpo_lib.files import store
 from tpo_lib.runs.plots import style_of
-from tpo_lib.studies import analysis, figures, study
+from tpo_lib.studies import across, analysis, figures, study
 from tpo_lib.studies.spec import Study
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
 correction over all comparisons of the study with that endpoint, and a judge that agrees. Detectable is the smallest true
 difference that this design would find in 8 of 10 repetitions."""
+ACROSS = """Across the settings that were tried, by the area on validation prompts, one seed: exploratory. Intervals are over
+settings, as if others might have been tried, and the two of a comparison are drawn independently."""
 INDEX = """# Studies
 
 Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
@@ -47,7 +50,7 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     if compared:
         parts += ["## Comparisons", comparisons_table(compared)]
     if result["grid"]:
-        parts += ["## Settings", settings_table(result)]
+        parts += ["## Settings", settings_table(result), ACROSS, grid_table(plan, result)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,6 +235,24 @@ def settings_table(result: Mapping) -> str:
         )
         rows.append([label(name), words, f"{mine[0]:.3f}" if mine else "-", str(tried or "-")])
     return table(["", "chosen setting", "area on validation prompts", "settings tried"], rows)
+
+
+def grid_table(plan: Study, result: Mapping) -> str:
+    """A row a method with a grid: how good its settings are, and how often one is above one of the first method's."""
+    tried = {
+        method.name: {"areas": [area for name, _, area in result["grid"] if name == method.name]}
+        for method in plan.methods
+    }
+    tried = {name: scores for name, scores in tried.items() if len(scores["areas"]) > 1}
+    first, rows = next(iter(tried)), []
+    for name, scores in tried.items():
+        mean = across.interquartile_mean(scores, seed=analysis.SEED)
+        above = across.improvement(scores, tried[first], seed=analysis.SEED)
+        said = "-" if name == first else f"{above.mean:.2f} [{above.low:.2f}, {above.high:.2f}]"
+        rows.append(
+            [label(name), *(f"{pick(scores['areas']):.3f}" for pick in (min, max)), cell(asdict(mean), "area"), said]
+        )
+    return table(["", "worst", "best", "interquartile mean [95%]", f"chance of being above {label(first)} [95%]"], rows)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
