@@ -50,6 +50,31 @@ def test_at_a_reward_the_axis_is_straight():
     assert endpoints.at_level(run, "kl", 0.81, "reward") is None
 
 
+def spending(**spec) -> dict:
+    """`by_hand` with what it sampled and how long it took: 40 completions of 10 tokens, or 100 tokens and half a second more an
+    update."""
+    training = [{"step": i, "tokens": 50 * i * (i + 1), "seconds": i * (i + 1) / 4} for i in range(1, 31)]
+    run = by_hand() | {"spec": {"data": {"seed": 1, "train_prompts": 10}} | spec, "seconds": {"training": 60.0}}
+    for i, point in enumerate(run["points"]):
+        point["by_prompt"]["length"] = [8.0 + i, 10.0 + i, 12.0 + i, 10.0 + i]
+    return run | {"training": training if "online" in spec else [{"step": 30, "loss": 0.1}]}
+
+
+def test_what_a_reward_cost_in_tokens_and_seconds():
+    """.65 lies a quarter of the way from update 10 to 20: 5,500 and 21,000 tokens, 27.5 and 105 seconds of an online run."""
+    online, offline = spending(online={"updates": 30}), spending(train={"loss_type": "dpo"})
+    assert endpoints.tokens_to(online, 0.65).mean() == pytest.approx(5500 + 15500 / 4)
+    assert endpoints.seconds_to(online, 0.65).mean() == pytest.approx(27.5 + 77.5 / 4)
+    assert np.std(endpoints.tokens_to(online, 0.65)) / 1550 == pytest.approx(np.std(endpoints.steps_to(online, 0.65)))
+    for level in (0.55, 0.65, 0.8):  # all sampled before: no reward costs more
+        assert endpoints.tokens_to(offline, level) == pytest.approx([320, 400, 480, 400])
+    assert endpoints.seconds_to(offline, 0.65).mean() == pytest.approx(60 * 12.5 / 30)
+    for run in (online, offline):
+        for cost in (endpoints.tokens_to, endpoints.seconds_to):
+            assert cost(run, 0.5).tolist() == [0.0] * 4
+            assert cost(run, 0.81) is None
+
+
 def test_within_a_budget_a_run_that_rests_keeps_its_end():
     run = by_hand()
     for level in (0.0, 1.7, 9.0):

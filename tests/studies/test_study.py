@@ -171,6 +171,23 @@ def test_a_page_says_what_the_result_says(plan):
     assert page.page(plan, found) == said
 
 
+def test_a_page_with_costs_says_what_they_hold(plan):
+    costs = tuple({"kind": kind, "levels": [0.6]} for kind in ("tokens_to", "seconds_to"))
+    costly = type(plan)(**vars(plan) | {"endpoints": (*plan.endpoints, *costs)})
+    run = record(1, 0.1) | {"spec": {"data": {"seed": 1}, "train": {}}, "seconds": {"training": 8.0}}
+    for point in run["points"]:
+        point["by_prompt"]["length"] = [30.0] * PROMPTS
+    kept = study.summarised(costly, run)
+    assert np.mean(kept["endpoints"]["sampled tokens to reward 0.6"]) == 900 * 4 * 30
+    assert np.mean(kept["endpoints"]["seconds to reward 0.6"]) == pytest.approx(4.0, abs=0.4)  # of update 2
+    found = result(plan, dpo=(0.1,), tdpo2=(0.1,))
+    found["runs"]["dpo"] = found["runs"]["tdpo2"] = [{"seed": s} | kept for s in SEEDS]
+    said = page.page(costly, found)
+    assert page.COST in said
+    assert "108000 [108000, 108000] |" in said
+    assert page.COST not in page.page(plan, found)
+
+
 def test_a_result_is_written_a_line_a_run_and_read_back(plan, tmp_path):
     found = result(plan, tdpo2=(0.15,), dpo=(0.1,))
     study.write(tmp_path / "results" / "toy.json", found)

@@ -1,7 +1,7 @@
 """What one run of a study says, prompt by prompt, so that every later step is a mean over an (S seeds, P prompts) table.
 
-A run is its record: {"points": [{"step": updates, "by_prompt": {metric: [P numbers]}}, ...]}, the untrained start first. All
-runs of a study answer the same P prompts in one order, so their values may be subtracted.
+A run is its record, see `execute`: {"points": [{"step": updates, "by_prompt": {metric: [P numbers]}}, ...], ...}, the untrained
+start first. All runs of a study answer the same P prompts in one order, so their values may be subtracted.
 
 Where a value is read at a level of another metric, a KL say, the level is reached by the run's mean, which has noise of its own.
 To first order it moves the value read by minus the slope of the curve times what it is off, and off it is by the mean of what the
@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from math import comb, log
 
 import numpy as np
+
+from tpo_lib.studies.bench import Data
 
 Run = Mapping  # a record
 CONVERGED = log(2) / 10  # a tenth of the loss at the start, nats
@@ -114,12 +116,32 @@ def steps_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
     A run has one such number, the mean of these; a prompt's value says how it would move that number, as in `at_level`. A start
     that is there has needed 0.
     """
-    off, at = _axis(run, x)
-    if at[0] >= (level**0.5 if x == "kl" else level):
-        return np.zeros(off.shape[1])
-    place = _place(off, at, level, root=x == "kl")
-    steps = np.array([[point["step"]] * off.shape[1] for point in run["points"]], dtype=np.float64)
-    return None if place is None else _read(steps, *place)
+    return _spent(run, level, x, [[point["step"]] for point in run["points"]])
+
+
+def tokens_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
+    """(P,): tokens sampled from the policy or the start until `steps_to`: those that an online run has logged by then.
+
+    A run on pairs had all of them before its first update, whenever it comes there: every completion that its pairs were chosen
+    from, at the start's mean length on the evaluation's prompts, without the tokens that end texts (a writer's, see `bench.Data`,
+    are taken to be as long as the start's).
+    """
+    if "online" in run["spec"]:
+        return _spent(run, level, x, _logged(run, "tokens"))
+    stage = Data(**run["spec"]["data"]).config()
+    return _spent(run, level, x, stage.train_prompts * stage.samples_per_prompt * curve(run, "length")[0])
+
+
+def seconds_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
+    """(P,): seconds until `steps_to` without evaluations, on the machine that made the run, in one thread.
+
+    An online run's hold its sampling. Those of a run on pairs are a share of its training, that of the updates: what sampling the
+    pairs took, or training a guide, is in no record and left out.
+    """
+    if "online" in run["spec"]:
+        return _spent(run, level, x, _logged(run, "seconds"))
+    steps = np.array([[point["step"]] for point in run["points"]])
+    return _spent(run, level, x, run["seconds"]["training"] * steps / steps[-1])
 
 
 def converged(run: Run, over: int) -> np.ndarray | None:
@@ -168,7 +190,8 @@ def best_of_n_kl(n: int) -> float:
 
 # What a study's file may name.
 ENDPOINTS: dict[str, Callable] = {
-    each.__name__: each for each in (end, at_level, budget, area, drop, steps_to, converged, at_convergence)
+    each.__name__: each
+    for each in (end, at_level, budget, area, drop, steps_to, tokens_to, seconds_to, converged, at_convergence)
 }
 
 
@@ -205,6 +228,24 @@ def _place(off: np.ndarray, at: np.ndarray, level: float, *, root: bool) -> tupl
     width = at[i + 1] - at[i]
     weight = (at[i + 1] - level) / width if width else 1.0
     return i, weight, width, weight * off[i] + (1 - weight) * off[i + 1]
+
+
+def _spent(run: Run, level: float, x: str, spent) -> np.ndarray | None:
+    """(n,): what a run has spent by the time its mean `x` first comes to a level; 0 where it starts there, None if it never does.
+
+    `spent` is (C, 1) at the run's points, or (n,) where all of it was spent before.
+    """
+    off, at = _axis(run, x)
+    if at[0] >= (level**0.5 if x == "kl" else level):
+        return np.zeros(off.shape[1])
+    place = _place(off, at, level, root=x == "kl")
+    return None if place is None else _read(np.broadcast_to(np.array(spent, dtype=np.float64), off.shape), *place)
+
+
+def _logged(run: Run, name: str) -> np.ndarray:
+    """(C, 1): a sum that training logs after every update, at the run's points."""
+    sums = {0: 0.0} | {row["step"]: row[name] for row in run["training"]}
+    return np.array([[sums[point["step"]]] for point in run["points"]])
 
 
 def _read(values: np.ndarray, i: int, weight: float, width: float, off: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ correction over all comparisons of the study with that endpoint, and a judge tha
 difference that this design would find in 8 of 10 repetitions."""
 ACROSS = """Across the settings that were tried, by the area on validation prompts, one seed: exploratory. Intervals are over
 settings, as if others might have been tried, and the two of a comparison are drawn independently."""
+COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
+whenever it comes to the reward; its seconds are those of its updates alone: what sampling the pairs took is not known. Online
+runs sample as they train, and both hold that. Seconds are of one thread of the machine that made the runs."""
 INDEX = """# Studies
 
 Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
@@ -33,6 +36,8 @@ DIGITS = {
     "entropy": 2,
     "ref_perplexity": 0,
     "updates": 0,
+    "sampled tokens": 0,
+    "seconds": 1,
     "seqkl_chosen": 1,
     "seqkl_rejected": 1,
     "seqkl_margin": 1,
@@ -47,6 +52,8 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     if plan.hypotheses:
         parts += ["## Claims", table(CLAIMS, claim_rows(plan, result)), HOW]
     parts += ["## Figures", endpoints_table(plan, result)]
+    if any(each["kind"] in ("tokens_to", "seconds_to") for each in plan.endpoints):
+        parts.append(COST)
     if compared:
         parts += ["## Comparisons", comparisons_table(compared)]
     if result["grid"]:

@@ -23,6 +23,7 @@ AREA = 1.0, 20.0  # nats, what settings are chosen by
 LOGGED = ("step", "loss", "tokens", "seconds")  # of training; the last two of online runs
 DIGITS = 4  # significant ones kept of a figure in a result
 NAMES = {"kl": "{level:g} nats", "reward": "reward {level:g}"}  # of a level
+SPENT = {"steps_to": "updates", "tokens_to": "sampled tokens", "seconds_to": "seconds"}  # until a level is reached
 
 
 def run(path: Path, *, runs: Path, **how) -> dict:
@@ -135,9 +136,9 @@ def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
                         kind,
                         (metric, level, *([x] if kind == "at_level" else [])),
                     )
-            elif kind == "steps_to":
+            elif kind in SPENT:
                 for level in each["levels"]:
-                    yield f"updates to {metric} {level:g}", kind, (level, metric)
+                    yield f"{SPENT[kind]} to {metric} {level:g}", kind, (level, metric)
             elif kind == "converged":
                 yield "updates to convergence", kind, (each["over"],)
             else:
