@@ -169,6 +169,13 @@ def test_a_page_says_what_the_result_says(plan):
     assert "| holds |" in said
     assert "10 runs of 2 methods over 5 seeds; 2.0 hours of a core" in said
     assert page.page(plan, found) == said
+    _, elsewhere = said.split("## Elsewhere")
+    (row,) = analysis.secondary(plan, found)["reward at 4 nats"]
+    assert (
+        f"| reward at 4 nats | TDPO2 - DPO | {row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] |" in elsewhere
+    )
+    assert "| reward at 90 nats | TDPO2 - DPO | - |" in elsewhere  # where neither comes
+    assert "area" not in elsewhere
 
 
 def test_a_page_with_costs_says_what_they_hold(plan):
@@ -205,7 +212,7 @@ RESULTS = sorted((ROOT / "studies" / "results").glob("*.json"))
 def test_every_stored_number_comes_from_the_stored_result(path, monkeypatch):
     """The pages are written anew from the results and compared; the pictures' words are those that stand there."""
     monkeypatch.chdir(ROOT)
-    plan, found = Study.read(ROOT / "studies" / f"{path.stem}.toml"), json.loads(path.read_text(encoding="utf-8"))
+    plan, found = Study.read(ROOT / "studies" / f"{path.stem}.toml"), study.read(ROOT / "studies", path.stem)
     assert found["digest"] == plan.digest, "the study's file has changed since its runs"
     there = path.with_suffix(".md").read_text(encoding="utf-8")
     pictures = [(file, words) for words, file in page.PICTURE.findall(there)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from tpo_lib.studies import tables
 from tpo_lib.studies.spec import Study
+from tpo_lib.studies.study import keys
 
 LEVEL = 0.05  # of a corrected p
 MATTERS = 0.01  # the smallest difference that does, in units of a reward or a share, where a claim says no other
@@ -41,12 +42,21 @@ def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
         for key in read(study, result, claim):
             known = pairs.setdefault(key, [])
             known += [pair for pair in named(result, claim) if pair not in known]
-    found = {}
-    for key, family in pairs.items():
-        values = {a: table(result, a, key) for a, _ in family}
-        values |= {b: other(result, a, b, key) for a, b in family}
-        found[key] = tables.paired(values, family, seed=SEED)
-    return found
+    return {key: _family(result, key, family) for key, family in pairs.items()}
+
+
+def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:
+    """The same of the endpoints that no claim is read by, for all methods that a claim compares; they decide nothing."""
+    first = comparisons(study, result)
+    pairs = dict.fromkeys(pair for claim in study.hypotheses for pair in named(result, claim))
+    family = [(a, b) for a, b in pairs if b in result["runs"]]
+    return {key: _family(result, key, family) for key, *_ in keys(study) if key not in first and family}
+
+
+def _family(result: Mapping, key: str, family: Sequence[tuple[str, str]]) -> list[dict]:
+    values = {a: table(result, a, key) for a, _ in family}
+    values |= {b: other(result, a, b, key) for a, b in family}
+    return tables.paired(values, family, seed=SEED)
 
 
 def other(result: Mapping, a: str, b: str, key: str) -> np.ndarray | None:

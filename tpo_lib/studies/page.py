@@ -22,6 +22,8 @@ settings, as if others might have been tried, and the two of a comparison are dr
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
 whenever it comes to the reward; its seconds are those of its updates alone: what sampling the pairs took is not known. Online
 runs sample as they train, and both hold that. Seconds are of one thread of the machine that made the runs."""
+ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. A dash stands
+where not every seed of both comes there."""
 INDEX = """# Studies
 
 Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
@@ -56,6 +58,8 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
         parts.append(COST)
     if compared:
         parts += ["## Comparisons", comparisons_table(compared)]
+        if others := analysis.secondary(plan, result):
+            parts += ["## Elsewhere", ELSEWHERE, comparisons_table(others)]
     if result["grid"]:
         parts += ["## Settings", settings_table(result), ACROSS, grid_table(plan, result)]
     return "\n\n".join(parts) + "\n"

@@ -8,6 +8,7 @@ of every seed]}}; such a run is {"seed", "points": [{"step", metric: mean}], "en
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -166,13 +167,24 @@ def read(folder: Path, name: str) -> dict:
     path = folder / "results" / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there yet; run `python -m tpo_lib study {name}` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for each in itertools.chain(*result["runs"].values()):
+        columns = each["points"]
+        rows = zip(*columns.values(), strict=True)
+        each["points"] = [{name: x for name, x in zip(columns, row, strict=True) if x is not None} for row in rows]
+    return result
 
 
 def write(path: Path, result: Mapping) -> None:
-    """Write a result with a line a run, so that a change is seen where it is."""
+    """Write a result with a line a run, so that a change is seen where it is; of its points a list a metric, for brevity."""
+
+    def line(run: Mapping) -> str:
+        names = dict.fromkeys(name for point in run["points"] for name in point)
+        columns = {name: [point.get(name) for point in run["points"]] for name in names}
+        return json.dumps({**run, "points": columns})
+
     runs = ",\n".join(
-        f"  {json.dumps(label)}: [\n   " + ",\n   ".join(map(json.dumps, several)) + "\n  ]"
+        f"  {json.dumps(label)}: [\n   " + ",\n   ".join(map(line, several)) + "\n  ]"
         for label, several in result["runs"].items()
     )
     rest = json.dumps({name: value for name, value in result.items() if name != "runs"})
