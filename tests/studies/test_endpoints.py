@@ -176,6 +176,30 @@ def test_a_drop_is_not_made_of_the_noise_it_was_chosen_by():
     assert endpoints.drop(run, "reward", 10).mean() == pytest.approx(-0.1)
 
 
+def test_a_power_of_the_length_and_the_kl_of_a_token_by_hand():
+    """4, 8, 32 at 8, 16, 64 tokens double with the length; the KL is 9 nats a sample, of 5 to 15 tokens."""
+    run = by_hand()
+    last = run["points"][-1]["by_prompt"]
+    for t, mean in ((8, 4.0), (16, 8.0), (64, 32.0)):
+        last[f"seqkl_mean_at_{t}"] = [mean * 0.5, mean * 1.5]
+        last[f"logratio_var_at_{t}"] = [(mean / 4) ** 2] * 2
+        last[f"logratio_mean_at_{t}"] = [-mean] * 2
+    assert endpoints.exponent(run, "seqkl_mean").mean() == pytest.approx(1.0)
+    assert endpoints.exponent(run, "logratio_var") == pytest.approx([2.0, 2.0])
+    last["seqkl_mean_at_64"] = [0.0, 64.0]  # the second prompt grows by half as much again, the first by as much less
+    low, high = endpoints.exponent(run, "seqkl_mean")
+    x = np.log([8, 16, 64]) - np.log([8, 16, 64]).mean()
+    assert high - low == pytest.approx(x @ [1, 1, 2] / (x @ x))  # d log mean of each, high minus low
+    for point in run["points"]:
+        point["by_prompt"]["length"] = [5.0, 10.0, 15.0, 10.0]
+    assert endpoints.per_token(run, "kl").mean() == pytest.approx(0.9)
+    jackknife = [4 * 0.9 - 3 * np.delete(last["kl"], i).sum() / np.delete(last["length"], i).sum() for i in range(4)]
+    assert endpoints.per_token(run, "kl") == pytest.approx(jackknife, abs=0.2)
+    for metric in ("logratio_mean", "reward"):
+        with pytest.raises(ValueError, match=f"{metric} was measured at the lengths"):
+            endpoints.exponent(run, metric)
+
+
 def test_the_best_of_n_by_hand_and_by_sampling():
     assert endpoints.best_of_n([[3.0, 1.0, 2.0]], 1).tolist() == pytest.approx([2.0])
     assert endpoints.best_of_n([[3.0, 1.0, 2.0]], 2).tolist() == pytest.approx([8 / 3])

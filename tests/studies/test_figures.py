@@ -169,6 +169,34 @@ def test_curves_over_training_are_means_over_seeds(methods):
     assert {round(y, 6) for x, y in ends if x == 40} == {round(low, 6), round(high, 6)}
 
 
+def test_growth_is_that_of_the_longest_responses():
+    def run(longest: int, power: float, scale: float) -> dict:
+        point = {"step": 40}
+        for t in (8, 16, 32, 64, 128):
+            if t <= longest:
+                point |= {f"seqkl_mean_at_{t}": scale * t / 10, f"logratio_var_at_{t}": scale * t**power}
+        return {"points": [{"step": 0}, point]}
+
+    methods = {"dpo 16 tokens": [run(16, 1.0, 1.0)]}
+    methods |= {"dpo 128 tokens": [run(128, 1.2, 1.0), run(128, 1.2, 3.0)], "tdpo2 128 tokens": [run(128, 1.0, 0.5)]}
+    for run_ in [each for several in methods.values() for each in several]:  # `_means` reads every point
+        run_["points"][0] |= {name: 0.0 for name in run_["points"][1] if name != "step"}
+    figure = figures.growth(methods)
+    figure.draw_without_rendering()
+    seqkl, variance = figure.axes
+    lines = {line.get_label(): line for line in variance.get_lines()}
+    assert {"DPO 128 tokens", "TDPO2 128 tokens"} <= lines.keys()
+    assert "DPO 16 tokens" not in lines
+    assert lines["DPO 128 tokens"].get_ydata().tolist() == pytest.approx([2 * t**1.2 for t in (8, 16, 32, 64, 128)])
+    (dotted,) = [line for line in seqkl.get_lines() if line.get_linestyle() == ":"]
+    assert dotted.get_ydata().tolist() == pytest.approx([2 * t / 10 for t in (8, 16, 32, 64, 128)])
+    assert [text.get_text() for text in seqkl.get_xticklabels()] == ["8", "16", "32", "64", "128"]
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
+    text = figures.growth_alt(methods)
+    assert "from the first 8 to 128 tokens" in text
+    assert "nats: DPO 128 tokens 1.6 to 25.6, TDPO2 128 tokens 0.4 to 6.4;" in text
+
+
 def test_texts_say_the_figures(methods):
     text = figures.frontier_alt(methods)
     assert "over 5 seeds" in text

@@ -12,7 +12,7 @@ import tiny
 from datasets import Dataset
 
 from tpo_lib.runs.stage import stage_prompts
-from tpo_lib.studies import labels
+from tpo_lib.studies import bench, labels
 from tpo_lib.studies.labels import labelled
 
 
@@ -135,6 +135,19 @@ def test_scores_that_are_missing_or_no_probability_and_bare_rows_are_named():
     given.pairs[1] = replace(given.pairs[1], rejected_ids=[])
     with pytest.raises(ValueError, match="row 2 has no rejected side"):
         labelled({"noise": 0.5}, given, seed=0)
+
+
+def test_a_response_that_does_not_fit_behind_its_prompt_is_no_pair_s(small_stage):
+    table, config = small_stage.table, small_stage.config
+    whole = labels.encoded(table, small_stage.tokenizer, config)
+    assert whole == small_stage.pairs
+    longest = max(pair.length for pair in whole)
+    assert labels.encoded(table, small_stage.tokenizer, replace(config, max_length=longest)) == whole
+    with pytest.raises(ValueError, match=f"responses do not fit in max_length={longest - 1} behind their prompts"):
+        labels.encoded(table, small_stage.tokenizer, replace(config, max_length=longest - 1))
+    for tokens in (16, 40, 128):
+        config = bench.Data(seed=1, max_new_tokens=tokens).config()
+        assert (config.max_new_tokens, config.max_length) == (tokens, max(128, tokens + bench.PROMPT))
 
 
 def test_pairs_of_another_sampler(small_stage):

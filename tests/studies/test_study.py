@@ -178,6 +178,15 @@ def test_a_page_says_what_the_result_says(plan):
     assert "area" not in elsewhere
 
 
+def test_methods_with_other_data_are_compared_where_a_claim_says_so_alone(plan):
+    longer = type(plan.methods[1])(name="tdpo2", loss_type="tdpo2", data={"max_new_tokens": 64})
+    other = type(plan)(**vars(plan) | {"methods": (plan.methods[0], longer)})
+    found = result(plan, tdpo2=(0.15,), dpo=(0.1,))
+    assert set(analysis.secondary(plan, found)) == {"reward at 4 nats", "reward at 90 nats", "updates to reward 0.6"}
+    assert analysis.secondary(other, found) == {}
+    assert analysis.comparisons(other, found) == analysis.comparisons(plan, found)
+
+
 def test_a_page_with_costs_says_what_they_hold(plan):
     costs = tuple({"kind": kind, "levels": [0.6]} for kind in ("tokens_to", "seconds_to"))
     costly = type(plan)(**vars(plan) | {"endpoints": (*plan.endpoints, *costs)})

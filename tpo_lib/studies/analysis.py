@@ -46,10 +46,14 @@ def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
 
 
 def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:
-    """The same of the endpoints that no claim is read by, for all methods that a claim compares; they decide nothing."""
-    first = comparisons(study, result)
+    """The same of the endpoints that no claim is read by, for all methods that a claim compares; they decide nothing.
+
+    Two with other data are left out: held-out pairs of other lengths, say, are of other prompts.
+    """
+    first, data = comparisons(study, result), {method.name: method.data for method in study.methods}
+    data = {label: data[name] for label, (name, _) in result["chosen"].items()}
     pairs = dict.fromkeys(pair for claim in study.hypotheses for pair in named(result, claim))
-    family = [(a, b) for a, b in pairs if b in result["runs"]]
+    family = [(a, b) for a, b in pairs if b in result["runs"] and data[a] == data[b]]
     return {key: _family(result, key, family) for key, *_ in keys(study) if key not in first and family}
 
 

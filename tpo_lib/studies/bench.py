@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from tpo_lib.data import encode_pairs
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.models import choose_device, frozen_copy
 from tpo_lib.runs import own
@@ -19,6 +18,7 @@ TEST, VALIDATION = 128, 64  # held-out prompts: to report on, and to choose sett
 HELD_OUT_PAIRS = 128  # of the test prompts
 HELD_OUT = 7  # seed of what all seeds of a study have in common
 KEPT = 2  # benches in memory
+PROMPT = 16  # tokens that a prompt may have, of what is read
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Data:
         preset = PRESETS[self.preset]
         sizes = {"train_prompts": self.train_prompts, "held_out_prompts": TEST, "max_pairs": self.max_pairs}
         sizes |= {"max_held_out_pairs": HELD_OUT_PAIRS, "min_gap": self.min_gap, "max_new_tokens": self.max_new_tokens}
+        sizes["max_length"] = max(preset.stage.max_length, PROMPT + self.max_new_tokens)
         return replace(preset.stage, model=str(preset.model), **sizes, seed=self.seed)
 
 
@@ -101,7 +102,7 @@ def build(data: Data, cache_dir: Path) -> Bench:
     def sample(prompts: list[str], seed: int, most: int):
         how = (config, start, tokenizer, reward, cache_dir, prompts, config.samples_per_prompt, seed, most)
         table, report = sampled_pairs(*how, lambda done, total: None)
-        return table, report, encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")[0]
+        return table, report, labels.encoded(table, tokenizer, config)
 
     table, report, pairs = sample(training, stream(data.seed, "study: pairs") % 2**31, config.max_pairs)
     _, _, held_out = sample(test, HELD_OUT, HELD_OUT_PAIRS)

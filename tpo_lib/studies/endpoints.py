@@ -16,6 +16,7 @@ from math import comb, log
 
 import numpy as np
 
+from tpo_lib.intervals import linearised
 from tpo_lib.studies.bench import Data
 
 Run = Mapping  # a record
@@ -162,6 +163,29 @@ def at_convergence(run: Run, metric: str, over: int) -> np.ndarray:
     return values[-1] if at is None else np.array([np.interp(at[0], steps, each) for each in values.T])
 
 
+def per_token(run: Run, metric: str) -> np.ndarray:
+    """(P,): a sum over a sample's tokens at the end, as the KL is, by the token."""
+    return linearised(end(run, metric), end(run, "length"))
+
+
+def exponent(run: Run, metric: str) -> np.ndarray:
+    """(n,): the power of t by which a metric of the first t tokens, "seqkl_mean" of `measures.growth` say, grows, at the end.
+
+    The least-squares slope of its logarithm over log t; 1 is in proportion to the length.
+
+    Raises:
+        ValueError: it was measured at fewer than two lengths, or is not positive at one.
+    """
+    last, name = run["points"][-1]["by_prompt"], f"{metric}_at_"
+    lengths = np.array([int(each.removeprefix(name)) for each in last if each.startswith(name)])
+    values = np.array([last[f"{name}{t}"] for t in lengths])
+    if len(lengths) < 2 or (values.mean(1) <= 0).any():
+        raise ValueError(f"{metric} was measured at the lengths {lengths.tolist()}: need two, and positive means")
+    x, means = np.log(lengths), values.mean(1, keepdims=True)
+    slope = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    return slope @ (np.log(means) + values / means - 1)  # d log x = dx / x
+
+
 def best_of_n(scores, n: int, by=None) -> np.ndarray:
     """(P,): the mean score of the best of n samples, over all choices of n among the K >= n of a prompt.
 
@@ -191,7 +215,10 @@ def best_of_n_kl(n: int) -> float:
 # What a study's file may name.
 ENDPOINTS: dict[str, Callable] = {
     each.__name__: each
-    for each in (end, at_level, budget, area, drop, steps_to, tokens_to, seconds_to, converged, at_convergence)
+    for each in (
+        *(end, at_level, budget, area, drop, steps_to, tokens_to, seconds_to),
+        *(converged, at_convergence, per_token, exponent),
+    )
 }
 
 

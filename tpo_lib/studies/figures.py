@@ -167,6 +167,62 @@ def over_training(methods: Methods, metrics: Sequence[str]) -> Figure:
     return fig
 
 
+GROWTH = {  # of `measures.growth` -> words
+    "seqkl_mean": "SeqKL(reference ‖ policy), nats",
+    "logratio_var": "variance of log π(y) / π_ref(y), nats²",
+}
+
+
+def growth(methods: Methods) -> Figure:
+    """Sums over the first t tokens of held-out responses at the end of training, against t, of what was trained on the longest.
+
+    On both axes doubling is a step; dotted: in proportion to t. Bands reach from the lowest to the highest seed.
+    """
+    grown = _grown(methods)
+    fig, axes = plots.panels(len(GROWTH), width=11.0, height=4.8)
+    for ax, (metric, words) in zip(axes, GROWTH.items(), strict=True):
+        for name, (t, found) in grown.items():
+            style = plots.style_of(name, grown)
+            ax.fill_between(t, found[metric].min(0), found[metric].max(0), color=style.colour, alpha=0.15, linewidth=0)
+            plots.curve(ax, t, found[metric].mean(0), style)
+        t, first = next(iter(grown.values()))
+        ax.plot(t, first[metric].mean(0)[0] * np.array(t) / t[0], color="#555555", linewidth=1, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(t, [str(each) for each in t])
+        ax.set(xlabel="first tokens of the response", ylabel=words)
+    plots.legend(fig, grown)
+    return fig
+
+
+def growth_alt(methods: Methods) -> str:
+    """What `growth` shows: both at the shortest and at the longest."""
+    said = []
+    for metric, words in GROWTH.items():
+        ends = [
+            f"{plots.style_of(name).label} {found[metric].mean(0)[0]:.3g} to {found[metric].mean(0)[-1]:.3g}"
+            for name, (_, found) in _grown(methods).items()
+        ]
+        said.append(f"{words}: {', '.join(ends)}")
+    t, _ = next(iter(_grown(methods).values()))
+    return f"Means over seeds at the end of training, from the first {t[0]} to {t[-1]} tokens. {'; '.join(said)}."
+
+
+def _grown(methods: Methods) -> dict[str, tuple[list[int], dict[str, np.ndarray]]]:
+    """{label: (lengths, {metric: (S, lengths)})} of those methods whose responses are longest."""
+    found = {}
+    for name, runs in methods.items():
+        last = runs[0]["points"][-1]
+        names = [each.rpartition("_at_") for each in last.get("by_prompt", {}) | last]
+        t = sorted({int(length) for metric, _, length in names if metric in GROWTH})
+        each = {
+            metric: np.array([[_means(run, f"{metric}_at_{i}")[-1] for i in t] for run in runs]) for metric in GROWTH
+        }
+        found[name] = t, each
+    longest = max(t[-1] for t, _ in found.values())
+    return {name: each for name, each in found.items() if each[0][-1] == longest}
+
+
 WORDS = {"ref_nats": "surprisal under the reference, nats per token"}  # of metrics that `plots` does not know
 
 

@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 
 from tpo_lib.data import EncodedPair, encode_pairs
 from tpo_lib.losses import check_number
-from tpo_lib.runs.stage import Stage, sampled_pairs
+from tpo_lib.runs.stage import Stage, StageConfig, sampled_pairs
 
 NEAREST = 1e-6  # to 0 or 1 that a score is taken to be: float32 says 1 to all log-odds above 17
 STEPS = ("gap", "count", "noise", "temperature")  # of a spec, in this order
@@ -143,6 +143,15 @@ def off_policy(
     config = stage.config
     sample = partial(sampled_pairs, config, sampler, stage.tokenizer, stage.reward, cache_dir, prompts)
     table, report = sample(config.samples_per_prompt, seed, config.max_pairs, lambda done, total: None)
-    pairs, encoded = encode_pairs(table, stage.tokenizer, max_length=config.max_length, on_bad_rows="skip")
+    pairs = encoded(table, stage.tokenizer, config)
     gap = float(-np.diff(_scores(table, pairs)).mean())
-    return table, pairs, {"pairs": encoded.kept, "score_mean": report.score_mean, "mean_gap": gap}
+    return table, pairs, {"pairs": len(pairs), "score_mean": report.score_mean, "mean_gap": gap}
+
+
+def encoded(table: Dataset, tokenizer, config: StageConfig) -> list[EncodedPair]:
+    """Sampled pairs as tokens; ValueError where max_length would cut a response."""
+    pairs, report = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows="skip")
+    if report.truncated:
+        few = f"{report.truncated} responses do not fit in max_length={config.max_length} behind their prompts"
+        raise ValueError(f"{few}; lower max_new_tokens={config.max_new_tokens}")
+    return pairs

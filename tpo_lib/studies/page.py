@@ -33,7 +33,8 @@ of them; what was run is kept in runs/studies, and an interrupted study goes on 
 This page is written by that command."""
 PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)  # (words, file) of a page's pictures
 CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
-DIGITS = {
+DIGITS = {  # of the first that an endpoint's key begins with
+    "kl per token": 3,
     "kl": 1,
     "entropy": 2,
     "ref_perplexity": 0,
@@ -79,7 +80,7 @@ def finished(folder: Path) -> list[tuple[Study, dict]]:
     """The studies that have a result, in the order of the plan."""
     known = [Study.read(path) for path in folder.glob("*.toml")]
     done = [plan for plan in known if (folder / "results" / f"{plan.name}.json").is_file()]
-    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: plan.number)]
+    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: (plan.number, plan.name))]
 
 
 def claims(folder: Path) -> str:
@@ -113,6 +114,8 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
                 keep(part, figures.frontier(each, best_of_n=best_of_n), figures.frontier_alt(each))
         elif name == "seqkl":
             keep(name, figures.seqkl(runs), figures.over_training_alt(runs))
+        elif name == "growth":
+            keep(name, figures.growth(runs), figures.growth_alt(runs))
         else:
             metrics = name.split()
             keep("_".join(metrics), figures.over_training(runs, metrics), figures.over_training_alt(runs, metrics))
