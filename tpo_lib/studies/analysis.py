@@ -54,7 +54,9 @@ def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:
     data = {label: data[name] for label, (name, _) in result["chosen"].items()}
     pairs = dict.fromkeys(pair for claim in study.hypotheses for pair in named(result, claim))
     family = [(a, b) for a, b in pairs if b in result["runs"] and data[a] == data[b]]
-    return {key: _family(result, key, family) for key, *_ in keys(study) if key not in first and family}
+    found = {key: _family(result, key, family) for key, *_ in keys(study) if key not in first and family}
+    there = {key: [row for row in rows if row["mean"] is not None] for key, rows in found.items()}
+    return {key: rows for key, rows in there.items() if rows}
 
 
 def _family(result: Mapping, key: str, family: Sequence[tuple[str, str]]) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpo_lib.files import store
-from tpo_lib.studies import page, study
+from tpo_lib.studies import claims, page, study
 from tpo_lib.studies.spec import FOLDER, Study
 
 
@@ -35,4 +35,12 @@ def run(options) -> None:
         )
         print(f"\nwritten: {place}")
         if path.parent == FOLDER:
-            store.write_file(FOLDER / "README.md", page.index(FOLDER))
+            _write(FOLDER / "README.md", claims.index(FOLDER))
+            if (readme := Path("README.md")).is_file():
+                _write(readme, claims.show(readme.read_text(encoding="utf-8"), FOLDER))
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        store.write_file(path, text)
+        print(f"written: {path}")

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.runs import plots
 from tpo_lib.studies.endpoints import Run, best_of_n_kl
+from tpo_lib.studies.words import axis
 
 SCORES = ("reward", "judge", "second_judge")
 SEQKL = ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
@@ -162,7 +163,7 @@ def over_training(methods: Methods, metrics: Sequence[str]) -> Figure:
     for ax, metric in zip(axes, metrics, strict=True):
         plots.over_training(ax, curves, metric)
         every = [point for each in curves.values() for point in each]
-        ax.set_ylabel(plots.label(metric, every, WORDS.get(metric) or plots.AXIS.get(metric, metric)))
+        ax.set_ylabel(plots.label(metric, every, axis(metric)))
     plots.legend(fig, curves)
     return fig
 
@@ -221,9 +222,6 @@ def _grown(methods: Methods) -> dict[str, tuple[list[int], dict[str, np.ndarray]
         found[name] = t, each
     longest = max(t[-1] for t, _ in found.values())
     return {name: each for name, each in found.items() if each[0][-1] == longest}
-
-
-WORDS = {"ref_nats": "surprisal under the reference, nats per token"}  # of metrics that `plots` does not know
 
 
 def over_training_alt(methods: Methods, metrics: Sequence[str] = SEQKL) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from tpo_lib.files import store
 from tpo_lib.runs.plots import style_of
 from tpo_lib.studies import across, analysis, figures, study
 from tpo_lib.studies.spec import Study
+from tpo_lib.studies.words import heading
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
 correction over all comparisons of the study with that endpoint, and a judge that agrees. Detectable is the smallest true
@@ -22,15 +21,8 @@ settings, as if others might have been tried, and the two of a comparison are dr
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
 whenever it comes to the reward; its seconds are those of its updates alone: what sampling the pairs took is not known. Online
 runs sample as they train, and both hold that. Seconds are of one thread of the machine that made the runs."""
-ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. A dash stands
-where not every seed of both comes there."""
-INDEX = """# Studies
-
-Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
-[The plan](PLAN.md) says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all
-of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
-
-This page is written by that command."""
+ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. Left out is where
+not every seed of both comes."""
 PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)  # (words, file) of a page's pictures
 CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
 DIGITS = {  # of the first that an endpoint's key begins with
@@ -51,7 +43,7 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     """Markdown; `pictures` are (file, what it shows in words)."""
     compared = analysis.comparisons(plan, result)
     parts = [f"# {plan.title}: {plan.question}", _made(plan, result)]
-    parts += [f"![{words}]({file})\n\n*{words}*" for file, words in pictures]
+    parts += [f"![{words}]({file})\n\n*{words.split('. ')[0]}.*" for file, words in pictures]
     if plan.hypotheses:
         parts += ["## Claims", table(CLAIMS, claim_rows(plan, result)), HOW]
     parts += ["## Figures", endpoints_table(plan, result)]
@@ -64,38 +56,6 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     if result["grid"]:
         parts += ["## Settings", settings_table(result), ACROSS, grid_table(plan, result)]
     return "\n\n".join(parts) + "\n"
-
-
-def index(folder: Path) -> str:
-    """What studies/README.md says: every study's question, verdicts and page, and the table of all claims."""
-    rows = []
-    for plan, result in finished(folder):
-        verdicts = Counter(words for *_, words in claim_rows(plan, result))
-        said = ", ".join(f"{words}: {count}" for words, count in verdicts.items())
-        rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
-    return f"{INDEX}\n\n{table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
-
-
-def finished(folder: Path) -> list[tuple[Study, dict]]:
-    """The studies that have a result, in the order of the plan."""
-    known = [Study.read(path) for path in folder.glob("*.toml")]
-    done = [plan for plan in known if (folder / "results" / f"{plan.name}.json").is_file()]
-    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: (plan.number, plan.name))]
-
-
-def claims(folder: Path) -> str:
-    """One table of all claims, those that nothing here can test among them; `folder` is that of the studies."""
-    rows = [
-        [*row[:-1], f"[{row[-1]}](results/{plan.name}.md)"]
-        for plan, result in finished(folder)
-        for row in claim_rows(plan, result)
-    ]
-    untestable = tomllib.loads((folder / "claims" / "untestable.toml").read_text(encoding="utf-8"))["claim"]
-    rows += [
-        [each["claim"], each["source"], each.get("paper", "-"), f"cannot be tested here: {each['why']}", "-"]
-        for each in untestable
-    ]
-    return table(CLAIMS, rows)
 
 
 def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]]:
@@ -119,14 +79,12 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
         else:
             metrics = name.split()
             keep("_".join(metrics), figures.over_training(runs, metrics), figures.over_training_alt(runs, metrics))
-    compared = analysis.comparisons(plan, result)
-    shown = {heading(key): rows for key, rows in compared.items() if key in analysis.read_first(plan)}
-    for words, rows in shown.items():
-        keep(
-            f"differences_{words.replace(' ', '_')}",
-            figures.differences({words: rows}),
-            figures.differences_alt({words: rows}),
-        )
+    compared, families = analysis.comparisons(plan, result), {}
+    for key in (each for each in compared if each in analysis.read_first(plan)):
+        pairs = tuple((row["a"], row["b"]) for row in compared[key])
+        families.setdefault(pairs, {})[f"{heading(key)}, difference"] = compared[key]
+    for i, panels in enumerate(families.values(), start=1):
+        keep(f"differences_{i}", figures.differences(panels), figures.differences_alt(panels))
     return drawn
 
 
@@ -198,11 +156,6 @@ def cell(metric: Mapping, key: str) -> str:
         if metric["mean"] is None
         else f"{metric['mean']:z.{digits}f} [{metric['low']:z.{digits}f}, {metric['high']:z.{digits}f}]"
     )
-
-
-def heading(key: str) -> str:
-    """An endpoint's key in words."""
-    return key.replace("second_judge", "second judge").replace("_", " ")
 
 
 def comparisons_table(compared: Mapping[str, Sequence[Mapping]]) -> str:

@@ -1,0 +1,78 @@
+"""What all studies say together: their index, and one table of every claim, for studies/README.md and README.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpo_lib.studies import page, study
+from tpo_lib.studies.spec import Study
+
+PAPERS = ("DPO", "TDPO", "TGDPO")  # how the sources of their claims begin
+MARKS = "<!-- claims: written by `python -m tpo_lib study` -->", "<!-- end of claims -->"
+INDEX = """# Studies
+
+Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
+[The plan](PLAN.md) says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all
+of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
+
+This page is written by that command."""
+
+
+def index(folder: Path) -> str:
+    """What studies/README.md says: every study's question, verdicts and page, and the table of all claims."""
+    rows = []
+    for plan, result in finished(folder):
+        verdicts = Counter(words for *_, words in page.claim_rows(plan, result))
+        said = ", ".join(f"{words}: {count}" for words, count in verdicts.items())
+        rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
+    return f"{INDEX}\n\n{page.table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
+
+
+def finished(folder: Path) -> list[tuple[Study, dict]]:
+    """The studies that have a result, in the order of the plan."""
+    known = [Study.read(path) for path in folder.glob("*.toml")]
+    done = [plan for plan in known if (folder / "results" / f"{plan.name}.json").is_file()]
+    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: (plan.number, plan.name))]
+
+
+def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -> str:
+    """One table of all claims: those that studies decide, those that are decided exactly, those that nothing here can test.
+
+    Args:
+        folder: of the studies.
+        at: of the document that has the table; None is `folder` itself.
+        of: how the sources begin whose claims are wanted; "" is every one.
+    """
+
+    def link(words: str, path: Path) -> str:
+        return f"[{words}]({Path(os.path.relpath(path, at or folder)).as_posix()})"
+
+    rows = [
+        [*row[:-1], link(row[-1], folder / "results" / f"{plan.name}.md")]
+        for plan, result in finished(folder)
+        for row in page.claim_rows(plan, result)
+    ]
+    for each in _told(folder, "exact"):
+        where = link(each["verdict"], folder.parent / "notebooks" / f"{each['chapter']}.ipynb")
+        rows.append([each["claim"], each["source"], "-", f"exact world: {each['here']}", where])
+    for each in _told(folder, "untestable"):
+        rows.append(
+            [each["claim"], each["source"], each.get("paper", "-"), f"cannot be tested here: {each['why']}", "-"]
+        )
+    return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
+
+
+def _told(folder: Path, name: str) -> list[dict]:
+    return tomllib.loads((folder / "claims" / f"{name}.toml").read_text(encoding="utf-8"))["claim"]
+
+
+def show(text: str, folder: Path) -> str:
+    """The text of the repository's README with the papers' claims between its marks."""
+    first, last = map(re.escape, MARKS)
+    said = f"{MARKS[0]}\n{claims(folder, folder.parent, of=PAPERS)}\n{MARKS[1]}"
+    return re.sub(f"{first}.*?{last}", lambda _: said, text, flags=re.DOTALL)

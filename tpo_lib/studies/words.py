@@ -1,0 +1,47 @@
+"""What the metrics of studies are called, in tables and on axes; what is not here, `plots.AXIS` has."""
+
+from __future__ import annotations
+
+from tpo_lib.runs.plots import AXIS
+
+CREDIT = "rank correlation of token reward and true credit"
+MOVED = "change of log π of a token, nats: "
+WORDS = {  # metric: (in a table, on an axis); where one begins another, the longer comes first
+    "second_judge": ("second judge", AXIS["second_judge"]),
+    "ref_nats": ("surprisal", "surprisal under the reference, nats per token"),
+    "self_bleu_2": ("self-BLEU-2", "self-BLEU of two-grams, within a prompt"),
+    "distinct_2_within": ("distinct-2 within a prompt", AXIS["distinct_2_within"]),
+    "credit_rho_within": ("credit ρ within responses", f"{CREDIT},\nwithin responses"),
+    "credit_rho_early": ("credit ρ, first third", f"{CREDIT},\nfirst third"),
+    "credit_rho_mid": ("credit ρ, second third", f"{CREDIT},\nsecond third"),
+    "credit_rho_late": ("credit ρ, last third", f"{CREDIT},\nlast third"),
+    "credit_rho_rare": ("credit ρ, rare tokens", f"{CREDIT},\nrare tokens"),
+    "credit_rho": ("credit ρ", CREDIT),
+    "credit_slope": ("credit slope", "slope of the token reward over the true credit"),
+    "moved_chosen_good": ("Δ log π, chosen desirable", f"{MOVED}chosen, desirable"),
+    "moved_chosen_bad": ("Δ log π, chosen undesirable", f"{MOVED}chosen, undesirable"),
+    "moved_rejected_good": ("Δ log π, rejected desirable", f"{MOVED}rejected, desirable"),
+    "moved_rejected_bad": ("Δ log π, rejected undesirable", f"{MOVED}rejected, undesirable"),
+    "seqkl_chosen": ("SeqKL chosen", AXIS["seqkl_chosen"]),
+    "seqkl_rejected": ("SeqKL rejected", AXIS["seqkl_rejected"]),
+    "seqkl_margin": ("SeqKL margin", AXIS["seqkl_margin"]),
+    "kl": ("KL", AXIS["kl"]),
+}
+
+
+def axis(metric: str) -> str:
+    """A metric's axis label, with its unit; without words, its name."""
+    return WORDS[metric][1] if metric in WORDS else AXIS.get(metric, metric)
+
+
+def heading(key: str) -> str:
+    """An endpoint's key, as `study.keys` makes it, in words.
+
+    Example:
+        >>> heading("area second_judge"), heading("credit_rho_rare at 5 nats")
+        ('area second judge', 'credit ρ, rare tokens at 5 nats')
+    """
+    for name, (words, _) in WORDS.items():
+        if name in key.split():
+            return " ".join(words if word == name else word for word in key.split())
+    return key.replace("_", " ")
