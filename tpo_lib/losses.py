@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
@@ -254,6 +254,7 @@ class Objective:
 
 _REF, _KL = ("ref_logps",), ("ref_logps", "kl")
 _BETA = Hyperparameter(0.1, "β", "strength of the pull towards the reference", above=0, swept=(0.05, 0.1, 0.5))
+_DPO_BETA = replace(_BETA, swept=(0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))
 # Alpha decides where TDPO2 comes to rest. The authors' 0.5 holds the pocket model at a reward of about 0.74 and a KL of 4, so
 # that there is little to compare; 0.2 lies in the range the paper sweeps (0.1 to 0.7).
 _KL_WEIGHT = Hyperparameter(
@@ -266,11 +267,10 @@ _GUIDED = {
     "shaping": Hyperparameter("linear", "f", "how a token's weight grows with r̂", choices=("linear", "exp")),
     "floor": Hyperparameter(F_FLOOR, "f_min", "smallest token weight", above=0),
 }
-_MEAN_SCALE = Hyperparameter(
-    2.0, "β", "scale of the mean log-probability", above=0, usual=(1.0, 10.0), swept=(1.0, 2.0, 4.0)
-)
 _SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
-    "beta": _MEAN_SCALE,
+    "beta": Hyperparameter(
+        2.0, "β", "scale of the mean log-probability", above=0, usual=(1.0, 10.0), swept=(1.0, 2.0, 4.0)
+    ),
     "gamma": Hyperparameter(0.5, "γₘ", "target margin", least=0),
 }
 
@@ -278,7 +278,7 @@ _SIMPO = {  # defaults of its authors' code, where gamma / beta is 1/4
 # curves stay apart in greyscale and for colour-blind readers.
 OBJECTIVES = {
     "sft": Objective(sft, (), {}, "SFT", ("#8A8A8A", "P", (0, (4, 1, 1, 1, 1, 1))), paired=False),
-    "dpo": Objective(dpo, _REF, {"beta": _BETA}, "DPO", ("#0072B2", "o", "-")),
+    "dpo": Objective(dpo, _REF, {"beta": _DPO_BETA}, "DPO", ("#0072B2", "o", "-")),
     "tdpo1": Objective(tdpo1, _KL, {"beta": _BETA}, "TDPO1", ("#E69F00", "^", (0, (5, 1.5)))),
     "tdpo2": Objective(
         tdpo2, _KL, {"beta": _BETA, "alpha": _KL_WEIGHT}, "TDPO2", ("#D55E00", "s", (0, (6, 1.5, 1, 1.5)))

@@ -79,4 +79,4 @@ def test_a_digit_that_changed_is_noticed(swept, tmp_path):
 
 
 def test_the_grid_has_no_run_twice():
-    assert len(set(WHOLE)) == len(WHOLE) == 33
+    assert len(set(WHOLE)) == len(WHOLE) == 39

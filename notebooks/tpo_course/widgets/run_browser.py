@@ -36,7 +36,7 @@ class RunBrowser:
         names = list(dict.fromkeys(run["objective"] for run in self.content["runs"]))
         labels = [(plots.style_of(name).label, name) for name in names]
         self.objective = w.Dropdown(options=labels, description="objective", **wide)
-        self.beta = w.SelectionSlider(options=[0.0], description="beta", continuous_update=False, **wide)
+        self.beta = w.SelectionSlider(options=[0.1], description="beta", continuous_update=False, **wide)
         self.alpha = w.SelectionSlider(options=[0.0], description="alpha", continuous_update=False, **wide)
         self.points, self.curve = image(560, 336), image(912, 320)
         self.facts, self.samples = room(48), room(290)
