@@ -17,6 +17,7 @@ METHODS = {
     "tgdpo": 0.33,
     "simpo": 0.22,
 }  # -> height of the reward's curve
+GRID = [({"beta": beta, "lr": lr}, beta + 100 * lr) for beta in (0.3, 0.1) for lr in (1e-4, 3e-4)]  # and areas
 METRICS = ("kl", *figures.SCORES, *figures.SEQKL)
 
 
@@ -69,10 +70,12 @@ def drawn(methods) -> dict:
         "differences": figures.differences(panels),
         "seqkl": figures.seqkl({name: each for name, each in methods.items() if name != "simpo"}),
         "over_training": figures.over_training(methods, ("reward", "judge")),
+        "seeds": figures.frontier(methods, ["reward"], seeds=True),
+        "settings": figures.settings("dpo", GRID, ["beta", "lr"], [GRID[2][0]]),
     }
 
 
-@pytest.mark.parametrize("name", ["frontier", "differences", "seqkl", "over_training"])
+@pytest.mark.parametrize("name", ["frontier", "differences", "seqkl", "over_training", "seeds", "settings"])
 def test_text_is_large_enough_and_axes_have_words(pictures, name):
     figure = pictures[name]
     figure.draw_without_rendering()
@@ -118,6 +121,30 @@ def test_the_frontier_draws_means_bands_and_the_best_of_n(methods):
     assert len(figures.frontier(without).axes) == 2
     with pytest.raises(ValueError, match="none of judge"):
         figures.frontier(without, ["judge"])
+
+
+def test_every_seed_is_drawn_to_its_own_end(methods, pictures):
+    (ax,) = pictures["seeds"].axes
+    assert not ax.collections
+    colour = figures.plots.style_of("tgdpo", methods).colour
+    thin = [line for line in ax.get_lines() if line.get_linewidth() < 1 and line.get_color() == colour]
+    ends = [endpoints.curve(run, "kl").mean(1)[-1] for run in methods["tgdpo"]]
+    assert [line.get_xdata()[-1] for line in thin] == pytest.approx(ends)
+    assert [line.get_ydata()[-1] for line in thin] == pytest.approx(
+        [endpoints.end(run, "reward").mean() for run in methods["tgdpo"]]
+    )
+
+
+def test_a_grid_is_a_line_for_all_but_the_first_setting(pictures):
+    (ax,) = pictures["settings"].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines() if line.get_linewidth() == 2}
+    assert list(lines) == ["DPO lr 0.0001", "DPO lr 0.0003"]
+    assert lines["DPO lr 0.0001"] == [[0.1, pytest.approx(0.11)], [0.3, pytest.approx(0.31)]]  # sorted
+    (ring,) = [line for line in ax.get_lines() if line.get_markersize() == 15]
+    assert ring.get_xydata().tolist() == [[0.1, pytest.approx(0.11)]]
+    assert (ax.get_xscale(), [text.get_text() for text in ax.get_xticklabels()]) == ("log", ["0.1", "0.3"])
+    none = figures.settings("tdpo2", [({"alpha": 0.0}, 0.5), ({"alpha": 1.0}, 0.6)], ["alpha"])
+    assert none.axes[0].get_xscale() == "linear"
 
 
 def test_what_a_result_keeps_of_a_run_gives_the_same_picture(methods):

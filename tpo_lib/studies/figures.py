@@ -41,7 +41,9 @@ def mean_curve(runs: Sequence[Run], y: str) -> tuple[np.ndarray, np.ndarray, lis
     return grid, np.array(each), np.searchsorted(grid, places).tolist()
 
 
-def frontier(methods: Methods, scores: Sequence[str] = SCORES, best_of_n: Sequence[Mapping] = ()) -> Figure:
+def frontier(
+    methods: Methods, scores: Sequence[str] = SCORES, best_of_n: Sequence[Mapping] = (), *, seeds: bool = False
+) -> Figure:
     """What a nat buys, a panel a score: the mean over seeds at equal KL, in a band from the lowest to the highest seed.
 
     A curve ends where one of its seeds does, so that none is a mean of fewer seeds.
@@ -49,16 +51,22 @@ def frontier(methods: Methods, scores: Sequence[str] = SCORES, best_of_n: Sequen
     Args:
         scores: metrics that are drawn where every run has them.
         best_of_n: [{"n", score: mean}, ...], of the start: what no training, but n samples buy, at log n - (n - 1) / n nats.
+        seeds: draw every seed in the place of the band, thin and to its own end.
     """
-    scores = _present(methods, scores)
-    fig, axes = plots.panels(len(scores), width=max(6.5, 4.6 * len(scores)), height=4.9)
+    scores = present(methods, scores)
+    fig, axes = plots.panels(len(scores), width=max(9.0 if seeds else 6.5, 4.6 * len(scores)), height=4.9)
     for ax, score in zip(axes, scores, strict=True):
         most, ends = 0.0, []
         for name, runs in methods.items():
             style, (kl, each, marks) = plots.style_of(name, methods), mean_curve(runs, score)
-            ax.fill_between(kl, each.min(0), each.max(0), color=style.colour, alpha=0.15, linewidth=0)
+            paths = [(_means(run, "kl"), _means(run, score)) for run in runs] if seeds else []
+            for path in paths:
+                ax.plot(*plots.bent(*path), color=style.colour, linewidth=0.9, alpha=0.45)
+            if not seeds:
+                ax.fill_between(kl, each.min(0), each.max(0), color=style.colour, alpha=0.15, linewidth=0)
             plots.curve(ax, kl, each.mean(0), style, every=marks)
-            most, ends = max(most, kl[-1]), [*ends, {"low": each.min(), "high": each.max()}]
+            most = max(most, kl[-1], *(path[0].max() for path in paths))
+            ends.append({"low": each.min(), "high": each.max()})
         reference = [(best_of_n_kl(row["n"]), row[score]) for row in best_of_n if score in row]
         if reference:
             plots.curve(ax, *plots.bent(*zip(*reference, strict=True)), plots.style_of(BEST), every=plots.STEPS)
@@ -72,7 +80,7 @@ def frontier(methods: Methods, scores: Sequence[str] = SCORES, best_of_n: Sequen
 
 def frontier_alt(methods: Methods, scores: Sequence[str] = SCORES) -> str:
     """What `frontier` shows: every score at the largest round KL that all methods reach."""
-    said, scores = [], _present(methods, scores)
+    said, scores = [], present(methods, scores)
     curves = {name: {score: mean_curve(runs, score) for score in scores} for name, runs in methods.items()}
     far = min(found[scores[0]][0][-1] for found in curves.values())
     level = max([tick for tick in plots.ROOT_TICKS if tick <= far], default=far)
@@ -90,6 +98,40 @@ def frontier_alt(methods: Methods, scores: Sequence[str] = SCORES) -> str:
         f"Mean scores against the KL to the reference in nats on a root scale, over {_span(seeds)} seeds with bands from the "
         f"lowest to the highest. At {level:g} nats, {'; '.join(said)}."
     )
+
+
+def settings(
+    name: str, tried: Sequence[tuple[Mapping, float]], keys: Sequence[str], chosen: Sequence[Mapping] = ()
+) -> Figure:
+    """The area of every setting of a method's grid against the first of `keys`, a line for each value of the others.
+
+    Args:
+        tried: (setting, area on validation prompts).
+        chosen: settings that get a ring.
+    """
+    fig, (ax,) = plots.panels(1, width=6.5, height=4.4)
+    lines: dict[str, list] = {}
+    for setting, area in tried:
+        lines.setdefault(line_of(name, setting, keys), []).append((setting[keys[0]], area))
+        if setting in chosen:
+            ring = {"markersize": 15, "markeredgewidth": 1.8, "markerfacecolor": "none", "color": "black"}
+            ax.plot(setting[keys[0]], area, "o", **ring)
+    for line, points in lines.items():
+        plots.curve(ax, *zip(*sorted(points), strict=True), plots.style_of(line, lines))
+    values = sorted({setting[keys[0]] for setting, _ in tried})
+    if values[0] > 0:
+        ax.set_xscale("log")
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.minorticks_off()
+    ax.set_xlabel(f"{keys[0]}{' (log scale)' * (values[0] > 0)}; ringed: reported")
+    ax.set_ylabel("area on validation prompts")
+    plots.legend(fig, lines)
+    return fig
+
+
+def line_of(name: str, setting: Mapping, keys: Sequence[str]) -> str:
+    """The label of the line that a setting lies on in `settings`."""
+    return " ".join([name, *(f"{key} {setting[key]:g}" for key in keys[1:])])
 
 
 def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
@@ -258,7 +300,7 @@ def _means(run: Run, metric: str) -> np.ndarray:
     )
 
 
-def _present(methods: Methods, metrics: Sequence[str]) -> list[str]:
+def present(methods: Methods, metrics: Sequence[str]) -> list[str]:
     """Those metrics that every run has."""
     points = [
         point.get("by_prompt", {}) | point for each in methods.values() for run in each for point in run["points"]

@@ -197,10 +197,7 @@ def settings_table(result: Mapping) -> str:
     for name, (method, setting) in result["chosen"].items():
         mine = [area for area, each in areas.get(method, ()) if each == setting]
         tried = len(areas.get(method, ()))
-        words = " ".join(
-            f"{key} {value:g}" for key, value in setting.items() if key != "loss_type" and not isinstance(value, str)
-        )
-        rows.append([label(name), words, f"{mine[0]:.3f}" if mine else "-", str(tried or "-")])
+        rows.append([label(name), setting_words(setting), f"{mine[0]:.3f}" if mine else "-", str(tried or "-")])
     return table(["", "chosen setting", "area on validation prompts", "settings tried"], rows)
 
 
@@ -220,6 +217,12 @@ def grid_table(plan: Study, result: Mapping) -> str:
             [label(name), *(f"{pick(scores['areas']):.3f}" for pick in (min, max)), cell(asdict(mean), "area"), said]
         )
     return table(["", "worst", "best", "interquartile mean [95%]", f"chance of being above {label(first)} [95%]"], rows)
+
+
+def setting_words(setting: Mapping) -> str:
+    """The numbers of a setting: "beta 0.1 lr 0.0003"."""
+    numbers = {key: value for key, value in setting.items() if key != "loss_type" and not isinstance(value, str)}
+    return " ".join(f"{key} {value:g}" for key, value in numbers.items())
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -8,6 +8,7 @@ from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.run_browser import run_browser
 from tpo_course.widgets.split_lab import split_lab
 from tpo_course.widgets.step_through import step_through
+from tpo_course.widgets.study_browser import study_browser
 from tpo_course.widgets.training_lab import training_lab
 from tpo_course.widgets.two_models import two_models
 
@@ -19,6 +20,7 @@ __all__ = [
     "run_browser",
     "split_lab",
     "step_through",
+    "study_browser",
     "token_microscope",
     "training_lab",
     "two_models",

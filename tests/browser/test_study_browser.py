@@ -1,0 +1,52 @@
+"""The study browser in a real JupyterLab, moved by keyboard: text and picture follow every control."""
+
+from __future__ import annotations
+
+from toy_study import write
+
+from browser.harness import at_once
+
+PICTURE = ".widget-html-content img"
+METHODS = "methods"
+
+
+def test_study_browser(notebook, tmp_path):
+    place = write(tmp_path / "studies")
+    shown = notebook("study.ipynb", ["from tpo_course import widgets", f"widgets.study_browser('toy', {str(place)!r})"])
+    shown.run_all()
+    page = shown.output(1)
+    page.wait_for_text("reward within 10 nats")
+    assert "Which is higher?" in page.text
+    assert page.readout("budget of KL") == "10 nats"
+    before = page.wait_for_pictures([""], PICTURE)
+    seconds = [
+        page.key_latency("budget of KL", "ArrowRight", f"reward within {nats} nats", PICTURE)
+        for nats in (12, 14, 17, 20)
+    ]
+    page.choose("score", "judge")
+    page.wait_for_text("judge within 20 nats")
+    page.idle()
+    page.choose("compared with", "SimPO")
+    page.wait_for_text("minus SimPO")
+    page.idle()
+    page.press(METHODS, "Home")  # the first alone
+    page.wait_for_change(page.text)
+    page.idle()
+    assert "TDPO2 α0.5\t" not in page.text
+    page.press(METHODS, "Shift+ArrowDown")
+    page.wait_for_text("alpha 0.1 beta 0.1 lr 0.0003")
+    page.idle()
+    before = page.content(PICTURE)
+    page.choose("show", "settings tried for DPO")
+    page.wait_for_text("most at beta 0.1 lr 0.0003, 0.780")
+    page.wait_for_pictures(before, PICTURE)
+    page.idle()
+    assert page.locator(".noUi-target[disabled]").count() == 1
+    page.screenshot(tmp_path / "settings.png")
+    page.choose("show", "scores against KL")
+    page.wait_for_text("judge within 20 nats")
+    page.idle()
+    assert page.locator(PICTURE).get_attribute("alt").startswith("Judge against ")
+    page.screenshot(tmp_path / "scores.png")
+    page.assert_clean()
+    at_once("study browser", seconds)
