@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_plots import curves, metric, training_rows
 
+from tpo_lib.files.load import POCKET
 from tpo_lib.intervals import bootstrap
 from tpo_lib.runs import report, seeds
 
@@ -457,3 +458,16 @@ def test_tokens_are_shown_in_both_reports_and_escaped(tmp_path, unillustrated):
     assert source.count("<span title=") == 5 + 2 * 2 * 2
     assert re.findall(r"!\[[^\]]*\]\((tokens[^)]*)\)", text) == ["tokens_logratio.png", "tokens_kl.png"]
     assert all((tmp_path / f"tokens_{name}.png").stat().st_size > 5000 for name in ("logratio", "kl"))
+
+
+def test_a_run_of_the_bundled_model_is_told_what_several_seeds_say_of_its_objectives(tmp_path):
+    facts = summary()
+    facts["config"]["model"] = str(POCKET)
+    facts["objectives"] = {name: facts["objectives"][name] for name in ("dpo", "tdpo2")}
+    report.write_report(tmp_path, facts, {name: curves()[name] for name in ("dpo", "tdpo2")}, {})
+    said = (tmp_path / "report.md").read_text().split("## What several seeds say")[1].split("\n## ")[0]
+    assert "TDPO2's frontier lies above DPO's" in said
+    assert "TDPO1's" not in said  # an objective that was not run
+    facts["config"]["model"] = "gpt2"
+    report.write_report(tmp_path, facts, {name: curves()[name] for name in ("dpo", "tdpo2")}, {})
+    assert "several seeds say" not in (tmp_path / "report.md").read_text()

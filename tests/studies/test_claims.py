@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tpo_lib.files import store
+from tpo_lib.runs.verdicts import VERDICTS
 from tpo_lib.studies import claims
 
 ROOT = Path(__file__).parents[2]
@@ -40,3 +42,7 @@ def test_the_readme_of_the_repository_has_the_papers_claims_alone():
     assert 0 < len(rows) <= len(every)
     assert set(rows) <= set(every)
     assert all(row.split(" | ")[1].startswith(claims.PAPERS) for row in rows)
+
+
+def test_reports_of_runs_say_what_the_results_say():
+    assert store.read_json(VERDICTS, "") == json.loads(json.dumps(claims.verdicts(STUDIES)))

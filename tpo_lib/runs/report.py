@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.files import store
-from tpo_lib.runs import heatmap, plots
+from tpo_lib.runs import heatmap, plots, verdicts
 from tpo_lib.runs.overoptimised import JUDGES, sentences
 from tpo_lib.runs.seeds import paired_over_seeds, table_of
 
@@ -146,6 +146,8 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
         "results": _results(summary),
         "equal": [(title, *found) for x, y, title in EQUAL if {x, y} <= known and (found := _equal(curves, x, y))],
         "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in COMPARED},
+        "studies": verdicts.of(summary["config"].get("model"), [name.split()[0] for name in summary["objectives"]]),
+        "study_columns": verdicts.COLUMNS,
         "optimised": {COLUMNS[judge][0]: sentences(curves, judge, seed=summary["seed"]) for judge in JUDGES},
         "samples": {_label(name): [row | _scores(row) for row in rows[:SHOWN]] for name, rows in samples.items()},
         "shown": SHOWN,

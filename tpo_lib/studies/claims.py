@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpo_lib.losses import OBJECTIVES
 from tpo_lib.studies import page, study
 from tpo_lib.studies.spec import Study
 
@@ -65,6 +66,19 @@ def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -
             [each["claim"], each["source"], each.get("paper", "-"), f"cannot be tested here: {each['why']}", "-"]
         )
     return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
+
+
+def verdicts(folder: Path) -> dict:
+    """{"claims": [{"claim", "objectives", "here", "verdict", "study"}]} of the papers' claims, for a run's report."""
+    said = []
+    for plan, result in finished(folder):
+        for claim, (words, source, _, here, verdict) in zip(
+            plan.hypotheses, page.claim_rows(plan, result), strict=True
+        ):
+            names = {side.split()[0] for pair in claim["pairs"] for side in pair if side.split()[0] in OBJECTIVES}
+            row = {"claim": words, "objectives": sorted(names), "here": here, "verdict": verdict, "study": plan.title}
+            said += [row] if source.startswith(PAPERS) else []
+    return {"claims": said}
 
 
 def _told(folder: Path, name: str) -> list[dict]:

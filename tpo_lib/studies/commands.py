@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpo_lib.files import store
+from tpo_lib.runs.verdicts import VERDICTS
 from tpo_lib.studies import claims, page, study
 from tpo_lib.studies.spec import FOLDER, Study
 
@@ -38,6 +39,8 @@ def run(options) -> None:
             _write(FOLDER / "README.md", claims.index(FOLDER))
             if (readme := Path("README.md")).is_file():
                 _write(readme, claims.show(readme.read_text(encoding="utf-8"), FOLDER))
+            if path.resolve().is_relative_to(VERDICTS.parents[1]):  # the studies of the repository that this code is of
+                store.write_json(VERDICTS, claims.verdicts(FOLDER))
 
 
 def _write(path: Path, text: str) -> None:

@@ -81,6 +81,8 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
             keep("_".join(metrics), figures.over_training(runs, metrics), figures.over_training_alt(runs, metrics))
     compared, families = analysis.comparisons(plan, result), {}
     for key in (each for each in compared if each in analysis.read_first(plan)):
+        if all(row["mean"] is None for row in compared[key]):
+            continue
         pairs = tuple((row["a"], row["b"]) for row in compared[key])
         families.setdefault(pairs, {})[f"{heading(key)}, difference"] = compared[key]
     for i, panels in enumerate(families.values(), start=1):

@@ -22,6 +22,7 @@ WORDS = {  # metric: (in a table, on an axis); where one begins another, the lon
     "moved_chosen_bad": ("Δ log π, chosen undesirable", f"{MOVED}chosen, undesirable"),
     "moved_rejected_good": ("Δ log π, rejected desirable", f"{MOVED}rejected, desirable"),
     "moved_rejected_bad": ("Δ log π, rejected undesirable", f"{MOVED}rejected, undesirable"),
+    "rare": ("rare tokens", "tokens with a reference probability\nbelow 1e-4 (share)"),
     "seqkl_chosen": ("SeqKL chosen", AXIS["seqkl_chosen"]),
     "seqkl_rejected": ("SeqKL rejected", AXIS["seqkl_rejected"]),
     "seqkl_margin": ("SeqKL margin", AXIS["seqkl_margin"]),
