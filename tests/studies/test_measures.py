@@ -18,7 +18,7 @@ from tpo_lib.data import collate
 from tpo_lib.evaluation import Sample, pair_stats
 from tpo_lib.intervals import bootstrap, linearised
 from tpo_lib.stats import response_mask
-from tpo_lib.studies import guides, measures
+from tpo_lib.studies import measures
 from tpo_lib.studies.measures import LENGTHS, Seen, bleu, measure
 
 PAIRS = tiny.pairs(10, longest=24)
@@ -41,10 +41,10 @@ def stage(pairs=SHARED, **changes):
     return SimpleNamespace(**given | {"reference_cache": {}, "held_out_prompts": ["a", "b c"]} | changes)
 
 
-def seen(policy=None, loss_type="dpo", guide=None, on=None, texts=("ab cd", "ab", "ab cd e", "ab c"), **hyper):
+def seen(policy=None, loss_type="dpo", on=None, texts=("ab cd", "ab", "ab cd e", "ab c"), **hyper):
     samples = [Sample("", text, None, None) for text in texts]
     config = TrainConfig(loss_type=loss_type, **hyper)
-    return Seen(on or stage(), policy or tiny.llama(1), SimpleNamespace(samples=samples), config, guide)
+    return Seen(on or stage(), policy or tiny.llama(1), SimpleNamespace(samples=samples), config)
 
 
 def by_token(given: Seen):
@@ -155,29 +155,14 @@ def test_every_response_counts_for_its_own_prompt():
     assert measures.credit(given)["credit_slope"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_where_the_probability_went_by_credit_and_by_the_guide():
-    pairs = SHARED
-    on = stage()
-    setting = {"reference": on.start, "tokenizer": on.tokenizer, "beta": 0.1, "model": tiny.llama(2)}
-    guide = guides.make({"kind": "model"}, tiny.pairs(2), pairs, **setting).reader
-    given = seen(guide=guide, on=on)
+def test_where_the_probability_went_by_credit():
+    given = seen()
     rows, found = by_token(given), measures.moved(given)
-    r_hat = by_token(seen(tiny.llama(2), on=on))[:, 0]
-    for names, signs in ((("good", "bad"), rows[:, 1]), (("up", "down"), r_hat)):
-        for name, sign in zip(names, (1, -1), strict=True):
-            for side, half in (("chosen", rows[:, 3] < 10), ("rejected", rows[:, 3] >= 10)):
-                expected = rows[half & (sign * signs > 0), 0].mean()
-                assert found[f"moved_{side}_{name}"].mean() == pytest.approx(expected, abs=1e-3), (side, name)
-    assert len(found) == 8
-    live = measures.moved(seen(guide=guides.Average(tiny.llama(2), 0.5), on=on))
-    model = measures.moved(seen(guide=tiny.llama(2), on=on))
-    assert {k: v.mean() for k, v in live.items()} == {k: v.mean() for k, v in model.items()}
-    assert {k: v.mean() for k, v in live.items()} == pytest.approx({k: v.mean() for k, v in found.items()}, abs=1e-5)
-    assert set(measures.moved(seen(on=stage(reward=len), guide=guide))) == {
-        k for k in found if k.endswith(("up", "down"))
-    }
-    with pytest.raises(ValueError, match="made without held-out pairs"):
-        measures.moved(seen(guide=guides.make({"kind": "model"}, pairs, **setting).reader))
+    for name, sign in (("good", 1), ("bad", -1)):
+        for side, half in (("chosen", rows[:, 3] < 10), ("rejected", rows[:, 3] >= 10)):
+            expected = rows[half & (sign * rows[:, 1] > 0), 0].mean()
+            assert found[f"moved_{side}_{name}"].mean() == pytest.approx(expected, abs=1e-3), (side, name)
+    assert len(found) == 4
 
 
 def test_sums_over_a_response_up_to_each_length():

@@ -1,6 +1,6 @@
 """What studies measure beside `evaluate`: true credit against implied reward, where log-probability goes, variety in a prompt.
 
-    seen = Seen(stage, policy, evaluation, config, guide=guide.reader)
+    seen = Seen(stage, policy, evaluation, config)
     measure(["credit", "moved", "growth", "self_bleu"], seen)  # {metric: [one number a prompt]}
 
 Measures of held-out pairs give one number for each of their G prompts, in the order in which these appear in
@@ -22,15 +22,13 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tpo_lib import stats
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, collate
+from tpo_lib.data import EncodedPair
 from tpo_lib.evaluation import Evaluation, pair_stats
 from tpo_lib.fast import pair_loss
 from tpo_lib.files.tokens import prompt_token_ids, token_method
 from tpo_lib.intervals import linearised
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import ResponseReader
 from tpo_lib.runs.stage import Stage
 from tpo_lib.studies.guides import true_credit
 from tpo_lib.studies.relaxation import relaxation
@@ -51,7 +49,6 @@ class Seen:
     policy: torch.nn.Module
     evaluation: Evaluation
     config: TrainConfig
-    guide: Callable | None = None  # as in `guides.Guide.reader`, made with the held-out pairs
 
     @cached_property
     def tokens(self) -> TokenStats:
@@ -147,39 +144,22 @@ def _credit(seen: Seen, pairs, tokens: TokenStats, prompts: np.ndarray, count: i
 def moved(seen: Seen) -> dict[str, np.ndarray]:
     """Mean of log pi - log pi_ref over tokens of held-out pairs, nats: where the probability went, and whether it should have.
 
+    Tokens are desirable by their true credit, and not by a guide's r_hat, which TGDPO tells them by. The credit splits the tokens
+    of all objectives alike; r_hat is what one DPO run did: split by it, that run and its like would be chosen for their moves.
+
     Returns:
-        moved_{chosen,rejected}_{good,bad}: tokens of positive and of negative true credit, where it is known; with a guide also
-        _{up,down}: tokens of positive and negative r_hat, TGDPO's four kinds of token (f > 1 for chosen up and rejected down).
+        moved_{chosen,rejected}_{good,bad}: tokens of positive and of negative true credit.
     """
     tokens, mask = seen.tokens, seen.tokens.mask
     ratio, chosen = (tokens.logps - tokens.ref_logps).double(), torch.zeros_like(mask)
     chosen[: len(mask) // 2] = True
-    kinds = {}
-    if seen.knows_credit or seen.guide is None:
-        kinds["good", "bad"] = seen.credit(seen.stage.held_out_pairs, mask)
-    if seen.guide is not None:
-        kinds["up", "down"] = _guide_logps(seen) - tokens.ref_logps
-    found = {}
-    for names, value in kinds.items():
-        for name, sign in zip(names, (value > 0, value < 0), strict=True):
-            for side, on in (("chosen", chosen & sign & mask), ("rejected", ~chosen & sign & mask)):
-                if on.any():
-                    of = seen.prompts[on.nonzero()[:, 0].numpy()]
-                    found[f"moved_{side}_{name}"] = _mean(ratio[on].numpy(), of, seen.prompts.max() + 1)
+    true, found = seen.credit(seen.stage.held_out_pairs, mask), {}
+    for name, kind in (("good", true > 0), ("bad", true < 0)):
+        for side, on in (("chosen", chosen & kind & mask), ("rejected", ~chosen & kind & mask)):
+            if on.any():
+                of = seen.prompts[on.nonzero()[:, 0].numpy()]
+                found[f"moved_{side}_{name}"] = _mean(ratio[on].numpy(), of, seen.prompts.max() + 1)
     return found
-
-
-def _guide_logps(seen: Seen) -> Tensor:
-    """(2P, T-1) log pi_hat of the held-out pairs."""
-    pairs, read = seen.stage.held_out_pairs, getattr(seen.guide, "held_out", seen.guide)
-    if isinstance(read, torch.nn.Module):
-        model = read.model if isinstance(read, ResponseReader) else read
-        return pair_stats(
-            model, None, pairs, seen.stage.tokenizer.pad_token_id, with_kl=False, pair_loss=pair_loss
-        ).logps
-    if read is None:
-        raise ValueError("the guide was made without held-out pairs; give them to guides.make")
-    return stats.unpack(read(collate(list(pairs))).to(seen.tokens.logps), seen.tokens.mask)
 
 
 def growth(seen: Seen) -> dict[str, np.ndarray]:
