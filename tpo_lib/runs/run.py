@@ -110,6 +110,8 @@ def fit(
 
         def load(name: str, model) -> ResponseReader:
             model = model if isinstance(model, torch.nn.Module) else model()
+            if isinstance(model, ResponseReader):
+                raise ValueError(f"the {name} is a reader: give its model, if it is frozen, or train with train.fit")
             run.note(name, model)
             check_pairs(model, everything, name=name, policy=policy.model)
             return fast.reader(model, config).to(accelerator.device)

@@ -51,7 +51,6 @@ class Guide:
 def make(
     spec: Mapping,
     pairs: Sequence[EncodedPair],
-    held_out: Sequence[EncodedPair] = (),
     *,
     reference,
     tokenizer,
@@ -62,7 +61,7 @@ def make(
     """The guide that a spec {"kind": one of TAKES, ...} names, its r_hat computed once for all pairs.
 
     Args:
-        pairs, held_out: of training, and those that training is evaluated on; numbered by their rows, each table apart.
+        pairs: of training; found by their rows, each its own.
         beta: guide_beta of the objective; of a model what it was trained with.
         model: a DPO policy, for "model" and "shuffled", and wherever no std is given.
         reward: with `token_credit` over the tokenizer's ids, for "oracle"; where there is one, others are compared with it.
@@ -79,18 +78,16 @@ def make(
     needs_model = spec.get("std") is None
     if needs_model and model is None:
         raise ValueError(f"a guide of kind {kind!r} needs model=, a DPO policy" + ", or std" * ("std" in TAKES[kind]))
-    tables = [Table.read(rows, reference, beta, model if needs_model else None) for rows in (pairs, held_out) if rows]
-    std = spec.get("std") or tables[0].r_hat[tables[0].mask].std(correction=0).item()
+    table = Table.read(pairs, reference, beta, model if needs_model else None)
+    std = spec.get("std") or table.r_hat[table.mask].std(correction=0).item()
     if kind == "oracle":
-        credits = [_credit(reward, tokenizer, reference, table) for table in tables]
-        on = credits[0][tables[0].mask]
+        credit = _credit(reward, tokenizer, reference, table)
+        on = credit[table.mask]
         middle, scale = on.mean() if spec.get("centred") else 0.0, std / on.std(correction=0)
-        tables = [table.said(scale * (w - middle)) for table, w in zip(tables, credits, strict=True)]
+        table = table.said(scale * (credit - middle))
     elif kind != "model":
-        tables = [table.said(_drawn(table, kind, std, spec.get("seed", 0))) for table in tables]
-    reads = [table.cache(beta).read for table in tables]
-    reader = FrozenReader(reads[0], reads[1] if held_out else None)
-    return Guide(reader, described(tables[0], reward, tokenizer, reference))
+        table = table.said(_drawn(table, kind, std, spec.get("seed", 0)))
+    return Guide(FrozenReader(table.cache(beta).read, None), described(table, reward, tokenizer, reference))
 
 
 def _checked(spec: Mapping) -> str:
@@ -197,6 +194,8 @@ class Average(ResponseReader):
     pi_hat <- decay^k pi_hat + (1 - decay^k) pi_theta after k updates, from the start; `update` is a callback of `train.fit`,
     called every `eval_every` updates: 1 makes it exact at each, a larger one a guide that is refreshed from time to time. With
     guide_beta = beta, r_hat is the implied reward of the policy a while ago; at the start it is 0, and TGDPO is DPO.
+
+    `tpo_lib.fit` refuses it: it may keep what a guide says of a pair, and would go on after a kill with a guide at its start.
     """
 
     def __init__(self, start, decay: float) -> None:
