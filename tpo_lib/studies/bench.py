@@ -97,6 +97,7 @@ def build(data: Data, cache_dir: Path) -> Bench:
     test, validation = _held_out(config.model, config.prompts, config.device, scorers)
     seed = stream(data.seed, "study: training")
     seen = [*test, *validation]
+    # prompts to train on, drawn as held-out ones are: none begins one of the others or goes on where it ends
     training = held_out_prompts(config.prompts, data.train_prompts, start, tokenizer, seed=seed, seen=seen).texts
 
     def sample(prompts: list[str], seed: int, most: int):

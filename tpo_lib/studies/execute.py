@@ -20,6 +20,7 @@ first, then as trained. Every run computes in one thread, so that its figures do
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -83,13 +84,7 @@ def _made(spec: dict, folder: Path) -> dict:
         return _best_of(spec, data.stage) | {"spec": spec, "seconds": {"in all": time.monotonic() - begun}}
     stage = data.on(how["on"], how["samples"])
     points = [_start(spec, stage, folder)]
-    if "online" in spec:
-        guide, config = guides.Guide(None), None
-    else:
-        guide, config = _guide(spec, data, folder), config_of(spec["train"])
-    if "match" in spec:
-        matched = guides.matched_beta(guide, data.stage.pairs, reference=stage.start, beta=config.beta, **spec["match"])
-        config, guide = replace(config, beta=matched["beta"]), guides.Guide(None, matched)
+    train_it, config, note = _training(spec, data, folder)
 
     def evaluate(step: int, policy) -> None:
         nonlocal evaluating
@@ -99,11 +94,7 @@ def _made(spec: dict, folder: Path) -> dict:
             evaluating += time.monotonic() - clock
 
     clock = time.monotonic()
-    pair_loss = reverse_kl.pair_loss if spec.get("kl") == "reverse" else None
-    if config is None:
-        result = _online(ppo.PPOConfig(**spec["online"]), data, [evaluate])
-    else:
-        result = _trained(config, data, guide, [*guide.callbacks, evaluate], pair_loss)
+    result = train_it(callbacks=[evaluate])
     seconds = {"training": time.monotonic() - clock - evaluating, "evaluating": evaluating}
     seconds["in all"] = time.monotonic() - begun
     if result.steps != how["at"][-1]:
@@ -115,10 +106,22 @@ def _made(spec: dict, folder: Path) -> dict:
         "points": points,
         "training": result.metrics,
         "seconds": seconds,
-        "guide": guide.note,
+        "guide": note,
         "pairs": data.note,
     }
     return store.rounded(made, DIGITS) | {"versions": runs.versions()}
+
+
+def _training(spec: dict, data: bench.Bench, folder: Path) -> tuple[Callable, TrainConfig | None, dict]:
+    """What trains, given callbacks; its settings, if it trains on pairs; and what is known of its guide."""
+    if "online" in spec:
+        return partial(_online, ppo.PPOConfig(**spec["online"]), data), None, {}
+    guide, config, stage = _guide(spec, data, folder), config_of(spec["train"]), data.stage
+    if "match" in spec:
+        matched = guides.matched_beta(guide, stage.pairs, reference=stage.start, beta=config.beta, **spec["match"])
+        config, guide = replace(config, beta=matched["beta"]), guides.Guide(None, matched)
+    pair_loss = reverse_kl.pair_loss if spec.get("kl") == "reverse" else None
+    return partial(_trained, config, data, guide, pair_loss=pair_loss), config, guide.note
 
 
 def _best_of(spec: dict, stage) -> dict:
@@ -144,7 +147,8 @@ def config_of(settings: dict) -> TrainConfig:
 def _trained(config: TrainConfig, data: bench.Bench, guide=NO_GUIDE, callbacks=(), pair_loss=None) -> train.TrainResult:
     fast, stage = FastPath(), data.stage
     policy, reference = stage.policy(config), fast.reader(stage.start, config)
-    more = {"guide": guide.reader, "pair_loss": pair_loss or fast.pair_loss, "callbacks": callbacks, "progress": False}
+    more = {"guide": guide.reader, "pair_loss": pair_loss or fast.pair_loss, "progress": False}
+    more["callbacks"] = [*guide.callbacks, *callbacks]
     return train.fit(config, fast.reader(policy.eval(), config), reference, stage.pairs, **more)
 
 

@@ -7,26 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor
-
 from tpo_lib import stats
-from tpo_lib.types import LossOutput, Reading, TokenStats
+from tpo_lib.types import Reading
 
 
-def pair_loss(
-    objective: Callable[[TokenStats, TokenStats | None], LossOutput],
-    policy: Reading,
-    labels: Tensor,
-    ref: Reading | Tensor | None = None,
-    *,
-    guide: Reading | Tensor | None = None,
-    with_kl: bool = False,
-    paired: bool = True,
-    logged: bool = True,
-) -> tuple[LossOutput, TokenStats | None]:
+def pair_loss(objective, policy, labels, ref=None, *, guide=None, with_kl=False, paired=True, logged=True):
     """`stats.pair_loss` whose `kl`, also where it is logged, is KL(pi_theta || pi_ref): exact, over the whole vocabulary.
 
     An estimate from the sampled token would be another objective: its gradient is one of log pi(y), which DPO's term has already.
