@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ EVALUATE = {"at": [1], "samples": 2}
 
 @pytest.fixture
 def fake(monkeypatch):
+    """Runs that do as their spec says, by workers of one server that has torch: spawned, each would import it again."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["tpo_lib.studies.pool"])
+    monkeypatch.setattr(pool, "get_context", lambda method: server)
     monkeypatch.setattr(pool, "execute", workers.made)
 
 
