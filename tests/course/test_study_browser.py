@@ -15,7 +15,7 @@ from scipy.stats import t
 from toy_study import GAINS, runs, write
 
 from tpo_course.widgets import study_browser as exported
-from tpo_course.widgets.study_browser import BUDGETS, STUDIES, study_browser
+from tpo_course.widgets.study_browser import BUDGETS, STUDIES, grid_figure, study_browser
 from tpo_lib.studies import study
 
 
@@ -161,6 +161,19 @@ def test_the_settings_that_were_tried(browser):
     assert lines(browser)["DPO"][2] == "-"
 
 
+def test_a_grid_is_a_line_for_all_but_the_first_setting():
+    grid = [({"beta": beta, "lr": lr}, beta + 100 * lr) for beta in (0.3, 0.1) for lr in (1e-4, 3e-4)]
+    (ax,) = grid_figure("dpo", grid, ["beta", "lr"], [grid[2][0]]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines() if line.get_linewidth() == 2}
+    assert list(lines) == ["DPO lr 0.0001", "DPO lr 0.0003"]
+    assert lines["DPO lr 0.0001"] == [[0.1, pytest.approx(0.11)], [0.3, pytest.approx(0.31)]]  # sorted
+    (ring,) = [line for line in ax.get_lines() if line.get_markersize() == 15]
+    assert ring.get_xydata().tolist() == [[0.1, pytest.approx(0.11)]]
+    assert (ax.get_xscale(), [text.get_text() for text in ax.get_xticklabels()]) == ("log", ["0.1", "0.3"])
+    none = grid_figure("tdpo2", [({"alpha": 0.0}, 0.5), ({"alpha": 1.0}, 0.6)], ["alpha"])
+    assert none.axes[0].get_xscale() == "linear"
+
+
 def test_controls_are_named_and_print_their_value(browser):
     for name, control in browser.controls.items():
         assert control.description, name
@@ -199,5 +212,11 @@ def test_the_result_of_study_1_is_shown():
         lowest, highest = (f(f(each) for each in rewards) for f in (min, max))
         assert lowest < row["mean"] < highest
         assert row["there"] == sum(max(kl) >= 10 for kl in kls)
+    browser.controls["budget"].value = 5
+    there = {name: [run["endpoints"]["reward at 5 nats"] for run in known["runs"][name]] for name in browser.rows}
+    whole = {name: values for name, values in there.items() if None not in values}
+    assert "dpo" in whole
+    for name, values in whole.items():  # what the study's page has, of the same curve
+        assert browser.rows[name]["mean"] == pytest.approx(np.mean([np.mean(each) for each in values]), abs=2e-3)
     browser.controls["show"].value = "dpo"
     assert f"{sum(name == 'dpo' for name, *_ in known['grid'])} settings of DPO" in browser.alt

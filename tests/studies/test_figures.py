@@ -17,7 +17,6 @@ METHODS = {
     "tgdpo": 0.33,
     "simpo": 0.22,
 }  # -> height of the reward's curve
-GRID = [({"beta": beta, "lr": lr}, beta + 100 * lr) for beta in (0.3, 0.1) for lr in (1e-4, 3e-4)]  # and areas
 METRICS = ("kl", *figures.SCORES, *figures.SEQKL)
 
 
@@ -71,11 +70,10 @@ def drawn(methods) -> dict:
         "seqkl": figures.seqkl({name: each for name, each in methods.items() if name != "simpo"}),
         "over_training": figures.over_training(methods, ("reward", "judge")),
         "seeds": figures.frontier(methods, ["reward"], seeds=True),
-        "settings": figures.settings("dpo", GRID, ["beta", "lr"], [GRID[2][0]]),
     }
 
 
-@pytest.mark.parametrize("name", ["frontier", "differences", "seqkl", "over_training", "seeds", "settings"])
+@pytest.mark.parametrize("name", ["frontier", "differences", "seqkl", "over_training", "seeds"])
 def test_text_is_large_enough_and_axes_have_words(pictures, name):
     figure = pictures[name]
     figure.draw_without_rendering()
@@ -133,18 +131,6 @@ def test_every_seed_is_drawn_to_its_own_end(methods, pictures):
     assert [line.get_ydata()[-1] for line in thin] == pytest.approx(
         [endpoints.end(run, "reward").mean() for run in methods["tgdpo"]]
     )
-
-
-def test_a_grid_is_a_line_for_all_but_the_first_setting(pictures):
-    (ax,) = pictures["settings"].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines() if line.get_linewidth() == 2}
-    assert list(lines) == ["DPO lr 0.0001", "DPO lr 0.0003"]
-    assert lines["DPO lr 0.0001"] == [[0.1, pytest.approx(0.11)], [0.3, pytest.approx(0.31)]]  # sorted
-    (ring,) = [line for line in ax.get_lines() if line.get_markersize() == 15]
-    assert ring.get_xydata().tolist() == [[0.1, pytest.approx(0.11)]]
-    assert (ax.get_xscale(), [text.get_text() for text in ax.get_xticklabels()]) == ("log", ["0.1", "0.3"])
-    none = figures.settings("tdpo2", [({"alpha": 0.0}, 0.5), ({"alpha": 1.0}, 0.6)], ["alpha"])
-    assert none.axes[0].get_xscale() == "linear"
 
 
 def test_what_a_result_keeps_of_a_run_gives_the_same_picture(methods):

@@ -100,40 +100,6 @@ def frontier_alt(methods: Methods, scores: Sequence[str] = SCORES) -> str:
     )
 
 
-def settings(
-    name: str, tried: Sequence[tuple[Mapping, float]], keys: Sequence[str], chosen: Sequence[Mapping] = ()
-) -> Figure:
-    """The area of every setting of a method's grid against the first of `keys`, a line for each value of the others.
-
-    Args:
-        tried: (setting, area on validation prompts).
-        chosen: settings that get a ring.
-    """
-    fig, (ax,) = plots.panels(1, width=6.5, height=4.4)
-    lines: dict[str, list] = {}
-    for setting, area in tried:
-        lines.setdefault(line_of(name, setting, keys), []).append((setting[keys[0]], area))
-        if setting in chosen:
-            ring = {"markersize": 15, "markeredgewidth": 1.8, "markerfacecolor": "none", "color": "black"}
-            ax.plot(setting[keys[0]], area, "o", **ring)
-    for line, points in lines.items():
-        plots.curve(ax, *zip(*sorted(points), strict=True), plots.style_of(line, lines))
-    values = sorted({setting[keys[0]] for setting, _ in tried})
-    if values[0] > 0:
-        ax.set_xscale("log")
-    ax.set_xticks(values, [f"{value:g}" for value in values])
-    ax.minorticks_off()
-    ax.set_xlabel(f"{keys[0]}{' (log scale)' * (values[0] > 0)}; ringed: reported")
-    ax.set_ylabel("area on validation prompts")
-    plots.legend(fig, lines)
-    return fig
-
-
-def line_of(name: str, setting: Mapping, keys: Sequence[str]) -> str:
-    """The label of the line that a setting lies on in `settings`."""
-    return " ".join([name, *(f"{key} {setting[key]:g}" for key in keys[1:])])
-
-
 def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
     """A forest plot: {what differs, with its unit: rows of `tables.paired`}, a panel each, the same family in all.
 

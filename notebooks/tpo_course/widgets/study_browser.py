@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 import tpo_lib
 from tpo_course.widgets.parts import BEHIND, Lab, look, table
 from tpo_course.widgets.parts import page as as_page
-from tpo_lib.runs.plots import AXIS, FONT, style_of
+from tpo_lib.runs.plots import AXIS, FONT, curve, legend, panels, style_of
 from tpo_lib.studies import endpoints, figures
+from tpo_lib.studies.words import heading
 
 STUDIES = Path(tpo_lib.__file__).parents[1] / "studies"  # of the repository; a wheel has none
 # Nats, about evenly spaced in their root.
@@ -63,7 +64,7 @@ class StudyBrowser(Lab):
         against = self.result["best"].get("dpo", next(iter(self.runs)))
         tuned = dict.fromkeys(name for name, *_ in self.result["grid"])
         views = [("scores against KL", ""), *((f"settings tried for {style_of(name).label}", name) for name in tuned)]
-        scores = [(_words(score), score) for score in figures.present(self.runs, figures.SCORES)]
+        scores = [(heading(score), score) for score in figures.present(self.runs, figures.SCORES)]
         budgets = [(f"{nats:g} nats", nats) for nats in BUDGETS if nats <= max(self._far, BUDGETS[0])]
         begin = min((nats for _, nats in budgets), key=lambda nats: abs(nats - FIRST))
         wide = look("110px", "400px")
@@ -99,7 +100,7 @@ class StudyBrowser(Lab):
         self._line.set_xdata([level, level])
         self._mark.set(x=level, text=f"{level:g} nats")
         self.rows = self._compared(methods, score, reference, level)
-        words, seeds = _words(score), len(self.runs[methods[0]])
+        words, seeds = heading(score), len(self.runs[methods[0]])
         said = ", ".join(f"{style_of(name).label} {row['mean']:.3f}" for name, row in self.rows.items())
         alt = (
             f"{words.capitalize()} against {AXIS['kl']}, on a root scale, every seed thin, the mean of {seeds} thick. "
@@ -151,11 +152,11 @@ class StudyBrowser(Lab):
         keys = next(list(method.grid) for method in self.plan.methods if method.name == name)
         tried = [(setting, area) for method, setting, area in self.result["grid"] if method == name]
         reported = [setting for method, setting in self.result["chosen"].values() if method == name]
-        self.figure, self._drawn = figures.settings(name, tried, keys, reported), None
+        self.figure, self._drawn = grid_figure(name, tried, keys, reported), None
         values = sorted({setting[keys[0]] for setting, _ in tried})
         lines: dict[str, dict] = {}
         for setting, area in tried:
-            lines.setdefault(figures.line_of(name, setting, keys), {})[setting[keys[0]]] = area
+            lines.setdefault(line_of(name, setting, keys), {})[setting[keys[0]]] = area
         cells = [
             [style_of(line).label, *(f"{areas[x]:.3f}" if x in areas else "-" for x in values)]
             for line, areas in lines.items()
@@ -166,8 +167,38 @@ class StudyBrowser(Lab):
         self._show(said, as_page(said + table(["", *(f"{keys[0]} {value:g}" for value in values)], cells, TUNED)))
 
 
-def _words(score: str) -> str:
-    return score.replace("_", " ")
+def grid_figure(
+    name: str, tried: Sequence[tuple[Mapping, float]], keys: Sequence[str], chosen: Sequence[Mapping] = ()
+) -> Figure:
+    """The area of every setting of a method's grid against the first of `keys`, a line for each value of the others.
+
+    Args:
+        tried: (setting, area on validation prompts).
+        chosen: settings that get a ring.
+    """
+    fig, (ax,) = panels(1, width=6.5, height=4.4)
+    lines: dict[str, list] = {}
+    for setting, area in tried:
+        lines.setdefault(line_of(name, setting, keys), []).append((setting[keys[0]], area))
+        if setting in chosen:
+            ring = {"markersize": 15, "markeredgewidth": 1.8, "markerfacecolor": "none", "color": "black"}
+            ax.plot(setting[keys[0]], area, "o", **ring)
+    for line, points in lines.items():
+        curve(ax, *zip(*sorted(points), strict=True), style_of(line, lines))
+    values = sorted({setting[keys[0]] for setting, _ in tried})
+    if values[0] > 0:
+        ax.set_xscale("log")
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.minorticks_off()
+    ax.set_xlabel(f"{keys[0]}{' (log scale)' * (values[0] > 0)}; ringed: reported")
+    ax.set_ylabel("area on validation prompts")
+    legend(fig, lines)
+    return fig
+
+
+def line_of(name: str, setting: Mapping, keys: Sequence[str]) -> str:
+    """The label of the line that a setting lies on in `grid_figure`."""
+    return " ".join([name, *(f"{key} {setting[key]:g}" for key in keys[1:])])
 
 
 def _signed(row: Mapping | None) -> str:
