@@ -7,7 +7,7 @@ from toy_study import write
 from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
-METHODS = "methods"
+METHODS = ".widget-checkbox input"  # in the order of the result
 
 
 def test_study_browser(notebook, tmp_path):
@@ -29,13 +29,14 @@ def test_study_browser(notebook, tmp_path):
     page.choose("compared with", "SimPO")
     page.wait_for_text("minus SimPO")
     page.idle()
-    page.press(METHODS, "Home")  # the first alone
-    page.wait_for_change(page.text)
-    page.idle()
-    assert "TDPO2 α0.5\t" not in page.text
-    page.press(METHODS, "Shift+ArrowDown")
-    page.wait_for_text("alpha 0.1 beta 0.1 lr 0.0003")
-    page.idle()
+    for place, words in ((1, "alpha 0.1 beta 0.1 lr 0.0003"), (3, "minus SimPO")):  # show TDPO2 at .1, hide SimPO
+        before = page.text
+        page.locator(METHODS).nth(place).focus()
+        page.page.keyboard.press("Space")
+        page.wait_for_change(before)
+        page.wait_for_text(words)
+        page.idle()
+    assert "\nbeta 2" not in page.text  # SimPO's setting
     before = page.content(PICTURE)
     page.choose("show", "settings tried for DPO")
     page.wait_for_text("most at beta 0.1 lr 0.0003, 0.780")

@@ -55,7 +55,7 @@ def said(values: np.ndarray, sign: str = "") -> str:
 
 @pytest.mark.parametrize(("level", "score"), [(2, "reward"), (10, "reward"), (6, "judge")])
 def test_the_table_is_what_the_curves_give_by_hand(browser, level, score):
-    browser.controls["methods"].value = tuple(GAINS)
+    browser.choose(*GAINS)
     browser.controls["budget"].value, browser.controls["score"].value = level, score
     found = lines(browser)
     assert found[""][:2] == [f"{score} [95%]", f"seeds that come to {level} nats"]
@@ -74,7 +74,7 @@ def test_the_table_is_what_the_curves_give_by_hand(browser, level, score):
 
 
 def test_some_differences_are_told_apart_and_some_are_not(browser):
-    browser.controls["methods"].value = ("tdpo2 α0.1", "tdpo2 α0.5")
+    browser.choose("tdpo2 α0.1", "tdpo2 α0.5")
     assert lines(browser)["TDPO2 α0.1"][2] == "+0.000 [+0.000, +0.000]"
     assert lines(browser)["TDPO2 α0.5"][2].endswith("*")
     browser.controls["reference"].value = "tdpo2 α0.5"
@@ -84,7 +84,8 @@ def test_some_differences_are_told_apart_and_some_are_not(browser):
 
 def test_it_starts_with_each_method_at_its_best_beside_dpo(browser):
     assert exported is study_browser
-    assert browser.controls["methods"].value == ("dpo", "tdpo2 α0.5", "simpo")
+    assert list(browser.rows) == ["dpo", "tdpo2 α0.5", "simpo"]
+    assert [browser.controls[name].value for name in GAINS] == [True, False, True, True]
     assert (browser.controls["reference"].value, browser.controls["budget"].value) == ("dpo", 10)
     budgets = [nats for _, nats in browser.controls["budget"].options]
     assert budgets == [nats for nats in BUDGETS if nats <= 25]  # as far as a run comes
@@ -94,7 +95,7 @@ def test_it_starts_with_each_method_at_its_best_beside_dpo(browser):
 
 
 def test_the_picture_has_the_mean_thick_every_seed_thin_and_the_budget(browser):
-    browser.controls["methods"].value = ("dpo", "simpo")
+    browser.choose("dpo", "simpo")
     browser.controls["budget"].value = 4
     (ax,) = browser.figure.axes
     thick = {line.get_label(): line for line in ax.get_lines() if line.get_linewidth() == 2}
@@ -115,7 +116,7 @@ def test_the_picture_has_the_mean_thick_every_seed_thin_and_the_budget(browser):
 
 
 def test_every_control_changes_text_and_alt(browser):
-    for name, value in (("budget", 3), ("score", "judge"), ("methods", ("dpo",)), ("reference", "simpo")):
+    for name, value in (("budget", 3), ("score", "judge"), ("simpo", False), ("reference", "simpo")):
         before = browser.text.value, browser.picture.value
         browser.controls[name].value = value
         assert browser.text.value != before[0]
@@ -130,11 +131,10 @@ def test_every_control_changes_text_and_alt(browser):
 
 def test_without_a_method_it_says_so_and_goes_on_with_the_next(browser):
     before = browser.text.value
-    methods = browser.controls["methods"].value
-    browser.controls["methods"].value = ()
-    assert "take one or several" in browser.text.value
+    browser.choose()
+    assert "tick one or several" in browser.text.value
     assert "image/png" not in browser._repr_mimebundle_()
-    browser.controls["methods"].value = methods
+    browser.choose("dpo", "tdpo2 α0.5", "simpo")
     assert browser.text.value == before
 
 
@@ -153,7 +153,7 @@ def test_the_settings_that_were_tried(browser):
     (ring,) = [line for line in ax.get_lines() if line.get_markersize() == 15]
     assert ring.get_xydata().tolist() == [[0.1, 0.78]]
     closed = {name for name, control in browser.controls.items() if control.disabled}
-    assert closed == {"score", "reference", "budget", "methods"}
+    assert closed == {"score", "reference", "budget", *GAINS}
     browser.controls["show"].value = "tdpo2"
     assert lines(browser)["TDPO2 beta 0.1 lr 0.0003"] == ["0.800", "1.200"]
     browser.controls["show"].value = ""

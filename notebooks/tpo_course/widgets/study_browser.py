@@ -33,7 +33,7 @@ class StudyBrowser(Lab):
         folder: with NAME.toml and results/NAME.json; None is `studies` of the repository.
 
     Attributes:
-        controls: {name: control}: show, score, reference, budget, methods.
+        controls: {name: control}: show, score, reference, budget; and of every method, by its label, whether it is shown.
         rows: {method: its figures at the budget}: "mean", "low", "high", "there" (seeds that come to it) and "difference", a row
             of `tables.paired`, None of the reference itself.
         figure: the matplotlib Figure; picture: the HTML widget that shows it.
@@ -52,14 +52,22 @@ class StudyBrowser(Lab):
         self.runs = page.methods(self.result)
         self._drawn = None  # which methods and score the figure shows
         self._far = max(point["kl"] for runs in self.result["runs"].values() for run in runs for point in run["points"])
-        columns = (("show", "score", "reference", "budget"), ("methods",))
-        super().__init__(
-            self._made(page.frontiers(self.plan, self.result, self.runs)["frontier"]), columns, Figure(SIZE), 260
-        )
+        shown = page.frontiers(self.plan, self.result, self.runs)["frontier"]
+        names, half = list(self.runs), -(-len(self.runs) // 2)
+        # Not one list: JupyterLab takes the keys that would select several of it.
+        layout = {"indent": False, "layout": w.Layout(width="210px")}
+        boxes = {name: w.Checkbox(name in shown, description=style_of(name).label, **layout) for name in names}
+        columns = (("show", "score", "reference", "budget"), names[:half], names[half:])
+        super().__init__(self._made() | boxes, columns, Figure(SIZE), 260)
         self.box.children = (w.HTML(f"<b>{self.plan.title}</b>: {self.plan.question}"), *self.box.children)
 
-    def _made(self, shown: Mapping) -> dict[str, w.Widget]:
-        """The controls; `shown` are the methods at the start."""
+    def choose(self, *methods: str) -> None:
+        """Show these methods, by their labels, and no others."""
+        self._set({name: name in methods for name in self.runs})
+        self._draw()
+
+    def _made(self) -> dict[str, w.Widget]:
+        """The controls beside the methods'."""
         names = [(style_of(name).label, name) for name in self.runs]
         against = self.result["best"].get("dpo", next(iter(self.runs)))
         tuned = dict.fromkeys(name for name, *_ in self.result["grid"])
@@ -68,7 +76,6 @@ class StudyBrowser(Lab):
         budgets = [(f"{nats:g} nats", nats) for nats in BUDGETS if nats <= max(self._far, BUDGETS[0])]
         begin = min((nats for _, nats in budgets), key=lambda nats: abs(nats - FIRST))
         wide = look("110px", "400px")
-        several = {"rows": min(10, len(names)), "description": "methods", **look("70px", "330px")}
         return {
             "show": w.Dropdown(options=views, description="show", **wide),
             "score": w.Dropdown(options=scores, description="score", **wide),
@@ -76,7 +83,6 @@ class StudyBrowser(Lab):
             "budget": w.SelectionSlider(
                 options=budgets, value=begin, description="budget of KL", continuous_update=False, **wide
             ),
-            "methods": w.SelectMultiple(options=names, value=tuple(shown), **several),
         }
 
     def _follow(self, moved: w.Widget) -> None:
@@ -85,14 +91,14 @@ class StudyBrowser(Lab):
             control.disabled = bool(self.controls["show"].value) and control is not self.controls["show"]
 
     def _draw(self) -> None:
-        view, methods = self.controls["show"].value, self.controls["methods"].value
+        view, methods = self.controls["show"].value, [name for name in self.runs if self.controls[name].value]
         if view:
             self._settings(view)
         elif methods:
             self._scores(methods, *(self.controls[name].value for name in ("score", "reference", "budget")))
         else:
             self.alt, self._png, self.picture.value = "No method is chosen.", b"", ""
-            self.text.value = "No method is chosen: take one or several of the list."
+            self.text.value = "No method is chosen: tick one or several."
 
     def _scores(self, methods: Sequence[str], score: str, reference: str, level: float) -> None:
         if self._drawn != (methods, score):
