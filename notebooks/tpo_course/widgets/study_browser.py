@@ -18,9 +18,9 @@ STUDIES = Path(tpo_lib.__file__).parents[1] / "studies"  # of the repository; a 
 BUDGETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 30, 35, 40)
 FIRST = 10  # the budget at the start
 SIZE = (9.0, 5.3)  # inches, of the room for the picture
-NOTE = """Means over seeds. A seed that ends below the budget counts with its end: a budget need not be spent. Intervals are
-Student's, over the seeds alone; those of studies/results/{name}.md cover seeds and prompts, and its p values the number of
-comparisons. <b>*</b> the interval excludes 0."""
+NOTE = """Means over seeds. One that is not there, since it ends below the budget, counts with its end. Intervals are Student's,
+over the seeds alone; those of studies/results/{name}.md cover seeds and prompts, and its p values the number of comparisons.
+<b>*</b> the interval excludes 0."""
 TUNED = """One seed, validation prompts: neighbours differ by chance too, and the best of many is a little lucky. What is reported
 was measured anew, on test prompts and with other seeds."""
 
@@ -59,6 +59,7 @@ class StudyBrowser(Lab):
         boxes = {name: w.Checkbox(name in shown, description=style_of(name).label, **layout) for name in names}
         columns = (("show", "score", "reference", "budget"), names[:half], names[half:])
         super().__init__(self._made() | boxes, columns, Figure(SIZE), 260)
+        self.text.layout.max_width = "912px"
         self.box.children = (w.HTML(f"<b>{self.plan.title}</b>: {self.plan.question}"), *self.box.children)
 
     def choose(self, *methods: str) -> None:
@@ -112,7 +113,7 @@ class StudyBrowser(Lab):
             f"{words.capitalize()} against {AXIS['kl']}, on a root scale, every seed thin, the mean of {seeds} thick. "
         )
         text = f"<b>{words} within {level:g} nats</b>, {seeds} seeds"
-        self._show(f"{alt}Within {level:g} nats: {said}.", as_page(f"{text}{self._table(words, level, reference)}"))
+        self._show(f"{alt}Within {level:g} nats: {said}.", as_page(f"{text}{self._table(words, reference)}"))
 
     def _paint(self, methods: Sequence[str], score: str) -> None:
         """A new figure with the line of the budget, its places settled once: they stay while the line moves."""
@@ -141,16 +142,17 @@ class StudyBrowser(Lab):
             for name in methods
         }
 
-    def _table(self, words: str, level: float, reference: str) -> str:
+    def _table(self, words: str, reference: str) -> str:
         from tpo_lib.studies import page
 
         lines = []
         for name, row in self.rows.items():
-            setting = page.setting_words(self.result["chosen"][name][1])
             there = f"{row['there']} of {len(self.runs[name])}"
-            lines.append([style_of(name).label, page.cell(row, words), there, _signed(row["difference"]), setting])
-        heads = ["", f"{words} [95%]", f"seeds that come to {level:g} nats", f"minus {style_of(reference).label} [95%]"]
-        return table([*heads, "setting"], lines, NOTE.format(name=self.plan.name))
+            setting = page.setting_words(self.result["chosen"][name][1])
+            cells = (style_of(name).label, page.cell(row, words), there, _signed(row["difference"]))
+            lines.append([*(f'<span style="white-space:nowrap">{cell}</span>' for cell in cells), setting])
+        heads = ["", f"{words} [95%]", "seeds there", f"minus {style_of(reference).label} [95%]", "setting"]
+        return table(heads, lines, NOTE.format(name=self.plan.name))
 
     def _settings(self, name: str) -> None:
         from tpo_lib.studies import page
