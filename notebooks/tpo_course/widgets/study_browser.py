@@ -10,7 +10,6 @@ import tpo_lib
 from tpo_course.widgets.parts import BEHIND, Lab, look, table
 from tpo_course.widgets.parts import page as as_page
 from tpo_lib.runs.plots import AXIS, FONT, curve, legend, panels, style_of
-from tpo_lib.studies import endpoints, figures
 from tpo_lib.studies.words import heading
 
 STUDIES = Path(tpo_lib.__file__).parents[1] / "studies"  # of the repository; a wheel has none
@@ -44,7 +43,8 @@ class StudyBrowser(Lab):
     """
 
     def __init__(self, name: str = "frontier", folder: str | Path | None = None) -> None:
-        from tpo_lib.studies import page, study  # bring what trains and evaluates, which other widgets need not
+        # Here and in the methods below: studies bring what trains and evaluates, which other widgets need not.
+        from tpo_lib.studies import page, study
         from tpo_lib.studies.spec import Study
 
         folder = Path(folder or STUDIES)
@@ -69,6 +69,8 @@ class StudyBrowser(Lab):
 
     def _made(self) -> dict[str, w.Widget]:
         """The controls beside the methods'."""
+        from tpo_lib.studies import figures
+
         names = [(style_of(name).label, name) for name in self.runs]
         against = self.result["best"].get("dpo", next(iter(self.runs)))
         tuned = dict.fromkeys(name for name, *_ in self.result["grid"])
@@ -117,6 +119,8 @@ class StudyBrowser(Lab):
 
     def _paint(self, methods: Sequence[str], score: str) -> None:
         """A new figure with the line of the budget, its places settled once: they stay while the line moves."""
+        from tpo_lib.studies import figures
+
         runs = {name: self.runs[name] for name in methods}
         self.figure = figures.frontier(runs, [score], self.result.get("best_of_n", ()), seeds=True)
         ax = self.figure.axes[0]
@@ -129,7 +133,7 @@ class StudyBrowser(Lab):
         self._drawn = methods, score
 
     def _compared(self, methods: Sequence[str], score: str, reference: str, level: float) -> dict[str, dict]:
-        from tpo_lib.studies import tables
+        from tpo_lib.studies import endpoints, tables
 
         values = {name: endpoints.table(self.runs[name], "budget", score, level) for name in (*methods, reference)}
         pairs = [(name, reference) for name in methods if name != reference]
