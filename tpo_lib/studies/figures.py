@@ -113,7 +113,9 @@ def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
         raise ValueError(
             "the panels of a forest plot share their rows: need the same pairs (a, b) in one order in each"
         )
-    fig, axes = plots.panels(len(panels), width=2.2 + 3.8 * len(panels), height=1.6 + 0.42 * len(rows))
+    names = [" − ".join(plots.style_of(name).label for name in pair) for pair in pairs]
+    left = max(2.2, 0.092 * max(map(len, names)))  # inches
+    fig, axes = plots.panels(len(panels), width=left + 3.8 * len(panels), height=1.6 + 0.42 * len(rows))
     for ax, (words, each) in zip(axes, panels.items(), strict=True):
         ax.axvline(0, color="#555555", linewidth=1)
         ax.use_sticky_edges = False  # else a band would end at the frame
@@ -143,7 +145,6 @@ def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
             ax.plot([row["mean"]], [y], **look, zorder=3)
         ax.set(xlabel=words, ylim=(len(each) - 0.4, -0.6), yticks=range(len(each)))
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        names = [" − ".join(plots.style_of(name).label for name in pair) for pair in pairs]
         ax.set_yticklabels(names if ax is axes[0] else [])
         ax.grid(axis="y", visible=False)
     note = "filled: Holm p < .05; grey: smaller than what is detected in 80 of 100 such studies"
@@ -176,10 +177,7 @@ def over_training(methods: Methods, metrics: Sequence[str]) -> Figure:
     return fig
 
 
-GROWTH = {  # of `measures.growth` -> words
-    "seqkl_mean": "SeqKL(reference ‖ policy), nats",
-    "logratio_var": "variance of log π(y) / π_ref(y), nats²",
-}
+GROWTH = ("seqkl_mean", "logratio_var")  # of `measures.growth`
 
 
 def growth(methods: Methods) -> Figure:
@@ -189,7 +187,7 @@ def growth(methods: Methods) -> Figure:
     """
     grown = _grown(methods)
     fig, axes = plots.panels(len(GROWTH), width=11.0, height=4.8)
-    for ax, (metric, words) in zip(axes, GROWTH.items(), strict=True):
+    for ax, metric in zip(axes, GROWTH, strict=True):
         for name, (t, found) in grown.items():
             style = plots.style_of(name, grown)
             ax.fill_between(t, found[metric].min(0), found[metric].max(0), color=style.colour, alpha=0.15, linewidth=0)
@@ -199,7 +197,7 @@ def growth(methods: Methods) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(t, [str(each) for each in t])
-        ax.set(xlabel="first tokens of the response", ylabel=words)
+        ax.set(xlabel="first tokens of the response", ylabel=axis(metric))
     plots.legend(fig, grown)
     return fig
 
@@ -207,12 +205,12 @@ def growth(methods: Methods) -> Figure:
 def growth_alt(methods: Methods) -> str:
     """What `growth` shows: both at the shortest and at the longest."""
     said = []
-    for metric, words in GROWTH.items():
+    for metric in GROWTH:
         ends = [
             f"{plots.style_of(name).label} {found[metric].mean(0)[0]:.3g} to {found[metric].mean(0)[-1]:.3g}"
             for name, (_, found) in _grown(methods).items()
         ]
-        said.append(f"{words}: {', '.join(ends)}")
+        said.append(f"{axis(metric)}: {', '.join(ends)}")
     t, _ = next(iter(_grown(methods).values()))
     return f"Means over seeds at the end of training, from the first {t[0]} to {t[-1]} tokens. {'; '.join(said)}."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpo_lib.runs.plots import AXIS
 
-CREDIT = "rank correlation of token reward and true credit"
+CREDIT = "rank correlation with the true credit"  # of the token reward
 MOVED = "change of log π of a token, nats: "
 WORDS = {  # metric: (in a table, on an axis); where one begins another, the longer comes first
     "second_judge": ("second judge", AXIS["second_judge"]),
@@ -17,7 +17,7 @@ WORDS = {  # metric: (in a table, on an axis); where one begins another, the lon
     "credit_rho_late": ("credit ρ, last third", f"{CREDIT},\nlast third"),
     "credit_rho_rare": ("credit ρ, rare tokens", f"{CREDIT},\nrare tokens"),
     "credit_rho": ("credit ρ", CREDIT),
-    "credit_slope": ("credit slope", "slope of the token reward over the true credit"),
+    "credit_slope": ("credit slope", "slope over the true credit"),
     "moved_chosen_good": ("Δ log π, chosen desirable", f"{MOVED}chosen, desirable"),
     "moved_chosen_bad": ("Δ log π, chosen undesirable", f"{MOVED}chosen, undesirable"),
     "moved_rejected_good": ("Δ log π, rejected desirable", f"{MOVED}rejected, desirable"),
@@ -26,6 +26,8 @@ WORDS = {  # metric: (in a table, on an axis); where one begins another, the lon
     "seqkl_chosen": ("SeqKL chosen", AXIS["seqkl_chosen"]),
     "seqkl_rejected": ("SeqKL rejected", AXIS["seqkl_rejected"]),
     "seqkl_margin": ("SeqKL margin", AXIS["seqkl_margin"]),
+    "seqkl_mean": ("SeqKL", AXIS["seqkl_chosen"]),
+    "logratio_var": ("log-ratio variance", "variance of log π(y) / π_ref(y), nats²"),
     "kl": ("KL", AXIS["kl"]),
 }
 
