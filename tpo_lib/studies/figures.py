@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -120,29 +121,7 @@ def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
         ax.axvline(0, color="#555555", linewidth=1)
         ax.use_sticky_edges = False  # else a band would end at the frame
         for y, row in enumerate(each):
-            if row["mean"] is None:
-                ax.text(
-                    0.5,
-                    y,
-                    "level not reached",
-                    transform=ax.get_yaxis_transform(),
-                    ha="center",
-                    va="center",
-                    fontsize=10,
-                )
-                continue
-            style = plots.style_of(row["a"], [name for pair in pairs for name in pair])
-            ax.barh(y, 2 * row["detectable"], left=-row["detectable"], height=0.8, color=GREY, zorder=0)
-            face = style.colour if row["holm"] < 0.05 else "white"
-            look = {
-                "color": style.colour,
-                "marker": style.marker,
-                "markerfacecolor": face,
-                "markersize": 8,
-                "linewidth": 2,
-            }
-            ax.plot([row["low"], row["high"]], [y, y], color=style.colour, linewidth=2, zorder=2)
-            ax.plot([row["mean"]], [y], **look, zorder=3)
+            _interval(ax, y, row, plots.style_of(row["a"], [name for pair in pairs for name in pair]))
         ax.set(xlabel=words, ylim=(len(each) - 0.4, -0.6), yticks=range(len(each)))
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_yticklabels(names if ax is axes[0] else [])
@@ -150,6 +129,19 @@ def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
     note = "filled: Holm p < .05; grey: smaller than what is detected in 80 of 100 such studies"
     fig.supxlabel(note, fontsize=plots.FONT - 1)
     return fig
+
+
+def _interval(ax: Axes, y: int, row: Mapping, style: plots.Style) -> None:
+    """A row of a forest plot."""
+    if row["mean"] is None:
+        centred = {"ha": "center", "va": "center", "fontsize": 10}
+        ax.text(0.5, y, "level not reached", transform=ax.get_yaxis_transform(), **centred)
+        return
+    ax.barh(y, 2 * row["detectable"], left=-row["detectable"], height=0.8, color=GREY, zorder=0)
+    face = style.colour if row["holm"] < 0.05 else "white"
+    look = {"color": style.colour, "marker": style.marker, "markerfacecolor": face, "markersize": 8}
+    ax.plot([row["low"], row["high"]], [y, y], color=style.colour, linewidth=2, zorder=2)
+    ax.plot([row["mean"]], [y], linewidth=2, zorder=3, **look)
 
 
 def differences_alt(panels: Mapping[str, Sequence[Mapping]]) -> str:
