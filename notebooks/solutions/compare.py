@@ -25,3 +25,12 @@ def reward_at_kl(kl, reward, at):
     roots = kl.sqrt()  # a reward is nearly straight in the root of the KL, not in the KL
     share = (math.sqrt(at) - roots[i - 1]) / (roots[i] - roots[i - 1])
     return reward[i - 1] + share * (reward[i] - reward[i - 1])
+
+
+def holm(p):
+    values, order = p.sort()
+    factors = torch.arange(len(p), 0, -1, dtype=p.dtype)  # m for the smallest, 1 for the largest
+    corrected = (values * factors).cummax(0).values.clamp(max=1)
+    answer = torch.empty_like(p)
+    answer[order] = corrected
+    return answer

@@ -1,4 +1,4 @@
-"""Exercises of 06_compare.ipynb: an interval, a paired difference, reward at equal KL, and how many winners chance makes."""
+"""Exercises of 06_compare.ipynb: an interval, a paired difference, reward at equal KL, and a correction for many questions."""
 
 from collections.abc import Callable
 
@@ -133,6 +133,42 @@ reward_at_kl = chapter.exercise(
     unsorted=_inside(_unsorted),
     straight_in_nats=_inside(lambda kl, reward, at: _extrapolated(kl**2, reward, at**2)),
     between_the_ends=_inside(lambda kl, reward, at: _between(kl, reward, at, int(kl.argmin()), int(kl.argmax()))),
+)
+
+
+# ---- 4. a correction for many questions
+
+
+def _weighted(ranked: Tensor) -> Tensor:
+    return ranked * torch.arange(len(ranked), 0, -1, dtype=ranked.dtype)
+
+
+def _in_place(corrected: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(corrected).scatter(0, order, corrected)
+
+
+def _holm(p: Tensor) -> Tensor:
+    return _in_place(_weighted(p.sort().values).cummax(0).values.clamp(max=1), p.argsort())
+
+
+def _times_rank(p: Tensor) -> Tensor:
+    return _in_place((p.sort().values * torch.arange(1, len(p) + 1)).cummax(0).values.clamp(max=1), p.argsort())
+
+
+holm = chapter.exercise(
+    "holm",
+    _holm,
+    lambda: (
+        Case(p=torch.tensor([0.03, 0.001, 0.2, 0.012]).double()),
+        Case("two that are nearly the same", p=torch.tensor([0.021, 0.02, 0.001]).double()),
+        Case("large ones", p=torch.tensor([0.6, 0.9, 0.04]).double()),
+    ),
+    bonferroni=lambda p: (len(p) * p).clamp(max=1),
+    may_fall=lambda p: _in_place(_weighted(p.sort().values).clamp(max=1), p.argsort()),
+    above_one=lambda p: _in_place(_weighted(p.sort().values).cummax(0).values, p.argsort()),
+    as_they_stand=lambda p: _weighted(p).cummax(0).values.clamp(max=1),
+    sorted_answer=lambda p: _weighted(p.sort().values).cummax(0).values.clamp(max=1),
+    times_rank=_times_rank,
 )
 
 
