@@ -62,9 +62,7 @@ def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -
         where = link(each["verdict"], folder.parent / "notebooks" / f"{each['chapter']}.ipynb")
         rows.append([each["claim"], each["source"], "-", f"exact world: {each['here']}", where])
     for each in _told(folder, "untestable"):
-        rows.append(
-            [each["claim"], each["source"], each.get("paper", "-"), f"cannot be tested here: {each['why']}", "-"]
-        )
+        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], "cannot be tested here"])
     return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
 
 
