@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,10 @@ def test_what_is_kept_of_a_run_is_what_its_endpoints_say(plan):
     ("a", "b", "verdict"),
     [
         ((0.15,), (0.1,), analysis.HOLDS),
-        ((0.1,), (0.15,), analysis.NOT),  # the other way round
-        ((0.1,), (0.1001,), analysis.NOT),  # too close to matter, whatever the sign
+        ((0.1,), (0.15,), analysis.REVERSED),
+        ((0.1,), (0.1001,), analysis.SMALL),  # too close to matter, whatever the sign
+        ((0.105,), (0.1,), analysis.SMALL),  # told from 0, and too close to matter
+        ((0.1, 0.15), (0.15, 0.1), analysis.SMALL),  # the reward says the reverse, no judge does
         ((0.15, 0.1), (0.1, 0.1), analysis.PARTLY),  # the reward says so, no judge does
     ],
 )
@@ -117,6 +120,37 @@ def test_verdicts(plan, a, b, verdict):
     said, rows = analysis.verdict(plan, found, claim, analysis.comparisons(plan, found))
     assert said == verdict
     assert [(row["a"], row["b"]) for row in rows] == [("tdpo2", "dpo")]
+
+
+def test_a_claim_of_several_pairs_needs_all_of_them(plan):
+    gains = {"a": (0.15,), "b": (0.1,), "c": (0.1001,), "d": (0.2,)}
+    found = result(plan, **gains, e=(0.1,), f=(0.1,))
+    for run, shift in zip(found["runs"]["f"], (-0.1, 0.1, 0.05, -0.05, 0.04), strict=True):  # seeds apart: not decided
+        run["endpoints"] = {key: values and [v + shift for v in values] for key, values in run["endpoints"].items()}
+    for pairs, verdict in (
+        ([["a", "b"], ["d", "a"]], analysis.HOLDS),
+        ([["a", "b"], ["b", "a"]], analysis.PARTLY),
+        ([["a", "b"], ["f", "e"]], analysis.PARTLY),
+        ([["b", "a"], ["c", "b"]], analysis.NOT),  # reversed, too small
+        ([["b", "a"], ["f", "e"]], analysis.OPEN),
+    ):
+        claim = {"claim": "c", "pairs": pairs}
+        one = type(plan)(**vars(plan) | {"hypotheses": (claim,)})
+        assert analysis.verdict(one, found, claim, analysis.comparisons(one, found))[0] == verdict, pairs
+
+
+def test_a_claim_has_beside_it_what_equal_kl_says(plan):
+    more = {"kind": "equal_area", "between": [1, 3], "metrics": ["reward"]}
+    claim = {**plan.hypotheses[0], "beside": [["tdpo2", "dpo"], ["dpo", "tdpo2"]]}
+    one = type(plan)(**vars(plan) | {"hypotheses": (claim,), "endpoints": (*plan.endpoints, more)})
+    found = result(one, tdpo2=(0.15,), dpo=(0.1,))
+    ((*_, here, words),) = page.claim_rows(one, found)
+    area, beside = here.split(". At equal KL (reward over 1 to 3 nats): ")
+    assert area.startswith("TDPO2 - DPO")
+    assert re.findall(r"[A-Z]\w+ - [A-Z]\w+ [+-]", beside) == ["TDPO2 - DPO +", "DPO - TDPO2 -"]
+    assert words == analysis.HOLDS
+    others = analysis.secondary(one, found)["area reward"]
+    assert [row["a"] for row in others] == ["dpo"]  # the other pair is in the claim's family
 
 
 def test_settings_are_compared_across_the_grid(plan):
@@ -153,7 +187,7 @@ def test_a_claim_about_one_method_is_compared_with_a_number(plan):
     for number, below, verdict in (
         ("0.6", False, analysis.HOLDS),
         ("0.7", True, analysis.HOLDS),
-        ("0.7", False, analysis.NOT),
+        ("0.7", False, analysis.REVERSED),
     ):
         claim = {"claim": "c", "pairs": [["tdpo2", number]], "below": below}
         one = type(plan)(**vars(plan) | {"hypotheses": (claim,)})

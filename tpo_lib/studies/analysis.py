@@ -19,6 +19,7 @@ MATTERS = 0.01  # the smallest difference that does, in units of a reward or a s
 SEED = 0  # of the bootstrap
 SCORERS = ("reward", "judge", "second_judge")
 HOLDS, NOT, PARTLY, OPEN = "holds", "does not hold here", "partly", "not decided"
+REVERSED, SMALL = f"{NOT}: the reverse does", f"{NOT}: no gain that matters"
 
 
 def table(result: Mapping, label: str, key: str) -> np.ndarray | None:
@@ -46,17 +47,21 @@ def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
 
 
 def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:
-    """The same of the endpoints that no claim is read by, for all methods that a claim compares; they decide nothing.
+    """The same of all else that the result has of the methods that a claim compares, where both come; it decides nothing.
 
     Two with other data are left out: held-out pairs of other lengths, say, are of other prompts.
     """
     first, data = comparisons(study, result), {method.name: method.data for method in study.methods}
     data = {label: data[name] for label, (name, _) in result["chosen"].items()}
     pairs = dict.fromkeys(pair for claim in study.hypotheses for pair in named(result, claim))
-    family = [(a, b) for a, b in pairs if b in result["runs"] and data[a] == data[b]]
-    found = {key: _family(result, key, family) for key, *_ in keys(study) if key not in first and family}
-    there = {key: [row for row in rows if row["mean"] is not None] for key, rows in found.items()}
-    return {key: rows for key, rows in there.items() if rows}
+    pairs |= dict.fromkeys(tuple(pair) for claim in study.hypotheses for pair in claim.get("beside", ()))
+    family, found = [(a, b) for a, b in pairs if b in result["runs"] and data[a] == data[b]], {}
+    for key, *_ in keys(study):
+        known = {(row["a"], row["b"]) for row in first.get(key, ())}
+        rows = _family(result, key, [pair for pair in family if pair not in known])
+        if there := [row for row in rows if row["mean"] is not None]:
+            found[key] = there
+    return found
 
 
 def _family(result: Mapping, key: str, family: Sequence[tuple[str, str]]) -> list[dict]:
@@ -101,7 +106,8 @@ def verdict(
     for pair in pairs:
         rows = [_row(compared[each], pair) for each in (key, *confirming)]
         said.append(_one(rows, sign, matters, equal=claim.get("equal", False)))
-    words = said[0] if len(set(said)) == 1 else PARTLY if HOLDS in said else NOT if NOT in said else OPEN
+    against = all(each.startswith(NOT) for each in said)
+    words = said[0] if len(set(said)) == 1 else NOT if against else PARTLY if {HOLDS, PARTLY} & {*said} else OPEN
     return words, [_row(compared[key], pair) for pair in pairs]
 
 
@@ -113,11 +119,17 @@ def _one(rows: Sequence[Mapping], sign: int, matters: float, *, equal: bool) -> 
     low, high = sorted((sign * first["low"], sign * first["high"]))
     if equal:  # the claim is that they do not differ by more than matters
         return HOLDS if -matters < low and high < matters else NOT if low > matters or high < -matters else OPEN
-    if first["holm"] < LEVEL and sign * first["mean"] > 0:
-        confirmed = not judges or any(row["holm"] < LEVEL and sign * row["mean"] > 0 for row in judges)
-        return HOLDS if confirmed else PARTLY
-    against = first["holm"] < LEVEL and sign * first["mean"] < 0
-    return NOT if against or high < matters else OPEN
+
+    def told(way: int) -> bool:
+        """Whether the difference goes this way, told from 0, and a judge agrees, where there is one."""
+        every = [row["holm"] < LEVEL and way * row["mean"] > 0 for row in rows]
+        return every[0] and (not judges or any(every[1:]))
+
+    if told(-sign):
+        return REVERSED
+    if high < matters:
+        return SMALL
+    return HOLDS if told(sign) else PARTLY if first["holm"] < LEVEL and sign * first["mean"] > 0 else OPEN
 
 
 def _row(rows: Sequence[Mapping], pair: tuple[str, str]) -> Mapping:

@@ -26,19 +26,27 @@ This page is written by that command."""
 
 def index(folder: Path) -> str:
     """What studies/README.md says: every study's question, verdicts and page, and the table of all claims."""
-    rows = []
-    for plan, result in finished(folder):
-        verdicts = Counter(words for *_, words in page.claim_rows(plan, result))
+    done, rows = {plan.name: result for plan, result in finished(folder)}, []
+    for plan in plans(folder):
+        if plan.name not in done:
+            rows.append([plan.title, plan.question, "not run yet, or changed since"])
+            continue
+        verdicts = Counter(words for *_, words in page.claim_rows(plan, done[plan.name]))
         said = ", ".join(f"{words}: {count}" for words, count in verdicts.items())
         rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
     return f"{INDEX}\n\n{page.table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
 
 
+def plans(folder: Path) -> list[Study]:
+    """All studies, in the order of the plan."""
+    return sorted(map(Study.read, folder.glob("*.toml")), key=lambda plan: (plan.number, plan.name))
+
+
 def finished(folder: Path) -> list[tuple[Study, dict]]:
-    """The studies that have a result, in the order of the plan."""
-    known = [Study.read(path) for path in folder.glob("*.toml")]
-    done = [plan for plan in known if (folder / "results" / f"{plan.name}.json").is_file()]
-    return [(plan, study.read(folder, plan.name)) for plan in sorted(done, key=lambda plan: (plan.number, plan.name))]
+    """The studies that have a result of what their files ask."""
+    there = [plan for plan in plans(folder) if (folder / "results" / f"{plan.name}.json").is_file()]
+    found = [(plan, study.read(folder, plan.name)) for plan in there]
+    return [(plan, result) for plan, result in found if result["digest"] == plan.digest]
 
 
 def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -> str:

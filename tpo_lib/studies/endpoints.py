@@ -68,7 +68,7 @@ def at_level(run: Run, metric: str, level: float, x: str = "kl") -> np.ndarray |
 def budget(run: Run, metric: str, level: float) -> np.ndarray:
     """(n,): what a run gives within a budget of KL, in nats: the metric `at_level` where the run comes there, else at its end.
 
-    So a method that rests at 4 nats keeps what it has there for every larger budget, and is not missing from it.
+    So a method that rests at 4 nats has its end for every larger budget, even where it was farther out, and better, before.
     """
     values, xs, at = curve(run, metric), *_axis(run, "kl")
     return _within(values, xs, at, level)
@@ -89,6 +89,11 @@ def area(run: Run, metric: str, low: float, high: float) -> np.ndarray:
     middles = (cuts[1:] + cuts[:-1]) / 2
     each = [width * _within(values, xs, at, middle**2) for width, middle in zip(np.diff(cuts), middles, strict=True)]
     return np.sum(each, axis=0) / (high**0.5 - low**0.5)
+
+
+def equal_area(run: Run, metric: str, low: float, high: float) -> np.ndarray | None:
+    """The same of a run that comes to `high`, else None: so that methods are compared where all of them were."""
+    return None if at_level(run, metric, high) is None else area(run, metric, low, high)
 
 
 def drop(run: Run, metric: str, best: int | None = None) -> np.ndarray:
@@ -216,7 +221,7 @@ def best_of_n_kl(n: int) -> float:
 ENDPOINTS: dict[str, Callable] = {
     each.__name__: each
     for each in (
-        *(end, at_level, budget, area, drop, steps_to, tokens_to, seconds_to),
+        *(end, at_level, budget, area, equal_area, drop, steps_to, tokens_to, seconds_to),
         *(converged, at_convergence, per_token, exponent),
     )
 }

@@ -13,9 +13,11 @@ from tpo_lib.studies import across, analysis, figures, study
 from tpo_lib.studies.spec import Study
 from tpo_lib.studies.words import heading
 
-HOW = """Differences are paired by seed and prompt, with 95% intervals over both. A verdict takes a p below .05 after Holm's
-correction over all comparisons of the study with that endpoint, and a judge that agrees. Detectable is the smallest true
-difference that this design would find in 8 of 10 repetitions."""
+HOW = """Differences are paired by seed and prompt, with 95% intervals over both. *Holds*, and *the reverse does*, take a p below
+.05 after Holm's correction over all comparisons of the study with that endpoint, and a judge that agrees. *No gain that
+matters*: the whole interval lies below the smallest difference that the plan calls one (.01 of a reward). *Not decided* is
+neither. Detectable is the smallest true difference that one comparison, without a correction, would tell from 0 in 8 of 10
+repetitions."""
 ACROSS = """Across the settings that were tried, by the area on validation prompts, one seed: exploratory. Intervals are over
 settings, as if others might have been tried, and the two of a comparison are drawn independently."""
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
@@ -28,7 +30,7 @@ CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
 DIGITS = {  # of the first that an endpoint's key begins with
     "kl per token": 3,
     "kl": 1,
-    "entropy": 2,
+    "entropy": 3,
     "ref_perplexity": 0,
     "updates": 0,
     "sampled tokens": 0,
@@ -118,23 +120,32 @@ def methods(result: Mapping) -> dict[str, list[dict]]:
 
 
 def claim_rows(plan: Study, result: Mapping) -> list[list[str]]:
-    """A row a claim: who makes it, the paper's number, ours with interval, the verdict."""
-    compared, rows = analysis.comparisons(plan, result), []
+    """A row a claim: who makes it, the paper's number, ours with interval, the verdict.
+
+    Beside what decides it stands, where the claim names such pairs, what they give where all methods come (`equal_area`).
+    """
+    compared, others, rows = analysis.comparisons(plan, result), analysis.secondary(plan, result), []
+    even = next((key for key, kind, _ in study.keys(plan) if kind == "equal_area"), None)
     for claim in plan.hypotheses:
         words, found = analysis.verdict(plan, result, claim, compared)
         ours = "; ".join(difference(row, analysis.read(plan, result, claim)[0]) for row in found)
+        wanted = [tuple(pair) for pair in claim.get("beside", ())]
+        if beside := [difference(row, even) for row in others.get(even, ()) if (row["a"], row["b"]) in wanted]:
+            ours += f". At equal KL ({heading(even)}): {'; '.join(beside)}"
         rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, words])
     return rows
 
 
 def difference(row: Mapping, key: str) -> str:
-    """A paired difference in words, with its interval and, where it is not told from 0, what would have been."""
+    """A paired difference in words, with its interval; where it is not told from 0, its p and what would have been told."""
     names = f"{label(row['a'])} - {label(row['b'])}"
     if row["mean"] is None:
         return f"{names}: one does not come there"
     digits = _digits(key)
     said = f"{names} {row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
-    return said if row["holm"] < analysis.LEVEL else f"{said}, detectable {row['detectable']:.{digits}f}"
+    if row["holm"] < analysis.LEVEL:
+        return said
+    return f"{said} (p {row['holm']:.3f}, detectable {row['detectable']:.{digits}f})"
 
 
 def label(name: str) -> str:

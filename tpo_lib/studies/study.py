@@ -129,6 +129,9 @@ def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
         for metric in each.get("metrics", ["reward"]):
             if kind == "area":
                 yield f"area {metric}", kind, (metric, *each["between"])
+            elif kind == "equal_area":
+                low, high = each["between"]
+                yield f"{metric} over {low:g} to {high:g} nats", kind, (metric, low, high)
             elif kind in ("at_level", "budget"):
                 within = "within" if kind == "budget" else "at"
                 for level in each["levels"]:
