@@ -1,7 +1,12 @@
 """What the stored studies say, for the chapters; nothing trains here."""
 
-from IPython.display import Markdown
+import io
 
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tpo_course.widgets.parts import png
 from tpo_course.widgets.study_browser import STUDIES
 from tpo_lib.studies import page, study
 from tpo_lib.studies.spec import Study
@@ -31,3 +36,8 @@ def verdicts(name: str, *words: str) -> Markdown:
         )
     wanted = [row for row in rows if not words or any(each in row[0] for each in words)]
     return Markdown(page.table(COLUMNS, wanted))
+
+
+def picture(figure: Figure, dpi: int = 80) -> Image.Image:
+    """A figure in few colours, so that a notebook that shows it stays small."""
+    return Image.open(io.BytesIO(png(figure, dpi))).quantize(64)
