@@ -17,7 +17,8 @@ PAPERS = ("DPO", "TDPO", "TGDPO")  # how the sources of their claims begin
 MARKS = "<!-- claims: written by `python -m tpo_lib study` -->", "<!-- end of claims -->"
 INDEX = """# Studies
 
-Every claim of the two papers that this bench can decide, over several seeds, with settings chosen on other prompts.
+Every claim of the two papers that this bench can decide, over several seeds; where objectives are ranked, with settings
+chosen on other prompts.
 [The plan](PLAN.md) says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all
 of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
 
@@ -32,7 +33,7 @@ def index(folder: Path) -> str:
             rows.append([plan.title, plan.question, "not run yet, or changed since"])
             continue
         verdicts = Counter(words for *_, words in page.claim_rows(plan, done[plan.name]))
-        said = ", ".join(f"{words}: {count}" for words, count in verdicts.items())
+        said = "; ".join(f"{words} ({count})" for words, count in verdicts.items())
         rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
     return f"{INDEX}\n\n{page.table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
 
