@@ -149,7 +149,7 @@ def differences_alt(panels: Mapping[str, Sequence[Mapping]]) -> str:
     said = []
     for words, rows in panels.items():
         said.append(f"{words}: " + "; ".join(_sentence(row) for row in rows))
-    return "Paired differences with 95% intervals. " + ". ".join(said) + "."
+    return f"Paired differences with 95% intervals: {'; '.join(panels)}. {'. '.join(said)}."
 
 
 def seqkl(methods: Methods) -> Figure:

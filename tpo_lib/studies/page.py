@@ -14,17 +14,18 @@ from tpo_lib.studies.spec import Study
 from tpo_lib.studies.words import heading
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. *Holds*, and *the reverse does*, take a p below
-.05 after Holm's correction over all comparisons of the study with that endpoint, and a judge that agrees. *No gain that
-matters*: the whole interval lies below the smallest difference that the plan calls one (.01 of a reward). *Not decided* is
-neither. Detectable is the smallest true difference that one comparison, without a correction, would tell from 0 in 8 of 10
+.05 after Holm's correction over all comparisons of the study with that endpoint, and of rewards a judge that agrees. Intervals
+are of one comparison, without that correction: one may exclude 0 where p is not below .05. *No gain that matters*: the whole
+interval lies below the smallest gain that the plan calls one (.01 of a reward); a loss may be larger. *Not decided* is neither.
+Detectable is the smallest true difference that one comparison, before the correction, would tell from 0 in 8 of 10
 repetitions."""
 ACROSS = """Across the settings that were tried, by the area on validation prompts, one seed: exploratory. Intervals are over
 settings, as if others might have been tried, and the two of a comparison are drawn independently."""
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
 whenever it comes to the reward; its seconds are those of its updates alone: what sampling the pairs took is not known. Online
 runs sample as they train, and both hold that. Seconds are of one thread of the machine that made the runs."""
-ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. Left out is where
-not every seed of both comes."""
+ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. A pair is left out
+where some seed never reaches the level."""
 PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)  # (words, file) of a page's pictures
 CLAIMS = ("claim", "claimed by", "there", "here: difference [95%]", "verdict")
 DIGITS = {  # of the first that an endpoint's key begins with
@@ -132,6 +133,7 @@ def claim_rows(plan: Study, result: Mapping) -> list[list[str]]:
         wanted = [tuple(pair) for pair in claim.get("beside", ())]
         if beside := [difference(row, even) for row in others.get(even, ()) if (row["a"], row["b"]) in wanted]:
             ours += f". At equal KL ({heading(even)}): {'; '.join(beside)}"
+        words += f" ({claim['caveat']})" if "caveat" in claim and words == analysis.HOLDS else ""
         rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, words])
     return rows
 
@@ -145,7 +147,12 @@ def difference(row: Mapping, key: str) -> str:
     said = f"{names} {row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
     if row["holm"] < analysis.LEVEL:
         return said
-    return f"{said} (p {row['holm']:.3f}, detectable {row['detectable']:.{digits}f})"
+    return f"{said} (p {p_words(row['holm'])}, detectable {row['detectable']:.{digits}f})"
+
+
+def p_words(p: float) -> str:
+    """A p-value to three digits."""
+    return "< .001" if p < 0.001 else f"{p:.3f}"
 
 
 def label(name: str) -> str:
@@ -186,7 +193,7 @@ def comparisons_table(compared: Mapping[str, Sequence[Mapping]]) -> str:
                 for value in (row["detectable"], row["seed_sd"], row["evaluation"])
             ]
             rows.append(
-                [heading(key), f"{label(row['a'])} - {label(row['b'])}", interval, f"{row['holm']:.3f}", *apart]
+                [heading(key), f"{label(row['a'])} - {label(row['b'])}", interval, p_words(row["holm"]), *apart]
             )
     return table(
         [
