@@ -261,5 +261,6 @@ def _made(plan: Study, result: Mapping) -> str:
     grids = f", chosen from {len(result['grid'])} settings on validation prompts" if result["grid"] else ""
     return (
         f"{runs} runs of {len(result['runs'])} methods over {len(plan.report['seeds'])} seeds{grids}; {hours:.1f} hours of a "
-        f"core. [The plan](../PLAN.md) was written before them. `python -m tpo_lib study {plan.name}` makes them again."
+        f"core. [The plan](../PLAN.md) says what was to count, and what was changed when. "
+        f"`python -m tpo_lib study {plan.name}` makes them again."
     )
