@@ -19,6 +19,8 @@ ALLOWED = {
     "fast": {"core", "files", "fast"},
     "runs": {"core", "files", "fast", "online", "runs"},
     "studies": {"core", "files", "fast", "online", "runs", "studies"},
+    "trl": {"core", "files", "fast", "runs", "trl"},
+    "tools": {"core", "files", "fast", "runs", "tools"},
 }
 INNERMOST = {"types", "stats", "losses"}  # the mathematics: torch and each other
 STANDARD = {"inspect", "math", "collections", "dataclasses", "numbers", "__future__"}
@@ -73,7 +75,7 @@ def part_of(name: str) -> tuple[str, str]:
     steps = [*name.split("."), "", ""]
     if steps[0] != "tpo_lib":
         return "", ""
-    if steps[1] in ("files", "fast", "runs", "studies"):
+    if steps[1] in ALLOWED.keys() - {"core", "online"}:
         return steps[1], steps[2]
     flat = {"commands": COMMANDS, "online": ONLINE}
     return next((part for part, names in flat.items() if steps[1] in names), "core"), steps[1]

@@ -1,0 +1,1 @@
+"""What reads runs, checkpoints and answers from outside: diagnosis, pages, answers for judges, win rates."""

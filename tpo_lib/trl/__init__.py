@@ -1,0 +1,1 @@
+"""TDPO and TGDPO as trainers of TRL (extra `trl`)."""
