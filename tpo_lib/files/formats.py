@@ -1,7 +1,7 @@
 """Files, folders and hub data sets, read row by row into records; a row that cannot be read stays in, with its problem.
 
 Invalid UTF-8 becomes lone surrogates, which `chat.check_text` then finds by column. Columns that are not wanted keep their
-names, with None for every value. Memory is bounded by MAX_TABLE.
+names, with None for every value. Rows come one by one; only a .json file that is one array is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from datasets.exceptions import DatasetGenerationError
 from tpo_lib.files.folders import is_path, no_such_path
 
 MAX_LINE = 2**26  # bytes in a line of a file, 64 MiB
-MAX_TABLE = 2**31  # characters in a table, 2 GiB
-ROW = 1000  # what a row counts beside its characters: Python's objects take about as much
+MAX_JSON = 2**31  # bytes of a file that is one JSON array, 2 GiB
+MAX_TABLE = 2**34  # characters in a table, 16 GiB: about what it takes on disk until it is encoded
+ROW = 1000  # what a row counts beside its characters, so that empty ones are no way around
 BOM = b"\xef\xbb\xbf"
 OnBadRows = Literal["error", "skip"]
 
@@ -116,7 +117,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not start.startswith(b"["):
         yield from _read_jsonl(path)
         return
-    _check_size(path.stat().st_size, path)
+    _check_size(path.stat().st_size, path, MAX_JSON)
     try:
         rows = _json(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -186,9 +187,10 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _check_size(size: int, name: str | Path) -> None:
-    if size > MAX_TABLE:
-        raise ValueError(f"{name}: more than {MAX_TABLE / 2**30:.3g} GiB, more than is read at once; split it")
+def _check_size(size: int, name: str | Path, most: int | None = None) -> None:
+    most = most or MAX_TABLE
+    if size > most:
+        raise ValueError(f"{name}: more than {most / 2**30:.3g} GiB, more than is read at once; split it")
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -10,12 +10,15 @@ import json
 import math
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tpo_lib.files import chat
 from tpo_lib.files.chat import Notes, short, text_or_messages
 from tpo_lib.files.formats import Bad, BadRow, Record
+from tpo_lib.files.spool import Spool
 
 PROMPTS = ("prompt", "instruction", "question", "text")  # the first one that a table has is its prompt
 RESPONSES = ("completion", "response", "output", "answer", "chosen")  # beside a prompt, for SFT
@@ -67,44 +70,57 @@ def _find_layout(columns: list[str], name: str, *, paired: bool) -> Layout:
     return Layout(prompt, response) if prompt and response else Layout(None, whole)
 
 
-def read_rows(records: list[Record], name: str, *, paired: bool) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """Bring every record into the one layout, and list those that cannot be."""
-    columns = list({column: None for record in records for column in record.values})  # a dict keeps their order
-    readable = bool(columns) or not records  # else no row could be read, and the rows say why
+def read_rows(records: Iterable[Record], name: str, *, paired: bool) -> tuple[Spool, list[BadRow]]:
+    """Bring every record into the one layout, and list those that cannot be; few of either are in memory at a time."""
+    kept, columns, before, filled = _survey(records)
+    readable = bool(columns) or not kept  # else no row could be read, and the rows say why
     layout = _find_layout(columns, name, paired=paired) if readable else Layout(rejected="rejected")
-    before = any(record.values.get(column) not in (None, "", [], "[]") for record in records for column in BEFORE)
-    rows: dict[int, dict[str, Any]] = {}
+    rows, good, notes = Spool(), Spool(), Notes()
+    repeats: Counter[bool | None] = Counter()
     bad: list[BadRow] = []
-    notes = Notes()
     named = {"prompt": layout.prompt or "prompt", "chosen": layout.chosen}
 
-    def blame(problem: Bad, number: int) -> None:
+    def blame(problem: Bad, number: int, place: str) -> None:
         column, *more = problem.args
-        bad.append(Bad(named.get(column, column), *more).at(number, records[number].place))
+        bad.append(Bad(named.get(column, column), *more).at(number, place))
 
-    for number, record in enumerate(records):
+    for number, record in enumerate(kept):
         try:
-            rows[number] = _row(record, layout, columns, before and layout.prompt is not None, notes)
+            row = _row(record, layout, columns, before and layout.prompt is not None, notes)
         except Bad as problem:
-            blame(problem, number)
-    odd = _strip_repeated_prompts(rows, name)
-    good = []
-    for number, row in rows.items():
+            blame(problem, number, record.place)
+        else:
+            rows.append((number, record.place, row))
+            repeats[_repeats(row)] += 1
+    del kept  # its file with it
+    strip, first = _strips(repeats, columns, layout.rejected is not None, name), None
+    for number, place, row in rows:
+        first = first or row
         try:
-            if number in odd:
-                problem = "a response does not repeat its prompt as the others here do"
-                raise Bad("chosen", problem, "repair or remove the row")
-            _check_responses(row, rows[next(iter(rows))], notes)
+            _check_responses(_stripped(row) if strip else row, first, notes)
             good.append(row)
         except Bad as problem:
-            blame(problem, number)
-    held = [c for c in columns if c not in WANTED or any(record.values.get(c) for record in records)]
+            blame(problem, number, place)
+    held = [c for c in columns if c not in WANTED or c in filled]
     unused = [c for c in held if c not in notes.used] if rows else []
     if unused or notes.unused:
         print(f"{name}: not used: {', '.join([*unused, *notes.unused])}", file=sys.stderr)
     for note, count in notes.counts.items():
         print(f"{name}: {note} ({count:,} times)", file=sys.stderr)
     return good, sorted(bad, key=lambda bad_row: bad_row.row)
+
+
+def _survey(records: Iterable[Record]) -> tuple[Spool, list[str], bool, set[str]]:
+    """All records; their columns; whether any has a system message or a history; and the columns that are not always empty."""
+    kept, filled = Spool(), set()
+    columns: dict[str, None] = {}  # keeps their order
+    before = False
+    for record in records:
+        kept.append(record)
+        columns |= dict.fromkeys(record.values)
+        filled |= {column for column, value in record.values.items() if value}
+        before = before or any(record.values.get(column) not in (None, "", [], "[]") for column in BEFORE)
+    return kept, list(columns), before, filled
 
 
 def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes: Notes) -> dict[str, Any]:
@@ -246,20 +262,31 @@ def _token_ids(value: Any, column: str) -> list[int] | None:
     return value or None
 
 
-def _strip_repeated_prompts(rows: dict[int, dict[str, Any]], name: str) -> set[int]:
-    """Where 90% of the responses repeat their prompts, as in the insub sets, keep what follows; return the rows that do not."""
-    texts = {number: row for number, row in rows.items() if isinstance(row["prompt"], str) and row["prompt"]}
-    sides = [side for side in ("chosen", "rejected") if any(side in row for row in texts.values())]
-    filled = {number: row for number, row in texts.items() if all(row[side] for side in sides)}
-    repeat = {n for n, row in filled.items() if all(row[c].startswith(row["prompt"]) for c in sides)}
-    continued = any(column in rows[n] for n in repeat for column in COMPLETE)  # as `save_pairs` writes them
-    if len(repeat) < max(1, 0.9 * len(filled)) or continued:
-        return set()
-    for number in repeat:
-        row = rows[number]
-        row |= {column: row[column].removeprefix(row["prompt"]) for column in sides}
-    print(f"{name}: responses repeat their prompt; it was removed from those of {len(repeat)} rows", file=sys.stderr)
-    return set(filled) - repeat
+def _strips(repeats: Counter[bool | None], columns: list[str], paired: bool, name: str) -> bool:
+    """Whether 90% of the responses repeat their prompts, as in the insub sets: then what follows is kept."""
+    continued = any(column in columns for column in COMPLETE[: 1 + paired])  # as `save_pairs` writes them
+    if repeats[True] < max(1, 0.9 * (repeats[True] + repeats[False])) or continued:
+        return False
+    print(f"{name}: responses repeat their prompt; it was removed from those of {repeats[True]} rows", file=sys.stderr)
+    return True
+
+
+def _repeats(row: dict[str, Any]) -> bool | None:
+    """Whether the responses of a row repeat its prompt; None where there is no text to tell it by."""
+    prompt, said = row["prompt"], [row[side] for side in ("chosen", "rejected") if side in row]
+    if not (isinstance(prompt, str) and prompt and all(said)):
+        return None
+    return all(text.startswith(prompt) for text in said)
+
+
+def _stripped(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the prompt that its responses repeat, changed in place."""
+    repeats = _repeats(row)
+    if repeats is False:
+        raise Bad("chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row")
+    sides = [side for side in ("chosen", "rejected") if repeats and side in row]
+    row |= {side: row[side].removeprefix(row["prompt"]) for side in sides}
+    return row
 
 
 def _check_responses(row: dict[str, Any], first: dict[str, Any], notes: Notes) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetInfo, Features, Value
+from datasets.table import InMemoryTable
 
-from tpo_lib.files import chat, store
+from tpo_lib.files import chat, spool, store
 from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows, Record, check_on_bad_rows, read_records
 from tpo_lib.files.layouts import COMPLETE, SAMPLED, SCORES, WANTED, read_rows
 
@@ -55,7 +57,7 @@ def load_pairs(
         ValueError: no known layout, split or configuration (the message lists what there is), or an unknown file type.
     """
     check_on_bad_rows(on_bad_rows)
-    records = list(read_records(name_or_path, split=split, config=config, wanted=WANTED))
+    records = read_records(name_or_path, split=split, config=config, wanted=WANTED)
     good, bad = read_rows(records, str(name_or_path), paired=paired)
     if bad and (on_bad_rows == "error" or not good):
         raise BadRowsError(bad, str(name_or_path))
@@ -64,26 +66,36 @@ def load_pairs(
 
 def table_of(rows: Iterable[Mapping[str, Any]], name: str) -> Dataset:
     """The table of pairs that are in memory, of any layout that `load_pairs` knows; BadRowsError where some cannot be used."""
-    good, bad = read_rows([Record(f" ({name}, row {i})", dict(row)) for i, row in enumerate(rows)], name, paired=True)
+    records = (Record(f" ({name}, row {i})", dict(row)) for i, row in enumerate(rows))
+    good, bad = read_rows(records, name, paired=True)
     if bad:
         raise BadRowsError(bad, name)
     return pairs_table(good)
 
 
-def pairs_table(rows: list[dict[str, Any]]) -> Dataset:
-    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of no rows)."""
+def pairs_table(rows: Collection[dict[str, Any]]) -> Dataset:
+    """Make a table of rows that all have the same columns, as `load_pairs` returns it (also of none); a long one is on disk."""
     sides, said = ("prompt", "chosen", "rejected"), Value("string")
-    if rows and isinstance(rows[0]["prompt"], list):
+    first = next(iter(rows), None)
+    if first and isinstance(first["prompt"], list):
         keys = dict.fromkeys(key for row in rows for side in sides for message in row.get(side, ()) for key in message)
         said = [dict.fromkeys({"role": None, "content": None} | keys, Value("string"))]
     kinds = (
         dict.fromkeys(sides, said) | dict.fromkeys(SCORES, Value("float64")) | dict.fromkeys(COMPLETE, Value("bool"))
     )
-    columns = list(rows[0]) if rows else list(kinds)
+    columns = list(first or kinds)
     kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
     kinds |= dict.fromkeys(chat.COLUMNS, Value("string"))
     features = Features({column: kinds[column] for column in columns})
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns}, features=features)
+
+    def part(chunk: Iterable[dict[str, Any]]) -> Dataset:
+        return Dataset.from_dict({c: [row[c] for row in chunk] for c in columns}, features=features)
+
+    if len(rows) <= spool.CHUNK:
+        return part(list(rows))
+    table = spool.mapped(part(chunk).data.table for chunk in spool.chunks(rows, spool.CHUNK))
+    # with a name of its own: `datasets` would read all of it to make one
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features), fingerprint=uuid.uuid4().hex[:16])
 
 
 def save_pairs(dataset: Dataset, path: str | Path) -> None:
