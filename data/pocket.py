@@ -70,6 +70,13 @@ class PocketConfig:
         """Steps of all cycles together."""
         return sum(self.cycles)
 
+    def of_width(self, width: int) -> PocketConfig:
+        """The same with another hidden size: heads stay 32 wide, the MLP keeps its ratio, in multiples of 32."""
+        if width % 32:
+            raise ValueError(f"--width {width} must be a multiple of 32, the width of a head")
+        mlp = round(width * self.intermediate_size / self.hidden_size / 32) * 32
+        return replace(self, hidden_size=width, num_heads=width // 32, intermediate_size=mlp)
+
 
 def language_model_reviews(imdb: dict[str, dict[str, list]]) -> list[str]:
     """Reviews of train and unsupervised, each once, none that also stands in test."""
@@ -268,12 +275,14 @@ def add_flags(command: Parser) -> None:
     flag("--output-dir", default=str(POCKET), help="where model, reward and judges go")
     flag("--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here")
     flag("--steps", type=COUNT, nargs="+", help="training steps of the language model, a number for every cycle")
+    flag("--width", type=COUNT, help="hidden size, a multiple of 32; 128 makes 1.3 M parameters, 320 6 M (default: 224)")
     flag("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
 
 
 def from_flags(options) -> None:
     """Build what the flags ask for."""
     config = PocketConfig(cycles=tuple(options.steps)) if options.steps else PocketConfig()
+    config = config.of_width(options.width) if options.width else config
     output, work = Path(options.output_dir), Path(options.work_dir)
     build(options.imdb, output, work, config, SentimentConfig(), compile=options.compile)
 

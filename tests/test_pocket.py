@@ -55,6 +55,16 @@ def imdb(tmp_path_factory) -> Path:
     return folder
 
 
+def test_other_widths_keep_the_shape():
+    config = pocket.PocketConfig()
+    assert config.of_width(224) == config
+    narrow = config.of_width(128)
+    assert (narrow.hidden_size, narrow.num_heads, narrow.intermediate_size) == (128, 4, 352)
+    assert sum(p.numel() for p in pocket.build_model(narrow).parameters()) == 1_328_256
+    with pytest.raises(ValueError, match="--width 100 must be a multiple of 32"):
+        config.of_width(100)
+
+
 def test_clean_review_turns_breaks_into_newlines():
     assert clean_review(" A film.<br /><br />Fine. <br/>\nYes ") == "A film.\nFine.\nYes"
 

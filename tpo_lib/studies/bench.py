@@ -27,6 +27,7 @@ class Data:
 
     seed: int
     preset: str = "pocket"
+    model: str | None = None  # folder of another start model than the preset's, which the preset's scorers can read
     train_prompts: int = 900
     max_pairs: int = 1280
     min_gap: float = 0.4
@@ -40,7 +41,7 @@ class Data:
         sizes = {"train_prompts": self.train_prompts, "held_out_prompts": TEST, "max_pairs": self.max_pairs}
         sizes |= {"max_held_out_pairs": HELD_OUT_PAIRS, "min_gap": self.min_gap, "max_new_tokens": self.max_new_tokens}
         sizes["max_length"] = max(preset.stage.max_length, PROMPT + self.max_new_tokens)
-        return replace(preset.stage, model=str(preset.model), **sizes, seed=self.seed)
+        return replace(preset.stage, model=self.model or str(preset.model), **sizes, seed=self.seed)
 
 
 @dataclass(frozen=True)
