@@ -168,6 +168,12 @@ def at_convergence(run: Run, metric: str, over: int) -> np.ndarray:
     return values[-1] if at is None else np.array([np.interp(at[0], steps, each) for each in values.T])
 
 
+def floored(run: Run) -> np.ndarray | None:
+    """(1,): the share of response tokens with a TGDPO weight on its floor, mean over logged updates; None without weights."""
+    shares = [row["guidance/floor_share"] for row in run["training"] if "guidance/floor_share" in row]
+    return np.array([np.mean(shares)]) if shares else None
+
+
 def per_token(run: Run, metric: str) -> np.ndarray:
     """(P,): a sum over a sample's tokens at the end, as the KL is, by the token."""
     return linearised(end(run, metric), end(run, "length"))
@@ -222,7 +228,7 @@ ENDPOINTS: dict[str, Callable] = {
     each.__name__: each
     for each in (
         *(end, at_level, budget, area, equal_area, drop, steps_to, tokens_to, seconds_to),
-        *(converged, at_convergence, per_token, exponent),
+        *(converged, at_convergence, floored, per_token, exponent),
     )
 }
 

@@ -145,6 +145,8 @@ def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
                     yield f"{SPENT[kind]} to {metric} {level:g}", kind, (level, metric)
             elif kind == "converged":
                 yield "updates to convergence", kind, (each["over"],)
+            elif kind == "floored":
+                yield "floor share", kind, ()
             else:
                 over = [each["over"]] if "over" in each else []
                 yield f"{metric} {kind.replace('_', ' ')}", kind, (metric, *over)

@@ -29,6 +29,7 @@ WORDS = {  # metric: (in a table, on an axis); where one begins another, the lon
     "seqkl_mean": ("SeqKL", AXIS["seqkl_chosen"]),
     "logratio_var": ("log-ratio variance", "variance of log π(y) / π_ref(y), nats²"),
     "kl": ("KL", AXIS["kl"]),
+    "floor": ("tokens on the floor,", "tokens on the floor (share)"),
 }
 
 
