@@ -275,7 +275,9 @@ def add_flags(command: Parser) -> None:
     flag("--output-dir", default=str(POCKET), help="where model, reward and judges go")
     flag("--work-dir", default="runs/pocket-model", help="checkpoints; a killed build continues from here")
     flag("--steps", type=COUNT, nargs="+", help="training steps of the language model, a number for every cycle")
-    flag("--width", type=COUNT, help="hidden size, a multiple of 32; 128 makes 1.3 M parameters, 320 6 M (default: 224)")
+    flag(
+        "--width", type=COUNT, help="hidden size, a multiple of 32; 128 makes 1.3 M parameters, 320 6 M (default: 224)"
+    )
     flag("--compile", action=BooleanOptionalAction, default=True, help="torch.compile the step")
 
 

@@ -323,3 +323,9 @@ def test_a_loss_has_converged_where_an_epoch_of_it_is_low():
     assert endpoints.at_convergence(run, "reward", 10) == pytest.approx([0.5, 1.5])
     assert endpoints.converged(run | {"training": rows[:2]}, 10) is None
     assert endpoints.at_convergence(run | {"training": rows[:2]}, "reward", 10) == pytest.approx([0.8, 1.8])
+
+
+def test_the_floor_share_is_the_mean_of_what_was_logged():
+    rows = [{"step": 2, "guidance/floor_share": 0.02}, {"step": 3}, {"step": 4, "guidance/floor_share": 0.04}]
+    assert endpoints.floored({"training": rows}).tolist() == [pytest.approx(0.03)]
+    assert endpoints.floored({"training": [{"step": 2}]}) is None
