@@ -68,6 +68,11 @@ COMMANDS = {
         f"{ROOM}.evaluate",
         f"{MODELS} --loss-type policy --judge {PROMPTS} --max-new-tokens --pairs {TABLE} --device --seed --cache-dir --output",
     ),
+    "inspect": Command(  # and one for every hyperparameter
+        "write a page of preference pairs, every token coloured by what a model makes of it",
+        "tpo_lib.tools.inspect.run",
+        f"--model --ref --guide --pairs {TABLE} --loss-type --max-length --most --seed --max-tokens --device --output --json",
+    ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
     "study": Command(
@@ -189,7 +194,7 @@ def _judge(options, parser: Parser) -> None:
 
         read_prompts(options.prompts)
     if given.get("output"):
-        suffixes = (".jsonl", ".parquet") if command == "pairs" else ()
+        suffixes = {"pairs": (".jsonl", ".parquet"), "inspect": (".html",)}.get(command, ())
         check_room("--output", options.output, folder=command in (None, "merge"), suffixes=suffixes)
         for name in ("pairs", "prompts"):
             source = Path(given.get(name) or "")
@@ -299,6 +304,25 @@ FLAGS = {  # those of one command stand behind its name
     "--guide": {"help": "tgdpo: folder or name of the DPO model that guides (default: train one first)"},
     "--pairs": {"help": "preference pairs: file, folder or hub name (default: sampled from the model)"},
     "evaluate --pairs": {"help": "held-out preference pairs: accuracy, reward margin and sequential KL on them"},
+    "inspect --model": {"required": True, "help": "the policy: folder (a run's, too) or hub name"},
+    "--ref": {"help": "its reference: log-ratios and KL (default: what the run in --model was started from)"},
+    "inspect --guide": {"help": "tgdpo's guide, for the weights of tokens (default: that of the run in --model)"},
+    "inspect --pairs": {"required": True, "help": "preference pairs: file, folder or hub name"},
+    "inspect --loss-type": {
+        "type": title,
+        "metavar": "NAME",
+        "help": "whose margin, loss and coefficients, FILE.py:NAME of your own too (default: what the run in --model was trained "
+        "with; else tgdpo with --guide, dpo with --ref, sft)",
+    },
+    "--max-length": {
+        "type": COUNT,
+        "help": "tokens of prompt and response (default: the run's; else 1024, or the model's most)",
+    },
+    "--max-tokens": {"type": COUNT, "default": 8192, "help": "tokens of a forward pass, padding included"},
+    "--most": {"type": COUNT, "default": 500, "help": "pairs in the page; of more, so many are drawn with --seed"},
+    "inspect --seed": {"default": 0, "help": "of the draw of --most"},
+    "inspect --output": {"default": "inspect.html", "help": "file to write"},
+    "--json": {"help": "write the numbers beside it, too, as JSON", **SWITCH},
     "--split": {"help": "split of --pairs, if these are a folder or of the hub (default: train)"},
     "--config": {"help": "configuration of --pairs, if these have several"},
     "--on-bad-rows": {"choices": ("error", "skip"), "default": "error", "help": "stop at them, or list and skip"},
@@ -415,7 +439,7 @@ def _add_flags(name: str, parser: Parser) -> None:
         from tpo_data.pocket import add_flags
 
         return add_flags(parser)
-    from tpo_lib.flags import SEED, add_config, add_fast
+    from tpo_lib.flags import SEED, add_config, add_fast, add_hyperparameters
     from tpo_lib.runs.presets import PRESETS
 
     late = {
@@ -429,3 +453,5 @@ def _add_flags(name: str, parser: Parser) -> None:
         add_config(parser, several=name == "compare")
     if name == "run":
         add_fast(parser)
+    if name == "inspect":
+        add_hyperparameters(parser)

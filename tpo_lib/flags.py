@@ -12,7 +12,7 @@ from tpo_lib.losses import OBJECTIVES
 from tpo_lib.parser import flag, number
 from tpo_lib.runs import configs
 from tpo_lib.runs.presets import PRESETS
-from tpo_lib.runs.runs import override
+from tpo_lib.runs.runs import check_taken, override
 from tpo_lib.runs.settings import CompareConfig
 
 TYPES = {"int": int, "float": float}
@@ -42,14 +42,19 @@ def add_config(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
     `several`: of the runs of a comparison, whose hyperparameters may have several values.
     """
     group = parser.add_argument_group("training run")
-    for name, words in hyperparameters().items():
-        choices = known_hyperparameters()[name].choices
-        kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
-        group.add_argument(flag(name), help=words.replace("%", "%%"), **kind, **({"nargs": "+"} if several else {}))
+    add_hyperparameters(group, several=several)
     for name, setting in {**run_settings(), **fast_settings()}.items():
         if name == "cache_dir" or (several and name not in (*COMMON, *fast_settings())):
             continue  # one flag for every cache, among those of sampling
         _add_setting(group, name, setting)
+
+
+def add_hyperparameters(group, *, several: bool = False) -> None:
+    """One flag for every hyperparameter of any objective."""
+    for name, words in hyperparameters().items():
+        choices = known_hyperparameters()[name].choices
+        kind = {"choices": choices} if choices else {"type": number(float), "metavar": "X"}
+        group.add_argument(flag(name), help=words.replace("%", "%%"), **kind, **({"nargs": "+"} if several else {}))
 
 
 def add_fast(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +83,7 @@ def read_config(options: argparse.Namespace) -> TrainConfig:
     known = known_hyperparameters()
     given = {name: getattr(options, name) for name in {**known, **run_settings()}}
     config = override(PRESETS[options.preset].train, **given)
-    taken = OBJECTIVES[config.loss_type].hyperparameters
-    for name in known:
-        if getattr(options, name) is not None and name not in taken:
-            idle = f"{flag(name)} has no effect with {config.loss_type}"
-            has = ", ".join(map(flag, taken)) or "none of these"
-            raise ValueError(f"{idle}, which takes {has}; leave it out or choose another --loss-type")
+    check_taken(config.loss_type, [name for name in known if given[name] is not None])
     return config
 
 

@@ -24,10 +24,10 @@ from tpo_lib.runs.run import ADAPTER, RunRecord, origin, read_run
 def check_names(options) -> None:
     """Refuse what names nothing, or nothing that can be loaded, before anything is loaded or sampled."""
     scorers = ("reward", "judge", "second_judge")
-    for kind in ("model", "policy", "guide", *scorers):
+    for kind in ("model", "policy", "ref", "guide", *scorers):
         name = getattr(options, kind, None)
         if name and not (kind in scorers and is_own(name)):
-            folders.find(kind, name)
+            folders.find("reference" if kind == "ref" else kind, name)
     for kind in ("pairs", "eval_pairs"):
         name = getattr(options, kind, None)
         if name and folders.is_path(name) and not Path(name).exists():

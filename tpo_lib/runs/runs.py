@@ -133,3 +133,15 @@ def override(config: TrainConfig, **values) -> TrainConfig:
     if values.get("loss_type", config.loss_type) != config.loss_type:
         values = {"hyper": {}} | values
     return replace(config, **values)
+
+
+def check_taken(loss_type: str, given: Iterable[str]) -> None:
+    """Raise ValueError where a hyperparameter was given by its flag that the objective does not take."""
+    taken = OBJECTIVES[loss_type].hyperparameters
+    for name in given:
+        if name not in taken:
+            idle, *has = (f"--{each.replace('_', '-')}" for each in (name, *taken))
+            takes = f"which takes {', '.join(has) or 'none of these'}"
+            raise ValueError(
+                f"{idle} has no effect with {loss_type}, {takes}; leave it out or choose another --loss-type"
+            )
