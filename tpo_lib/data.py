@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 
-from tpo_lib.files import chat, tokens
-from tpo_lib.files.formats import Bad, BadRow, BadRowsError, OnBadRows, check_on_bad_rows
+from tpo_lib.files import encoding
+from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows
 from tpo_lib.types import IGNORE, PAD, PairBatch
 
 
@@ -93,65 +92,12 @@ def encode_pairs(
         BadRowsError: a prompt leaves no room, a response has no token, or two responses have the same ones.
         ValueError: the tokenizer has no EOS, or no chat template although the pairs are messages.
     """
-    check_on_bad_rows(on_bad_rows)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so responses could not end; set tokenizer.eos_token")
-    if max_length < 2:
-        raise ValueError(f"max_length {max_length} leaves no room for a prompt and a response; raise it to at least 2")
-    as_text = isinstance(pairs.features["prompt"], Value)
-    texts, unrendered = (pairs, {}) if as_text else chat.render(pairs, tokenizer)
-    encoded, counts = _encode_rows(pairs, texts, tokenizer, max_length)
-    kept, skipped, truncated = [], [], 0
-    for row, (prompt, *responses) in enumerate(encoded):
-        if not prompt and len(responses) == 1:  # raw text without BOS: its first token is predicted by nothing
-            prompt, responses = responses[0][:1], [responses[0][1:]]
-        room = max_length - len(prompt)
-        try:
-            if row in unrendered:
-                raise unrendered[row]
-            tokens.check_ids(prompt, responses, max_length, tokenizer.eos_token_id)
-        except Bad as problem:
-            skipped.append(problem.at(row))
-            continue
-        kept.append(EncodedPair(row, prompt, *(ids[:room] for ids in responses)))
-        truncated += sum(len(ids) > room for ids in responses)
-    if skipped and on_bad_rows == "error":
-        raise BadRowsError(skipped, "the table")
-    return kept, EncodingReport(len(kept), truncated, skipped, **counts)
-
-
-def _encode_rows(
-    pairs: Dataset, texts, tokenizer, max_length: int
-) -> tuple[list[tuple[list[int], ...]], dict[str, int]]:
-    """The ids of every row's prompt and responses, whole, and the counts of the report."""
-    plain_texts = texts is pairs  # no template wrote them
-    lead = tokens.leading_ids(tokenizer) if plain_texts else []
-    encode = partial(tokens.token_ids, tokenizer, lead=lead, most=max_length)
-    heads = list(texts["prompt"])
-    prompts = encode(heads)
-    encoded, reencoded = tokens.sampled_ids(pairs, texts, prompts, tokenizer)
-    rows = [row for row in range(len(pairs)) if row not in encoded]
-    special, eos = tokens.special_texts(tokenizer), tokenizer.eos_token
-    found: dict[str, set[int]] = {"straddling": set(), "special": set(), "repeated_eos": set()}
-    sides = []
-    for column in [column for column in ("chosen", "rejected") if column in pairs.column_names]:
-        said, complete = list(pairs[column]), tokens.complete(pairs, column)
-        bodies = [tokens.without_eos(text, eos) for text in texts[column]]
-        found["repeated_eos"] |= {row for row in rows if bodies[row][1] > 1}
-        holds = {row for row in rows if special.search(tokens.without_eos(chat.words(said[row]), eos)[0])}
-        found["special"] |= holds
-        plain = {i for i, row in enumerate(rows) if row in holds and plain_texts and not special.search(heads[row])}
-        # As one text, so that the text is kept: alone, a response would get the space that many tokenizers put before a
-        # text, and none of the tokens that begin within the prompt (the space that ends it, say).
-        wholes = encode([heads[row] + bodies[row][0] for row in rows], plain=plain)
-        sides.append([ids + [tokenizer.eos_token_id] * complete[row] for row, ids in zip(rows, wholes, strict=True)])
-    for row, *both in zip(rows, *sides, strict=True):
-        # A token that straddles the boundary counts as the response's, in both alike, since both share one prompt.
-        start = tokens.common_start(prompts[row], *both)
-        found["straddling"] |= {row} if start < len(prompts[row]) else set()
-        encoded[row] = prompts[row][:start], *(ids[start:] for ids in both)
-    counts = {name: len(rows) for name, rows in found.items()} | {"reencoded": reencoded}
-    return [encoded[row] for row in range(len(pairs))], counts
+    encoding.check(tokenizer, max_length, on_bad_rows)
+    found = encoding.encode_rows(pairs, tokenizer, max_length)
+    if found.skipped and on_bad_rows == "error":
+        raise BadRowsError(found.skipped, "the table")
+    report = EncodingReport(len(found.rows), found.truncated, found.skipped, **found.counts)
+    return [EncodedPair(*row) for row in found.rows], report
 
 
 # ---- batching

@@ -169,6 +169,8 @@ def check_pairs(model, pairs: Iterable, *, name: str = "model", policy=None) -> 
             f"the {name} has a vocabulary of {vocabulary(model)}, the policy of {vocabulary(policy)}; there is no KL between "
             f"them, nor one tokenizer; take the {name} that belongs to the policy (see resize_token_embeddings)"
         )
+    if hasattr(pairs, "beyond"):  # a table (fast.table) knows without reading its pairs
+        pairs = pairs.beyond(most_tokens(model.config), vocabulary(model))
     sides = ((pair, side) for pair in pairs for side in ("chosen", "rejected"))
     rows = ((f"row {pair.row} ({side})", [*pair.prompt_ids, *getattr(pair, f"{side}_ids")]) for pair, side in sides)
     check_sequences(model, rows, name=name)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,20 @@ def words(response: str | list[Message]) -> str:
 # ---- writing out
 
 
-def render(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, Bad]]:
+def tell_unused(keys: list[str]) -> None:
+    """Say which columns and keys of messages the chat template does not read, if there are any."""
+    if keys:
+        print(f"not used, for the chat template does not read it: {', '.join(keys)}", file=sys.stderr)
+
+
+def render(
+    pairs: Dataset, tokenizer, *, first: int = 0, tell: Callable[[list[str]], object] = tell_unused
+) -> tuple[dict[str, list[str]], dict[int, Bad]]:
     """Write messages out as text with the tokenizer's chat template; a response is what it adds to its prompt.
+
+    Args:
+        first: the row that `pairs` begin with, where they are a part of a table; keys of the result count from `pairs`' own.
+        tell: called with the columns and keys of messages that the template does not read.
 
     Returns:
         Texts by column, empty where a row could not be written out, and what is wrong with these rows.
@@ -198,10 +211,8 @@ def render(pairs: Dataset, tokenizer) -> tuple[dict[str, list[str]], dict[int, B
         held.update(key for chat in chats for message in chat for key in message)
         jobs += [{"messages": chats[0], "add_generation_prompt": True, **more}]
         jobs += [{"messages": chats[0] + chat, **more} for chat in chats[1:]]
-    words, answers = _run(tokenizer, jobs, per_row=1 + len(sides))
-    unused = [key for key in (*COLUMNS, *MORE) if key in held and not {key, _ALIASES.get(key)} & words]
-    if unused:
-        print(f"not used, for the chat template does not read it: {', '.join(unused)}", file=sys.stderr)
+    words, answers = _run(tokenizer, jobs, per_row=1 + len(sides), first=first)
+    tell([key for key in (*COLUMNS, *MORE) if key in held and not {key, _ALIASES.get(key)} & words])
     texts: dict[str, list[str]] = {column: [] for column in ("prompt", *sides)}
     bad: dict[int, Bad] = {}
     for row, written in enumerate(zip(*[iter(answers)] * (1 + len(sides)), strict=True)):
@@ -234,7 +245,7 @@ def _parts(written: dict[str, dict]) -> dict[str, str]:
     return {column: answer["text"][start * (column != "prompt") :] for column, answer in written.items()}
 
 
-def _run(tokenizer, jobs: list[dict], *, per_row: int) -> tuple[set[str], list[dict]]:
+def _run(tokenizer, jobs: list[dict], *, per_row: int, first: int) -> tuple[set[str], list[dict]]:
     """The words of the template, and for every job {"text"} or {"error"}."""
     templates = [tokenizer.get_chat_template(tools=tools) for tools in (None, [{}])]  # some have two
     lines = [{"templates": templates, "special": tokenizer.special_tokens_map}, *jobs]
@@ -246,6 +257,6 @@ def _run(tokenizer, jobs: list[dict], *, per_row: int) -> tuple[set[str], list[d
     if words is None or len(answers) < len(jobs):
         errors = re.findall(r"^\w+Error: .*", done.stderr, re.MULTILINE)
         reason = errors[-1] if errors else "it takes more time or memory than a template should"
-        row = len(answers) // per_row
+        row = first + len(answers) // per_row
         raise ValueError(f"the chat template was stopped at row {row}: {reason}; use another template")
     return set(words), answers

@@ -38,13 +38,13 @@ def token_ids(
     """
     short = [text if most is None else text[: 16 * (most + SPARE)] for text in texts]
     rows = tokenizer(short, add_special_tokens=False)["input_ids"] if short else []
-    for i, text in enumerate(texts):
-        split = True if i in plain else None  # None: as the tokenizer is set
-        again = partial(tokenizer, add_special_tokens=False, split_special_tokens=split)
-        if split:
+    cut = {i for i, text in enumerate(texts) if len(short[i]) < len(text)}
+    for i in sorted(cut | set(plain)):
+        again = partial(tokenizer, add_special_tokens=False, split_special_tokens=True if i in plain else None)
+        if i in plain:  # else, None: as the tokenizer is set
             rows[i] = again(short[i])["input_ids"]
-        if len(short[i]) < len(text) and len(rows[i]) < most + SPARE:  # its tokens are longer than 16
-            rows[i] = again(text)["input_ids"]
+        if i in cut and len(rows[i]) < most + SPARE:  # its tokens are longer than 16
+            rows[i] = again(texts[i])["input_ids"]
     return [row if row[: len(lead)] == lead else lead + row for row in rows]
 
 
@@ -80,6 +80,8 @@ def special_texts(tokenizer) -> re.Pattern:
 
 def without_eos(text: str, eos: str) -> tuple[str, int]:
     """Remove the EOS that end a text already (and the newline that templates put after it); also how many there were."""
+    if eos not in text:
+        return text, 0
     ends = re.match(rf"(?:\s*{re.escape(eos[::-1])})*", text[::-1])[0]  # read from behind
     return text[: len(text) - len(ends)], ends.count(eos[::-1])
 
@@ -91,12 +93,15 @@ def common_start(*rows: list[int]) -> int:
         >>> common_start([1, 2], [1, 2, 3], [1, 4])
         1
     """
-    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+    shortest = min(rows, key=len)
+    if all(row[: len(shortest)] == shortest for row in rows):  # nearly always, and fast
+        return len(shortest)
+    return next(i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
 
 
 def complete(pairs: Dataset, column: str) -> list[bool]:
     """Of every row, whether its response ends by itself."""
-    flags = pairs[f"{column}_complete"] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
+    flags = pairs[f"{column}_complete"][:] if f"{column}_complete" in pairs.column_names else [True] * len(pairs)
     return [flag is not False for flag in flags]
 
 
@@ -108,12 +113,12 @@ def sampled_ids(pairs: Dataset, texts, prompts: list[list[int]], tokenizer) -> t
     """
     if not set(SAMPLED) <= set(pairs.column_names):
         return {}, 0
-    chosen, rejected, names = (pairs[column] for column in SAMPLED)
+    chosen, rejected, names = (pairs[column][:] for column in SAMPLED)
     given = [row for row in range(len(pairs)) if chosen[row] or rejected[row]]
     mine = vocabulary_name(tokenizer)
     good = [row for row in given if names[row] == mine and chosen[row] and rejected[row]]
     for column, ids in (("chosen", chosen), ("rejected", rejected)):
-        ends, text = complete(pairs, column), texts[column]
+        ends, text = complete(pairs, column), texts[column][:]
         spoken = [ids[row][:-1] if ends[row] else ids[row] for row in good]
         said = response_texts(tokenizer, [prompts[row] for row in good], spoken)
         as_said = [row for row, words in zip(good, said, strict=True) if words == text[row]]

@@ -16,7 +16,7 @@ import accelerate
 
 from tpo_lib import pairing
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import encode_pairs
+from tpo_lib.fast.encode import encode_table
 from tpo_lib.fast.evaluation import evaluate as evaluate_policy
 from tpo_lib.files import adapters, folders, smollm2, store
 from tpo_lib.files.load import load_model, load_tokenizer
@@ -156,7 +156,8 @@ def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[
 def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: TrainConfig, options):
     paired = OBJECTIVES[config.loss_type].paired
     table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows, paired=paired)
-    encoded, encoding = encode_pairs(table, tokenizer, max_length=config.max_length, on_bad_rows=options.on_bad_rows)
+    how = {"max_length": config.max_length, "on_bad_rows": options.on_bad_rows, "cache_dir": options.cache_dir}
+    encoded, encoding = encode_table(table, tokenizer, **how)
     for row in (*skipped, *encoding.skipped):
         print(f"skipped {row}", file=sys.stderr)
     print(f"{name}: {encoding}", file=sys.stderr)

@@ -23,9 +23,10 @@ import torch
 from datasets import Dataset
 
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, encode_pairs
+from tpo_lib.data import EncodedPair
 from tpo_lib.evaluation import Evaluation
 from tpo_lib.fast import FastPath
+from tpo_lib.fast.encode import encode_table
 from tpo_lib.fast.evaluation import evaluate
 from tpo_lib.files import chat, store
 from tpo_lib.files.imdb import load_imdb
@@ -85,8 +86,8 @@ class Stage:
     judge: Callable | None
     second_judge: Callable | None
     table: Dataset  # the training pairs as text, with scores (columns as in `pairing.pairs_from_scores`)
-    pairs: list[EncodedPair]
-    held_out_pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
+    held_out_pairs: Sequence[EncodedPair]
     held_out_prompts: list[str]
     report: PairReport | None  # how the training pairs came about; None of pairs that were there
     sft: dict | None  # what `sft.fine_tune` said
@@ -179,7 +180,8 @@ def build_stage(
         held_out_table, _ = sample(
             held_out, config.held_out_samples, config.seed + 3, config.max_held_out_pairs, told(counts[0])
         )
-    encode = partial(encode_pairs, tokenizer=tokenizer, max_length=config.max_length, on_bad_rows="skip")
+    how = {"max_length": config.max_length, "on_bad_rows": "skip", "cache_dir": cache_dir}
+    encode = partial(encode_table, tokenizer=tokenizer, **how)
     (pairs, one), (held_out_pairs, other) = encode(table), encode(held_out_table)
     seen = len(shared_prompts(train, held_out))
     if not report:
