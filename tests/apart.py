@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["transformers.models.llama.modeling_llama", "tpo_lib.runs.run"])
+# what `accelerate launch` says of configs/accelerate/fsdp2.yaml; tests/test_processes.py launches that file too
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 
 def apart(function: Callable, *arguments) -> tuple[int, str]:
@@ -34,16 +31,35 @@ def _tell(path: Path, function: Callable, arguments: tuple) -> None:
     function(*arguments)
 
 
-def two_processes(code: str, folder: Path) -> tuple[str, str]:
-    """(stdout, stderr) of a program that two processes run together, as data-parallel training does; it finds `tiny`."""
-    if "TPO_DISTRIBUTED" not in os.environ:
-        pytest.skip("set TPO_DISTRIBUTED=1: starts two processes")
-    (folder / "child.py").write_text(textwrap.dedent(code))
-    paths = os.pathsep.join(filter(None, sys.path))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(folder / "child.py")], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, done.stderr
+def together(function: Callable, *arguments, sharded: bool = False) -> list[tuple[int, str, str]]:
+    """[(exit status, stdout, stderr)] of function(rank, *arguments) in two processes, as `accelerate launch` starts them."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (Path(folder), function, arguments, sharded)
+        children = [SERVER.Process(target=_join, args=(rank, *arguments)) for rank in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(240)
+            if child.is_alive():  # they wait for each other
+                child.kill()
+                child.join()
+        return [
+            (child.exitcode, *((Path(folder) / f"{name}{rank}").read_text() for name in ("stdout", "stderr")))
+            for rank, child in enumerate(children)
+        ]
+
+
+def _join(rank: int, folder: Path, function: Callable, arguments: tuple, sharded: bool) -> None:
+    import torch
+    import torch.distributed as dist
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    if sharded:
+        os.environ |= FSDP2
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    function(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()

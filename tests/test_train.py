@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from apart import apart, two_processes
+from apart import apart, together
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ from tpo_lib.data import EncodedPair, collate
 from tpo_lib.fast import FastPath
 from tpo_lib.fast import path as fused_path
 from tpo_lib.files import store
-from tpo_lib.models import frozen_copy
+from tpo_lib.models import ResponseReader, frozen_copy
 from tpo_lib.runs import accelerated
 from tpo_lib.runs.run import fit
 
@@ -487,15 +487,8 @@ def _tags(accumulator, path) -> list[str]:
 
 def test_two_processes_make_the_updates_of_one(tmp_path):
     """Data-parallel training on two CPU processes: the same global batch, the same weights."""
-    code = f"""
-        import tiny
-        from tpo_lib.models import frozen_copy
-        from test_train import CONFIG, fit, replace
-        policy = tiny.llama()
-        config = replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=2, output_dir={str(tmp_path / "two")!r})
-        fit(config, policy, frozen_copy(policy), tiny.pairs(8), progress=False)
-    """
-    two_processes(code, tmp_path)
+    for status, _, told in together(half_of_it, tmp_path / "two"):
+        assert status == 0, told
     two = load_file(tmp_path / "two" / "final" / "model.safetensors")
     one = trained(replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=4))
     for name, value in one.policy.state_dict().items():
@@ -506,50 +499,49 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
     assert rows[-1]["pairs_seen"] == 8
 
 
-def test_a_sharded_policy_has_the_gradients_of_a_whole_one(tmp_path):
+def half_of_it(rank: int, folder: Path) -> None:
+    trained(replace(CONFIG, loss_type="tdpo2", optimizer="rmsprop", batch_size=2, output_dir=str(folder)))
+
+
+def test_a_sharded_policy_has_the_gradients_of_a_whole_one():
     """FSDP on two CPU processes: the head is gathered when it runs, its tied weight included."""
-    code = """
-        import tiny, torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from test_train import CONFIG, replace
-        from tpo_lib import data, train
-        from tpo_lib.fast import pair_loss
-        from tpo_lib.models import ResponseReader
+    for status, _, told in together(shards_of_gradients):
+        assert status == 0, told
 
-        dist.init_process_group("gloo")
-        mine, mesh, ref = dist.get_rank(), init_device_mesh("cpu", (2,)), ResponseReader(tiny.llama())
 
-        def moved():
-            model = tiny.llama()
-            with torch.no_grad():
-                for x in model.parameters():
-                    x += 0.05 * torch.arange(x.numel(), dtype=x.dtype).sin().view_as(x)
-            return model
+def shards_of_gradients(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        def scorer_of(config, model):
-            return train.PairScorer(config, ResponseReader(model), pair_loss)
+    mesh, ref = init_device_mesh("cpu", (2,)), ResponseReader(tiny.llama())
 
-        def backward(scorer, pairs):
-            batch = data.collate(pairs, 0)
-            with torch.no_grad():
-                said = ref(batch)
-            scorer(batch, {"ref": said}, False)[0].loss.mean().backward()
+    def moved():
+        model = tiny.llama()
+        with torch.no_grad():
+            for x in model.parameters():
+                x += 0.05 * torch.arange(x.numel(), dtype=x.dtype).sin().view_as(x)
+        return model
 
-        for loss_type in ("dpo", "tdpo1", "tdpo2"):
-            config, whole, sharded = replace(CONFIG, loss_type=loss_type), moved(), moved()
-            backward(scorer_of(config, whole), tiny.pairs(8))
-            scorer = scorer_of(config, sharded)
-            for module in [*sharded.model.layers, scorer]:
-                fully_shard(module, mesh=mesh)
-            backward(scorer, tiny.pairs(8)[4 * mine : 4 * mine + 4])
-            for (name, x), y in zip(sharded.named_parameters(), whole.parameters(), strict=True):
-                assert x.to_local().numel() < y.numel(), name
-                torch.testing.assert_close(x.grad.full_tensor(), y.grad, rtol=1e-4, atol=1e-6)
-        dist.destroy_process_group()
-    """
-    two_processes(code, tmp_path)
+    def scorer_of(config, model):
+        return train.PairScorer(config, ResponseReader(model), fused_path.pair_loss)
+
+    def backward(scorer, pairs):
+        batch = collate(pairs, 0)
+        with torch.no_grad():
+            said = ref(batch)
+        scorer(batch, {"ref": said}, False)[0].loss.mean().backward()
+
+    for loss_type in ("dpo", "tdpo1", "tdpo2"):
+        config, whole, sharded = replace(CONFIG, loss_type=loss_type), moved(), moved()
+        backward(scorer_of(config, whole), tiny.pairs(8))
+        scorer = scorer_of(config, sharded)
+        for module in [*sharded.model.layers, scorer]:
+            fully_shard(module, mesh=mesh)
+        scorer.policy.mostly_full = 0.0  # layers are gathered as often in both
+        backward(scorer, tiny.pairs(8)[4 * rank : 4 * rank + 4])
+        for (name, x), y in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+            assert x.to_local().numel() < y.numel(), name
+            torch.testing.assert_close(x.grad.full_tensor(), y.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("tdpo1", [True, False, True, False]), ("tdpo2", [False] * 4)])
@@ -569,7 +561,7 @@ def test_statistics_are_left_out_between_logged_updates_where_the_loss_can_do_wi
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_training_is_refused_before_it_costs_anything(kind, monkeypatch):
-    monkeypatch.setattr(accelerated.Accelerator, "distributed_type", accelerated.DistributedType[kind])
+    monkeypatch.setattr(accelerated.Processes, "distributed_type", accelerated.DistributedType[kind])
     with pytest.raises(ValueError, match=f"accelerate is set to {kind}.* --lora-rank"):
         trained(CONFIG)
 

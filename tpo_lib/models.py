@@ -23,7 +23,6 @@ from tpo_lib import stats
 from tpo_lib.files import adapters
 from tpo_lib.types import Head, PairBatch, Reading
 
-MOSTLY_FULL = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
 NO_MATHS = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -196,6 +195,7 @@ class ResponseReader(nn.Module):
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.vocab, self.most_tokens = vocabulary(inner), most_tokens(config)
+        self.mostly_full = 0.9  # reading by quarters saves less than a tenth of the positions: not worth four calls
         self.understood = self._probe()
 
     @property
@@ -249,7 +249,7 @@ class ResponseReader(nn.Module):
         lengths = attention_mask.sum(1)
         order = lengths.argsort()
         groups = order.split(-(-n // 4)) if input_ids.device.type == "cpu" else (order,)
-        if len(groups) == 1 or sum(len(g) * lengths[g].max() for g in groups) > MOSTLY_FULL * n * t:
+        if len(groups) == 1 or sum(len(g) * lengths[g].max() for g in groups) > self.mostly_full * n * t:
             return body(input_ids=input_ids, attention_mask=attention_mask)[0]
         parts = []
         for rows in groups:

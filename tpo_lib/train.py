@@ -157,12 +157,12 @@ class Sums:
 
     def means(self, accelerator) -> dict[str, float]:
         means = {}
-        for name, (total, count) in self.totals.items():
+        for name, (total, count) in sorted(self.totals.items()):  # in the same order in every process
             total = torch.as_tensor(total).float()
             pair = torch.stack([total, torch.as_tensor(count).to(total)])
             total, count = (pair if accelerator is None else accelerator.reduce(pair, "sum")).tolist()
             means[name] = total / count
-        return means
+        return {name: means[name] for name in self.totals}
 
 
 class Progress:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from apart import apart, two_processes
+from apart import apart, together
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
@@ -429,17 +429,16 @@ def test_models_given_as_they_are_stay_as_they_are(tmp_path):
     assert all(p.requires_grad for p in reference.parameters())
 
 
+def half_of_it(rank: int, folder: Path) -> None:
+    config, fast = replace(CONFIG, loss_type="tdpo2", batch_size=2), FastPath(cache_dir=str(folder))
+    rows = fit(config, tiny.llama(seed=7), tiny.llama, PAIRS, fast=fast, progress=False).metrics
+    print(json.dumps(rows))
+
+
 def test_two_processes_share_one_cache(tmp_path):
-    code = f"""
-        import json, os
-        from test_frozen import CONFIG, PAIRS, FastPath, fit, replace, tiny
-        config, fast = replace(CONFIG, loss_type="tdpo2", batch_size=2), FastPath(cache_dir={str(tmp_path)!r})
-        rows = fit(config, tiny.llama(seed=7), tiny.llama, PAIRS, fast=fast, progress=False).metrics
-        if os.environ["RANK"] == "0":
-            print(json.dumps(rows))
-    """
-    said, told = two_processes(code, tmp_path)
-    assert told.count("reference hidden states: 9 pairs") == 1
+    both = together(half_of_it, tmp_path)
+    assert [status for status, *_ in both] == [0, 0], both
+    assert sum(told.count("reference hidden states: 9 pairs") for _, _, told in both) == 1
     one = fit(replace(CONFIG, loss_type="tdpo2"), tiny.llama(seed=7), tiny.llama, PAIRS, progress=False)
-    rows = next(json.loads(line) for line in said.splitlines() if line.startswith("[{"))
+    rows = json.loads(both[0][1])
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one.metrics], rel=1e-4)

@@ -24,9 +24,11 @@ from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
 from tpo_lib.runs import compare, named, own, plots, presets, report, runs
+from tpo_lib.runs.accelerated import PATIENCE
 from tpo_lib.runs.interrupts import Terminated
 from tpo_lib.runs.plan import plan
 from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.processes import first, tell
 from tpo_lib.runs.prompts import held_out_prompts, overlap, recorded_prompts, training_prompts
 from tpo_lib.runs.run import fit, read_run, shared_prompts
 from tpo_lib.runs.settings import CompareConfig
@@ -94,7 +96,7 @@ def train(options) -> None:
     config = named.guided(config, options.guide)
     tokenizer = load_tokenizer(name)
     launched = "LOCAL_RANK" in os.environ  # of several processes one samples, the others wait and read its cache
-    process = accelerate.PartialState(cpu=device.type == "cpu") if launched else None
+    process = accelerate.PartialState(cpu=device.type == "cpu", timeout=PATIENCE) if launched else None
     with process.main_process_first() if process else nullcontext():
         source = options.pairs or PRESETS[options.preset].stage.pairs or str(_sampled_pairs(options))
         pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
@@ -117,9 +119,9 @@ def train(options) -> None:
             fast=options.fast,
             resume=options.resume,
         )
-    print(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
+    tell(json.dumps(result.metrics[-1] if result.metrics else {}, indent=1))
     folder = result.output_dir
-    print(
+    tell(
         f"trained {result.steps} updates; model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}, curves: {picture}"
     )
 
@@ -132,7 +134,7 @@ def _drawn(config: TrainConfig) -> Iterator[Path]:
 
     def draw() -> None:
         logged = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-        if logged and os.environ.get("RANK", "0") == "0":  # one of several processes
+        if logged and first():  # of several processes
             store.write_file(picture, partial(plots.run(config.loss_type, logged).savefig, dpi=110))
 
     try:
@@ -147,7 +149,7 @@ def _own_guide(config: TrainConfig, name: str, tokenizer, pairs, fast) -> tuple[
     """Where no guide is given: one is trained with DPO; the settings with its beta, and its folder."""
     folder = Path(config.output_dir) / "guide"
     beta = runs.guide_settings(config).hyperparameters()["beta"]
-    print(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
+    tell(f"{config.loss_type} needs a guide: training one with dpo (beta {beta}) into {folder}", file=sys.stderr)
     inside = replace(config, output_dir=str(folder))
     runs.train_guide(inside, *named.policy(config, name), pairs, tokenizer=tokenizer, fast=fast, progress=True)
     return replace(config, guide_beta=beta), folder
@@ -159,8 +161,8 @@ def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: 
     how = {"max_length": config.max_length, "on_bad_rows": options.on_bad_rows, "cache_dir": options.cache_dir}
     encoded, encoding = encode_table(table, tokenizer, **how)
     for row in (*skipped, *encoding.skipped):
-        print(f"skipped {row}", file=sys.stderr)
-    print(f"{name}: {encoding}", file=sys.stderr)
+        tell(f"skipped {row}", file=sys.stderr)
+    tell(f"{name}: {encoding}", file=sys.stderr)
     return encoded
 
 

@@ -15,9 +15,9 @@ from tpo_lib.files.load import load_config, load_model, load_tokenizer
 from tpo_lib.files.own_code import is_own
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import choose_device
 from tpo_lib.runs import runs
 from tpo_lib.runs.presets import PRESETS
+from tpo_lib.runs.processes import load_device
 from tpo_lib.runs.run import ADAPTER, RunRecord, origin, read_run
 
 
@@ -67,7 +67,7 @@ def _same(a: str, b: str) -> bool:
 
 def policy(config, name: str) -> tuple:
     """What is trained, and a function that gives its reference: the start is loaded once more, or adapters leave it as it is."""
-    device = choose_device(config.device)
+    device = load_device(config)
     start = load_model(name, device=device)
     if config.lora_rank:
         return runs.new_policy(config, start.requires_grad_(False)), lambda: start
@@ -94,7 +94,7 @@ def guide(config, name: str | Path, reference: Callable) -> Callable:
     """A function that loads the guide, on the reference's tensors where policy and guide are adapters of it."""
     if config.lora_rank:
         return lambda: runs.load_guide(name, reference())
-    return frozen(name, choose_device(config.device))
+    return frozen(name, load_device(config))
 
 
 def guided(config: TrainConfig, guide: str | None) -> TrainConfig:

@@ -38,6 +38,7 @@ from tpo_lib.runs import own
 from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.advice import advised
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
+from tpo_lib.runs.processes import check_shards, tell
 from tpo_lib.runs.trackers import begin_tracker
 from tpo_lib.train import Callback, OnLog, Progress, Sums, TrainResult, check, not_finite
 from tpo_lib.types import LossOutput
@@ -47,6 +48,7 @@ ADAPTER = "adapter"  # folder in final/
 FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}  # may change on a resume
 RETIRED = {"share_prefix", "fused", "cache_dir"}  # settings that were: how models are read, which changes no number
 ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
+CUT = {"batch_size", "accumulation"}  # how an update is cut: another number of processes may cut it otherwise
 
 
 def fit(
@@ -75,12 +77,12 @@ def fit(
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         fast: how models are read; None takes the fast path. With its `cache_dir`, training rows of DPO, TGDPO and SimPO have
             no kl/*: log-probabilities are cached there, not distributions.
-        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit. A run leaves one also where an
-            error, Ctrl-C or SIGTERM ends it.
+        resume: continue from the newest sound checkpoint in `config.output_dir`, bit for bit, in another number of processes
+            to rounding. A run leaves one also where an error, Ctrl-C or SIGTERM ends it, unless its weights are in shards.
 
     Raises:
         ValueError, NonFiniteLoss: as `train.fit`; loss is none (`own.check_loss`); a tracker cannot begin, or accelerate is set
-            to what checkpoints do not gather (`accelerated`).
+            to what checkpoints do not gather (`accelerated`), or shards, and a setting does without (`check_shards`).
         OutOfMemory: with what an update takes and would take otherwise (`advice`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
@@ -98,12 +100,14 @@ def fit(
     check_pairs(policy.model, everything, name="policy")
     if fast.fused and not policy.understood:
         kind = type(policy.model).__name__
-        print(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
+        tell(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
     with (
         accelerated(config) as accelerator,
         fast.around(policy.model),
         advised(config, fast, policy.model, everything, accelerator),
     ):
+        if accelerator.sharded:
+            check_shards(config, fast, callbacks)
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
         if loss is not None and run.folder is not None:
             run.start["objective"] = own.described(loss)
@@ -114,7 +118,7 @@ def fit(
                 raise ValueError(f"the {name} is a reader: give its model, if it is frozen, or train with train.fit")
             run.note(name, model)
             check_pairs(model, everything, name=name, policy=policy.model)
-            return fast.reader(model, config).to(accelerator.device)
+            return fast.reader(model, config)
 
         def read(name: str, model):
             if model is None:
@@ -122,10 +126,13 @@ def fit(
             if fast.cache_dir is None:
                 return load(name, model)
             how = {"folder": fast.cache_dir, "accelerator": accelerator, "progress": progress}
-            return open_frozen(name, partial(load, name, model), config, pairs, eval_pairs, **how)
+            return open_frozen(name, lambda: accelerator.place(load(name, model)), config, pairs, eval_pairs, **how)
 
         with run.owned(resume=resume):
             frozen = {"reference": read("reference", reference), "guide": read("guide", guide)}
+            run.take_up(policy.model)
+            if fast.cache_dir is None:  # only now, for a guide may be made of the reference's tensors
+                frozen = {name: reader and accelerator.place(reader) for name, reader in frozen.items()}
             told = {"callbacks": callbacks, "on_log": on_log, "progress": progress}
             how = {"eval_pairs": eval_pairs, "loss": loss, "pair_loss": fast.pair_loss, "run": run}
             return train.fit(config, policy, pairs=pairs, **frozen, **how, **told)
@@ -239,6 +246,7 @@ class Run(Progress):
         self._checkpoints: list[Path] = []
         self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
         self._told: set[tuple] = set()  # rows that the tracker knows from before
+        self._left: dict | None = None  # state of the loop in the checkpoint that is gone on from
         self._whole = True  # weights, optimizer and step belong together
         self._terminated = False
 
@@ -254,15 +262,29 @@ class Run(Progress):
         if self.folder is not None:
             self.start[name] = origin(model)
 
+    def take_up(self, policy) -> None:
+        """Note what the run is started from, and give the policy the weights of the newest sound checkpoint, if it has any.
+
+        Now, while they are whole. Raises RuntimeError, naming every difference, where it is another run's.
+        """
+        if self.folder is None:
+            return
+        self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
+        config, processes = self.config, self.accelerator.num_processes
+        self.start |= {"pairs per update": config.batch_size * config.accumulation * processes, "processes": processes}
+        self.start |= {"precision": self.accelerator.mixed_precision}
+        if source := OBJECTIVES[config.loss_type].source:
+            self.start.setdefault("objective", {"name": config.loss_type, "sha256": source})
+        if self._checkpoints:
+            found = self._found()
+            _load_weights(policy, found)
+            self._left = store.load_state(found / "state")
+
     def begin(self, policy, optimizer, steps: int, per_update: int, *, shown: bool) -> None:
-        """A clean start, or the newest sound checkpoint; RuntimeError, naming every difference, where that is another run's."""
-        if self.folder is not None:
-            self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
-            self.start |= {"pairs per update": per_update, "precision": self.accelerator.mixed_precision}
-            if source := OBJECTIVES[self.config.loss_type].source:
-                self.start.setdefault("objective", {"name": self.config.loss_type, "sha256": source})
-            if self._checkpoints:
-                self._continue(policy, optimizer)
+        """A clean start, or the state of the loop that `take_up` found."""
+        if self._left is not None:
+            self._continue(optimizer, self._left)
+            self._left = None
         self._begin_tracker()
         if self.writes:
             lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
@@ -289,8 +311,9 @@ class Run(Progress):
             told = {name: value for name, value in row.items() if name != "step" and value is not None}
             self.accelerator.log(told, step=row["step"])
 
-    def _continue(self, policy, optimizer) -> None:
-        found = store.newest(self.folder / "checkpoints")
+    def _found(self) -> Path:
+        """The newest sound checkpoint of this very run; those after it are set aside."""
+        found = store.newest(self.folder / "checkpoints", warn=partial(tell, file=sys.stderr))
         if found is None:
             raise RuntimeError(
                 f"none of the {len(self._checkpoints)} checkpoints in {self.folder} is usable; remove the folder to start over"
@@ -305,28 +328,31 @@ class Run(Progress):
         # what was not given, or is newer than the run, had its default
         old, now = (c.to_dict() for c in (TrainConfig(**settings), self.config))
         ours = {"objective": {"name": f"the library's {self.config.loss_type}", "sha256": ""}}  # it is not recorded
-        changed = _differences(old, now, ASIDE) + _differences(ours | before, ours | self.start)
+        cut = CUT if before.get("processes", self.start["processes"]) != self.start["processes"] else set()
+        changed = _differences(old, now, ASIDE | cut) + _differences(ours | before, ours | self.start, {"processes"})
         if changed:
             raise RuntimeError(
                 f"cannot resume {self.folder}: {'; '.join(changed)}. Resume with what the run was started with, or choose "
                 "another --output-dir to start anew"
             )
-        _load_weights(policy, found)
-        state = store.load_state(found / "state")
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.start, self._saved = before | self.start, state["step"]
-        self.step, self.rows, self.norm, self.pending = (state[name] for name in ("step", "rows", "norm", "pending"))
-        self._rows_before = len(self.rows)
-        mine = self.accelerator.process_index  # a run that was interrupted knows the sums of its main process alone
-        device = self.accelerator.device
-        for name, entry in state["sums"][mine].items() if mine < len(state["sums"]) else ():
-            self.sums.totals[name] = tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in entry)
+        self.start = before | self.start
         self.accelerator.wait_for_everyone()
         if self.writes:
             store.set_aside(self.folder / "checkpoints", found)
+        return found
+
+    def _continue(self, optimizer, state: dict) -> None:
+        self.accelerator.load_state(optimizer, state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._saved = state["step"]
+        self.step, self.rows, self.norm, self.pending = (state[name] for name in ("step", "rows", "norm", "pending"))
+        self._rows_before = len(self.rows)
+        device = self.accelerator.device  # of a run that was interrupted, the sums of its main process alone are known
+        for sums in state["sums"][self.accelerator.process_index :: self.accelerator.num_processes]:
+            on_device = {n: [v.to(device) if isinstance(v, torch.Tensor) else v for v in e] for n, e in sums.items()}
+            self.sums.add(on_device)
 
     def log(self, row: dict) -> None:
         """Keep a metrics row, append it to metrics.jsonl, hand it to the tracker."""
@@ -356,8 +382,9 @@ class Run(Progress):
             return
         self.check_finite(policy)
         sums = gather_object([_on_cpu(self.sums)])
+        policy, state = self.accelerator.whole(policy), self.accelerator.whole_state(optimizer)
         if self.writes:
-            self._checkpoint(policy, optimizer, sums)
+            self._checkpoint(policy, state, sums)
 
     def finish(self, policy) -> None:
         """Write the trained model, unless its weights are not finite."""
@@ -368,6 +395,7 @@ class Run(Progress):
                 f"between the rows of steps {skipped[:8]} and those before them updates were skipped (metric skipped)"
             )
             print(f"fp16: {told}: their gradients overflowed, and the loss scale was halved", file=sys.stderr)
+        policy = self.folder and self.accelerator.whole(policy)
         if self.writes:
             whole = adapters.whole(policy)
             self._write(self.folder / "final", whole, adapter=None if whole is policy else policy)
@@ -395,21 +423,26 @@ class Run(Progress):
             raise
 
     def _rescue(self, policy, optimizer) -> None:
-        if not (self.writes and self._whole and self.step > self._saved and not_finite(policy) is None):
+        if not (self.writes and self._whole and self.step > self._saved):
+            return
+        if self.accelerator.sharded:  # who knows where the other processes are, which would have to bring theirs
+            print(f"{self.folder}: updates after {self._saved} are lost, for weights are in shards", file=sys.stderr)
+            return
+        if not_finite(policy) is not None:
             return
         self._whole = False  # another SIGTERM waits
         if self.pending:
             del self.rows[self._rows_before :]  # they come again with what was broken off
         try:
-            self._checkpoint(policy, optimizer, [_on_cpu(self.sums)])
+            self._checkpoint(policy, optimizer.state_dict(), [_on_cpu(self.sums)])
             print(f"{self.folder}: saved after update {self.step}; continue with --resume", file=sys.stderr)
         except Exception as error:  # the one that ended the run is told
             print(f"{self.folder}: update {self.step} could not be saved ({error})", file=sys.stderr)
 
-    def _checkpoint(self, policy, optimizer, sums: list[dict]) -> None:
+    def _checkpoint(self, policy, optimizer: dict, sums: list[dict]) -> None:
         scaler = self.accelerator.scaler
         state = {name: getattr(self, name) for name in ("step", "rows", "norm", "pending")} | {"sums": sums}
-        state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state |= {"optimizer": optimizer, "rng": torch.get_rng_state()}
         state["scaler"] = scaler and scaler.state_dict()
         self._write(store.step_folder(self.folder / "checkpoints", self.step), policy, state)
         self._saved = self.step
