@@ -76,7 +76,7 @@ def rows(shown) -> list[int]:
 
 
 def test_two_thousand_pairs_open_at_once_and_are_sorted_filtered_and_turned(opened, found):
-    for _ in range(5):  # a busy machine delays some openings, a slow page all of them
+    for _ in range(10):  # a busy machine delays some openings, a slow page all of them
         shown = opened()
         print(f"2,000 pairs: {shown.seconds:.2f} s")
         if shown.seconds < 2:

@@ -60,6 +60,7 @@ def inspected(place: Path, tmp_path: Path, *more: str, model="policy", pairs="pa
     main(["inspect", *where, "--json", *more])
     html = page.read_text(encoding="utf-8")
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert "<" not in data
     found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert json.loads(data)["pairs"] == found["pairs"]
     return found | {"quantities": json.loads(data)["quantities"]}, html

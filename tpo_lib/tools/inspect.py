@@ -215,8 +215,7 @@ def page(found: Mapping) -> str:
     there = {name: each for name, each in QUANTITIES.items() if name in pairs[0]["chosen"]}
     shown = {name: asdict(each) | {"full": _full(pairs, name)} for name, each in there.items()}
     data = json.dumps({"quantities": shown, "pairs": pairs}, ensure_ascii=False, allow_nan=False)
-    for letter in "<>&":  # in JSON they stand within strings alone; so no </script> ends the data
-        data = data.replace(letter, f"\\u{ord(letter):04x}")
+    data = data.replace("<", "\\u003c")  # in JSON it stands within strings alone; so no </script> ends the data
     how = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=FileSystemLoader(TEMPLATES), **how)
     return templates.get_template("inspect.html.j2").render(found, data=Markup(data), cell=cell)
