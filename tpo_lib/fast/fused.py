@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpo_lib import losses, stats
-from tpo_lib.fast.tiles import Asked, Gradients, Tiles, spread
+from tpo_lib.fast.tiles import Asked, Gradients, Tile, Tiles, spread
 from tpo_lib.types import LossOutput, Reading, TokenStats
 
 
@@ -66,6 +66,7 @@ def pair_loss(
     paired: bool = True,
     logged: bool = True,
     tile_bytes: int | None = None,
+    look: Callable[[Tensor, Tile], None] | None = None,
 ) -> tuple[LossOutput, TokenStats | None]:
     """`stats.pair_loss`, equal in value and gradient, in less time and memory. What differs:
 
@@ -73,6 +74,7 @@ def pair_loss(
         objective: no pair may depend on another in it.
         tile_bytes: size of one tile of logits; None chooses it from the device's memory. Pairs are taken together as far as
             they fit; one that is larger alone still is one tile.
+        look: called with the positions and the tile of each group while the tile holds log pi; needs logged, and a `policy.head`.
 
     Returns:
         The statistics are not differentiable; None for them if they were not made.
@@ -97,6 +99,8 @@ def pair_loss(
             index, place = policy.rows[positions].unique(return_inverse=True)
         tile = (tiles.read_merged if merged else tiles.read)(index)
         numbers.put(positions, tile, place)
+        if look is not None:
+            look(index, tile)
         output, asked = _ask(objective, numbers, positions, sides, gradient=gradients is not None)
         outputs.append(output)
         if found := tile.gradient(_summed(asked, place, len(index))) if asked else None:
