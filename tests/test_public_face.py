@@ -67,7 +67,7 @@ def test_one_version_everywhere():
 def test_one_address_everywhere(page, tmp_path, monkeypatch):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert set(re.findall(r"github\.com/([\w-]+/[\w-]+)", text)) == {notebooks.REPO_SLUG}
-    copy = tmp_path / page
+    copy = tmp_path / Path(page).name
     copy.write_text(text, encoding="utf-8")
     monkeypatch.setattr(notebooks, "REPO_SLUG", "somebody/else")
     notebooks.set_address(copy)

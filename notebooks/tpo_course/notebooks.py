@@ -19,7 +19,7 @@ from tpo_lib.parser import Parser
 FOLDER = Path(__file__).parents[1]
 ROOT = FOLDER.parent
 REPO_SLUG = "tpo-lib/tpo-lib"  # on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
-PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml")  # the other files that name it
+PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "docs/trl.md")  # the other files that name it
 SET_UP = """\
 # On Colab this fetches the course; TIER is what live cells run on, if the runtime can carry it.
 TIER = "pocket (CPU)"  #@param {tiers}

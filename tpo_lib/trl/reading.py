@@ -26,10 +26,10 @@ def teach(model) -> None:
         raise ValueError("prompt and prefix tuning put tokens before a sequence, which cannot be read so; use LoRA")
     inner = model.eval().get_base_model() if hasattr(model, "peft_config") else model.eval()
     plain = inner.forward
-    wrapped = inner.__dict__.pop("forward", None)  # by accelerate's autocast, say: the head is tried without it
+    # wrapped by accelerate's autocast, say: the head is tried without that
+    wrapped = {name: inner.__dict__.pop(name) for name in ("forward",) if name in inner.__dict__}
     reader = ResponseReader(inner)
-    if wrapped is not None:
-        inner.forward = wrapped
+    inner.__dict__.update(wrapped)
 
     @functools.wraps(type(inner).forward)  # `generate` asks for its parameters
     def forward(self, *args, then=None, **inputs):

@@ -72,7 +72,7 @@ class _TokenLevelTrainer(DPOTrainer):
             return self._read(self.model, batch)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        if unknown := inputs.keys() - INPUTS:
+        if unknown := inputs.keys() - {*INPUTS}:
             raise ValueError(
                 f"the batch has {', '.join(sorted(unknown))}, which nothing reads; let the collator leave it out"
             )
