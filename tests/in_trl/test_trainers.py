@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from apart import two_processes
+from apart import together
 from datasets import Dataset
 from same_run import METRICS, THEIRS, by_fit, by_trl, check_equal, models, sentences
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -307,19 +308,20 @@ def test_a_guide_is_a_model_or_a_name(given, tmp_path):
 # ---- several processes, and none that listen
 
 
+def numbers_of(trainer) -> list[list[float]]:
+    return [[row[name] for name in ("loss", "grad_norm", "num_tokens", *KL)] for row in trained(trainer)]
+
+
+def in_one_of_two(rank: int, folder: Path) -> None:
+    found = numbers_of(made(folder / f"{rank}", per_device_train_batch_size=2))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
 def test_two_processes_train_as_one(tmp_path):
-    child = f"""
-        import json
-        from test_trainers import KL, made, trained
-        trainer = made({str(tmp_path)!r}, per_device_train_batch_size=2)
-        rows = trained(trainer)
-        if trainer.accelerator.is_main_process:
-            print(json.dumps([[row[name] for name in ("loss", "grad_norm", "num_tokens", *KL)] for row in rows]))
-        """
-    out, _ = two_processes(child, tmp_path)
-    found = json.loads(out.strip().splitlines()[-1])
-    rows = trained(made(tmp_path))
-    expected = [[row[name] for name in ("loss", "grad_norm", "num_tokens", *KL)] for row in rows]
+    """TRL logs in the first of them."""
+    for status, _, told in together(in_one_of_two, tmp_path):
+        assert status == 0, told[-3000:]
+    found, expected = json.loads((tmp_path / "0.json").read_text()), numbers_of(made(tmp_path))
     assert torch.tensor(found).allclose(torch.tensor(expected), atol=1e-4)
 
 
