@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -38,9 +39,10 @@ def together(function: Callable, *arguments, sharded: bool = False) -> list[tupl
         children = [SERVER.Process(target=_join, args=(rank, *arguments)) for rank in range(2)]
         for child in children:
             child.start()
+        wait([child.sentinel for child in children], timeout=240)
         for child in children:
-            child.join(240)
-            if child.is_alive():  # they wait for each other
+            child.join(240 if all(other.exitcode in (None, 0) for other in children) else 20)
+            if child.is_alive():  # it waits for the other one
                 child.kill()
                 child.join()
         return [

@@ -244,7 +244,8 @@ def not_finite(policy) -> str | None:
     """The first trained tensor with a NaN or infinity, None where there is none."""
     bias = getattr(policy.get_output_embeddings(), "bias", None)  # there, -inf forbids a token
     trained = ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
-    return next((name for name, p in trained if not (p.isfinite() | (p.isneginf() & (p is bias))).all()), None)
+    good = ((name, (p.isfinite() | (p.isneginf() & (p is bias))).all()) for name, p in trained)
+    return next((name for name, here in good if not getattr(here, "full_tensor", here.bool)()), None)  # of all shards
 
 
 def frozen_readers(policy, reference, guide, pairs: Sequence[EncodedPair], device) -> dict[str, Read]:
@@ -253,9 +254,8 @@ def frozen_readers(policy, reference, guide, pairs: Sequence[EncodedPair], devic
     readers = {}
     for key, name, model in (("ref", "reference", reference), ("guide", "guide", guide)):
         if isinstance(model, torch.nn.Module):
-            model = model if isinstance(model, ResponseReader) else ResponseReader(model)
+            model = (model if isinstance(model, ResponseReader) else ResponseReader(model)).to(device)
             check_pairs(model.model, pairs, name=name, policy=policy)
-            model = model.to(device)
         readers[key] = model
     return {key: model for key, model in readers.items() if model is not None}
 

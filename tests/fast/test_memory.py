@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from tpo_course import ladder
-from tpo_lib.fast import memory
+from tpo_lib.fast import memory, scale
 from tpo_lib.fast.checkpointing import recomputing
 from tpo_lib.fast.memory import SHAPES, ModelShape, from_config, step_memory
 from tpo_lib.files import adapters
@@ -247,6 +248,37 @@ def test_half_as_many_scored_positions():
 def test_a_tile_holds_at_least_a_pair():
     small = step_memory(SHAPES["GPT-2 small"], tile_bytes=1, **GIVEN).parts["vocabulary"]
     assert small == 2 * 2 * 64 * 50257 * 4
+
+
+def test_shards_are_cut_and_what_is_whole_is_counted():
+    shape, given = SHAPES["Llama-3.1-8B"], GIVEN | {"precision": "bf16"}
+    one, eight = (step_memory(shape, shards=shards, **given) for shards in (1, 8))
+    for part in ("weights", "gradients", "optimizer", "frozen models"):
+        assert eight.parts[part] == -(-one.parts[part] // 8)
+    layer = (shape.parameters - shape.root) // shape.layers
+    assert layer == 218_112_000  # 4 attention matrices, 3 of the MLP, 2 norms
+    assert (
+        eight.parts["gathered"] == (2 * 2 + 2 + 4) * shape.root + (2 * 2 + 2 + 4) * layer
+    )  # two models, and gradients
+    assert (one.parts["16-bit copies"], eight.parts["16-bit copies"]) == (2 * shape.matrices, 0)
+    adapters = step_memory(shape, shards=8, lora_rank=8, **given)
+    assert adapters.parts["frozen models"] == shape.parameters // 2  # its own, for shards are not shared
+    assert adapters.parts["gathered"] == eight.parts["gathered"] - (2 + 4) * shape.root  # whose gradient nobody needs
+
+
+def test_the_page_on_scale_has_the_figures_of_the_model():
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert scale.table() in page
+
+
+def test_a_pass_in_shards_is_arithmetic_and_messages():
+    """Llama-3.1-8B by hand: 6 times its weights a token and twice more for layers computed again, as in every account of it."""
+    shape, cluster = SHAPES["Llama-3.1-8B"], scale.Cluster(8, 80 * 10**9, 1.0, 1.0)
+    found = scale.plan(shape, cluster, length=1024, pairs=4, objective="sft", scored=1.0)
+    tokens = 2 * 4 * 1024
+    assert found.compute == pytest.approx((8 * (shape.matrices - shape.head) + 6 * shape.head) * tokens, rel=0.04)
+    assert found.traffic == round(7 / 8 * (2 * (2 * shape.parameters - shape.root) + 4 * shape.parameters))
+    assert found.seconds == (max(found.compute, found.messages), found.compute + found.messages)
 
 
 @pytest.mark.parametrize(

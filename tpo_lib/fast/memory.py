@@ -62,6 +62,12 @@ class ModelShape:
         return rank * self.layers * (attention + (2 if self.family == "gpt2" else 3) * (d + f))
 
     @property
+    def root(self) -> int:
+        """Numbers outside the layers: embeddings, head, last norm."""
+        small = 2 * self.hidden + self.positions * self.hidden if self.family == "gpt2" else self.hidden
+        return small + self.head * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
         """P."""
         small = norms = (self.layers * 2 + 1) * self.hidden
@@ -125,6 +131,7 @@ def step_memory(
     lora_rank: int = 0,
     checkpointing: bool = False,
     tile_bytes: int = TILE_BYTES,
+    shards: int = 1,
 ) -> StepMemory:
     """Bytes at the loss of the second of two accumulated passes, where every part is there at once.
 
@@ -140,6 +147,8 @@ def step_memory(
         scored: share of the N T positions that are response tokens, 0 to 1.
         lora_rank: of adapters on all linear layers, beside which the body is read as the reference too; 0 trains all weights.
         checkpointing: layers are computed again in backward, one at a time, when the tiles are gone.
+        shards: processes that share weights, gradients, optimizer state and frozen models (FSDP2, `runs/processes.py`); what is
+            returned is of one of them.
 
     Raises:
         ValueError: objective, precision or optimizer is unknown, or a size is out of range.
@@ -174,11 +183,31 @@ def step_memory(
         parts["vocabulary"] = tiles(objective) * tile + copy
     else:
         parts["vocabulary"] = textbook_tensors(objective) * rows * shape.vocab * FULL
+    if shards > 1:
+        if lora_rank:  # cut, the body that policy and reference share is one for each
+            parts["frozen models"] += (
+                FULL * shape.parameters * ("ref_logps" in OBJECTIVES[objective].needs and not cached)
+            )
+        for name in ("weights", "gradients", "optimizer", "frozen models"):
+            parts[name] = -(-parts[name] // shards)
+        parts["16-bit copies"] = 0  # they are what is gathered
+        parts["gathered"] = gathered_bytes(shape, 0 if cached else frozen, precision, trains_root=not lora_rank)
     if checkpointing:  # one layer's come again in backward, when the logits are gone, and gradients of some of them
         flowing = 2 * FULL * (shape.hidden + shape.mlp)
         again = rows * (layer_bytes(shape, length, precision, lora_rank) + flowing)
         parts["activations"] += max(0, again - parts["vocabulary"])
     return StepMemory(parts, disk=cache_bytes(shape, objective) * read // pairs if cached else 0)
+
+
+def gathered_bytes(shape: ModelShape, frozen: int, precision: str, *, trains_root: bool = True) -> int:
+    """Bytes of weights that are whole for a while in every process, and of gradients before they are cut.
+
+    Embeddings, last norm and head of all models (`root`) for the whole update, with a gradient; two layers, for the next one
+    comes while one computes, and the gradient of one. Gradients wait in the weights' type, and travel as float32.
+    """
+    size, layer = FULL if precision == "no" else HALF, (shape.parameters - shape.root) // shape.layers
+    root = size * shape.root * (1 + frozen) + (size + FULL) * shape.root * trains_root
+    return root + size * 2 * layer + (size + FULL) * layer
 
 
 def frozen_numbers(shape: ModelShape, objective: str, cached: bool, lora_rank: int) -> int:

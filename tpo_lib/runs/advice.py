@@ -37,17 +37,17 @@ def advised(config: TrainConfig, fast: FastPath, model, pairs: Sequence[EncodedP
         if isinstance(error, OutOfMemory) or not ran_out(error):
             raise
         text = " ".join(str(error).split())[:200]
-        said = advice(
-            config, fast, model.config, pairs, precision=accelerator.mixed_precision, device=accelerator.device
-        )
+        where = {"precision": accelerator.mixed_precision, "device": accelerator.device}
+        where["shards"] = accelerator.num_processes if accelerator.sharded else 1
+        said = advice(config, fast, model.config, pairs, **where)
         raise OutOfMemory(f"{text}; {said}") from error
 
 
 def advice(
-    config: TrainConfig, fast: FastPath, model_config, pairs: Sequence[EncodedPair], *, precision: str, device
+    config: TrainConfig, fast: FastPath, model_config, pairs: Sequence[EncodedPair], *, precision: str, device, shards=1
 ) -> str:
     """What an update takes, of what there is, and what it would take with each remedy that is not in use, the least first."""
-    now = update_of(config, fast, pairs, precision)
+    now = update_of(config, fast, pairs, precision) | {"shards": shards}
     remedies = remedies_of(config, fast, now, model_config.get_text_config().hidden_size)
     if len(remedies) > 1:
         remedies["all of these"] = {name: value for change in remedies.values() for name, value in change.items()}
@@ -88,7 +88,7 @@ def remedies_of(config: TrainConfig, fast: FastPath, now: dict, width: int) -> d
         found[f"--batch-size {half} --accumulation {more}"] = {"pairs": half}
     if not fast.checkpointing:
         found["--checkpointing"] = {"checkpointing": True}
-    if not fast.cache_dir:
+    if not fast.cache_dir and now.get("shards", 1) == 1:  # shards have no caches
         found["--cache-dir DIR"] = {"cached": True}
     if not config.lora_rank and width > RANK:
         found[f"--lora-rank {RANK}"] = {"lora_rank": RANK}

@@ -79,9 +79,7 @@ class Processes(Accelerator):
         if self.sharded:
             self._find_layers(scorer.policy)
             self._skeleton = _skeleton(scorer.policy.model) if self.is_main_process else None
-        scorer, optimizer = super().prepare(scorer, optimizer)
-        self._scorer = scorer if self.sharded else None
-        return scorer, optimizer
+        return super().prepare(scorer, optimizer)
 
     def place(self, reader: ResponseReader) -> Callable[[PairBatch], Reading]:
         """A frozen model where it computes: on the device, or in shards."""
@@ -122,11 +120,8 @@ class Processes(Accelerator):
         """
         if not self.sharded:
             return policy
-        for module in self._scorer.modules():
-            if hasattr(module, "reshard"):  # after held-out pairs some are still gathered, and short
-                module.reshard()
         made: dict[int, Tensor | None] = {}  # tied weights stay one
-        state = policy.state_dict(keep_vars=True)
+        state = policy.state_dict(keep_vars=True)  # of shards, whatever was gathered: it cuts that again
         for value in state.values():
             if id(value) not in made:
                 full = self._gathered(value)
