@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tpo_lib
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR, OBJECTIVES, dpo, floor_share, ipo, sft, simpo, tdpo1, tdpo2, tgdpo
 from tpo_lib.stats import split, token_stats
@@ -542,7 +543,7 @@ def test_the_objective_of_the_page_on_your_own_data_is_what_it_says(monkeypatch)
     monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
     space: dict = {}
     exec(page.partition("## Objectives of your own")[2].partition("```python\n")[2].partition("```")[0], space)
-    exec(re.search(r"    (losses\.register\(.+\))\n", page)[1], space | {"losses": losses})
+    exec(re.search(r"    (tpo_lib\.register\(.+\))\n", page)[1], space | {"losses": losses, "tpo_lib": tpo_lib})
     mask = torch.ones(1, 2, dtype=torch.bool)
     chosen, rejected = (TokenStats(torch.full((1, 2), v), torch.zeros(1, 2), mask) for v in (-1.0, -2.0))
     entry = losses.OBJECTIVES["hinge"]

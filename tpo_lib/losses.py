@@ -5,8 +5,8 @@ Below, w is the chosen and l the rejected response, lr = log pi_theta(y^t|s_t) -
 KL = KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the vocabulary, and sums run over the response, in nats. The rewards that are
 logged are the two terms of the objective's own margin. What beta, alpha, ... may be stands in OBJECTIVES.
 
-To add an objective, write its function and its entry in OBJECTIVES, or `register` one from outside. Training, flags, range
-checks, sliders, colours, `run`, the sweep and README's table follow from the entry.
+To add an objective, write its function and its entry in OBJECTIVES, or `tpo_lib.register` one from outside. Training, flags,
+range checks, sliders, colours, `run`, the sweep and README's table follow from the entry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpo_lib.types import LossOutput, TokenStats
 F_FLOOR = 0.01  # TGDPO's smallest weight of a token: its derivation needs f > 0, the authors' code does not ensure it
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
-_HOW_TO_GET = {
+HOW_TO_GET = {
     "ref_logps": "pass ref_logits to token_stats",
     "kl": "pass with_kl=True to token_stats",
     "guide_logps": "pass guide_logits (a frozen DPO model's) to token_stats",
@@ -147,7 +147,7 @@ def ipo(chosen: TokenStats, rejected: TokenStats, *, beta: float) -> LossOutput:
 def _need(stats: TokenStats, field: str) -> Tensor:
     value = getattr(stats, field)
     if value is None:
-        raise ValueError(f"this objective needs TokenStats.{field}, which is None: {_HOW_TO_GET[field]}")
+        raise ValueError(f"this objective needs TokenStats.{field}, which is None: {HOW_TO_GET[field]}")
     return value
 
 
@@ -287,29 +287,3 @@ OBJECTIVES = {
     "simpo": Objective(simpo, (), _SIMPO, "SimPO", ("#CC79A7", "v", (0, (1.5, 1)))),
     "ipo": Objective(ipo, _REF, {"beta": _BETA}, "IPO", ("#8B5A2B", ">", (0, (8, 1.5, 2, 1.5)))),
 }
-
-
-def register(objective: Objective, name: str | None = None) -> str:
-    """Add an objective of your own; returns its name, which is that of its function unless one is given.
-
-    Raises:
-        ValueError: there is another objective of that name, or as `check_record`.
-    """
-    name = name or objective.fn.__name__
-    if OBJECTIVES.get(name, objective) != objective:
-        raise ValueError(f"there is an objective {name!r} already; give yours another name")
-    check_record(name, objective)
-    OBJECTIVES[name] = objective
-    return name
-
-
-def check_record(name: str, objective: Objective) -> None:
-    """Raise ValueError where hyperparameters and keywords of the function differ, or a need is none."""
-    keywords = [p.name for p in inspect.signature(objective.fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if keywords != list(objective.hyperparameters):
-        raise ValueError(
-            f"objective {name!r} takes {', '.join(keywords) or 'nothing'} beside the statistics, its record says "
-            f"{', '.join(objective.hyperparameters) or 'nothing'}; they must be the same, after a * in the signature"
-        )
-    if unknown := set(objective.needs) - _HOW_TO_GET.keys():
-        raise ValueError(f"objective {name!r} needs {', '.join(sorted(unknown))}; there is {', '.join(_HOW_TO_GET)}")

@@ -21,6 +21,21 @@ OPTIONAL = ("ref_logps", "kl", "guide_logps")  # statistics that not every objec
 FILES: dict[str, str] = {}  # title of an objective of one's own -> where it was loaded from, FOLDER/FILE.py:NAME
 
 
+def register(objective: Objective, name: str | None = None) -> str:
+    """Add an objective of your own; returns its name, which is that of its function unless one is given.
+
+    Raises:
+        ValueError: there is another objective of that name, its hyperparameters are not its function's keywords, or it
+            needs what there is not.
+    """
+    name = name or objective.fn.__name__
+    if losses.OBJECTIVES.get(name, objective) != objective:
+        raise ValueError(f"there is an objective {name!r} already; give yours another name")
+    _check_record(name, objective)
+    losses.OBJECTIVES[name] = objective
+    return name
+
+
 def load_objective(spec: str) -> str:
     """Execute the file and register its objective, a function (chosen, rejected, *, ...) or a record; returns its `title`.
 
@@ -33,7 +48,7 @@ def load_objective(spec: str) -> str:
     record = found if isinstance(found, Objective) else _record(spec, found)
     record = replace(record, fn=guarded(spec, record.fn), label=record.label or title(spec), source=digest)
     try:
-        losses.check_record(title(spec), record)
+        _check_record(title(spec), record)
         defaults = {name: 1.0 if h.default is None else h.default for name, h in record.hyperparameters.items()}
         read = _try(spec, record.fn, defaults, OPTIONAL)
     except TypeError as error:
@@ -121,6 +136,20 @@ def check_unchanged(objective: str, recorded: dict | None) -> None:
 
 def _name(fn: Callable) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _check_record(name: str, objective: Objective) -> None:
+    """Raise ValueError where hyperparameters and keywords of the function differ, or a need is none."""
+    keywords = [p.name for p in inspect.signature(objective.fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if keywords != list(objective.hyperparameters):
+        raise ValueError(
+            f"objective {name!r} takes {', '.join(keywords) or 'nothing'} beside the statistics, its record says "
+            f"{', '.join(objective.hyperparameters) or 'nothing'}; they must be the same, after a * in the signature"
+        )
+    if unknown := set(objective.needs) - losses.HOW_TO_GET.keys():
+        raise ValueError(
+            f"objective {name!r} needs {', '.join(sorted(unknown))}; there is {', '.join(losses.HOW_TO_GET)}"
+        )
 
 
 def _record(spec: str, fn: object) -> Objective:
