@@ -7,7 +7,7 @@ one logit lies about 104 below the largest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -160,13 +160,28 @@ def from_readings(
     *,
     guide: Reading | Tensor | None = None,
     with_kl: bool = False,
+    given: Mapping[str, Tensor] | None = None,
 ) -> TokenStats:
-    """`token_stats` of what the models said; a frozen one may be (R,) log-probabilities where they are known already."""
+    """`token_stats` of what the models said, or (R,) log-probabilities of a frozen one; `given`: (R,) rewards, weights."""
     logits = [said.logits() if isinstance(said, Reading) else None for said in (ref, guide)]
     tokens = token_stats(policy.logits(), labels, logits[0], guide_logits=logits[1], with_kl=with_kl)
-    known = {"ref_logps": ref, "guide_logps": guide}
+    known = {"ref_logps": ref, "guide_logps": guide, **(given or {})}
     known = {name: unpack(said.detach(), tokens.mask) for name, said in known.items() if isinstance(said, Tensor)}
     return replace(tokens, **known)
+
+
+def as_asked(tokens: TokenStats) -> TokenStats:
+    """The statistics as an objective reads them, where rewards or weights of the tokens are data.
+
+    A reward r makes log pi_hat = log pi_ref + r, so that TGDPO's r_hat is guide_beta r; a weight w multiplies every log-ratio,
+    log-probability and KL, and leaves r_hat as it is.
+    """
+    ref, guide, w = tokens.ref_logps, tokens.guide_logps, tokens.weights
+    guide = guide if tokens.rewards is None else ref + tokens.rewards
+    if w is None:
+        return replace(tokens, guide_logps=guide)
+    scaled = {name: w * x for name in ("logps", "ref_logps", "kl") if (x := getattr(tokens, name)) is not None}
+    return replace(tokens, **scaled, guide_logps=None if guide is None else w * ref + (guide - ref))
 
 
 def pair_loss(
@@ -177,6 +192,7 @@ def pair_loss(
     *,
     guide: Reading | Tensor | None = None,
     with_kl: bool = False,
+    given: Mapping[str, Tensor] | None = None,
     paired: bool = True,
     logged: bool = True,
 ) -> tuple[LossOutput, TokenStats | None]:
@@ -184,7 +200,7 @@ def pair_loss(
 
     Args:
         objective: (chosen, rejected) -> LossOutput, its hyperparameters filled in.
-        policy, labels, ref, guide, with_kl: as in `from_readings`, all chosen sequences first.
+        policy, labels, ref, guide, with_kl, given: as in `from_readings`, all chosen sequences first.
         paired: there is a rejected side; otherwise the objective gets None for it.
         logged: the statistics will be read. Where they will not, a faster path may leave them out and return None for them.
 
@@ -192,9 +208,10 @@ def pair_loss(
         NotFinite: see `check_finite`.
         ValueError: as `from_readings` and `split`.
     """
-    tokens = from_readings(policy, labels, ref, guide=guide, with_kl=with_kl)
+    tokens = from_readings(policy, labels, ref, guide=guide, with_kl=with_kl, given=given)
     check_finite(tokens)
-    return objective(*(split(tokens) if paired else (tokens, None))), tokens
+    asked = as_asked(tokens)
+    return objective(*(split(asked) if paired else (asked, None))), tokens
 
 
 def split(stats: TokenStats) -> tuple[TokenStats, TokenStats]:

@@ -44,6 +44,7 @@ def fit(
     *,
     eval_pairs: Sequence[EncodedPair] = (),
     guide=None,
+    given: Callable[[PairBatch], dict[str, Tensor]] | None = None,
     loss: Callable[..., LossOutput] | None = None,
     pair_loss: Callable = stats.pair_loss,
     run: Progress | None = None,
@@ -57,8 +58,8 @@ def fit(
         config: the run; `config.batch_size * config.accumulation * processes` pairs make one update.
         policy: causal language model in float32, or a ResponseReader of one.
         reference, guide: frozen models of the same vocabulary, None where the objective needs none (without a reference no KL
-            is logged). Or readers: batch -> a Reading, or (R,) log-probabilities where no KL is wanted; what a reader's
-            attribute `held_out` reads, if it has one, are the held-out pairs.
+            is logged). Or readers: batch -> a Reading, or (R,) log-probabilities without KL; their `held_out` reads eval_pairs.
+        given: batch -> {"rewards", "weights"} of the response tokens, (R,) each, where they are data (`stats.as_asked`).
         pairs, eval_pairs: encoded; eval_pairs are scored every `config.eval_every` updates and at the end (metrics `eval_*`).
         loss: (chosen, rejected, **config.hyperparameters()) -> LossOutput in the place of the objective's own function.
         pair_loss: the step from what the models said to the loss, see `stats.pair_loss`.
@@ -70,12 +71,12 @@ def fit(
         ValueError: the objective lacks a model, or pairs a rejected side; there are fewer pairs than one update takes.
         NonFiniteLoss: names step and rows, or the weights.
     """
-    check(config, reference, guide, pairs, eval_pairs)
+    check(config, reference, guide or given, pairs, eval_pairs)
     run = run or Progress(config)
     accelerator = run.accelerator
     reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
     policy = reader.model.eval()  # dropout would tell the policy from its reference before the first update
-    frozen = frozen_readers(policy, reference, guide, [*pairs, *eval_pairs], accelerator.device)
+    frozen = frozen_readers(policy, reference, guide, given, [*pairs, *eval_pairs], accelerator.device)
     scorer = PairScorer(config, reader, pair_loss, loss)
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
@@ -96,8 +97,7 @@ def fit(
                 # gradients add up in .grad; processes exchange them once an update, with the last chunk
                 with nullcontext() if chunk is chunks[-1] else accelerator.no_sync(scorer):
                     output, tokens = score(scorer, frozen, batch, accelerator, logged=logged, step=run.step + 1)
-                    # the mean over the update's pairs, however they are cut into chunks
-                    accelerator.backward(output.loss.sum() / sum(map(len, chunks)))
+                    accelerator.backward(output.loss.sum() / sum(map(len, chunks)))  # mean over the update's pairs
                 sums.add(batch_metrics(config, output, tokens) | {"padding": padding(batch)})
                 _stop_if_bad(output.loss.detach(), batch.rows, run.step + 1)
             norm = accelerator.clip_grad_norm_(policy.parameters(), config.clip)
@@ -248,10 +248,10 @@ def not_finite(policy) -> str | None:
     return next((name for name, here in good if not getattr(here, "full_tensor", here.bool)()), None)  # of all shards
 
 
-def frozen_readers(policy, reference, guide, pairs: Sequence[EncodedPair], device) -> dict[str, Read]:
+def frozen_readers(policy, reference, guide, given, pairs: Sequence[EncodedPair], device) -> dict[str, Read]:
     """What reads the frozen models, by the name of their statistics; all models must be able to read the pairs."""
     check_pairs(policy, pairs, name="policy")
-    readers = {}
+    readers = {"given": given}
     for key, name, model in (("ref", "reference", reference), ("guide", "guide", guide)):
         if isinstance(model, torch.nn.Module):
             model = (model if isinstance(model, ResponseReader) else ResponseReader(model)).to(device)
@@ -276,8 +276,8 @@ class PairScorer(torch.nn.Module):
         """Loss and statistics of B pairs; `logged` asks for the KL also where the objective does not need it."""
         ref, guide = said.get("ref"), said.get("guide")
         with_kl = self.needs_kl or (logged and isinstance(ref, Reading))
-        settings = {"guide": guide, "with_kl": with_kl, "paired": batch.paired, "logged": logged}
-        return self.pair_loss(self.objective, self.policy(batch), batch.labels, ref, **settings)
+        settings = {"guide": guide, "with_kl": with_kl, "given": said.get("given"), "logged": logged}
+        return self.pair_loss(self.objective, self.policy(batch), batch.labels, ref, paired=batch.paired, **settings)
 
 
 def score(

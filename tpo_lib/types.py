@@ -82,6 +82,8 @@ class TokenStats:
     mask: Tensor  # (N, T-1) bool, True on response tokens
     kl: Tensor | None = None  # (N, T-1) KL(pi_ref(.|s_t) || pi_theta(.|s_t)) over the vocabulary, >= 0 up to rounding
     guide_logps: Tensor | None = None  # (N, T-1) log pi_hat(y^t | s_t) of the frozen DPO model that guides TGDPO
+    rewards: Tensor | None = None  # (N, T-1) a reward of every token as data, in the place of a guide
+    weights: Tensor | None = None  # (N, T-1) a weight of every token as data
 
     def map(self, fn: Callable[..., Tensor], *others: TokenStats) -> TokenStats:
         """Apply `fn` to every field that is there, with the same field of `others` behind it.

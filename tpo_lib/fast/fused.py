@@ -10,7 +10,7 @@ alone, and where nobody wants its statistics the policy's logits are not made ei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,8 @@ class Numbers:
     ref_logps: Tensor | None
     kl: Tensor | None
     guide_logps: Tensor | None
+    rewards: Tensor | None = None
+    weights: Tensor | None = None
 
     def put(self, index: slice | Tensor, tile, place: slice | Tensor = slice(None)) -> None:
         """Keep what was read of a tile, or of its rows `place`, at the positions `index`."""
@@ -41,8 +43,8 @@ class Numbers:
 
     def token_stats(self, sequences: slice = slice(None), index: slice | Tensor = slice(None), **leaves) -> TokenStats:
         """The statistics of `sequences`, whose positions are `index`; `leaves` take the place of fields there."""
-        mask, names = self.mask[sequences], ("logps", "ref_logps", "kl", "guide_logps")
-        fields = {name: value[index] for name in names if (value := getattr(self, name)) is not None} | leaves
+        mask, names = self.mask[sequences], [name for name, value in vars(self).items() if value is not None]
+        fields = {name: getattr(self, name)[index] for name in names if name != "mask"} | leaves
         fields = {name: stats.unpack(value, mask) for name, value in fields.items() if value is not None}
         return TokenStats(**{"ref_logps": None, "mask": mask} | fields)
 
@@ -63,6 +65,7 @@ def pair_loss(
     *,
     guide: Reading | Tensor | None = None,
     with_kl: bool = False,
+    given: Mapping[str, Tensor] | None = None,
     paired: bool = True,
     logged: bool = True,
     tile_bytes: int | None = None,
@@ -84,9 +87,10 @@ def pair_loss(
             flows into the head has been added up over the pairs by then).
     """
     if policy.head is None:  # not understood
-        return stats.pair_loss(objective, policy, labels, ref, guide=guide, with_kl=with_kl, paired=paired)
+        said = {"guide": guide, "with_kl": with_kl, "given": given}
+        return stats.pair_loss(objective, policy, labels, ref, **said, paired=paired)
     starts = [part.start for part in stats.halves(len(labels))] if paired else [0]  # of the sides in the batch
-    tiles, numbers = prepare(policy, labels, ref, guide=guide, with_kl=with_kl, tile_bytes=tile_bytes)
+    tiles, numbers = prepare(policy, labels, ref, guide=guide, with_kl=with_kl, given=given, tile_bytes=tile_bytes)
     reads_the_sum = getattr(objective, "func", objective) is losses.tdpo1  # of log pi and KL
     merged = reads_the_sum and with_kl and not logged and policy.head.softcap is None
     inputs = (policy.states, policy.head.weight, policy.head.bias)
@@ -112,7 +116,8 @@ def pair_loss(
         stats.check_finite(tokens)
     except stats.NotFinite:
         if merged:
-            return pair_loss(objective, policy, labels, ref, with_kl=True, tile_bytes=tile_bytes)  # which number it is
+            # which number it is
+            return pair_loss(objective, policy, labels, ref, with_kl=True, given=given, tile_bytes=tile_bytes)
         raise
     output = _joined(outputs, len(starts))
     if gradients is not None:
@@ -121,7 +126,7 @@ def pair_loss(
     return output, None if merged else tokens
 
 
-def prepare(policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_bytes: int | None):
+def prepare(policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_bytes: int | None, given=None):
     """Check what was read, and read at once what no gradient flows into: (Tiles, Numbers), the other numbers still to come."""
     if with_kl and not isinstance(ref, Reading):
         raise ValueError(stats.KL_NEEDS_READING)
@@ -142,6 +147,7 @@ def prepare(policy: Reading, labels: Tensor, ref, *, guide, with_kl: bool, tile_
         return None if reading is None else reading.detach().to(tiles.exact)
 
     known = {"ref_logps": empty() if with_kl else logps(ref), "guide_logps": logps(guide)}
+    known |= {name: logps(values) for name, values in (given or {}).items()}
     return tiles, Numbers(mask, empty(), kl=empty() if with_kl else None, **known)
 
 
@@ -204,7 +210,7 @@ def _ask(objective, numbers: Numbers, index: Tensor, sides: list[Side], *, gradi
         for side in sides:
             at = index[side.rows]
             leaves = {name: getattr(numbers, name)[at].detach().requires_grad_(gradient) for name in names}
-            parts.append(numbers.token_stats(side.sequences, at, **leaves))
+            parts.append(stats.as_asked(numbers.token_stats(side.sequences, at, **leaves)))
             wanted += leaves.values()
         output = objective(*parts, *[None] * (2 - len(parts)))
     if not gradient:

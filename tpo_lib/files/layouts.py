@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tpo_lib.files import chat
+from tpo_lib.files import chat, spans
 from tpo_lib.files.chat import Notes, short, text_or_messages
 from tpo_lib.files.formats import Bad, BadRow, Record
 from tpo_lib.files.spool import Spool
@@ -28,7 +28,7 @@ SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}  #
 COMPLETE = ("chosen_complete", "rejected_complete")
 SAMPLED = ("chosen_ids", "rejected_ids", "tokenizer")  # what a sampled pair was sampled as; all three or none
 WANTED = {*PROMPTS, "input", "rejected", *WHOLE, *BEFORE, *chat.COLUMNS}
-WANTED |= {*SCORES, *SCORES.values(), *COMPLETE, *SAMPLED}
+WANTED |= {*SCORES, *SCORES.values(), *COMPLETE, *SAMPLED, *spans.COLUMNS}
 ASSISTANT = "\n\nAssistant:"  # ends the prompt of a transcript in the layout of Anthropic/hh-rlhf
 LAYOUTS = (
     "prompt, chosen, rejected (text or lists of {role, content} messages); instruction, chosen, rejected; text, chosen, "
@@ -145,7 +145,7 @@ def _row(record: Record, layout: Layout, columns: list[str], before: bool, notes
                 notes.used.add(column)
                 given = values.get(column)
                 row[column] = json.dumps(chat.objects(given, column), ensure_ascii=False) if given else None
-    numbers = _numbers(values, columns, sides)
+    numbers = _numbers(values, columns, sides) | _spans(values, columns, sides, row)
     notes.used |= numbers.keys() | {SCORES.get(column) for column in numbers}
     return row | numbers
 
@@ -167,6 +167,16 @@ def _numbers(values: dict[str, Any], columns: list[str], sides: _Sides) -> dict[
         *ids, name = (values.get(column) for column in SAMPLED)
         row |= zip(SAMPLED, (*map(_token_ids, ids, SAMPLED), name if isinstance(name, str) else None), strict=False)
     return row
+
+
+def _spans(values: dict[str, Any], columns: list[str], sides: _Sides, row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of the responses' tokens; spans of a text that began with its prompt count from where its response begins."""
+    found = {}
+    for side, said in sides.items():
+        head = len(said) - len(row[side]) if isinstance(said, str) and isinstance(row[side], str) else 0
+        for column in [f"{side}_{kind}" for kind in spans.DEFAULTS if f"{side}_{kind}" in columns]:
+            found[column] = spans.moved(spans.read(values.get(column), column), head)
+    return found
 
 
 def _split_text(prompt: str | list[chat.Message] | None, sides: _Sides) -> dict[str, Any]:
@@ -286,6 +296,8 @@ def _stripped(row: dict[str, Any]) -> dict[str, Any]:
         raise Bad("chosen", "a response does not repeat its prompt as the others here do", "repair or remove the row")
     sides = [side for side in ("chosen", "rejected") if repeats and side in row]
     row |= {side: row[side].removeprefix(row["prompt"]) for side in sides}
+    if sides:
+        row |= {column: spans.moved(row[column], len(row["prompt"])) for column in spans.COLUMNS if column in row}
     return row
 
 

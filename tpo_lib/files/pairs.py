@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.table import InMemoryTable
 
-from tpo_lib.files import chat, spool, store
+from tpo_lib.files import chat, spans, spool, store
 from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows, Record, check_on_bad_rows, read_records
 from tpo_lib.files.layouts import COMPLETE, SAMPLED, SCORES, WANTED, read_rows
 
@@ -48,8 +48,9 @@ def load_pairs(
     Returns:
         The table: prompt, chosen, rejected (all text, or all messages; no rejected where it has none), and where given tools,
         documents (JSON), chosen_score, rejected_score (float), chosen_complete, rejected_complete (bool: it ends by itself,
-        was not cut), and of sampled pairs chosen_ids, rejected_ids and tokenizer (what names their vocabulary). And the rows
-        left out.
+        was not cut), of sampled pairs chosen_ids, rejected_ids and tokenizer (what names their vocabulary), and numbers of
+        tokens, see `spans`: chosen_token_rewards, rejected_token_rewards, chosen_token_weights, rejected_token_weights. And the
+        rows left out.
 
     Raises:
         BadRowsError: rows cannot be used and on_bad_rows is "error", or there is no other row.
@@ -85,7 +86,7 @@ def pairs_table(rows: Collection[dict[str, Any]]) -> Dataset:
     )
     columns = list(first or kinds)
     kinds |= dict(zip(SAMPLED, ([Value("int64")], [Value("int64")], Value("string")), strict=True))
-    kinds |= dict.fromkeys(chat.COLUMNS, Value("string"))
+    kinds |= dict.fromkeys(chat.COLUMNS, Value("string")) | dict.fromkeys(spans.COLUMNS, spans.FEATURE)
     features = Features({column: kinds[column] for column in columns})
 
     def part(chunk: Iterable[dict[str, Any]]) -> Dataset:

@@ -1,0 +1,127 @@
+"""From numbers and spans of characters (`spans`) to a number for every token that a pair is encoded as, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets import Dataset, Value
+
+from tpo_lib.files import chat, tokens
+from tpo_lib.files.formats import Bad, BadRowsError
+from tpo_lib.files.spans import DEFAULTS, FIX, Span
+
+
+def by_token(found: list[Span] | None, ends: Sequence[int], *, default: float, length: int, cut: bool) -> list[float]:
+    """The numbers of a response's tokens.
+
+    Args:
+        ends: of every token, where its characters end in the response; the token that ends a text has none of its own.
+        length: characters of the response.
+        cut: the response was longer; then there may be more numbers than tokens.
+
+    Raises:
+        Bad: there is another number of numbers than of tokens, or a span ends behind the response.
+
+    Example:
+        >>> by_token([{"start": 0, "end": 4, "value": 1.0}], [2, 6, 6], default=0.0, length=6, cut=False)
+        [1.0, 0.5, 0.0]
+    """
+    if not found:
+        return [default] * len(ends)
+    if found[0]["start"] is None:
+        given = [span["value"] for span in found]
+        if (
+            len(given) == len(ends) - 1 and max(ends[:-1], default=0) >= length
+        ):  # without one for the token that ends it
+            given.append(default)
+        if len(given) < len(ends) or (len(given) > len(ends) and not cut):
+            raise Bad(
+                "", f"has {len(given)} numbers for {len(ends)} tokens", "write one a token, or spans of characters"
+            )
+        return given[: len(ends)]
+    if found[-1]["end"] > length:
+        raise Bad(
+            "", f"has a span that ends at {found[-1]['end']}, behind the {length} characters of the response", FIX
+        )
+    last = next((span["value"] for span in found if span["start"] == span["end"] == length), default)
+    numbers, start = [], 0
+    for end in ends:
+        if start >= length:
+            numbers.append(last)
+        else:  # a further byte of a character has none of its own
+            numbers.append(_mean(found, start, end, default) if end > start else numbers[-1] if numbers else default)
+        start = max(start, end)
+    return numbers
+
+
+def _mean(found: list[Span], start: int, end: int, default: float) -> float:
+    """Over characters start, ..., end - 1."""
+    shares = ((min(end, span["end"]) - max(start, span["start"]), span["value"]) for span in found)
+    covered = [(share, value) for share, value in shares if share > 0]
+    rest = end - start - sum(share for share, _ in covered)
+    return (sum(share * value for share, value in covered) + rest * default) / (end - start)
+
+
+def aligned(
+    pairs: Dataset, encoded: Sequence, tokenizer, kind: str, *, max_length: int
+) -> tuple[list[list[list[float]]], int]:
+    """The numbers of a kind for every token of encoded pairs.
+
+    Args:
+        pairs: the table that `data.encode_pairs` made `encoded` of, with one of the kind's columns at least.
+        kind: of DEFAULTS.
+        max_length: as they were encoded.
+
+    Returns:
+        [chosen, rejected] of every pair, a list each; and how many of these responses have no numbers in the table.
+
+    Raises:
+        BadRowsError: names the rows whose numbers do not belong to their response.
+    """
+    texts = pairs if isinstance(pairs.features["prompt"], Value) else chat.render(pairs, tokenizer)[0]
+    sides = [side for side in ("chosen", "rejected") if side in pairs.column_names]
+    found, bad, bare = [], [], 0
+    for pair in encoded:
+        row, numbers = pairs[pair.row], []
+        for side in sides:
+            given, ids = row.get(f"{side}_{kind}"), getattr(pair, f"{side}_ids")
+            bare += not given
+            cut = len(pair.prompt_ids) + len(ids) == max_length
+            try:
+                place, length = _place(row[side], texts[side][pair.row])
+                ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
+                ends = [max(0, end - place) for end in ends]
+                numbers.append(by_token(given, ends, default=DEFAULTS[kind], length=length, cut=cut))
+            except Bad as problem:
+                bad.append(Bad(f"{side}_{kind}", *problem.args[1:]).at(pair.row))
+        found.append(numbers)
+    if bad:
+        raise BadRowsError(bad, "the table")
+    return found, bare
+
+
+def _place(said: str | list[chat.Message], written: str) -> tuple[int, int]:
+    """Where the text that spans speak of begins in a response as it is written out, and how long it is."""
+    if isinstance(said, str):
+        return 0, len(said)
+    content = said[-1]["content"] or ""
+    for text in (content, content.strip()):  # many templates strip it
+        if (place := written.rfind(text)) >= 0:
+            return place - content.index(text), len(content)
+    raise Bad("", "speaks of a text that the chat template changes", "leave it empty, or give the pair as text")
+
+
+def _token_ends(tokenizer, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> list[int]:
+    """Of every token of a response, where its characters end in it; the token that ends it has none."""
+    if tokenizer.is_fast:
+        told = tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
+        inner = told["input_ids"]
+        lead = next(n for n in range(len(prompt_ids) + 1) if prompt_ids[n:] == inner[: len(prompt_ids) - n])  # BOS, say
+        first = len(prompt_ids) - lead
+        whole = inner[first : first + len(ids)]
+        if whole == ids[: len(whole)] and len(ids) - len(whole) <= 1:
+            ends = [end - len(prompt) for _, end in told["offset_mapping"][first : first + len(ids)]]
+            return ends + [len(response)] * (len(ids) - len(whole))
+    # sampled as other tokens than the text is encoded as
+    heads = [ids[: n + 1] for n in range(len(ids))]
+    return [len(text.rstrip("\ufffd")) for text in tokens.response_texts(tokenizer, [prompt_ids] * len(ids), heads)]
