@@ -149,6 +149,15 @@ def test_jsonl_keeps_a_continuation_as_it_is(tmp_path, model):
         assert row["response"] == alone[0].text
 
 
+@pytest.mark.parametrize(("name", "key", "said"), [("alpaca-eval", "output", "x"), ("jsonl", "response", "  x\n")])
+def test_white_space_around_an_answer_goes_but_a_continuation_keeps_its_own(
+    tmp_path, model, monkeypatch, name, key, said
+):
+    drawn = sampling.Completion("  x\n", (5,), None)
+    monkeypatch.setattr(sampling, "generate", lambda model, tokenizer, prompts, **more: [[drawn] for _ in prompts])
+    assert {row[key] for row in rows_of(run(tmp_path, name, model, "--plain"))} == {said}
+
+
 def test_the_tools_own_code_reads_them(tmp_path, model):
     """Where the tools are installed beside the library; both ask for far more than reading takes."""
     utils = pytest.importorskip("alpaca_eval.utils", exc_type=ImportError)

@@ -17,8 +17,6 @@ MEMORY = 4 * 2**30  # bytes of address space, where the system keeps count
 
 
 def main() -> None:
-    start = time.monotonic()
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a thread that needs no lock of Python's
     try:
         import resource
 
@@ -28,6 +26,8 @@ def main() -> None:
     from jinja2 import Environment
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    start = time.monotonic()  # behind the imports, which take longer than that on a busy machine
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a thread that needs no lock of Python's
     given = json.loads(sys.stdin.readline())
     tokens = Environment().lex("\n".join(given["templates"]))
     written = 0

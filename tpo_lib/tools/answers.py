@@ -187,9 +187,12 @@ def _check_keys(value: Any, schema: dict, column: str) -> None:
 
 def messages(asked: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
     """The turns of user and assistant, one after the other; the last one of the user's may have no answer."""
-    turns = [("user", text, "assistant", answer) for text, answer in itertools.zip_longest(asked, said)]
-    flat = [pair for turn in turns for pair in (turn[:2], turn[2:])]
-    return [{"role": role, "content": text} for role, text in flat if text is not None]
+    turns = []
+    for question, answer in itertools.zip_longest(asked, said):
+        turns.append({"role": "user", "content": question})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
 def read_questions(path: str | Path, name: str) -> list[Item]:
