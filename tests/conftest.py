@@ -15,7 +15,16 @@ from hypothesis import settings
 from tpo_lib.losses import OBJECTIVES
 
 # Two processes share the files, a file at a time: the long ones first, so that both end together.
-LONG = ("test_families", "test_compare", "test_gpu", "test_train", "test_frozen", "test_run", "test_wheel")
+LONG = (
+    "test_families",
+    "test_compare",
+    "test_gpu",
+    "test_train",
+    "test_processes",
+    "test_frozen",
+    "test_run",
+    "test_wheel",
+)
 settings.register_profile("tpo", deadline=None, derandomize=True, database=None)
 settings.load_profile("tpo")
 

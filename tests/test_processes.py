@@ -170,7 +170,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 
 def test_the_command_line_is_launched_by_the_file_for_shards(tmp_path):
-    """Two CPU processes in the place of its eight GPUs."""
+    """Two CPU processes in the place of its eight GPUs: they train the guide, then the policy by it."""
     model = tiny.checkpoint_folder(tmp_path / "model", UNTIED)
     rows = [{"prompt": "the film", "chosen": f" is good {i}", "rejected": f" is bad {i}"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,7 +186,7 @@ def test_the_command_line_is_launched_by_the_file_for_shards(tmp_path):
         "--pairs",
         str(tmp_path / "pairs.jsonl"),
     ]
-    train += ["--loss-type", "tdpo2", "--batch-size", "2", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    train += ["--loss-type", "tgdpo", "--batch-size", "2", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launch, "--main_process_port", "0", *train]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -194,6 +194,7 @@ def test_the_command_line_is_launched_by_the_file_for_shards(tmp_path):
     assert done.stdout.count("trained 2 updates") == done.stderr.count("8 pairs") == 1
     record = read_run(tmp_path / "run")
     assert (record.start["processes"], record.start["pairs per update"]) == (2, 4)
+    assert record.start["guide"]["name"] == str(tmp_path / "run" / "guide" / "final")
     before, after = (load_model(folder) for folder in (model, tmp_path / "run"))
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 

@@ -65,6 +65,13 @@ def test_remedies_have_the_numbers_of_the_memory_model(monkeypatch):
     assert {fits for _, fits in found.values()} == {True, False}
 
 
+def test_in_shards_it_is_what_one_process_takes():
+    shape, now = SHAPES["GPT-2 small"], {"length": 256, "pairs": 8, "objective": "dpo", "scored": 0.75, "shards": 8}
+    text = advice.advice(CONFIG, FastPath(), GPT2, PAIRS, precision="no", device=CPU, shards=8)
+    assert text.startswith(f"an update takes about {step_memory(shape, **now).total / 1e9:.2f} GB")
+    assert "--cache-dir" not in text
+
+
 def test_what_is_in_use_is_not_advised(monkeypatch):
     config = replace(CONFIG, lora_rank=2, batch_size=1, accumulation=8)
     fast = FastPath(checkpointing=True, cache_dir="somewhere")
