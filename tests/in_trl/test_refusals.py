@@ -259,6 +259,26 @@ def test_a_mixture_of_experts_is_trained_without_the_term_of_its_router(tmp_path
     assert trainer.state.log_history[0]["kl/chosen"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("_is_vlm", "processing_class is a processor: models that read images cannot be read; give a tokenizer"),
+        ("is_fsdp_enabled", "FSDP: weights cut over processes cannot be read; DDP .* can be used"),
+        ("is_deepspeed_enabled", "DeepSpeed: weights cut over processes cannot be read; DDP .* can be used"),
+    ],
+)
+def test_what_the_launcher_or_a_processor_brings_is_refused(name, sentence, tmp_path, monkeypatch):
+    """TRL sets these when it makes a trainer; here they are set after it."""
+    made = trl.DPOTrainer.__init__
+    monkeypatch.setattr(
+        trl.DPOTrainer,
+        "__init__",
+        lambda self, *given, **named: (made(self, *given, **named), setattr(self, name, True))[0],
+    )
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        tdpo(tmp_path)
+
+
 def test_what_nothing_reads_is_refused(tmp_path):
     def collate(examples):
         batch = trl.trainer.dpo_trainer.DataCollatorForPreference(0)(examples)

@@ -251,18 +251,20 @@ def alone(model, name: str):
     return frozen_copy(duplicate.merge_and_unload())
 
 
-def test_a_new_adapter_has_the_body_as_reference(tmp_path):
-    """Step by step as DPOTrainer at alpha 0; and the body is not trained."""
-    runs = []
+@pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=["low rank", "and a whole head"])
+def test_a_new_adapter_has_the_body_as_reference(whole, tmp_path):
+    """Step by step as DPOTrainer at alpha 0; and the body is not trained. A head that peft wraps is read by its logits."""
+    runs, body = [], tiny.family("llama", vocab=320, tie_word_embeddings=False)
     for loss, more in (("dpo", {}), ("tdpo2", {"alpha": 0.0})):
-        trainer = made(tmp_path, loss, policy=tiny.llama(0, vocab=320), peft_config=lora(lora_dropout=0.1), **more)
+        adapter = lora(lora_dropout=0.1, modules_to_save=whole)
+        trainer = made(tmp_path, loss, policy=copy.deepcopy(body), peft_config=adapter, **more)
         runs.append((trained(trainer), logits(trainer)))
     (theirs, one), (ours, other) = runs
     assert gap(ours, theirs) < 1e-5
     assert (one - other).abs().max() < 1e-5
     assert abs(ours[0]["kl/chosen"]) < 1e-6 < 1e-5 < ours[-1]["kl/chosen"]
     with trainer.model.disable_adapter():
-        assert torch.equal(logits(trainer), tiny.llama(0, vocab=320)(torch.arange(3, 43)[None]).logits)
+        assert torch.equal(logits(trainer), body(torch.arange(3, 43)[None]).logits)
 
 
 def test_policy_reference_and_guide_are_adapters_on_one_body(tmp_path):

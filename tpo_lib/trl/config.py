@@ -8,27 +8,20 @@ from typing import ClassVar
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.trl.hooks import DPOConfig
 
-ONE_LOSS, ONE_DIVERGENCE = "the loss is one, and has no parts to weigh", "the loss is derived for the reverse KL"
-NOT_SMOOTHED, NOT_COMPUTED = "the loss has no smoothed form", "what is kept is a sum a response; the loss needs tokens"
 SHARDED = "weights cut over processes cannot be read; DDP (accelerate launch, torchrun) can be used"
-REFUSED = {  # of DPOConfig: why a value other than the default cannot be honoured
-    "loss_weights": ONE_LOSS,
-    "ld_alpha": "the loss has weights of its own for tokens",
-    "f_divergence_type": ONE_DIVERGENCE,
-    "f_alpha_divergence_coef": ONE_DIVERGENCE,
-    "label_smoothing": NOT_SMOOTHED,
-    "label_smoothing_factor": NOT_SMOOTHED,
-    "use_weighting": "WPO's weights of pairs are no part of the loss",
-    "discopop_tau": "it is of another loss",
-    "precompute_ref_log_probs": NOT_COMPUTED,
-    "precompute_ref_batch_size": NOT_COMPUTED,
-    "padding_free": "TRL has it switched off for DPO, too",
-    "use_liger_kernel": "the head is read in tiles of our own",
-    "torch_compile": "the head is read in tiles, whose sizes change from batch to batch",
-    "parallelism_config": "a sequence must lie on one device as a whole",
-    "fsdp": SHARDED,
-    "deepspeed": SHARDED,
+REASONS = {  # why options of DPOConfig cannot be honoured but at their defaults
+    "the loss is one, and has no parts to weigh": "loss_weights",
+    "the loss has weights of its own": "ld_alpha use_weighting",
+    "the loss is derived for the reverse KL": "f_divergence_type f_alpha_divergence_coef",
+    "the loss has no smoothed form": "label_smoothing label_smoothing_factor",
+    "it is of another loss": "discopop_tau",
+    "what is kept is a sum a response; the loss needs tokens": "precompute_ref_log_probs precompute_ref_batch_size",
+    "TRL has it switched off for DPO, too": "padding_free",
+    "the head is read in tiles of our own": "use_liger_kernel torch_compile",
+    "a sequence must lie on one device as a whole": "parallelism_config",
+    SHARDED: "fsdp deepspeed",
 }
+REFUSED = {name: why for why, names in REASONS.items() for name in names.split()}
 
 
 def _parameter(objective: str, name: str):

@@ -50,12 +50,12 @@ class _TokenLevelTrainer(DPOTrainer):
         """Raise ValueError where model or launch are such that a batch could not be read."""
         if self._is_vlm:
             raise ValueError(
-                "processing_class is a processor: models that read images are not supported; give a tokenizer"
+                "processing_class is a processor: models that read images cannot be read; give a tokenizer"
             )
         if self.aux_loss_enabled:
+            given = f"router_aux_loss_coef={self.router_aux_loss_coef!r}"
             raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef!r}: the loss has no term for the router of a mixture of "
-                "experts; set it to 0.0 to train without that term"
+                f"{given}: the loss has no term for a router of experts; set it to 0.0 to train without that term"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}: {SHARDED}")
@@ -74,7 +74,7 @@ class _TokenLevelTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         if unknown := inputs.keys() - {*INPUTS}:
             raise ValueError(
-                f"the batch has {', '.join(sorted(unknown))}, which nothing reads; let the collator leave it out"
+                f"the batch has {', '.join(sorted(unknown))}, which nothing reads; leave it out in the collator"
             )
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)  # (N, T)
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -102,9 +102,9 @@ class _TokenLevelTrainer(DPOTrainer):
 
     def _keep(self, sums: dict[str, tuple], attention_mask: Tensor) -> None:
         """Hand the metrics of a batch, over all processes, to TRL's log."""
-        kept, tokens = self._metrics["train" if self.model.training else "eval"], Sums()
-        tokens.add({name: value for name, value in sums.items() if name != "loss"})  # which the Trainer logs
-        for name, mean in tokens.means(self.accelerator).items():
+        kept, batch = self._metrics["train" if self.model.training else "eval"], Sums()
+        batch.add({name: value for name, value in sums.items() if name != "loss"})  # which the Trainer logs
+        for name, mean in batch.means(self.accelerator).items():
             kept[name].append(mean)
         if self.model.training:
             self._total_train_tokens += int(self.accelerator.reduce(attention_mask.sum(), "sum"))
