@@ -103,6 +103,24 @@ def encode_pairs(
 # ---- batching
 
 
+def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:
+    """(n,) the row, length or size of every pair; a table (`fast.table`) knows them without making its pairs."""
+    known = getattr(pairs, f"{name}s", None)
+    return np.array([getattr(pair, name) for pair in pairs], np.int64) if known is None else known
+
+
+def bare_rows(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """The rows of the pairs without a rejected side."""
+    return column(pairs, "row")[column(pairs, "size") == column(pairs, "length")]  # of one sequence alone
+
+
+def prompt_numbers(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """(n,) a number for the prompt of every pair, the same for the same one."""
+    known, seen = getattr(pairs, "prompts", None), {}
+    numbers = (seen.setdefault(tuple(pair.prompt_ids), len(seen)) for pair in pairs)
+    return np.fromiter(numbers, np.int64) if known is None else known
+
+
 def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
     """Pad B pairs on the right to one PairBatch of N = 2B sequences, chosen first; without rejected sides N = B.
 
@@ -132,11 +150,11 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int = PAD) -> PairBatch:
 
 
 def bucketed_batches(
-    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, prompts: Sequence | None = None
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, prompts: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Cut n rows into full batches of similar length, in an order that depends on seed and epoch alone.
 
-    With `prompts`, a name for every row, those of a prompt follow each other: but at the end of a batch, they share it.
+    With `prompts`, the number of every row's, those of a prompt follow each other: but at the end of a batch, they share it.
 
     Raises:
         ValueError: there are fewer rows than batch_size, or batch_size is not positive.
@@ -150,18 +168,19 @@ def bucketed_batches(
     if len(lengths) < batch_size:
         raise ValueError(f"{len(lengths)} pairs do not fill one batch of {batch_size}; lower batch_size or add pairs")
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths)).tolist()
+    order, lengths = generator.permutation(len(lengths)), np.asarray(lengths)  # (n,) each
     if prompts is not None:
-        longest = {prompt: length for length, prompt in sorted(zip(lengths, prompts, strict=True), key=lambda x: x[0])}
-        first = {prompts[row]: place for place, row in reversed([*enumerate(order)])}
-        order, lengths = sorted(order, key=lambda row: first[prompts[row]]), [longest[prompt] for prompt in prompts]
+        prompts = np.asarray(prompts)
+        longest, first = np.zeros(1 + prompts.max(), int), np.full(1 + prompts.max(), len(order))
+        np.maximum.at(longest, prompts, lengths)
+        np.minimum.at(first, prompts[order], np.arange(len(order)))
+        order, lengths = order[np.argsort(first[prompts[order]], kind="stable")], longest[prompts]
     # n mod batch_size rows are left out before the sorting, which would always leave out the longest
-    order = order[: len(lengths) // batch_size * batch_size]
-    batches, chunk = [], 50 * batch_size  # sorted within 50 batches: alike lengths, and still another order every epoch
-    for start in range(0, len(order), chunk):
-        rows = sorted(order[start : start + chunk], key=lambda row: lengths[row])
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    order = order[: len(order) // batch_size * batch_size]
+    # sorted within 50 batches: alike lengths, and still another order every epoch
+    order = order[np.lexsort((lengths[order], np.arange(len(order)) // (50 * batch_size)))]
+    batches = order.reshape(-1, batch_size)
+    return batches[generator.permutation(len(batches))].tolist()
 
 
 def token_budget(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[EncodedPair]]:

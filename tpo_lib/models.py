@@ -14,6 +14,7 @@ import timeit
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -161,15 +162,15 @@ def check_sequences(
             )
 
 
-def check_pairs(model, pairs: Iterable, *, name: str = "model", policy=None) -> None:
-    """`check_sequences` for encoded pairs; with a policy, also that both have equally many logits."""
+def check_pairs(model, *tables: Iterable, name: str = "model", policy=None) -> None:
+    """`check_sequences` for tables of encoded pairs; with a policy, also that both have equally many logits."""
     if policy is not None and vocabulary(model) != vocabulary(policy):
         raise ValueError(
             f"the {name} has a vocabulary of {vocabulary(model)}, the policy of {vocabulary(policy)}; there is no KL between "
             f"them, nor one tokenizer; take the {name} that belongs to the policy (see resize_token_embeddings)"
         )
-    if hasattr(pairs, "beyond"):  # a table (fast.table) knows without reading its pairs
-        pairs = pairs.beyond(most_tokens(model.config), vocabulary(model))
+    most = most_tokens(model.config), vocabulary(model)  # what lies beyond, `fast.table` knows without making its pairs
+    pairs = chain.from_iterable(table.beyond(*most) if hasattr(table, "beyond") else table for table in tables)
     sides = ((pair, side) for pair in pairs for side in ("chosen", "rejected"))
     rows = ((f"row {pair.row} ({side})", [*pair.prompt_ids, *getattr(pair, f"{side}_ids")]) for pair, side in sides)
     check_sequences(model, rows, name=name)

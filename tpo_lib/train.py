@@ -17,7 +17,16 @@ from tqdm.auto import tqdm
 
 from tpo_lib import losses, stats
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, bucketed_batches, collate, padding, token_budget
+from tpo_lib.data import (
+    EncodedPair,
+    bare_rows,
+    bucketed_batches,
+    collate,
+    column,
+    padding,
+    prompt_numbers,
+    token_budget,
+)
 from tpo_lib.models import ResponseReader, check_pairs, choose_device, choose_precision
 from tpo_lib.types import LossOutput, PairBatch, Reading, TokenStats
 
@@ -76,7 +85,7 @@ def fit(
     accelerator = run.accelerator
     reader = policy if isinstance(policy, ResponseReader) else ResponseReader(policy.eval())
     policy = reader.model.eval()  # dropout would tell the policy from its reference before the first update
-    frozen = frozen_readers(policy, reference, guide, given, [*pairs, *eval_pairs], accelerator.device)
+    frozen = frozen_readers(policy, reference, guide, given, (pairs, eval_pairs), accelerator.device)
     scorer = PairScorer(config, reader, pair_loss, loss)
     scorer, optimizer = accelerator.prepare(scorer, build_optimizer(config, policy))
     per_update = config.batch_size * config.accumulation * accelerator.num_processes
@@ -248,14 +257,14 @@ def not_finite(policy) -> str | None:
     return next((name for name, here in good if not getattr(here, "full_tensor", here.bool)()), None)  # of all shards
 
 
-def frozen_readers(policy, reference, guide, given, pairs: Sequence[EncodedPair], device) -> dict[str, Read]:
+def frozen_readers(policy, reference, guide, given, tables: Sequence[Sequence[EncodedPair]], device) -> dict[str, Read]:
     """What reads the frozen models, by the name of their statistics; all models must be able to read the pairs."""
-    check_pairs(policy, pairs, name="policy")
+    check_pairs(policy, *tables, name="policy")
     readers = {"given": given}
     for key, name, model in (("ref", "reference", reference), ("guide", "guide", guide)):
         if isinstance(model, torch.nn.Module):
             model = (model if isinstance(model, ResponseReader) else ResponseReader(model)).to(device)
-            check_pairs(model.model, pairs, name=name, policy=policy)
+            check_pairs(model.model, *tables, name=name, policy=policy)
         readers[key] = model
     return {key: model for key, model in readers.items() if model is not None}
 
@@ -370,8 +379,8 @@ def planned_steps(config: TrainConfig, pairs: int, per_update: int) -> int:
 
 def updates(config: TrainConfig, pairs, per_update: int, first: int, steps: int) -> Iterator[list[int]]:
     """Yield the rows of updates first, ..., steps - 1: a pure function of seed and step, so a resumed run repeats it."""
-    lengths, step = [pair.length for pair in pairs], 0
-    prompts = [tuple(pair.prompt_ids) for pair in pairs] if config.group_prompts else None
+    lengths, step = column(pairs, "length"), 0
+    prompts = prompt_numbers(pairs) if config.group_prompts else None
     for epoch in range(config.epochs):
         for window in bucketed_batches(lengths, per_update, seed=config.seed, epoch=epoch, prompts=prompts):
             if first <= step < steps:
@@ -400,8 +409,8 @@ def check(
         if value is None:
             raise ValueError(f"{name} needs {parameter}, {objective.hyperparameters[parameter].words}")
     for table, rows in (("pairs", pairs), ("eval_pairs", eval_pairs)):
-        bare = [pair.row for pair in rows if not pair.rejected_ids]
-        if bare and objective.paired:
+        bare = bare_rows(rows)
+        if len(bare) and objective.paired:
             raise ValueError(
                 f"{name} needs a rejected side, which row {bare[0]} of {table} lacks ({len(bare)} of {len(rows)} rows do); sft "
                 "trains without"

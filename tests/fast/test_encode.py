@@ -6,19 +6,15 @@ import json
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 from apart import apart
 
-from tpo_lib import models
-from tpo_lib.data import EncodedPair, encode_pairs
+from tpo_lib.data import encode_pairs
 from tpo_lib.fast import encode
 from tpo_lib.fast.encode import encode_table
-from tpo_lib.fast.table import EncodedTable
 from tpo_lib.files import encoding
 from tpo_lib.files.formats import BadRowsError
 from tpo_lib.files.pairs import pairs_table
@@ -245,57 +241,58 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path, monkeypatch, tokeniz
         encoded(table_of("text"), tokenizer, tmp_path)
 
 
-# ---- the table
-
-
-def test_a_table_of_a_list_holds_the_same():
-    pairs = tiny.of_prompts(4)
-    pairs = [replace(pair, row=100 - pair.row) for pair in pairs]
-    table = EncodedTable.of(pairs)
-    assert list(table) == pairs
-    assert EncodedTable.of(table) is table
-    names = {
-        pair: int(number) for pair, number in zip(map(str, [p.prompt_ids for p in pairs]), table.prompts, strict=True)
-    }
-    assert len(names) == len(set(names.values())) == 4
-    assert [names[str(pair.prompt_ids)] for pair in pairs] == table.prompts.tolist()
-    assert len(EncodedTable.of([])) == 0
-    assert EncodedTable.of([]).lengths.tolist() == []
-    with pytest.raises(IndexError, match="pair 24 of 24"):
-        table[24]
-
-
-def test_digests_tell_a_sequence_from_one_that_is_cut_elsewhere():
-    pairs = [
-        EncodedPair(0, [5, 6], [7, 8], [9]),
-        EncodedPair(1, [5], [6, 7, 8], [9]),
-        EncodedPair(2, [5, 6], [9], [7, 8]),
-    ]
-    table = EncodedTable.of(pairs)
-    chosen, rejected = table.digests("chosen"), table.digests("rejected")
-    assert len(np.unique(np.concatenate([chosen, rejected]))) == 4
-    assert (chosen[0], rejected[0]) == (rejected[2], chosen[2])
-    assert table.digests("prompt")[0] == table.digests("prompt")[2] != table.digests("prompt")[1]
-
-
-def test_what_a_model_cannot_read_is_named_as_in_a_list():
-    model = tiny.llama()
-    model.config.max_position_embeddings = 16
-    pairs = [
-        replace(pair, prompt_ids=[0, 1], chosen_ids=pair.chosen_ids[:9], rejected_ids=[3]) for pair in tiny.pairs(6)
-    ]
-    for change in ({"chosen_ids": [1] * 15}, {"rejected_ids": [2, tiny.VOCAB + 3]}, {"prompt_ids": [tiny.VOCAB]}):
-        broken = [*pairs[:4], replace(pairs[4], **change), replace(pairs[5], chosen_ids=[1] * 99)]
-        with pytest.raises(ValueError, match="row 4") as listed:
-            models.check_pairs(model, broken)
-        with pytest.raises(ValueError, match="row 4") as tabled:
-            models.check_pairs(model, EncodedTable.of(broken))
-        assert str(tabled.value) == str(listed.value)
-    models.check_pairs(model, EncodedTable.of(pairs))
-
-
 def test_a_report_is_as_json_has_it(tmp_path, tokenizer):
     encoded(table_of("bad rows"), tokenizer, tmp_path)
     reports = [json.loads((path / "report.json").read_text()) for path in parts(tmp_path)]
     assert sum(each["counts"]["kept"] for each in reports) == ROWS - 3
     assert {row for each in reports for row, *_ in each["skipped"]} <= set(range(7))  # of the part
+
+
+# ---- memory
+
+LONG = 30_000  # rows
+
+
+def peak() -> int:
+    """The most memory that this process has had, in kB; not getrusage, whose peak is the parent's where that was larger."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+
+
+def begun(folder: Path) -> None:
+    from tpo_lib.config import TrainConfig
+    from tpo_lib.fast.table import rows_of
+    from tpo_lib.files.pairs import load_pairs
+    from tpo_lib.files.store import rows_key
+    from tpo_lib.models import check_pairs
+    from tpo_lib.runs.run import _prompts
+    from tpo_lib.train import updates
+
+    encode.os.sched_getaffinity = lambda _: {0, 1}  # workers have their own memory, of a part each
+    model, tokenizer = tiny.llama(vocab=300), tiny.tokenizer(folder / "tokenizer")
+    encoded(table_of("text", 8), tokenizer, folder)
+    before = peak()
+    table, _ = load_pairs(folder / "p.jsonl")
+    pairs, _ = encoded(table, tokenizer, folder)
+    check_pairs(model, pairs)
+    config = TrainConfig(batch_size=16, group_prompts=True)
+    assert len(next(updates(config, pairs, 16, 0, 100))) == 16
+    assert len(rows_key(rows_of(pairs))) == 64
+    assert len(_prompts(pairs)) == LONG
+    (folder / "told").write_text(f"{len(pairs)} {peak() - before}")
+
+
+def test_a_long_table_takes_next_to_no_memory_until_the_first_update(tmp_path):
+    with open(tmp_path / "p.jsonl", "w") as file:
+        for i in range(LONG):
+            row = {
+                "prompt": f"Film {i}: the",
+                "chosen": f" plot {i} is good" * 5,
+                "rejected": f" acting {i} is bad" * 5,
+            }
+            file.write(json.dumps(row) + "\n")
+    status, told = apart(begun, tmp_path)
+    assert status == 0, told
+    pairs, more = map(int, (tmp_path / "told").read_text().split())
+    assert pairs == LONG
+    assert more < 2 * LONG  # kB; of lists it were fourteen a row

@@ -32,8 +32,8 @@ from tpo_lib.files.layouts import SCORES
 from tpo_lib.models import tokenizer_content
 
 FORMAT = 1  # raise it whenever the same table would give other files
-PART = 10_000  # rows, at most: two seconds of work
-TOKENS = 2**21  # of a part, about: a worker takes 100 MB for as many
+PART = 5000  # rows, at most: a second of work
+TOKENS = 2**20  # of a part, about: its worker takes some 150 MB
 MOST_WORKERS = 16
 IDS, REPORT = "ids.arrow", "report.json"
 
@@ -50,16 +50,16 @@ def encode_table(
     """`data.encode_pairs`, of a table that may be long: then the pairs are an EncodedTable on disk, and found there again.
 
     Args:
-        cache_dir: where they are kept; None takes `store.cache_folder()`/encoded. Short tables are kept in memory alone.
+        cache_dir: where they are kept; None takes `store.cache_folder()`/encoded. Tables of at most PART rows are in memory.
 
     Raises:
         BadRowsError, ValueError: as `data.encode_pairs`.
         OSError: the disk has no room for them.
     """
-    rows = max(1, min(PART, TOKENS // max(1, max_length)))  # of a part
-    if len(table) <= rows:
+    if len(table) <= PART:
         return encode_pairs(table, tokenizer, max_length=max_length, on_bad_rows=on_bad_rows)
     encoding.check(tokenizer, max_length, on_bad_rows)
+    rows = max(1, min(PART, TOKENS // max_length))  # of a part
     folder = Path(cache_dir or store.cache_folder() / "encoded")
     job = _Job(
         table.remove_columns([c for c in SCORES if c in table.column_names]), tokenizer, max_length, rows, folder

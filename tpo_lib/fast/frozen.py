@@ -17,11 +17,12 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,10 +30,11 @@ from tqdm.auto import tqdm
 
 from tpo_lib import losses
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, collate, token_budget
+from tpo_lib.data import EncodedPair, collate, column
 from tpo_lib.fast import tiles
 from tpo_lib.fast.prefix import SharedReader
-from tpo_lib.files.store import CheckpointError, content_key, found_or_made, write_atomically
+from tpo_lib.fast.table import EncodedTable, Sequences, rows_of
+from tpo_lib.files.store import CheckpointError, found_or_made, rows_key, write_atomically
 from tpo_lib.models import ResponseReader, fingerprint
 from tpo_lib.types import Head, PairBatch, Reading
 
@@ -49,9 +51,7 @@ class FrozenCache:
     values: (
         Tensor  # (tokens,) log-probabilities in nats, or (tokens, d) hidden states in the type the model gave them in
     )
-    spans: dict[
-        int, list[int]
-    ]  # row of a pair -> start, end of its chosen and start, end of its rejected tokens in `values`
+    spans: Mapping[int, list[int]]  # row of a pair -> start, end of its chosen and of its rejected tokens in `values`
     head: Head | None  # for hidden states, what turns them into logits
 
     def read(self, batch: PairBatch) -> Reading | Tensor:
@@ -67,6 +67,26 @@ class FrozenCache:
         parts = [self.values[a:b] for a, b, _, _ in spans] + [self.values[a:b] for _, _, a, b in spans]
         values = torch.cat(parts).to(batch.labels.device)  # (R,) or (R, d)
         return values if self.head is None else Reading(values, self.head)
+
+
+class Spans(Mapping[int, list[int]]):
+    """(n,) rows and what each stands for, (n, 4): a dict in two arrays."""
+
+    def __init__(self, rows: Tensor, spans: Tensor) -> None:
+        self._rows, order = rows.sort()
+        self._spans = spans[order]
+
+    def __getitem__(self, row: int) -> list[int]:
+        at = int(torch.searchsorted(self._rows, row))
+        if at == len(self) or self._rows[at] != row:
+            raise KeyError(row)
+        return self._spans[at].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows.tolist())
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ def open_frozen(
             print(f"{label}: what follows its head is not understood; it stays in memory", file=sys.stderr)
             readers.append(reader)
         else:
-            most = config.max_tokens or 2 * config.batch_size * max(pair.length for pair in rows)
+            most = config.max_tokens or 2 * config.batch_size * int(column(rows, "length").max())
             settings = {"autocast": accelerator.autocast, "progress": progress, "max_tokens": most}
             cache = build_or_open(reader, identity, rows, kind=kind, folder=Path(folder), name=label, **settings)
             readers.append(cache.read)
@@ -162,14 +182,15 @@ def build_or_open(
         ValueError: two pairs have the same row.
         OSError: the disk has no room for it; nothing is left behind then.
     """
-    row, count = Counter(pair.row for pair in pairs).most_common(1)[0]
-    if count > 1:
+    rows = column(pairs, "row")
+    if len(np.unique(rows)) < len(rows):
+        row, count = Counter(rows.tolist()).most_common(1)[0]
         raise ValueError(
             f"{name}: row {row} stands for {count} pairs, but a cache finds a pair by its row; number the pairs anew with "
             "dataclasses.replace(pair, row=i), or train without cache_dir"
         )
     # all token ids: data, tokenizer and truncation in one
-    key = content_key([FORMAT, kind, identity, [astuple(pair) for pair in pairs]])
+    key = rows_key(rows_of(pairs), FORMAT, kind, identity)
     path = folder / f"{name}-{kind}-{key[:16]}"
     opened = partial(_open, key=key, head=reader.head if kind == "states" else None)
     read = partial(_values, reader, kind, autocast)
@@ -192,8 +213,7 @@ def _open(path: Path, key: str, head: Head | None) -> FrozenCache:
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     values = torch.from_file(str(path / "values.bin"), shared=False, size=count, dtype=dtype).view(meta["shape"])
-    spans = dict(zip(index["rows"].tolist(), index["spans"].tolist(), strict=True))
-    return FrozenCache(values, spans, head)
+    return FrozenCache(values, Spans(index["rows"], index["spans"]), head)
 
 
 def _values(reader: ResponseReader, kind: str, autocast: Callable, batch: PairBatch) -> Tensor:
@@ -211,47 +231,39 @@ def _build(
     read: Callable, pairs: Sequence[EncodedPair], key: str, path: Path, max_tokens: int, progress: bool, to: Path
 ):
     """Write values.bin, index.safetensors and meta.json into the folder `to`, which will become `path`."""
-    sequences, places = _distinct(pairs)
-    first = read(collate(sequences[:1]))  # tells type and width before anything is written
-    _announce(path, pairs, sequences, first)
-    done, spans = 0, {}  # number of a sequence -> start and end of its tokens
-    max_tokens = max(max_tokens, *(each.size for each in sequences))
+    sequences = Sequences.of(EncodedTable.of(pairs))
+    first = read(collate([sequences[0]]))  # tells type and width before anything is written
+    _announce(path, len(pairs), sequences, first)
+    done, spans = 0, np.zeros((len(sequences), 2), np.int64)  # start and end of every sequence's tokens
     # Written, not mapped: of a full disk the one makes an error, the other a killed process.
     with (
         open(to / "values.bin", "wb") as file,
         tqdm(total=len(sequences), unit="sequence", disable=not progress) as bar,
     ):
-        for chunk in token_budget(sequences, max_tokens):
-            file.write(read(collate(chunk)).cpu().contiguous().view(torch.uint8).numpy())
-            for each in chunk:
-                spans[each.row] = [done, done := done + len(each.chosen_ids)]
+        for chunk in sequences.chunks(max(max_tokens, int(sequences.lengths.max()))):
+            batch = collate([sequences[i] for i in chunk.tolist()])
+            file.write(read(batch).cpu().contiguous().view(torch.uint8).numpy())
+            ends = done + sequences.responses[chunk].cumsum()
+            spans[chunk] = np.stack([ends - sequences.responses[chunk], ends], 1)
+            done = int(ends[-1])
             bar.update(len(chunk))
-    index = {"rows": [pair.row for pair in pairs], "spans": [spans[i] + spans.get(k, [0, 0]) for i, k in places]}
-    save_file({name: torch.tensor(values) for name, values in index.items()}, to / "index.safetensors")
+    both = np.where(sequences.places[..., None] < 0, 0, spans[sequences.places]).reshape(-1, 4)  # (n, 2, 2) -> (n, 4)
+    index = {"rows": torch.from_numpy(column(pairs, "row").copy()), "spans": torch.from_numpy(both)}
+    save_file(index, to / "index.safetensors")
     meta = {"key": key, "dtype": str(first.dtype).removeprefix("torch."), "shape": [done, *first.shape[1:]]}
     (to / "meta.json").write_text(json.dumps(meta))
 
 
-def _distinct(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[list[int]]]:
-    """The different sequences of pairs, numbered, as pairs without a rejected side; and the numbers of every pair's two."""
-    numbers: dict[tuple, int] = {}
-    places = []
-    for pair in pairs:
-        prompt, sides = tuple(pair.prompt_ids), (tuple(pair.chosen_ids), tuple(pair.rejected_ids))
-        places.append([numbers.setdefault((prompt, side), len(numbers)) if side else -1 for side in sides])
-    return [EncodedPair(i, [*prompt], [*side]) for (prompt, side), i in numbers.items()], places
-
-
-def _announce(path: Path, pairs: Sequence[EncodedPair], sequences: Sequence[EncodedPair], first: Tensor) -> None:
+def _announce(path: Path, pairs: int, sequences: Sequences, first: Tensor) -> None:
     """Say what will be cached, how large it gets and where; refuse where the disk has no room for it."""
     name, kind, _ = path.name.rsplit("-", 2)
-    tokens = sum(len(each.chosen_ids) for each in sequences)
+    tokens = int(sequences.responses.sum())
     size = tokens * first[0].numel() * first.itemsize
     width = "".join(f" x {d}" for d in first.shape[1:])
     others = sum(other != path for other in path.parent.glob(f"{name}-{kind}-*"))
     note = f" ({others} beside it hold other weights, pairs, precisions or versions)" if others else ""
     print(
-        f"{name} {KINDS[kind]}: {len(pairs):,} pairs, {tokens:,} tokens{width} x {first.itemsize} B = {size / 1e6:,.1f} MB "
+        f"{name} {KINDS[kind]}: {pairs:,} pairs, {tokens:,} tokens{width} x {first.itemsize} B = {size / 1e6:,.1f} MB "
         f"-> {path}{note}",
         file=sys.stderr,
     )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ DIGEST = pyarrow.binary(16)  # equal digests, equal ids
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCHEMA = pyarrow.schema(
     [
-        ("row", pyarrow.int32()),  # of the table, counted from the part's first
+        ("row", pyarrow.int64()),  # of the table, counted from the part's first
         *((name, IDS) for name in COLUMNS),
         ("highest", pyarrow.int32()),  # token id
         ("prompt", DIGEST),
@@ -30,6 +32,11 @@ SCHEMA = pyarrow.schema(
         ("rejected", DIGEST),  # of a row without one, as of an empty one
     ]
 )
+
+
+def rows_of(pairs: Iterable[EncodedPair]) -> Iterator[tuple]:
+    """Pairs as JSON has them."""
+    return map(attrgetter("row", *COLUMNS), pairs)
 
 
 def columns_of(rows: Sequence[tuple], first: int = 0) -> pyarrow.RecordBatch:
@@ -47,7 +54,7 @@ def columns_of(rows: Sequence[tuple], first: int = 0) -> pyarrow.RecordBatch:
             whole = blake2b(digests[0][-1], digest_size=DIGEST.byte_width)
             whole.update(sides[k].bytes(i))
             digests[k].append(whole.digest())
-    numbers = pyarrow.array([row - first for row in numbers], pyarrow.int32())
+    numbers = pyarrow.array([row - first for row in numbers], pyarrow.int64())
     marks = [pyarrow.array(each, DIGEST) for each in digests]
     return pyarrow.record_batch([numbers, *arrays, pyarrow.array(highest, pyarrow.int32()), *marks], schema=SCHEMA)
 
@@ -91,13 +98,12 @@ class EncodedTable(Sequence[EncodedPair]):
         """The same pairs as a table, in memory where they are a list."""
         if isinstance(pairs, cls):
             return pairs
-        rows = [(pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
-        return cls([columns_of(rows)], [0])
+        return cls([columns_of([*rows_of(pairs)])], [0])
 
     @classmethod
     def open(cls, paths: Iterable[Path], firsts: Iterable[int]) -> EncodedTable:
         """Map the files that `save` wrote."""
-        return cls([pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).get_batch(0) for path in paths], firsts)
+        return cls(map(_mapped, paths), firsts)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -124,14 +130,20 @@ class EncodedTable(Sequence[EncodedPair]):
         )
 
     @cached_property
+    def side_lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n,) each: tokens of prompts, of chosen and of rejected responses."""
+        return tuple(self._all([sides[k].lengths for sides in self._sides]) for k in range(len(COLUMNS)))
+
+    @property
     def lengths(self) -> np.ndarray:
         """(n,) as `EncodedPair.length`."""
-        return self._all([p.lengths + np.maximum(c.lengths, r.lengths) for p, c, r in self._sides])
+        prompts, chosen, rejected = self.side_lengths
+        return prompts + np.maximum(chosen, rejected)
 
-    @cached_property
+    @property
     def sizes(self) -> np.ndarray:
         """(n,) as `EncodedPair.size`."""
-        return self.lengths * (1 + self._all([r.lengths > 0 for *_, r in self._sides]))
+        return self.lengths * (1 + (self.side_lengths[-1] > 0))
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -151,6 +163,53 @@ class EncodedTable(Sequence[EncodedPair]):
 
     def _all(self, arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The different sequences of a table, numbered as they come, as pairs without a rejected side."""
+
+    table: EncodedTable
+    places: np.ndarray  # (n, 2) number of every pair's two sequences, -1 where there is none
+    first: (
+        np.ndarray
+    )  # (k,) 2 i of a chosen, 2 i + 1 of a rejected sequence, that of pair i being the first of its kind
+    responses: np.ndarray  # (k,) tokens
+    lengths: np.ndarray  # (k,) tokens, prompt included
+
+    @classmethod
+    def of(cls, table: EncodedTable) -> Sequences:
+        marks = np.stack([table.digests("chosen"), table.digests("rejected")], 1).ravel()  # (2n,)
+        prompts, *sides = table.side_lengths  # (n,) each
+        sizes = np.stack(sides, 1).ravel()
+        there = np.flatnonzero(sizes)
+        _, first, same = np.unique(marks[there], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        number, places = np.empty_like(order), np.full(len(marks), -1)
+        number[order] = np.arange(len(order))
+        places[there], first = number[same], there[first[order]]
+        return cls(table, places.reshape(-1, 2), first, sizes[first], sizes[first] + prompts[first // 2])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, number: int) -> EncodedPair:
+        i, rejected = divmod(int(self.first[number]), 2)
+        pair = self.table[i]
+        return EncodedPair(number, pair.prompt_ids, pair.rejected_ids if rejected else pair.chosen_ids)
+
+    def chunks(self, most: int) -> Iterator[np.ndarray]:
+        """Numbers, sorted by length and cut as `token_budget` does, which needs all pairs in memory."""
+        order, start = np.argsort(self.lengths, kind="stable"), 0
+        for end in range(1, 1 + len(order)):
+            if end == len(order) or self.lengths[order[end]] * (end + 1 - start) > most:
+                yield order[start:end]
+                start = end
+
+
+def _mapped(path: Path) -> pyarrow.RecordBatch:
+    with pyarrow.memory_map(str(path)) as file:  # of a closed file what is mapped stays, and there may be thousands
+        return pyarrow.ipc.open_file(file).get_batch(0)
 
 
 def save(part: pyarrow.RecordBatch, path: Path) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def content_key(value: Any) -> str:
         True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rows_key(rows: Iterable, *head: Any) -> str:
+    """The `content_key` of the list of all rows, or of [*head, that list], of which there are few in memory at a time.
+
+    Example:
+        >>> rows_key(range(5000)) == content_key([*range(5000)]), rows_key([7], "a", 1) == content_key(["a", 1, [7]])
+        (True, True)
+    """
+    before = json.dumps(head, sort_keys=True, default=str)[:-1] + ", [" if head else "["
+    digest, rows = hashlib.sha256(before.encode()), iter(rows)
+    comma = ""
+    while chunk := list(itertools.islice(rows, 1000)):
+        digest.update((comma + json.dumps(chunk, sort_keys=True, default=str)[1:-1]).encode())
+        comma = ", "
+    digest.update(b"]]" if head else b"]")
+    return digest.hexdigest()
 
 
 def write_file(path: str | Path, content: str | bytes | Callable[[Path], object]) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from tpo_lib.config import TrainConfig, run_settings
+from tpo_lib.data import column
 from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
@@ -178,7 +179,7 @@ class _Comparison:
         with self.costing(run.name) as cost:
             clock = self.evaluation_s
             made = runs.train(settings, *self.stage.fresh(train), **more, on_log=lambda made: tell(made.updates))
-            each = sum(pair.size for pair in self.stage.pairs) / len(self.stage.pairs)
+            each = int(column(self.stage.pairs, "size").sum()) / len(self.stage.pairs)
             cost["tokens"] = each * made.updates * train.batch_size * train.accumulation
             cost["seconds"] = self.evaluation_s - clock  # not of training
         self.rows[run.name] = made.rows

@@ -16,21 +16,23 @@ import json
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from tpo_lib import train
 from tpo_lib.config import TrainConfig, known_hyperparameters, run_settings
-from tpo_lib.data import EncodedPair
+from tpo_lib.data import EncodedPair, bare_rows, column
 from tpo_lib.fast import FastPath
 from tpo_lib.fast.frozen import open_frozen
+from tpo_lib.fast.table import EncodedTable, rows_of
 from tpo_lib.files import adapters, store
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
@@ -45,6 +47,7 @@ from tpo_lib.types import LossOutput
 
 FORMAT = 2  # of training.json and of the state beside it; 1 had settings alone and no number
 ADAPTER = "adapter"  # folder in final/
+SORTED = np.dtype(">u4")  # of token ids
 FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}  # may change on a resume
 RETIRED = {"share_prefix", "fused", "cache_dir"}  # settings that were: how models are read, which changes no number
 ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
@@ -87,8 +90,8 @@ def fit(
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
     fast, eval_pairs = fast or FastPath(), eval_pairs or ()
-    everything = [*pairs, *eval_pairs]
-    bare = [pair.row for pair in everything if not pair.rejected_ids]
+    tables = pairs, eval_pairs
+    bare = [row for table in tables for row in bare_rows(table)[:1]]
     if bare and fast.share_prefix:
         raise ValueError(
             f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
@@ -97,14 +100,15 @@ def fit(
     if loss is not None:
         own.check_loss(loss, config)
     policy = fast.reader(policy.eval(), config)
-    check_pairs(policy.model, everything, name="policy")
+    check_pairs(policy.model, *tables, name="policy")
+    longest = [table[int(column(table, "length").argmax())] for table in tables if table]
     if fast.fused and not policy.understood:
         kind = type(policy.model).__name__
         tell(f"{kind}: what follows its head is not understood; all logits are made", file=sys.stderr)
     with (
         accelerated(config) as accelerator,
         fast.around(policy.model),
-        advised(config, fast, policy.model, everything, accelerator),
+        advised(config, fast, policy.model, longest, accelerator),
     ):
         if accelerator.sharded:
             check_shards(config, fast, callbacks)
@@ -117,7 +121,7 @@ def fit(
             if isinstance(model, ResponseReader):
                 raise ValueError(f"the {name} is a reader: give its model, if it is frozen, or train with train.fit")
             run.note(name, model)
-            check_pairs(model, everything, name=name, policy=policy.model)
+            check_pairs(model, *tables, name=name, policy=policy.model)
             return fast.reader(model, config)
 
         def read(name: str, model):
@@ -172,7 +176,7 @@ class RunRecord:
                 store.verify(start)
                 found = load_file(str(start / "prompts.safetensors"))
                 prompts = [ids.tolist() for ids in found["ids"].split(found["lengths"].tolist())]
-                return prompts if _counted(prompts) == self.start.get("training prompts") else None
+                return prompts if _counted(prompts, prompts) == self.start.get("training prompts") else None
         return None
 
 
@@ -246,6 +250,7 @@ class Run(Progress):
         self._checkpoints: list[Path] = []
         self._saved = self._rows_before = 0  # step of the last checkpoint; rows before the last update
         self._told: set[tuple] = set()  # rows that the tracker knows from before
+        self._prompts: list[bytes] = []  # until they are written
         self._left: dict | None = None  # state of the loop in the checkpoint that is gone on from
         self._whole = True  # weights, optimizer and step belong together
         self._terminated = False
@@ -269,7 +274,8 @@ class Run(Progress):
         """
         if self.folder is None:
             return
-        self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs)
+        self._prompts = _prompts(self.pairs)
+        self.start |= _identity(policy, self.tokenizer, self.pairs, self.eval_pairs, self._prompts)
         config, processes = self.config, self.accelerator.num_processes
         self.start |= {"pairs per update": config.batch_size * config.accumulation * processes, "processes": processes}
         self.start |= {"precision": self.accelerator.mixed_precision}
@@ -290,6 +296,7 @@ class Run(Progress):
             lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
             store.write_file(self.folder / "metrics.jsonl", lines)
             store.write_atomically(self.folder / "start", self._write_start)
+        self._prompts = []
         super().begin(policy, optimizer, steps, per_update, shown=shown)
 
     def _begin_tracker(self) -> None:
@@ -465,9 +472,9 @@ class Run(Progress):
 
     def _write_start(self, target: Path) -> None:
         self._write_training(target)
-        prompts = _prompts(self.pairs)
-        ids = torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int32)
-        save_file({"ids": ids, "lengths": torch.tensor([len(p) for p in prompts])}, target / "prompts.safetensors")
+        ids = torch.from_numpy(np.frombuffer(b"".join(self._prompts), SORTED).astype(np.int32))
+        lengths = torch.tensor([len(prompt) // SORTED.itemsize for prompt in self._prompts])
+        save_file({"ids": ids, "lengths": lengths}, target / "prompts.safetensors")
 
     def _write_training(self, target: Path) -> None:
         content = {"format": FORMAT, **self.config.to_dict(), "start": self.start}
@@ -483,7 +490,9 @@ def _on_cpu(sums: Sums) -> dict[str, list]:
     return {name: [v.cpu() if isinstance(v, torch.Tensor) else v for v in entry] for name, entry in sums.totals.items()}
 
 
-def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair]) -> dict:
+def _identity(
+    policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Sequence[EncodedPair], prompts: list[bytes]
+) -> dict:
     """All that a run is started from and that is known before the frozen models are loaded."""
     if hasattr(policy, "peft_config"):
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -494,18 +503,21 @@ def _identity(policy, tokenizer, pairs: Sequence[EncodedPair], eval_pairs: Seque
     if tokenizer is not None:
         key = store.content_key([tokenizer_content(tokenizer), getattr(tokenizer, "chat_template", None)])
         found["tokenizer"] = {"name": _place(tokenizer.name_or_path), "sha256": key}
-    found["training pairs"] = _counted([astuple(pair) for pair in pairs])
-    found["training prompts"] = _counted(_prompts(pairs))
-    found["held-out pairs"] = _counted([astuple(pair) for pair in eval_pairs])
+    found["training pairs"] = _counted(pairs, rows_of(pairs))
+    found["training prompts"] = _counted(prompts, (np.frombuffer(prompt, SORTED).tolist() for prompt in prompts))
+    found["held-out pairs"] = _counted(eval_pairs, rows_of(eval_pairs))
     return found
 
 
-def _prompts(pairs: Sequence[EncodedPair]) -> list[list[int]]:
-    return sorted(map(list, {tuple(pair.prompt_ids) for pair in pairs}))
+def _prompts(pairs: Sequence[EncodedPair]) -> list[bytes]:
+    """The different prompts, sorted: as bytes, which take a tenth of the memory of ids and sort as they do."""
+    table = EncodedTable.of(pairs)
+    first = np.unique(table.prompts, return_index=True)[1].tolist()
+    return sorted(np.array(table[i].prompt_ids, SORTED).tobytes() for i in first)
 
 
-def _counted(rows: Sequence) -> dict:
-    return {"count": len(rows), "sha256": store.content_key(rows)}
+def _counted(many: Sized, rows: Iterable) -> dict:
+    return {"count": len(many), "sha256": store.rows_key(rows)}
 
 
 def _place(name: str | None) -> str | None:
