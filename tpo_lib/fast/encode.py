@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from tpo_lib.data import EncodedPair, EncodingReport, encode_pairs
 from tpo_lib.fast.table import EncodedTable, columns_of, save
-from tpo_lib.files import chat, encoding, store
+from tpo_lib.files import chat, encoding, spans, store
 from tpo_lib.files.formats import BadRow, BadRowsError, OnBadRows
 from tpo_lib.files.layouts import SCORES
 from tpo_lib.models import tokenizer_content
@@ -35,6 +35,7 @@ FORMAT = 1  # raise it whenever the same table would give other files
 PART = 5000  # rows, at most: a second of work
 TOKENS = 2**20  # of a part, about: its worker takes some 150 MB
 MOST_WORKERS = 16
+UNREAD = (*SCORES, *spans.COLUMNS)  # columns that decide no id
 IDS, REPORT = "ids.arrow", "report.json"
 
 
@@ -62,7 +63,7 @@ def encode_table(
     rows = max(1, min(PART, TOKENS // max_length))  # of a part
     folder = Path(cache_dir or store.cache_folder() / "encoded")
     job = _Job(
-        table.remove_columns([c for c in SCORES if c in table.column_names]), tokenizer, max_length, rows, folder
+        table.remove_columns([c for c in UNREAD if c in table.column_names]), tokenizer, max_length, rows, folder
     )
     made: dict[int, tuple[Path, dict]] = {}
     with tqdm(total=len(table), desc="encoding", unit="row", unit_scale=True, disable=not progress) as bar:

@@ -159,7 +159,7 @@ def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: 
     paired = OBJECTIVES[config.loss_type].paired
     table, skipped = load_pairs(name, split=split, config=part, on_bad_rows=options.on_bad_rows, paired=paired)
     how = {"max_length": config.max_length, "on_bad_rows": options.on_bad_rows, "cache_dir": options.cache_dir}
-    encoded, encoding = encode_table(table, tokenizer, **how)
+    encoded, encoding = encode_table(table, tokenizer, **how, progress=first())
     for row in (*skipped, *encoding.skipped):
         tell(f"skipped {row}", file=sys.stderr)
     tell(f"{name}: {encoding}", file=sys.stderr)
