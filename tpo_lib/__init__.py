@@ -39,6 +39,7 @@ _HOME = {  # module: what it gives
     "fast.fused": ("pair_loss",),
     "config": ("TrainConfig",),
     "runs.presets": ("PRESETS",),
+    "runs.given": ("token_values",),
     "runs.run": ("fit",),
     "fast.path": ("FastPath",),
     "fast.evaluation": ("evaluate",),

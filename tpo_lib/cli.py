@@ -68,6 +68,11 @@ COMMANDS = {
         f"{ROOM}.evaluate",
         f"{MODELS} --loss-type policy --judge {PROMPTS} --max-new-tokens --pairs {TABLE} --device --seed --cache-dir --output",
     ),
+    "guide": Command(
+        "write a DPO model's token rewards beside preference pairs, for TGDPO to take as its guide",
+        "tpo_lib.tools.guide.run",
+        f"--model --ref --guide-beta --pairs {TABLE} --max-length --max-tokens --device --output",
+    ),
     "inspect": Command(  # and one for every hyperparameter
         "write a page of preference pairs, every token coloured by what a model makes of it",
         "tpo_lib.tools.inspect.run",
@@ -205,14 +210,14 @@ def _judge(options, parser: Parser) -> None:
 
         read_prompts(options.prompts)
     if given.get("output"):
-        suffixes = {"pairs": (".jsonl", ".parquet"), "inspect": (".html",)}.get(command, ())
+        suffixes = {"inspect": (".html",)} | dict.fromkeys(("pairs", "guide"), (".jsonl", ".parquet"))
+        suffixes = suffixes.get(command, ())
         check_room("--output", options.output, folder=command in (None, "merge"), suffixes=suffixes)
         for name in ("pairs", "prompts", "questions", "answers", "baseline"):
             source = Path(given.get(name) or "")
             if source.is_file() and Path(options.output).exists() and source.samefile(options.output):
-                raise FileExistsError(
-                    f"--output {options.output} is what {name} names, to be read; choose another name"
-                )
+                what = name if name in ("answers", "baseline") else flag(name)  # these two stand without one
+                raise FileExistsError(f"--output {options.output} is what {what} reads; choose another name")
     for name in ("output_dir", "work_dir", "cache_dir", "runs"):
         if given.get(name):
             check_room(flag(name), given[name], folder=True)
@@ -318,6 +323,15 @@ FLAGS = {  # those of one command stand behind its name
     "--pairs": {"help": "preference pairs: file, folder or hub name (default: sampled from the model)"},
     "evaluate --pairs": {"help": "held-out preference pairs: accuracy, reward margin and sequential KL on them"},
     "inspect --model": {"required": True, "help": "the policy: folder (a run's, too) or hub name"},
+    "guide --model": {"required": True, "help": "the DPO model: folder (a run's, too) or hub name"},
+    "guide --ref": {"help": "what it was trained from (default: by the record of the run)"},
+    "--guide-beta": {"type": GAP, "help": "the beta it was trained with (default: by the record of the run)"},
+    "guide --pairs": {"required": True, "help": "preference pairs: file, folder or hub name"},
+    "guide --max-length": {"type": COUNT, "help": "tokens of prompt and response (default: the run's, else 128)"},
+    "guide --output": {
+        "required": True,
+        "help": "file to write, .jsonl or .parquet: the pairs with their token rewards",
+    },
     "--ref": {"help": "its reference: log-ratios and KL (default: what the run in --model was started from)"},
     "inspect --guide": {"help": "tgdpo's guide, for the weights of tokens (default: that of the run in --model)"},
     "inspect --pairs": {"required": True, "help": "preference pairs: file, folder or hub name"},

@@ -78,7 +78,7 @@ def aligned(
     Raises:
         BadRowsError: names the rows whose numbers do not belong to their response.
     """
-    texts = pairs if isinstance(pairs.features["prompt"], Value) else chat.render(pairs, tokenizer)[0]
+    texts = _texts(pairs, tokenizer)
     sides = [side for side in ("chosen", "rejected") if side in pairs.column_names]
     found, bad, bare = [], [], 0
     for pair in encoded:
@@ -98,6 +98,43 @@ def aligned(
     if bad:
         raise BadRowsError(bad, "the table")
     return found, bare
+
+
+def to_spans(
+    pairs: Dataset, encoded: Sequence, tokenizer, side: str, numbers: Sequence[Sequence[float] | None]
+) -> list[list[Span] | None]:
+    """The way back: of every row the spans of the characters of its tokens, for any tokenizer; None where it has no numbers.
+
+    Tokens that make one character have one span, with their mean; that of the token that ends a response is empty.
+    """
+    texts = _texts(pairs, tokenizer)
+    found: list[list[Span] | None] = [None] * len(pairs)
+    for pair in encoded:
+        row = pairs[pair.row]
+        place, length = _place(row[side], texts[side][pair.row])
+        ids = getattr(pair, f"{side}_ids")
+        ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
+        found[pair.row] = _joined([max(0, end - place) for end in ends], numbers[pair.row], length)
+    return found
+
+
+def _joined(ends: Sequence[int], numbers: Sequence[float], length: int) -> list[Span]:
+    parts: dict[tuple[int, int], list[float]] = {}
+    start = 0
+    for end, number in zip(ends, numbers, strict=True):
+        if start >= length:
+            parts[length, length] = [number]
+        elif end > start:
+            parts[start, min(end, length)] = [number]
+        elif parts:
+            parts[next(reversed(parts))].append(number)
+        start = max(start, end)
+    return [{"start": a, "end": b, "value": sum(values) / len(values)} for (a, b), values in parts.items()]
+
+
+def _texts(pairs: Dataset, tokenizer):
+    """Prompts and responses as they are written out."""
+    return pairs if isinstance(pairs.features["prompt"], Value) else chat.render(pairs, tokenizer)[0]
 
 
 def _place(said: str | list[chat.Message], written: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import choose_device
-from tpo_lib.runs import compare, named, own, plots, presets, report, runs
+from tpo_lib.runs import compare, given, named, own, plots, presets, report, runs
 from tpo_lib.runs.accelerated import PATIENCE
 from tpo_lib.runs.interrupts import Terminated
 from tpo_lib.runs.plan import plan
@@ -99,12 +99,18 @@ def train(options) -> None:
     process = accelerate.PartialState(cpu=device.type == "cpu", timeout=PATIENCE) if launched else None
     with process.main_process_first() if process else nullcontext():
         source = options.pairs or PRESETS[options.preset].stage.pairs or str(_sampled_pairs(options))
-        pairs = _encoded(source, options.split, options.config, tokenizer, config, options)
-    eval_pairs = None
+        pairs, table = _encoded(source, options.split, options.config, tokenizer, config, options)
+    eval_pairs = held_out = None
     if options.eval_pairs:
-        eval_pairs = _encoded(options.eval_pairs, options.eval_split, options.eval_config, tokenizer, config, options)
+        wanted = (options.eval_pairs, options.eval_split, options.eval_config)
+        eval_pairs, held_out = _encoded(*wanted, tokenizer, config, options)
+    config, kinds, words = given.taken(config, table, options.guide)
+    how = {"max_length": config.max_length, "kinds": kinds, "held_out": held_out and (held_out, eval_pairs)}
+    values = given.token_values(table, pairs, tokenizer, **how) if kinds else None
+    if words:
+        tell(f"{source}: {words}" + (f" ({given.summary(values)})" if values else ""), file=sys.stderr)
     guide = options.guide
-    if guide is None and "guide_logps" in OBJECTIVES[config.loss_type].needs:
+    if guide is None and "rewards" not in kinds and "guide_logps" in OBJECTIVES[config.loss_type].needs:
         config, guide = _own_guide(config, name, tokenizer, pairs, options.fast)
     policy, reference = named.policy(config, name)
     with _drawn(config) as picture:
@@ -115,6 +121,7 @@ def train(options) -> None:
             pairs,
             eval_pairs=eval_pairs,
             guide=guide and named.guide(config, guide, reference),
+            given=values,
             tokenizer=tokenizer,
             fast=options.fast,
             resume=options.resume,
@@ -163,7 +170,7 @@ def _encoded(name: str, split: str | None, part: str | None, tokenizer, config: 
     for row in (*skipped, *encoding.skipped):
         tell(f"skipped {row}", file=sys.stderr)
     tell(f"{name}: {encoding}", file=sys.stderr)
-    return encoded
+    return encoded, table
 
 
 def pairs(options) -> None:
@@ -255,7 +262,7 @@ def _held_out_pairs(options, record, tokenizer, seen, reference) -> tuple[dict, 
     if not options.pairs:
         return {}, {}
     config = record.config if record else PRESETS[options.preset].train
-    pairs = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
+    pairs, _ = _encoded(options.pairs, options.split, options.config, tokenizer, config, options)
     mine = tokenizer.batch_decode([pair.prompt_ids for pair in pairs], skip_special_tokens=True)
     shared = overlap(None if seen is None else len(shared_prompts(seen, mine)))
     words, ranking = f"{len(pairs)} from {options.pairs}, prompts {shared}; ranked by the log-ratio", {"pairs": pairs}
@@ -263,6 +270,8 @@ def _held_out_pairs(options, record, tokenizer, seen, reference) -> tuple[dict, 
         return ranking, {"pairs": f"{words}; own accuracy by it too (no record of an objective)"}
     own.check_unchanged(config.loss_type, record.start.get("objective"))
     if "guide_logps" in OBJECTIVES[config.loss_type].needs:
+        if "token values" in record.start:
+            return ranking, {"pairs": f"{words}; own accuracy by it too ({config.loss_type} was guided by data)"}
         ranking["guide"] = named.recorded_guide(record, reference)
         if ranking["guide"] is None:
             return ranking, {

@@ -39,6 +39,7 @@ from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_c
 from tpo_lib.runs import own
 from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.advice import advised
+from tpo_lib.runs.given import Given
 from tpo_lib.runs.interrupts import Terminated, on_sigterm
 from tpo_lib.runs.processes import check_shards, tell
 from tpo_lib.runs.trackers import begin_tracker
@@ -62,6 +63,7 @@ def fit(
     *,
     eval_pairs: Sequence[EncodedPair] | None = None,
     guide=None,
+    given: Given | None = None,
     loss: Callable[..., LossOutput] | None = None,
     tokenizer=None,
     fast: FastPath | None = None,
@@ -76,6 +78,7 @@ def fit(
         config, policy, pairs, eval_pairs, callbacks, on_log, progress: as in `train.fit`.
         reference, guide: frozen models, or functions without arguments that load them: with `fast.cache_dir` each is let go
             of once it is read.
+        given: rewards and weights of the tokens where they are data, from `token_values`; rewards make a guide needless.
         loss: as in `train.fit`, and tried first; a run's folder records its name and digest (`own.described`).
         tokenizer: saved beside the weights, so that checkpoints load on their own.
         fast: how models are read; None takes the fast path. With its `cache_dir`, training rows of DPO, TGDPO and SimPO have
@@ -96,7 +99,8 @@ def fit(
         raise ValueError(
             f"row {bare[0]} has no rejected side and there is no pair to share a prompt in; train without share_prefix"
         )
-    check(config, reference, guide, pairs, eval_pairs)  # before anything is loaded
+    rewards = given is not None and "rewards" in given.caches
+    check(config, reference, guide or rewards or None, pairs, eval_pairs)  # before anything is loaded
     if loss is not None:
         own.check_loss(loss, config)
     policy = fast.reader(policy.eval(), config)
@@ -115,6 +119,8 @@ def fit(
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
         if loss is not None and run.folder is not None:
             run.start["objective"] = own.described(loss)
+        if given is not None and run.folder is not None:
+            run.start["token values"] = given.fingerprint
 
         def load(name: str, model) -> ResponseReader:
             model = model if isinstance(model, torch.nn.Module) else model()
@@ -138,7 +144,7 @@ def fit(
             if fast.cache_dir is None:  # only now, for a guide may be made of the reference's tensors
                 frozen = {name: reader and accelerator.place(reader) for name, reader in frozen.items()}
             told = {"callbacks": callbacks, "on_log": on_log, "progress": progress}
-            how = {"eval_pairs": eval_pairs, "loss": loss, "pair_loss": fast.pair_loss, "run": run}
+            how = {"eval_pairs": eval_pairs, "given": given, "loss": loss, "pair_loss": fast.pair_loss, "run": run}
             return train.fit(config, policy, pairs=pairs, **frozen, **how, **told)
 
 

@@ -34,7 +34,7 @@ from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, table_of
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
-from tpo_lib.runs import own, runs
+from tpo_lib.runs import given, own, runs
 from tpo_lib.runs.prompts import SOURCES, held_out_prompts, overlap, prompt_roots, read_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.sft import SftConfig, fine_tune
@@ -275,6 +275,11 @@ def given_pairs(
             table, bad = load_pairs(getattr(config, kind), split=split, on_bad_rows="skip")
         for row in bad:
             print(f"skipped {row}", file=sys.stderr)
+        if idle := [words for name, words in given.KINDS.items() if given.has(table, name)]:
+            print(
+                f"{kind}: {' and '.join(idle)} are not used: a comparison compares objectives; train takes them",
+                file=sys.stderr,
+            )
         return table.shuffle(seed=config.seed + 2).select(range(min(most, len(table))))
 
     if apart := "eval_pairs" if config.eval_pairs or "eval_pairs" in rows else "pairs" if config.eval_split else None:

@@ -1,0 +1,169 @@
+"""Token rewards and weights as data in a run: written by `guide`, taken by `train`, the same as the model that wrote them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from tpo_lib import cli
+from tpo_lib.config import TrainConfig
+from tpo_lib.data import collate, encode_pairs
+from tpo_lib.files.pairs import load_pairs, table_of
+from tpo_lib.models import frozen_copy
+from tpo_lib.runs import given, run
+from tpo_lib.runs.run import read_run
+from tpo_lib.tools.guide import with_rewards
+
+ROWS = [
+    {"prompt": f"film {i}", "chosen": f" was{' very' * (i % 3)} good {i}", "rejected": f" was bad {i}{' oh' * (i % 2)}"}
+    for i in range(8)
+]
+CONFIG = TrainConfig(
+    loss_type="tgdpo",
+    guide_beta=0.4,
+    alpha=2.0,
+    lr=1e-2,
+    batch_size=4,
+    warmup_steps=1,
+    log_every=1,
+    epochs=2,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tokenizer, the pairs as a file, and start and guide as folders."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny.tokenizer(folder)
+    for name, seed in (("start", 0), ("dpo", 3)):
+        tiny.llama(seed, vocab=len(tokenizer)).save_pretrained(str(folder / name))
+        tokenizer.save_pretrained(str(folder / name))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder, tokenizer
+
+
+def losses(result) -> list[float]:
+    return [row["loss"] for row in result.metrics]
+
+
+def trained(table, tokenizer, config=CONFIG, **more):
+    pairs, _ = encode_pairs(table, tokenizer, max_length=48)
+    policy = tiny.llama(0, vocab=len(tokenizer))
+    return run.fit(config, policy, frozen_copy(policy), pairs, progress=False, **more)
+
+
+def test_rewards_as_data_train_as_the_guide_that_wrote_them(made):
+    _, tokenizer = made
+    table = table_of(ROWS, "rows")
+    start, guide = (tiny.llama(seed, vocab=len(tokenizer)) for seed in (0, 3))
+    pairs, _ = encode_pairs(table, tokenizer, max_length=48)
+    told = with_rewards(table, pairs, tokenizer, guide, start, beta=CONFIG.guide_beta)
+    values = given.token_values(told, pairs, tokenizer, max_length=48)
+    data = trained(told, tokenizer, replace(CONFIG, guide_beta=1.0), given=values)
+    model = trained(table, tokenizer, guide=guide)
+    assert losses(data) == pytest.approx(losses(model), rel=1e-5)
+    assert data.metrics[-1]["guidance/floor_share"] == model.metrics[-1]["guidance/floor_share"] > 0
+    for one, other in zip(data.policy.parameters(), model.policy.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    none = trained(table, tokenizer, replace(CONFIG, alpha=0.0), guide=guide)
+    assert losses(none)[-1] != pytest.approx(losses(model)[-1], rel=1e-3)  # what is told from nothing
+
+
+def test_weights_train_any_objective_and_a_weight_of_0_silences_a_token(made):
+    _, tokenizer = made
+    spans = [[{"start": 0, "end": len(row["chosen"]), "value": 0.0}] for row in ROWS]
+    table = table_of([row | {"chosen_token_weights": each} for row, each in zip(ROWS, spans, strict=True)], "rows")
+    pairs, _ = encode_pairs(table, tokenizer, max_length=48)
+    values = given.token_values(table, pairs, tokenizer, max_length=48)
+    batch = collate(pairs)
+    weights = values(batch)["weights"]
+    assert weights.numel() == (batch.labels != -100).sum()
+    assert (weights == 0).sum() == sum(len(pair.chosen_ids) - 1 for pair in pairs)  # all but what ends a response
+    for name in ("dpo", "tdpo2", "simpo"):
+        config = replace(CONFIG, loss_type=name, hyper={})
+        assert losses(trained(table, tokenizer, config, given=values)) != losses(trained(table, tokenizer, config))
+
+
+def test_held_out_pairs_have_their_own(made):
+    _, tokenizer = made
+    rows = [row | {"chosen_token_weights": [{"start": 0, "end": 4, "value": 3.0}]} for row in ROWS]
+    table, bare = table_of(rows, "rows"), table_of(ROWS[:3], "rows")
+    pairs, others = (encode_pairs(each, tokenizer, max_length=48)[0] for each in (table, bare))
+    values = given.token_values(table, pairs, tokenizer, max_length=48, held_out=(bare, others))
+    assert values(collate(pairs))["weights"].max() == 3.0
+    assert set(values.held_out(collate(others))["weights"].tolist()) == {1.0}
+    assert given.token_values(bare, others, tokenizer, max_length=48) is None
+
+
+def test_the_command_writes_what_train_takes(made, tmp_path, capsys):
+    folder, _ = made
+    out = tmp_path / "told.jsonl"
+    where = ["--pairs", str(folder / "pairs.jsonl"), "--device", "cpu", "--max-length", "48"]
+    cli.main(
+        [
+            "guide",
+            "--model",
+            str(folder / "dpo"),
+            "--ref",
+            str(folder / "start"),
+            "--guide-beta",
+            "0.4",
+            *where,
+            "--output",
+            str(out),
+        ]
+    )
+    assert "8 pairs; reward of a token = 0.4" in capsys.readouterr().out
+    told, _ = load_pairs(out)
+    assert told[0]["chosen_token_rewards"][0]["start"] == 0
+    train = [
+        "train",
+        "--loss-type",
+        "tgdpo",
+        "--model",
+        str(folder / "start"),
+        "--pairs",
+        str(out),
+        "--batch-size",
+        "4",
+    ]
+    train += ["--device", "cpu", "--warmup-steps", "1", "--max-length", "48", "--output-dir"]
+    cli.main([*train, str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "token rewards guide, times guide_beta 1" in said
+    assert not (tmp_path / "run" / "guide").exists()  # none was trained
+    record = read_run(tmp_path / "run")
+    assert record.config.hyperparameters()["guide_beta"] == 1.0
+    assert set(record.start["token values"]) == {"rewards"}
+    with pytest.raises(SystemExit):
+        cli.main([*train, str(tmp_path / "two"), "--guide", str(folder / "dpo"), "--guide-beta", "0.4"])
+    assert "the pairs have token rewards, and --guide" in capsys.readouterr().err
+    changed = out.read_text().replace('"value": ', '"value": 1', 1)
+    out.write_text(changed)
+    with pytest.raises(SystemExit):
+        cli.main([*train, str(tmp_path / "run"), "--resume"])
+    assert "token values" in capsys.readouterr().err
+
+
+def test_a_model_that_says_not_what_it_was_trained_from(made, tmp_path, capsys):
+    folder, _ = made
+    with pytest.raises(SystemExit):
+        cli.main(
+            [
+                "guide",
+                "--model",
+                str(folder / "dpo"),
+                "--guide-beta",
+                "0.4",
+                "--pairs",
+                str(folder / "pairs.jsonl"),
+                "--output",
+                str(tmp_path / "x.jsonl"),
+            ]
+        )
+    assert "does not say what it was trained from: name it with --ref" in capsys.readouterr().err
