@@ -52,7 +52,7 @@ def command(options) -> None:
             print(f"left out: {len(ids)} that {side} alone answers: {few}")
     means = [sum(len(turn.answers[side]) for turn in turns) / len(turns) for side in (0, 1)]
     longer = sum(len(turn.answers[0]) > len(turn.answers[1]) for turn in turns) / len(turns)
-    print(f"characters of an answer: A {means[0]:.0f}, B {means[1]:.0f}; A's is the longer one of {longer:.1%}")
+    print(f"characters of an answer: A {means[0]:.0f}, B {means[1]:.0f}; A's is the longer in {longer:.1%}")
     found = {name: judged(scorer, turns, form, options.tie_margin, options.seed) for name, scorer in judges.items()}
     for name, result in found.items():
         print(f"\n{name}: {result['wins']} wins, {result['losses']} losses, {result['ties']} ties")
