@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -203,6 +205,13 @@ def test_sampled_pairs_go_to_the_cache_folder_too(files, tmp_path, monkeypatch):
     main(["train", *where, "--output-dir", "two", "--cache-dir", "here"])
     assert len(list((tmp_path / "here").glob("sampled-*.jsonl"))) == 1
     assert list((tmp_path / "here").glob("reference-logps-*"))
+
+
+@pytest.mark.parametrize("command", ["merge", "guide", "study", "get"])
+def test_help_waits_for_no_library(command):
+    asked = "import sys\nfrom tpo_lib import cli\ntry:\n    cli.main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked, command, "--help"], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "False"
 
 
 def test_help_tells_of_every_cache(capsys):

@@ -516,16 +516,19 @@ def _add_flags(name: str, parser: Parser) -> None:
         from tpo_data.pocket import add_flags
 
         return add_flags(parser)
-    from tpo_lib.flags import SEED, add_config, add_fast, add_hyperparameters
-    from tpo_lib.runs.presets import PRESETS
+    words, late = COMMANDS[name].flags.split(), {}
+    for word in words:
+        if (
+            word in ("--seed", "--seeds", "--preset") and not late
+        ):  # their ranges take torch, which no help should wait for
+            from tpo_lib.flags import SEED
+            from tpo_lib.runs.presets import PRESETS
 
-    late = {
-        "--preset": {"choices": tuple(PRESETS), "metavar": "NAME"},
-        "--seed": {"type": SEED},
-        "--seeds": {"type": SEED},
-    }  # not at import: it takes torch
-    for word in COMMANDS[name].flags.split():
+            late = {"--seed": {"type": SEED}, "--seeds": {"type": SEED}}
+            late["--preset"] = {"choices": tuple(PRESETS), "metavar": "NAME"}
         parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **late.get(word, {}))
+    if name in ("train", "compare", "run", "inspect"):
+        from tpo_lib.flags import add_config, add_fast, add_hyperparameters
     if name in ("train", "compare"):
         add_config(parser, several=name == "compare")
     if name == "run":
