@@ -64,7 +64,7 @@ def broken(path: str, source: str) -> list[str]:
         allowed = STANDARD | {"torch"}
         found |= {each for each in now if each.partition(".")[0] not in allowed and part_of(each)[1] not in INNERMOST}
     elif folder or name not in COMMANDS:  # 1, 2, 3
-        part = folder or ("online" if name in ONLINE else "core")
+        part = folder.partition("/")[0] or ("online" if name in ONLINE else "core")
         ours = {each for each in now if each.partition(".")[0] == "tpo_lib"}
         found |= {each for each in ours if not ALLOWED[part] & set(part_of(each))}
     return sorted(found)

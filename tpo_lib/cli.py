@@ -89,6 +89,11 @@ COMMANDS = {
         "tpo_lib.tools.judge.command",
         "answers baseline --by --questions --tie-margin --device --seed --output",
     ),
+    "doctor": Command(
+        "say in plain words what is normal in a run's numbers and what is not",
+        "tpo_lib.tools.doctor.run",
+        "log --loss-type --beta --json --model --ref --pairs --split --max-length",
+    ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
     "study": Command(
@@ -435,6 +440,28 @@ FLAGS = {  # those of one command stand behind its name
     "compare --config": {
         "metavar": "FILE",
         "help": "YAML or TOML with all of this, such as another comparison's config.yaml",
+    },
+    "log": {
+        "metavar": "LOG",
+        "help": "a run's folder or metrics.jsonl, trainer_state.json, trainer_log.jsonl, CSV, tensorboard",
+    },
+    "doctor --loss-type": {
+        "help": "objective of the run (default: what its folder says, else a guess from the numbers)"
+    },
+    "doctor --beta": {
+        "type": number(float, least=1e-9),
+        "metavar": "X",
+        "help": "of the run (default: what its folder says)",
+    },
+    "doctor --json": {"help": "for machines", **SWITCH},
+    "doctor --model": {
+        "help": "folder or hub name of the trained model: it, the pairs and their masks are checked directly"
+    },
+    "doctor --ref": {"help": "with --model: folder or hub name of the reference"},
+    "doctor --pairs": {"help": "with --model: preference pairs, best the held-out ones that the log's eval_* are of"},
+    "doctor --max-length": {
+        "type": COUNT,
+        "help": "with --model: longest prompt and response (default: the run's, else 512)",
     },
     "--source": {
         "choices": ("any", "hub", "package"),
