@@ -258,6 +258,7 @@ def cut(rank: int, folder: Path) -> None:
         scorer, optimizer = accelerator.prepare(scorer, train.build_optimizer(config, scorer.policy.model))
         model, shape = scorer.policy.model, memory.from_config(scorer.policy.model.config)
         kept = memory.step_memory(shape, length=8, pairs=2, objective="tdpo2", shards=2)
+        assert accelerator.is_fsdp2
         with accelerator.no_sync(scorer):  # not the last pass of an update
             output, _ = train.score(scorer, {"ref": frozen}, collate(tiny.pairs(2)), accelerator, logged=True)
             accelerator.backward(output.loss.sum())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
@@ -71,6 +71,7 @@ class Processes(Accelerator):
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             # accelerate shards on GPUs alone, and would train whole copies here without a word
             self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # accelerate reads it again
         self.sharded = plugin is not None and self.distributed_type == DistributedType.FSDP  # else: one process
         self._named = plugin and plugin.transformer_cls_names_to_wrap
 
