@@ -137,12 +137,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2", "tgdpo"])
-def test_no_tensor_of_all_positions_and_all_logits_is_made(loss, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["tdpo2", "tgdpo", "bf16", "lora"])
+def test_no_tensor_of_all_positions_and_all_logits_is_made(variant, tmp_path, monkeypatch):
     """Not even of the response positions: a tile of 24 rows is the largest thing in a step."""
     monkeypatch.setattr(tiles, "TILE_BYTES", 24 * 320 * 4)
-    more = {"guide": tiny.llama(2, vocab=320)} if loss == "tgdpo" else {}
-    trainer = made(tmp_path, loss, per_device_train_batch_size=8, max_steps=1, **more)
+    more = {"per_device_train_batch_size": 8, "max_steps": 1, "bf16": variant == "bf16"}
+    more |= {"guide": tiny.llama(2, vocab=320), "loss": "tgdpo"} if variant == "tgdpo" else {}
+    more |= {"peft_config": lora(), "policy": tiny.llama(0, vocab=320)} if variant == "lora" else {}
+    trainer = made(tmp_path, **more)
     batch = next(iter(trainer.get_train_dataloader()))
     with Largest() as seen:
         trainer.train()
