@@ -35,8 +35,9 @@ INSTEAD = {  # of the bugs that a log alone cannot show, or not in every form
     "F": "nothing but the check of chapter 7; chosen-kl where a run is long",
     "G": "guide-beta, in the folder of a run of ours",
     "I": "`--model --pairs`: log-logps names it",
-    "J": "`--model --pairs`: log-logps names it",
+    "J": "`--model --ref --pairs`: log-logps names it, or log-rewards",
     "K": "not-finite, once it has struck",
+    "labels swapped": "`--model --ref --pairs`, of pairs whose labels are right",
 }
 
 

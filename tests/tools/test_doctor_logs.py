@@ -79,6 +79,7 @@ def test_llama_factorys_trainer_log(tmp_path):
     (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in (tmp_path, tmp_path / "trainer_log.jsonl"):
         check(read_log(path), ("loss", "learning_rate", "rewards/accuracies"), ("loss",))
+        assert read_log(path).loss_type == "dpo"
 
 
 @pytest.mark.parametrize("step", ["step", "global_step", "train/global_step", "Step", "_step"])

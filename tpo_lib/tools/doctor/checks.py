@@ -164,58 +164,37 @@ def gap_followed(log: Log) -> tuple[float, float, float, float] | None:
     return slope, r2, moved, float(np.ptp(margin))
 
 
-def gap_course(log: Log) -> tuple[float, float, float] | None:
-    """Of training rows, first third to last: change of the margin, of the gap of logps, and the latter's standard error."""
-    steps, rc, rl, lc, ll = log.rows(*sides("", "rewards", "logps"))
-    if len(steps) < 12:
-        return None
-    (m0, m1, _), (x0, x1, error) = thirds(rc - rl), thirds(lc - ll)
-    return m1 - m0, x1 - x0, error
-
-
 def swapped_sides(log: Log) -> str | None:
-    if held := gap_followed(log):
-        slope, r2, moved, margin = held
-        if slope < 0 and r2 > 0.7 and moved > 0.3 and margin > 0.01:
-            return f"held-out margins go one way and logps/chosen - logps/rejected the other (slope {slope:.3g}, R^2 {r2:.2f})"
-        return None
-    if (course := gap_course(log)) is None:
+    if (held := gap_followed(log)) is None:
         return Unseen(HELD_OUT)
-    margin, gap, error = course
-    if margin * gap < 0 and abs(gap) > 5 * error:
-        return f"the margin changed by {margin:+.3g}, logps/chosen - logps/rejected by {gap:+.3g} ± {error:.2g} nats"
+    slope, r2, moved, margin = held
+    if slope < 0 and r2 > 0.7 and moved > 0.3 and margin > 0.01:
+        return (
+            f"held-out margins go one way and logps/chosen - logps/rejected the other (slope {slope:.3g}, R^2 {r2:.2f})"
+        )
     return None
 
 
 def other_beta(log: Log) -> str | None:
-    beta, held = log.settings.get("beta"), gap_followed(log)
-    exact = log.loss_type in ("dpo", "ipo") or ("tdpo" in log.loss_type and "eval_kl/chosen" in log)
-    if held:
-        slope, r2, moved, margin = held
-        if moved < 0.3:
-            return None
-        if exact and r2 < 0.9:
-            said = f"held-out rewards do not follow held-out logps: R^2 {r2:.2f} over {moved:.3g} nats, 1 with a fixed reference"
-            return Look(said) if log.guessed else said
-        if slope < 0:  # `swapped_sides` says so
-            return None
-        if beta is None:
-            said = f"held-out margins moved by {slope:.3g} a nat of logps: is that your beta?"
-            usual = not exact or USUAL[0] < slope < USUAL[1]
-            return Unseen(f"beta: add --beta (by these numbers it is {slope:.3g})") if usual else Look(said)
-        if 1 / (most := 1.3 if exact else 3) < slope / beta < most:
-            return None
-        said = f"held-out margins moved by {slope:.3g} a nat of logps"
-        return f"{said}, {slope / beta:.3g} times beta = {beta:g} (over {moved:.3g} nats)"
-    course = gap_course(log)
-    if course is None or not exact or "tdpo" in log.loss_type:
+    if (held := gap_followed(log)) is None:
         return Unseen(HELD_OUT)
-    if beta is None:
-        return Unseen("beta: add --beta")
-    margin, gap, error = course
-    if abs(margin / beta - gap) < 5 * error or 1 / 3 < margin / beta / gap < 3 or margin * gap < 0:
+    (slope, r2, moved, _), beta = held, log.settings.get("beta")
+    exact = log.loss_type in ("dpo", "ipo") or ("tdpo" in log.loss_type and "eval_kl/chosen" in log)
+    if moved < 0.3:
         return None
-    return f"the margin grew by {margin:.3g}, beta times the gap of logps by {beta * gap:.3g} ± {beta * error:.2g}"
+    if exact and r2 < 0.9:
+        said = f"held-out rewards do not follow held-out logps: R^2 {r2:.2f} over {moved:.3g} nats, 1 with a fixed reference"
+        return Look(said) if log.guessed else said
+    if slope < 0:  # `swapped_sides` says so
+        return None
+    if beta is None:
+        usual = not exact or USUAL[0] < slope < USUAL[1]
+        said = f"held-out margins moved by {slope:.3g} a nat of logps: is that your beta?"
+        return Unseen(f"beta: add --beta (by these numbers it is {slope:.3g})") if usual else Look(said)
+    if 1 / (most := 1.3 if exact else 3) < slope / beta < most:
+        return None
+    said = f"held-out margins moved by {slope:.3g} a nat of logps"
+    return f"{said}, {slope / beta:.3g} times beta = {beta:g} (over {moved:.3g} nats)"
 
 
 def below_half(log: Log) -> str | None:

@@ -242,7 +242,7 @@ def guess(log: Log) -> str:
     prefix = "" if "loss" in log else "eval_"
     _, loss, chosen, rejected = log.rows(*(prefix + name for name in ("loss", "rewards/chosen", "rewards/rejected")))
     if not len(loss):
-        return "dpo" if f"{prefix}rewards/rejected" in log else "sft"
+        return "dpo" if f"{prefix}rewards/accuracies" in log else "sft"  # all that LLaMA-Factory's log has of the pairs
     if np.allclose(loss, -chosen, rtol=0.01):
         return "sft"
     mean, margin = (chosen + rejected) / 2, abs(chosen - rejected)

@@ -82,13 +82,13 @@ RULES = (
          checks.swapped_sides,
          "A reward is beta times a log-ratio: the margin moves as the gap of the log-probabilities does, not against it.",
          f"{BREAK_IT}: Run H", "read one pair where it enters the loss: which text is called chosen?",
-         (*REWARDS, *LOGPS), REFERENCE),
+         (), REFERENCE),
     Rule("other-beta", "wrong", "Rewards are not beta times log-ratios: another beta, a mean for a sum, another reference",
          checks.other_beta,
          "On the same pairs rewards move by beta times what logps move by. Less by a response's length is a mean for a sum, "
          "more a division by beta; no straight line is a reference that changes.",
          f"{BREAK_IT}: Run C", "sum over the response; beta multiplies the log-ratio; freeze the reference",
-         (*REWARDS, *LOGPS), REFERENCE),
+         (), REFERENCE),
     Rule("below-half", "wrong", "Accuracy is below one half, the margin negative: swapped labels?", checks.below_half,
          "Training makes the chosen response the preferred one. Where held-out pairs alone say the reverse, the two tables "
          "disagree about which response is chosen.",
