@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ trl = pytest.importorskip("trl", minversion="1.8")
 
 from tpo_lib.fast import tiles  # noqa: E402
 from tpo_lib.models import frozen_copy  # noqa: E402
-from tpo_lib.trl import TDPOConfig, TDPOTrainer, TGDPOConfig, TGDPOTrainer  # noqa: E402
+from tpo_lib.trl import TDPOConfig, TDPOTrainer, TGDPOConfig, TGDPOTrainer, reading  # noqa: E402
 
 TOKENIZER = tiny.tokenizer_of("byte")
 KL = ("kl/chosen", "kl/rejected", "kl/margin")
@@ -94,6 +95,13 @@ def test_it_is_the_run_that_fit_makes(loss, tmp_path):
     metrics = METRICS + KL + (("guidance/floor_share",) if guide else ())
     check_equal(ours, theirs, (policy, other), metrics=metrics)
     assert not guide or 0 < theirs[0]["guidance/floor_share"] < 1
+
+
+def test_a_forbidden_token_adds_nothing_to_the_entropy():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    lse = logits.logsumexp(-1, keepdim=True)
+    entropy, _, likeliest = reading._numbers(logits - lse, lse, torch.tensor([[2]]))
+    assert (entropy.item(), likeliest.item()) == (pytest.approx(math.log(2)), 0)
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):

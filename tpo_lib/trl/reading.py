@@ -70,6 +70,5 @@ class Look:
 
 def _numbers(logp: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
     """(3, rows) of log pi (rows, V), the logits' logsumexp (rows, 1) and the tokens (rows, 1)."""
-    least = torch.finfo(logp.dtype).min  # of a token that is forbidden, p log p is 0
-    entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp_min(least))
+    entropy = -logp.exp().mul_(logp).nan_to_num_().sum(-1)  # p log p of a token that is forbidden is 0
     return torch.stack([entropy, logp.mean(-1) + lse[:, 0], (logp.argmax(-1) == targets[:, 0]).to(logp.dtype)])
