@@ -376,8 +376,8 @@ FLAGS = {  # those of one command stand behind its name
     "--min-gap": {"type": GAP, "default": 0.0, "help": "smallest difference of scores in a pair"},
     "--cache-dir": {
         "metavar": "DIR",
-        "help": "folder of caches: of sampled pairs (without the flag: runs/pairs); train: also of what the frozen models say "
-        "(without the flag: none, they are read anew for every batch)",
+        "help": "folder of caches: of sampled pairs (without the flag: runs/pairs), of encoded long tables (TPO_CACHE/encoded); "
+        "train: also of what the frozen models say (without the flag: none, they are read anew for every batch)",
     },
     "evaluate --cache-dir": {"metavar": "DIR", "default": "runs/pairs", "help": "folder that keeps the samples"},
     "--loss-type": {

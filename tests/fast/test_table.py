@@ -37,6 +37,11 @@ def saved(pairs: list[EncodedPair], folder: Path, part: int = 100) -> EncodedTab
     return EncodedTable.open([folder / f"{i}.arrow" for i in range(len(parts))], [each[0].row for each in parts])
 
 
+def rss_of(lines) -> list[str]:
+    """The line that says what is resident of the mapping whose description goes on in `lines`."""
+    return [next(line for line in lines if line.startswith("Rss:"))]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     pairs = many()
@@ -64,6 +69,25 @@ def test_the_files_of_a_table_are_mapped_and_not_held_open(tmp_path):
     for file in tmp_path.iterdir():
         file.unlink()
     assert list(table) == tiny.pairs(40)
+
+
+def test_what_was_read_of_a_table_is_given_back(tmp_path):
+    pairs = [replace(pair, chosen_ids=pair.chosen_ids * 400) for pair in tiny.pairs(900)]
+    table = saved(pairs, tmp_path, part=300)
+
+    def resident() -> int:
+        """kB of the table's files."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        return sum(int(line.split()[1]) for name in lines if str(tmp_path) in name for line in rss_of(lines))
+
+    whole = sum(file.stat().st_size for file in tmp_path.iterdir()) / 1024
+    read = [table[i] for i in range(0, 900, 4)]
+    assert resident() > whole / 10
+    assert read == pairs[::4]
+    assert list(table) == pairs
+    assert resident() < whole / 10
+    assert [table[i] for i in range(0, 900, 3)] == pairs[::3]  # more than OFTEN
+    assert resident() < whole / 2
 
 
 def test_every_field_of_a_pair_is_a_column():

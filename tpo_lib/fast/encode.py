@@ -5,6 +5,7 @@ A kill costs the parts that were in work. What is kept may be deleted at any tim
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -166,6 +167,7 @@ def _begin(job: _Job) -> None:
     """Begin a worker: it leaves Ctrl-C to its parent, and ends with it, however that ends."""
     global _job
     _job = job
+    gc.freeze()  # a collection would write to all that is shared, and so make it the worker's own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken, and its threads did not survive the fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

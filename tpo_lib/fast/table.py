@@ -5,6 +5,8 @@ A pair is made when it is asked for. What would be asked of all of them (lengths
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import pyarrow
 
 from tpo_lib.data import EncodedPair
 
+LIBC = ctypes.CDLL(None)
+OFTEN = 256  # pairs asked for, until memory is given back: with what the system reads around them they take 60 MB
 IDS = pyarrow.list_(pyarrow.int32())
 DIGEST = pyarrow.binary(16)  # equal digests, equal ids
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -86,24 +90,28 @@ class EncodedTable(Sequence[EncodedPair]):
         (EncodedPair(row=9, prompt_ids=[1], chosen_ids=[5], rejected_ids=[]), [3, 2], [0, 0])
     """
 
-    def __init__(self, parts: Iterable[pyarrow.RecordBatch], firsts: Iterable[int]) -> None:
-        """Parts, and the number of the row that each begins with."""
-        held = [(part, first) for part, first in zip(parts, firsts, strict=True) if part.num_rows]
-        self._parts, self._firsts = [part for part, _ in held], [first for _, first in held]
+    def __init__(
+        self, parts: Iterable[pyarrow.RecordBatch], firsts: Iterable[int], files: Iterable[pyarrow.Buffer | None]
+    ) -> None:
+        """Parts, the number of the row that each begins with, and the mapped file that each lies in, if any."""
+        held = [each for each in zip(parts, firsts, files, strict=True) if each[0].num_rows]
+        self._parts, self._firsts, self._files = ([each[k] for each in held] for k in range(3))
         self._ends = list(accumulate(part.num_rows for part in self._parts))
         self._sides = [[_Side(part.column(name)) for name in COLUMNS] for part in self._parts]
+        self._asked = 0
 
     @classmethod
     def of(cls, pairs: Sequence[EncodedPair]) -> EncodedTable:
         """The same pairs as a table, in memory where they are a list."""
         if isinstance(pairs, cls):
             return pairs
-        return cls([columns_of([*rows_of(pairs)])], [0])
+        return cls([columns_of([*rows_of(pairs)])], [0], [None])
 
     @classmethod
     def open(cls, paths: Iterable[Path], firsts: Iterable[int]) -> EncodedTable:
         """Map the files that `save` wrote."""
-        return cls(map(_mapped, paths), firsts)
+        files = [_mapped(path) for path in paths]
+        return cls([pyarrow.ipc.open_file(file).get_batch(0) for file in files], firsts, files)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -113,14 +121,35 @@ class EncodedTable(Sequence[EncodedPair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        index %= len(self)
+        self._asked += 1
+        if self._asked % OFTEN == 0:
+            self._forget(*self._files)
+        return self._pair(*self._place(index % len(self)))
+
+    def __iter__(self) -> Iterator[EncodedPair]:
+        for k, part in enumerate(self._parts):
+            yield from (self._pair(k, i) for i in range(part.num_rows))
+            self._forget(self._files[k])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The part of a pair, and its place there."""
         k = bisect_right(self._ends, index)
-        i = index - (self._ends[k] - self._parts[k].num_rows)
+        return k, index - (self._ends[k] - self._parts[k].num_rows)
+
+    def _pair(self, k: int, i: int) -> EncodedPair:
         row = self._firsts[k] + self._parts[k].column("row")[i].as_py()
         return EncodedPair(row, *(side[i].tolist() for side in self._sides[k]))
 
-    def __iter__(self) -> Iterator[EncodedPair]:
-        return (self[i] for i in range(len(self)))
+    def _forget(self, *files: pyarrow.Buffer | None) -> None:
+        """Give back the memory of what was read of mapped files; it stays in the system's cache, and is read from there."""
+        for file in filter(None, files if hasattr(LIBC, "madvise") else ()):
+            LIBC.madvise(ctypes.c_void_p(file.address), ctypes.c_size_t(file.size), mmap.MADV_DONTNEED)
+
+    def distinct_prompts(self) -> Iterator[np.ndarray]:
+        """The ids of the different prompts, as they come."""
+        for index in np.sort(np.unique(self.prompts, return_index=True)[1]).tolist():
+            k, i = self._place(index)
+            yield self._sides[k][0][i]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -207,9 +236,9 @@ class Sequences:
                 start = end
 
 
-def _mapped(path: Path) -> pyarrow.RecordBatch:
+def _mapped(path: Path) -> pyarrow.Buffer:
     with pyarrow.memory_map(str(path)) as file:  # of a closed file what is mapped stays, and there may be thousands
-        return pyarrow.ipc.open_file(file).get_batch(0)
+        return file.read_buffer()
 
 
 def save(part: pyarrow.RecordBatch, path: Path) -> None:

@@ -517,9 +517,7 @@ def _identity(
 
 def _prompts(pairs: Sequence[EncodedPair]) -> list[bytes]:
     """The different prompts, sorted: as bytes, which take a tenth of the memory of ids and sort as they do."""
-    table = EncodedTable.of(pairs)
-    first = np.unique(table.prompts, return_index=True)[1].tolist()
-    return sorted(np.array(table[i].prompt_ids, SORTED).tobytes() for i in first)
+    return sorted(prompt.astype(SORTED).tobytes() for prompt in EncodedTable.of(pairs).distinct_prompts())
 
 
 def _counted(many: Sized, rows: Iterable) -> dict:
