@@ -187,6 +187,12 @@ def test_a_tokenizer_that_cannot_be_read_is_named(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_without_a_tokenizer_says_what_to_put_there(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"could not be loaded: its folder holds none; copy tokenizer.json and"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_folder_of_another_kind_says_what_is_there_instead(tmp_path):
     for name, message in (
         ("q.gguf", "no config.json but q.gguf, a quantised model; convert it"),

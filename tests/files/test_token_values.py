@@ -106,6 +106,21 @@ def test_messages_count_from_the_content_of_the_last():
     assert said[0][1] == pytest.approx(4 / 5)
 
 
+def test_an_answer_that_the_template_says_too_is_found_where_it_stands():
+    tokenizer = load_tokenizer(POCKET)
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end of {{ m.role }}>\n{% endfor %}"
+    tokenizer.chat_template = said + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    row = {"prompt": [{"role": "user", "content": "How?"}], "rejected": [{"role": "assistant", "content": "dull"}]}
+    for answer in ("end", " of", "film, the end"):
+        spans = [{"start": 0, "end": len(answer), "value": 1.0}]
+        row |= {"chosen": [{"role": "assistant", "content": answer}], "chosen_token_rewards": spans}
+        ((chosen, _),), _ = numbers([row], tokenizer)
+        marked = [value for _, value in chosen]
+        assert marked[0] == 1.0
+        assert marked == sorted(marked, reverse=True)  # what the template writes behind it has none
+        assert sum(value * len(piece) for piece, value in chosen) == pytest.approx(len(answer))
+
+
 def test_files_keep_them_and_prompts_that_are_taken_off_move_them(tmp_path, tokenizer):
     rows = [PAIR | {"chosen_token_rewards": SPANS, "rejected_token_rewards": [0.5, 0.25], "chosen_token_weights": None}]
     for suffix in ("jsonl", "parquet"):
@@ -129,11 +144,18 @@ def test_files_keep_them_and_prompts_that_are_taken_off_move_them(tmp_path, toke
         ([True], "item 0 has no finite number but True"),
         (
             [{"start": 0, "end": 3, "value": 1.0}, {"start": 2, "end": 4, "value": 1.0}],
-            "item 1 goes from 2 to 4, behind 3",
+            "item 1 goes from 2 to 4, not in whole numbers from 3 on",
         ),
         ([{"start": 3, "end": 2, "value": 1.0}], "item 0 goes from 3 to 2"),
         ([{"start": -1, "end": 2, "value": 1.0}], "item 0 goes from -1 to 2"),
         ([0.1, {"start": 0, "end": 3, "value": 1.0}], "item 1 is a span and the first is not"),
+        ([{"start": 0.0, "end": 2.0, "value": 1.0}], "item 0 goes from 0.0 to 2.0, not in whole numbers from 0 on"),
+        ([{"end": 2, "value": 1.0}], "item 0 has a value and no start: {'end': 2, 'value': 1.0}"),
+        ([{"begin": 0, "end": 2, "value": 1.0}], "item 0 has a value and no start"),
+        ([10**400], "item 0 has no finite number but 1000"),
+        ([1e39], "item 0 has no finite number but 1e+39 (float32 is read)"),
+        (0, "is not a list but 0"),
+        (False, "is not a list but False"),
         ("[1, 2", "is not valid JSON"),
     ],
 )
@@ -144,7 +166,9 @@ def test_cells_that_are_none_are_named(cell, words):
 
 
 def test_a_span_behind_the_response_is_named(tokenizer):
-    with pytest.raises(BadRowsError, match="span that ends at 99, behind the 5 characters"):
+    with pytest.raises(
+        BadRowsError, match=r"span that ends at 99, behind the 5 characters.*\n.*leave their cells empty"
+    ):
         numbers([PAIR | {"rejected_token_rewards": [{"start": 0, "end": 99, "value": 1.0}]}], tokenizer)
 
 

@@ -207,6 +207,12 @@ def test_settings_of_another_trainer_are_refused(tmp_path):
         tdpo(tmp_path, args=trl.DPOConfig(str(tmp_path), **THEIRS))
 
 
+def test_columns_of_token_numbers_are_refused(tmp_path):
+    table = TABLE.add_column("chosen_token_rewards", [[1.0]] * len(TABLE))
+    with pytest.raises(ValueError, match="train_dataset has chosen_token_rewards, which these trainers do not read"):
+        tdpo(tmp_path, train_dataset=table)
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the reference has a vocabulary of 400, the policy of 320"):
         tdpo(tmp_path, reference=tiny.llama(1, vocab=400))
@@ -227,6 +233,8 @@ def test_a_guide_that_is_none_is_refused(tmp_path):
             ValueError, match="the guide is the policy or the reference itself; give the model that DPO"
         ):
             tdpo(tmp_path, policy, reference, guide=guide)
+    with pytest.raises(ValueError, match="the guide has the reference's weights, so that every reward of it is 0"):
+        tdpo(tmp_path, guide=models("llama")[1])
     with pytest.raises(TypeError, match="guide is a int; give a model, a folder, a hub name or an adapter's name"):
         tdpo(tmp_path, guide=3)
     with pytest.raises(OSError, match="nowhere"):

@@ -89,6 +89,21 @@ def test_weights_train_any_objective_and_a_weight_of_0_silences_a_token(made):
         assert losses(trained(table, tokenizer, config, given=values)) != losses(trained(table, tokenizer, config))
 
 
+def test_empty_columns_are_none_and_responses_of_zeros_are_counted(made):
+    _, tokenizer = made
+    empty = table_of([row | {"chosen_token_rewards": None, "rejected_token_weights": []} for row in ROWS], "rows")
+    pairs, _ = encode_pairs(empty, tokenizer, max_length=48)
+    assert given.token_values(empty, pairs, tokenizer, max_length=48) is None
+    whole = [{"start": 0, "end": len(ROWS[0]["chosen"]), "value": 0.0}]
+    whole += [{"start": len(ROWS[0]["chosen"]), "end": len(ROWS[0]["chosen"]), "value": 0.0}]
+    table = table_of([row | {"chosen_token_weights": whole if row is ROWS[0] else None} for row in ROWS], "rows")
+    said = given.summary(given.token_values(table, pairs, tokenizer, max_length=48))
+    assert said.endswith("1 responses have none but 0")
+    table = table_of([row | {"chosen_token_rewards": [{"start": 0, "end": 1, "value": 1.0}]} for row in ROWS], "rows")
+    said = given.summary(given.token_values(table, pairs, tokenizer, max_length=48))
+    assert said.endswith("8 responses have none but 0")  # the rejected ones
+
+
 def test_held_out_pairs_have_their_own(made):
     _, tokenizer = made
     rows = [row | {"chosen_token_weights": [{"start": 0, "end": 4, "value": 3.0}]} for row in ROWS]
@@ -143,6 +158,13 @@ def test_the_command_writes_what_train_takes(made, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*train, str(tmp_path / "two"), "--guide", str(folder / "dpo"), "--guide-beta", "0.4"])
     assert "the pairs have token rewards, and --guide" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--model", str(tmp_path / "run"), "--pairs", str(out), "--device", "cpu"])
+    said = "tgdpo needs a guide: pass --loss-type dpo, or --guide DIR: the run was guided by token rewards of its pairs"
+    assert said in capsys.readouterr().err
+    line = ["inspect", "--model", str(tmp_path / "run"), "--pairs", str(out), "--device", "cpu", "--loss-type", "dpo"]
+    cli.main([*line, "--output", str(tmp_path / "page.html")])
+    assert "Not used: chosen_token_rewards, rejected_token_rewards; " in capsys.readouterr().err
     changed = out.read_text().replace('"value": ', '"value": 1', 1)
     out.write_text(changed)
     with pytest.raises(SystemExit):
@@ -167,3 +189,44 @@ def test_a_model_that_says_not_what_it_was_trained_from(made, tmp_path, capsys):
             ]
         )
     assert "does not say what it was trained from: name it with --ref" in capsys.readouterr().err
+
+
+def test_a_guide_that_is_its_own_reference_is_refused(made, tmp_path, capsys):
+    folder, _ = made
+    line = [
+        "guide",
+        "--model",
+        str(folder / "dpo"),
+        "--ref",
+        str(folder / "dpo"),
+        "--guide-beta",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--pairs", str(folder / "pairs.jsonl"), "--output", str(tmp_path / "x.jsonl")])
+    assert "have the same weights, so that every reward would be 0" in capsys.readouterr().err
+
+
+def test_turns_that_keep_no_rewards_are_counted(made, tmp_path, capsys):
+    folder, tokenizer = made
+    tokenizer = type(tokenizer).from_pretrained(str(folder / "dpo"))
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = said + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    for name, seed in (("a", 0), ("b", 3)):
+        tiny.llama(seed, vocab=len(tokenizer)).save_pretrained(str(tmp_path / name))
+        tokenizer.save_pretrained(str(tmp_path / name))
+    turns = [{"role": role, "content": "film"} for role in ("assistant", "user", "assistant")]
+    row = {
+        "prompt": [{"role": "user", "content": "x"}],
+        "chosen": turns,
+        "rejected": [*turns[:2], turns[0] | {"content": "bad"}],
+    }
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    line = ["guide", "--model", str(tmp_path / "a"), "--ref", str(tmp_path / "b"), "--guide-beta", "1"]
+    line += ["--device", "cpu", "--max-length", "120", "--pairs", str(tmp_path / "pairs.jsonl")]
+    cli.main([*line, "--output", str(tmp_path / "x.jsonl")])
+    assert "2 responses have several turns; rewards of all but the last are left out" in capsys.readouterr().err
+    told, _ = load_pairs(tmp_path / "x.jsonl")
+    assert max(span["end"] for span in told[0]["chosen_token_rewards"]) == len("film")

@@ -187,6 +187,7 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, capsys, a, b, words
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
+        ([], "holds no answers that are known: it has no rows, and not"),
         ([{"text": "a"}], "holds no answers that are known: it has text, and not instruction, output (alpaca-eval); "),
         ([{"prompt": "a", "response": "b"}] * 2, "row 1, column 'prompt': 'a' stands in an earlier row too"),
         ([{"uid": "a", "messages": [{"role": "assistant", "content": "b"}]}], "'messages[-1].content': is no object"),

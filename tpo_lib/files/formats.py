@@ -50,12 +50,14 @@ class BadRow:
 class BadRowsError(ValueError):
     """Rows that cannot be used, the first ten spelled out; `rows` holds all of them."""
 
-    def __init__(self, rows: list[BadRow], name: str):
+    def __init__(
+        self, rows: list[BadRow], name: str, fix: str = "Repair them, or leave them out with --on-bad-rows skip."
+    ):
         self.rows = rows
         lines = [f"{len(rows)} of the rows of {name} cannot be used (rows count from 0):", *map(str, rows[:10])]
         if len(rows) > 10:
             lines.append(f"... and {len(rows) - 10} more")
-        super().__init__("\n  ".join([*lines, "Repair them, or leave them out with --on-bad-rows skip."]))
+        super().__init__("\n  ".join([*lines, fix]))
 
 
 def check_on_bad_rows(on_bad_rows: str) -> None:
@@ -240,7 +242,9 @@ def _open(name_or_path: str | Path, split: str | None, config: str | None, wante
 
 def _read_file(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     if path.suffix not in _READERS:
-        raise ValueError(f"{path}: pairs are in {', '.join(_READERS)} files, this one in {path.suffix!r}; convert it")
+        raise ValueError(
+            f"{path}: rows are read from {', '.join(_READERS)} files, this one is {path.suffix!r}; convert it"
+        )
     return _read_parquet(path, wanted) if path.suffix == ".parquet" else _READERS[path.suffix](path)
 
 

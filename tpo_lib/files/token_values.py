@@ -10,6 +10,8 @@ from tpo_lib.files import chat, tokens
 from tpo_lib.files.formats import Bad, BadRowsError
 from tpo_lib.files.spans import DEFAULTS, FIX, Span
 
+MARK = "what is said"  # a message whose end is looked for
+
 
 def by_token(found: list[Span] | None, ends: Sequence[int], *, default: float, length: int, cut: bool) -> list[float]:
     """The numbers of a response's tokens.
@@ -78,7 +80,7 @@ def aligned(
     Raises:
         BadRowsError: names the rows whose numbers do not belong to their response.
     """
-    texts = _texts(pairs, tokenizer)
+    texts, tail = _texts(pairs, tokenizer)
     sides = [side for side in ("chosen", "rejected") if side in pairs.column_names]
     found, bad, bare = [], [], 0
     for pair in encoded:
@@ -88,7 +90,7 @@ def aligned(
             bare += not given
             cut = len(pair.prompt_ids) + len(ids) == max_length
             try:
-                place, length = _place(row[side], texts[side][pair.row])
+                place, length = _place(row[side], texts[side][pair.row], tail)
                 ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
                 ends = [max(0, end - place) for end in ends]
                 numbers.append(by_token(given, ends, default=DEFAULTS[kind], length=length, cut=cut))
@@ -96,7 +98,7 @@ def aligned(
                 bad.append(Bad(f"{side}_{kind}", *problem.args[1:]).at(pair.row))
         found.append(numbers)
     if bad:
-        raise BadRowsError(bad, "the table")
+        raise BadRowsError(bad, "the table", "Repair them, or leave their cells empty.")
     return found, bare
 
 
@@ -107,11 +109,11 @@ def to_spans(
 
     Tokens that make one character have one span, with their mean; that of the token that ends a response is empty.
     """
-    texts = _texts(pairs, tokenizer)
+    texts, tail = _texts(pairs, tokenizer)
     found: list[list[Span] | None] = [None] * len(pairs)
     for pair in encoded:
         row = pairs[pair.row]
-        place, length = _place(row[side], texts[side][pair.row])
+        place, length = _place(row[side], texts[side][pair.row], tail)
         ids = getattr(pair, f"{side}_ids")
         ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
         found[pair.row] = _joined([max(0, end - place) for end in ends], numbers[pair.row], length)
@@ -133,16 +135,24 @@ def _joined(ends: Sequence[int], numbers: Sequence[float], length: int) -> list[
 
 
 def _texts(pairs: Dataset, tokenizer):
-    """Prompts and responses as they are written out."""
-    return pairs if isinstance(pairs.features["prompt"], Value) else chat.render(pairs, tokenizer)[0]
+    """Prompts and responses as they are written out, and what the chat template writes behind the last of them."""
+    if isinstance(pairs.features["prompt"], Value):
+        return pairs, ""
+    one = {"prompt": [[{"role": "user", "content": MARK}]], "chosen": [[{"role": "assistant", "content": MARK}]]}
+    (written,) = chat.render(Dataset.from_dict(one), tokenizer)[0]["chosen"]
+    return chat.render(pairs, tokenizer)[0], written.rpartition(MARK)[2]
 
 
-def _place(said: str | list[chat.Message], written: str) -> tuple[int, int]:
+def _place(said: str | list[chat.Message], written: str, tail: str) -> tuple[int, int]:
     """Where the text that spans speak of begins in a response as it is written out, and how long it is."""
     if isinstance(said, str):
         return 0, len(said)
     content = said[-1]["content"] or ""
+    body = written.removesuffix(tail)  # it may hold the same words: <|im_end|> an answer "end"
     for text in (content, content.strip()):  # many templates strip it
+        if body.endswith(text):
+            return len(body) - len(text) - content.index(text), len(content)
+    for text in (content, content.strip()):
         if (place := written.rfind(text)) >= 0:
             return place - content.index(text), len(content)
     raise Bad("", "speaks of a text that the chat template changes", "leave it empty, or give the pair as text")

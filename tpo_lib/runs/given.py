@@ -65,8 +65,9 @@ def token_values(
 
 
 def has(table: Dataset, kind: str) -> bool:
-    """Whether the table has a column of "rewards" or "weights"."""
-    return any(f"{side}_{KINDS[kind]}" in table.column_names for side in ("chosen", "rejected"))
+    """Whether the table has a column of "rewards" or "weights" that is not empty."""
+    names = (f"{side}_{KINDS[kind]}" for side in ("chosen", "rejected"))
+    return any(any(table[name]) for name in names if name in table.column_names)
 
 
 def taken(config: TrainConfig, table: Dataset, guide: str | None) -> tuple[TrainConfig, list[str], str]:
@@ -108,12 +109,16 @@ def _cache(table: Dataset, pairs: Sequence[EncodedPair], tokenizer, name: str, m
 
 
 def summary(given: Given) -> str:
-    """How many tokens have which numbers."""
+    """How many tokens have which numbers, and in how many responses all are 0."""
     said = []
     for name, cache in given.caches.items():
         x, default = cache.values, DEFAULTS[KINDS[name]]
         share = (x != default).float().mean().item()
+        ends = np.array(list(cache.spans.values())).reshape(-1, 2)  # (responses, 2)
+        seen = np.concatenate([[0], np.cumsum(x.numpy() != 0)])[ends]
+        zero = ((seen[:, 0] == seen[:, 1]) & (ends[:, 0] < ends[:, 1])).sum()
         said.append(
             f"{name} of {len(x):,} tokens: {x.mean():.3g} on average, {x.min():.3g} to {x.max():.3g}, {share:.0%} not {default:g}"
+            + (f", {zero:,} responses have none but 0" if zero else "")
         )
     return "; ".join(said)

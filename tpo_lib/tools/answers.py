@@ -213,7 +213,7 @@ def read_questions(path: str | Path, name: str) -> list[Item]:
 def read_answers(path: str | Path) -> tuple[str, dict[str | int, Item]]:
     """What format a file of answers has, and the answers by their key; errors as in `read_questions`."""
     first = next(iter(read_records(path, wanted=())), None)
-    held = first.values.keys() if first else ()
+    held = first.values.keys() if first else set()
     name = next((name for name, form in FORMATS.items() if form.read.keys() <= held), None)
     if name is None:
         known = "; ".join(f"{', '.join(form.read)} ({name})" for name, form in FORMATS.items())

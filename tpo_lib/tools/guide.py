@@ -16,7 +16,7 @@ from tpo_lib.files import spans
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.token_values import to_spans
-from tpo_lib.models import check_pairs, choose_device
+from tpo_lib.models import check_pairs, choose_device, fingerprint
 from tpo_lib.runs import named
 from tpo_lib.runs.run import read_run
 from tpo_lib.types import PAD
@@ -43,9 +43,20 @@ def run(options) -> None:
     for row in (*skipped, *report.skipped):
         print(f"skipped {row}", file=sys.stderr)
     print(f"{options.pairs}: {report}", file=sys.stderr)
+    said = [response for side in SIDES for response in table[side] if isinstance(response, list)]
+    if turns := sum(len(response) > 1 for response in said):
+        print(
+            f"{options.pairs}: {turns:,} responses have several turns; rewards of all but the last are left out",
+            file=sys.stderr,
+        )
     models = {"guide": load_model(options.model, device=device), "reference": load_model(name, device=device)}
     for what, model in models.items():
         check_pairs(model.requires_grad_(False), pairs, name=what, policy=models["guide"])
+    if fingerprint(models["guide"]) == fingerprint(models["reference"]):
+        raise ValueError(
+            f"--model {options.model} and its reference {name} have the same weights, so that every reward would be 0; name "
+            "the model that DPO has trained, or with --ref what it was trained from"
+        )
     made = with_rewards(table, pairs, tokenizer, beta=beta, max_tokens=options.max_tokens, progress=True, **models)
     save_pairs(made, options.output)
     without = f", {len(made) - len(pairs):,} of them without" if len(made) > len(pairs) else ""

@@ -23,6 +23,7 @@ from tpo_lib.files import folders, store
 from tpo_lib.files.formats import BadRowsError
 from tpo_lib.files.load import load_config, load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs
+from tpo_lib.files.spans import COLUMNS
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import check_pairs, choose_device, fingerprint, most_tokens
@@ -145,6 +146,9 @@ def _sources(options, record: RunRecord | None, loss_type: str) -> tuple[dict[st
     reference = ("reference", "--ref DIR, or --loss-type sft for log-probabilities alone")
     fixes = dict.fromkeys(("ref_logps", "kl"), reference)
     fixes["guide_logps"] = ("guide", "--guide DIR, the DPO model that weighs its tokens")
+    if record and "token values" in record.start:
+        told = "the run was guided by token rewards of its pairs, which are not read here"
+        fixes["guide_logps"] = ("guide", f"--loss-type dpo, or --guide DIR: {told}")
     for what, fix in map(fixes.get, needs):
         if what not in sources:
             raise ValueError(f"{loss_type} needs a {what}: pass {fix}")
@@ -196,6 +200,8 @@ def _encoded(options, max_length: int, tokenizer) -> tuple[list[EncodedPair], li
         raise BadRowsError(bad, options.pairs)
     chosen = f"a random sample of seed {options.seed}, --most {options.most}" if len(rows) < total else "all there are"
     words = [f"{len(pairs):,} of {total:,} pairs of {options.pairs}: {chosen}.", f"{replace(report, skipped=bad)}."]
+    if idle := [name for name in COLUMNS if name in table.column_names]:
+        words.append(f"Not used: {', '.join(idle)}; loss and coefficients are those of an objective without.")
     if skipped:
         words.append(f"Before that, {len(skipped):,} rows could not be read as pairs (the first: {skipped[0]}).")
     return [replace(pair, row=rows[pair.row]) for pair in pairs], words

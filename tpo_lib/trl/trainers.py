@@ -15,13 +15,14 @@ from torch import Tensor
 
 from tpo_lib.fast import pair_loss
 from tpo_lib.files.load import load_model
+from tpo_lib.files.spans import COLUMNS
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import check_pairs
 from tpo_lib.stats import NotFinite
 from tpo_lib.train import NonFiniteLoss, Sums, batch_metrics
 from tpo_lib.trl.config import SHARDED, TDPOConfig, TGDPOConfig
 from tpo_lib.trl.hooks import INPUTS, DPOTrainer, use_adapter
-from tpo_lib.trl.reading import Look, teach
+from tpo_lib.trl.reading import Look, same_weights, teach
 from tpo_lib.types import IGNORE, Reading
 
 
@@ -56,6 +57,11 @@ class _TokenLevelTrainer(DPOTrainer):
             given = f"router_aux_loss_coef={self.router_aux_loss_coef!r}"
             raise ValueError(
                 f"{given}: the loss has no term for a router of experts; set it to 0.0 to train without that term"
+            )
+        if idle := [name for name in COLUMNS if name in (getattr(self.train_dataset, "column_names", None) or ())]:
+            raise ValueError(
+                f"train_dataset has {', '.join(idle)}, which these trainers do not read (python -m tpo_lib train does); leave "
+                "them out with remove_columns"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}: {SHARDED}")
@@ -166,6 +172,10 @@ class TGDPOTrainer(_TokenLevelTrainer):
         if guide in (self.model, self.ref_model) or (adapters and guide is self.model.get_base_model()):
             raise ValueError("the guide is the policy or the reference itself; give the model that DPO has trained")
         check_pairs(guide, (), name="guide", policy=self.model)
+        if self.ref_model is not None and same_weights(guide, self.ref_model):
+            raise ValueError(
+                "the guide has the reference's weights, so that every reward of it is 0; give the model that DPO has trained"
+            )
         guide = self.accelerator.prepare_model(guide.requires_grad_(False).eval(), evaluation_mode=True)
         teach(guide)
         return partial(self._read, guide)
