@@ -30,7 +30,7 @@ OUTSIDE = {"tpo_course", "tpo_data", "benchmarks"}
 CORE = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in COMMANDS | ONLINE)
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_FILES = 13
-MOST_LINES = 2970  # the target is 2,400; this is what has been reached, and it may only fall
+MOST_LINES = 2940  # the target is 2,400; this is what has been reached, and it may only fall
 MOST_LINES_OF_FIT = 80
 
 

@@ -13,7 +13,7 @@ from tpo_lib import stats
 from tpo_lib.types import Reading
 
 
-def pair_loss(objective, policy, labels, ref=None, *, guide=None, with_kl=False, paired=True, logged=True):
+def pair_loss(objective, policy, labels, ref=None, *, guide=None, with_kl=False, given=None, paired=True, logged=True):
     """`stats.pair_loss` whose `kl`, also where it is logged, is KL(pi_theta || pi_ref): exact, over the whole vocabulary.
 
     An estimate from the sampled token would be another objective: its gradient is one of log pi(y), which DPO's term has already.
@@ -26,9 +26,10 @@ def pair_loss(objective, policy, labels, ref=None, *, guide=None, with_kl=False,
     if with_kl and not isinstance(ref, Reading):
         raise ValueError(stats.KL_NEEDS_READING)
     policy, ref = (Reading(said.logits(), None) if isinstance(said, Reading) else said for said in (policy, ref))
-    tokens = stats.from_readings(policy, labels, ref, guide=guide)
+    tokens = stats.from_readings(policy, labels, ref, guide=guide, given=given)
     if with_kl:
         kl, _, _ = stats.kl_entropy_surprisal(policy.states, ref.states.detach(), labels)
         tokens = replace(tokens, kl=kl)
     stats.check_finite(tokens)
-    return objective(*(stats.split(tokens) if paired else (tokens, None))), tokens
+    asked = stats.as_asked(tokens)
+    return objective(*(stats.split(asked) if paired else (asked, None))), tokens
