@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import time
 
 import pytest
 import tiny
@@ -170,6 +173,23 @@ def test_a_span_behind_the_response_is_named(tokenizer):
         BadRowsError, match=r"span that ends at 99, behind the 5 characters.*\n.*leave their cells empty"
     ):
         numbers([PAIR | {"rejected_token_rewards": [{"start": 0, "end": 99, "value": 1.0}]}], tokenizer)
+
+
+def test_means_are_those_of_all_spans_and_take_no_time_of_long_responses():
+    draw = random.Random(0)
+    for _ in range(200):
+        length, spans, at = draw.randint(1, 40), [], 0
+        while (start := at + draw.randint(0, 3)) < length:
+            at = min(length, start + draw.randint(1, 5))
+            spans.append({"start": start, "end": at, "value": draw.random()})
+        characters = [next((s["value"] for s in spans if s["start"] <= i < s["end"]), 0.5) for i in range(length)]
+        ends = sorted(draw.sample(range(1, length + 1), draw.randint(1, length)))
+        expected = [sum(characters[a:b]) / (b - a) for a, b in itertools.pairwise([0, *ends])]
+        assert by_token(spans, ends, default=0.5, length=length, cut=False) == pytest.approx(expected)
+    many = [{"start": i, "end": i + 1, "value": 1.0} for i in range(20_000)]
+    began = time.process_time()
+    by_token(many, range(1, 20_001), default=0.0, length=20_000, cut=False)
+    assert time.process_time() - began < 5  # of every span for every token it were minutes
 
 
 def test_the_token_that_ends_a_text_has_no_characters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from tpo_lib import cli
 from tpo_lib.config import TrainConfig
 from tpo_lib.data import collate, encode_pairs
+from tpo_lib.files.formats import BadRowsError
 from tpo_lib.files.pairs import load_pairs, table_of
+from tpo_lib.losses import OBJECTIVES, Objective
 from tpo_lib.models import frozen_copy
 from tpo_lib.runs import given, run
 from tpo_lib.runs.run import read_run
@@ -45,6 +48,13 @@ def made(tmp_path_factory):
         tokenizer.save_pretrained(str(folder / name))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder, tokenizer
+
+
+@contextmanager
+def own_objective(needs):
+    OBJECTIVES["mine"] = Objective(lambda chosen, rejected: None, needs)
+    yield "mine"
+    del OBJECTIVES["mine"]
 
 
 def losses(result) -> list[float]:
@@ -113,6 +123,16 @@ def test_held_out_pairs_have_their_own(made):
     assert values(collate(pairs))["weights"].max() == 3.0
     assert set(values.held_out(collate(others))["weights"].tolist()) == {1.0}
     assert given.token_values(bare, others, tokenizer, max_length=48) is None
+    bad = table_of([row | {"chosen_token_weights": [{"start": 0, "end": 99, "value": 3.0}]} for row in ROWS], "rows")
+    with pytest.raises(BadRowsError, match="8 of the rows of the held-out pairs cannot be used"):
+        given.token_values(table, pairs, tokenizer, max_length=48, held_out=(bad, pairs))
+
+
+def test_an_objective_without_a_guide_beta_reads_rewards_as_they_are(made):
+    rows = [row | {"chosen_token_rewards": [{"start": 0, "end": 4, "value": 3.0}]} for row in ROWS]
+    with own_objective(needs=("ref_logps", "guide_logps")) as name:
+        config, kinds, words = given.taken(TrainConfig(loss_type=name), table_of(rows, "rows"), None)
+    assert (dict(config.hyper), kinds, words) == ({}, ["rewards"], "token rewards guide")
 
 
 def test_the_command_writes_what_train_takes(made, tmp_path, capsys):
@@ -230,3 +250,22 @@ def test_turns_that_keep_no_rewards_are_counted(made, tmp_path, capsys):
     assert "2 responses have several turns; rewards of all but the last are left out" in capsys.readouterr().err
     told, _ = load_pairs(tmp_path / "x.jsonl")
     assert max(span["end"] for span in told[0]["chosen_token_rewards"]) == len("film")
+
+
+def test_pairs_of_which_none_is_left_are_named(made, tmp_path, capsys):
+    folder, _ = made
+    line = [
+        "guide",
+        "--model",
+        str(folder / "dpo"),
+        "--ref",
+        str(folder / "start"),
+        "--guide-beta",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    line += ["--pairs", str(folder / "pairs.jsonl"), "--output", str(tmp_path / "x.jsonl"), "--max-length", "2"]
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--on-bad-rows", "skip"])
+    assert "8 of the rows of" in capsys.readouterr().err.splitlines()[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from datasets import Dataset, Value
 
@@ -46,26 +46,31 @@ def by_token(found: list[Span] | None, ends: Sequence[int], *, default: float, l
             "", f"has a span that ends at {found[-1]['end']}, behind the {length} characters of the response", FIX
         )
     last = next((span["value"] for span in found if span["start"] == span["end"] == length), default)
-    numbers, start = [], 0
+    numbers, start, at = [], 0, 0
     for end in ends:
         if start >= length:
             numbers.append(last)
-        else:  # a further byte of a character has none of its own
-            numbers.append(_mean(found, start, end, default) if end > start else numbers[-1] if numbers else default)
+        elif end <= start:  # a further byte of a character has none of its own
+            numbers.append(numbers[-1] if numbers else default)
+        else:
+            while at < len(found) and found[at]["end"] <= start:
+                at += 1
+            numbers.append(_mean(found, at, start, end, default))
         start = max(start, end)
     return numbers
 
 
-def _mean(found: list[Span], start: int, end: int, default: float) -> float:
-    """Over characters start, ..., end - 1."""
-    shares = ((min(end, span["end"]) - max(start, span["start"]), span["value"]) for span in found)
-    covered = [(share, value) for share, value in shares if share > 0]
-    rest = end - start - sum(share for share, _ in covered)
-    return (sum(share * value for share, value in covered) + rest * default) / (end - start)
+def _mean(found: list[Span], at: int, start: int, end: int, default: float) -> float:
+    """Over characters start, ..., end - 1, of which no span before number `at` has any."""
+    total, rest = 0.0, end - start
+    while at < len(found) and found[at]["start"] < end:
+        share = max(0, min(end, found[at]["end"]) - max(start, found[at]["start"]))
+        total, rest, at = total + share * found[at]["value"], rest - share, at + 1
+    return (total + rest * default) / (end - start)
 
 
 def aligned(
-    pairs: Dataset, encoded: Sequence, tokenizer, kind: str, *, max_length: int
+    pairs: Dataset, encoded: Sequence, tokenizer, kind: str, *, max_length: int, name: str = "the table"
 ) -> tuple[list[list[list[float]]], int]:
     """The numbers of a kind for every token of encoded pairs.
 
@@ -73,6 +78,7 @@ def aligned(
         pairs: the table that `data.encode_pairs` made `encoded` of, with one of the kind's columns at least.
         kind: of DEFAULTS.
         max_length: as they were encoded.
+        name: of the table, in errors.
 
     Returns:
         [chosen, rejected] of every pair, a list each; and how many of these responses have no numbers in the table.
@@ -80,25 +86,24 @@ def aligned(
     Raises:
         BadRowsError: names the rows whose numbers do not belong to their response.
     """
-    texts, tail = _texts(pairs, tokenizer)
     sides = [side for side in ("chosen", "rejected") if side in pairs.column_names]
     found, bad, bare = [], [], 0
-    for pair in encoded:
-        row, numbers = pairs[pair.row], []
+    for pair, row, texts, tail in _written(pairs, encoded, tokenizer):
+        numbers = []
         for side in sides:
             given, ids = row.get(f"{side}_{kind}"), getattr(pair, f"{side}_ids")
             bare += not given
             cut = len(pair.prompt_ids) + len(ids) == max_length
             try:
-                place, length = _place(row[side], texts[side][pair.row], tail)
-                ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
+                place, length = _place(row[side], texts[side], tail)
+                ends = _token_ends(tokenizer, texts["prompt"], texts[side], pair.prompt_ids, ids)
                 ends = [max(0, end - place) for end in ends]
                 numbers.append(by_token(given, ends, default=DEFAULTS[kind], length=length, cut=cut))
             except Bad as problem:
                 bad.append(Bad(f"{side}_{kind}", *problem.args[1:]).at(pair.row))
         found.append(numbers)
     if bad:
-        raise BadRowsError(bad, "the table", "Repair them, or leave their cells empty.")
+        raise BadRowsError(bad, name, "Repair them, or leave their cells empty.")
     return found, bare
 
 
@@ -109,15 +114,25 @@ def to_spans(
 
     Tokens that make one character have one span, with their mean; that of the token that ends a response is empty.
     """
-    texts, tail = _texts(pairs, tokenizer)
     found: list[list[Span] | None] = [None] * len(pairs)
-    for pair in encoded:
-        row = pairs[pair.row]
-        place, length = _place(row[side], texts[side][pair.row], tail)
+    for pair, row, texts, tail in _written(pairs, encoded, tokenizer):
+        place, length = _place(row[side], texts[side], tail)
         ids = getattr(pair, f"{side}_ids")
-        ends = _token_ends(tokenizer, texts["prompt"][pair.row], texts[side][pair.row], pair.prompt_ids, ids)
+        ends = _token_ends(tokenizer, texts["prompt"], texts[side], pair.prompt_ids, ids)
         found[pair.row] = _joined([max(0, end - place) for end in ends], numbers[pair.row], length)
     return found
+
+
+def _written(pairs: Dataset, encoded: Sequence, tokenizer) -> Iterator[tuple]:
+    """Every pair, its row, prompt and responses as they are written out, and what a template writes behind the last message."""
+    texts, tail = _texts(pairs, tokenizer)
+    for start in range(0, len(encoded), 1000):
+        part = encoded[start : start + 1000]
+        columns = pairs[[pair.row for pair in part]]  # one by one `datasets` takes longer than all else
+        for i, pair in enumerate(part):
+            row = {name: values[i] for name, values in columns.items()}
+            said = row if texts is None else {name: column[pair.row] for name, column in texts.items()}
+            yield pair, row, said, tail
 
 
 def _joined(ends: Sequence[int], numbers: Sequence[float], length: int) -> list[Span]:
@@ -135,9 +150,9 @@ def _joined(ends: Sequence[int], numbers: Sequence[float], length: int) -> list[
 
 
 def _texts(pairs: Dataset, tokenizer):
-    """Prompts and responses as they are written out, and what the chat template writes behind the last of them."""
+    """Messages as they are written out, None of texts; and what the chat template writes behind the last of them."""
     if isinstance(pairs.features["prompt"], Value):
-        return pairs, ""
+        return None, ""
     one = {"prompt": [[{"role": "user", "content": MARK}]], "chosen": [[{"role": "assistant", "content": MARK}]]}
     (written,) = chat.render(Dataset.from_dict(one), tokenizer)[0]["chosen"]
     return chat.render(pairs, tokenizer)[0], written.rpartition(MARK)[2]

@@ -59,7 +59,7 @@ def token_values(
     made = {name: _cache(table, pairs, tokenizer, name, max_length) for name in kinds}
     other = None
     if held_out and len(held_out[1]):
-        other = {name: _cache(*held_out, tokenizer, name, max_length) for name in kinds}
+        other = {name: _cache(*held_out, tokenizer, name, max_length, of="the held-out pairs") for name in kinds}
     marks = {name: content_key([cache.values.tolist(), sorted(cache.spans.items())]) for name, cache in made.items()}
     return Given(made, marks, None if other is None else Given(other, {}))
 
@@ -86,8 +86,11 @@ def taken(config: TrainConfig, table: Dataset, guide: str | None) -> tuple[Train
             f"out, or the columns chosen_{KINDS['rewards']} and rejected_{KINDS['rewards']}"
         )
     if "rewards" in kinds and guided:
-        config = config if "guide_beta" in config.hyper else replace(config, guide_beta=1.0)
-        words.append(f"token rewards guide, times guide_beta {config.hyper['guide_beta']:g}")
+        scaled = (
+            "guide_beta" in OBJECTIVES[config.loss_type].hyperparameters
+        )  # one of your own may read them as they are
+        config = replace(config, guide_beta=1.0) if scaled and "guide_beta" not in config.hyper else config
+        words.append("token rewards guide" + (f", times guide_beta {config.hyper['guide_beta']:g}" if scaled else ""))
     elif "rewards" in kinds:
         kinds.remove("rewards")
         words.append(f"token rewards are not used: {config.loss_type} reads no guide")
@@ -96,8 +99,10 @@ def taken(config: TrainConfig, table: Dataset, guide: str | None) -> tuple[Train
     return config, kinds, "; ".join(words)
 
 
-def _cache(table: Dataset, pairs: Sequence[EncodedPair], tokenizer, name: str, max_length: int) -> FrozenCache:
-    found, _ = aligned(table, pairs, tokenizer, KINDS[name], max_length=max_length)
+def _cache(
+    table: Dataset, pairs: Sequence[EncodedPair], tokenizer, name: str, max_length: int, of="the table"
+) -> FrozenCache:
+    found, _ = aligned(table, pairs, tokenizer, KINDS[name], max_length=max_length, name=of)
     spans, values, end = {}, [], 0
     for pair, sides in zip(pairs, found, strict=True):
         ends = [end]

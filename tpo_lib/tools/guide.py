@@ -13,6 +13,7 @@ from tpo_lib.evaluation import pair_stats
 from tpo_lib.fast.encode import encode_table
 from tpo_lib.fast.fused import pair_loss
 from tpo_lib.files import spans
+from tpo_lib.files.formats import BadRowsError
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.files.token_values import to_spans
@@ -42,6 +43,8 @@ def run(options) -> None:
     pairs, report = encode_table(table, tokenizer, max_length=length, on_bad_rows=options.on_bad_rows)
     for row in (*skipped, *report.skipped):
         print(f"skipped {row}", file=sys.stderr)
+    if not pairs:
+        raise BadRowsError(report.skipped, options.pairs)
     print(f"{options.pairs}: {report}", file=sys.stderr)
     said = [response for side in SIDES for response in table[side] if isinstance(response, list)]
     if turns := sum(len(response) > 1 for response in said):
