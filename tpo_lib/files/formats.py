@@ -243,7 +243,7 @@ def _open(name_or_path: str | Path, split: str | None, config: str | None, wante
 def _read_file(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     if path.suffix not in _READERS:
         raise ValueError(
-            f"{path}: rows are read from {', '.join(_READERS)} files, this one is {path.suffix!r}; convert it"
+            f"{path}: rows are read from {', '.join(_READERS)} files, this one in {path.suffix!r}; convert it"
         )
     return _read_parquet(path, wanted) if path.suffix == ".parquet" else _READERS[path.suffix](path)
 

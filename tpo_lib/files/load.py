@@ -41,7 +41,7 @@ def load_tokenizer(name: str | Path):
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # the readers of a dozen formats raise whatever they meet
-        there = list(source.folder.glob("*token*"))
+        there = source.adapter is not None or list(source.folder.glob("*token*"))  # an adapter may have its base's
         reason = error if there else "its folder holds none; copy tokenizer.json and tokenizer_config.json into it"
         raise folders.unusable("tokenizer", name, reason) from error
     if tokenizer.pad_token_id is None:
