@@ -175,6 +175,9 @@ def test_tgdpo_trains_its_guide_first_and_says_so(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(files, "--loss-type", "tgdpo", "--guide", files["model"])
     assert "does not say which beta it was trained with; pass it as --guide-beta" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # it would be DPO
+        train(files, "--loss-type", "tgdpo", "--guide", files["model"], "--guide-beta", "0.1")
+    assert "the guide has the reference's weights" in capsys.readouterr().err
 
 
 def test_one_flag_caches_what_frozen_models_say(files, tmp_path, capsys):

@@ -80,6 +80,12 @@ def test_a_resume_loads_reference_and_guide_once(half, tmp_path):
     assert loaded == [0, 1]
 
 
+@pytest.mark.parametrize("reader", [tiny.llama, lambda: tiny.llama], ids=["in memory", "loaded"])
+def test_a_guide_that_is_the_reference_is_refused(reader, tmp_path):
+    with pytest.raises(ValueError, match="the guide has the reference's weights"):
+        fit(tmp_path / "run", guide=reader())
+
+
 OTHERS = {
     "start model": ({"policy": lambda: tiny.llama(seed=4)}, r"start model was one in memory \(sha256 \w{12}\), is"),
     "architecture": ({"policy": lambda: altered(tiny.llama(), rms_norm_eps=0.1)}, "start model was"),
@@ -115,7 +121,7 @@ def test_a_resume_with_something_else_is_refused_by_name(what, half, tmp_path):
 
 def test_all_that_differs_is_named_at_once(half, tmp_path):
     shutil.copytree(half, tmp_path / "run")
-    models = {"policy": tiny.llama(seed=4), "reference": tiny.llama(seed=4), "guide": tiny.llama(seed=4)}
+    models = {"policy": tiny.llama(seed=4), "reference": tiny.llama(seed=4), "guide": tiny.llama(seed=5)}
     with pytest.raises(RuntimeError) as caught:
         fit(tmp_path / "run", resume=True, changes={"beta": 0.2, "precision": "bf16"}, pairs=tiny.pairs(9), **models)
     for words in (
@@ -169,7 +175,7 @@ def test_caches_that_spare_the_reference_still_hold_it_to_account(tmp_path):
     fit(tmp_path / "run", fast=fast)
     cut(tmp_path / "run")
     with pytest.raises(RuntimeError, match="run: guide was"):
-        fit(tmp_path / "run", fast=fast, guide=tiny.llama, resume=True)
+        fit(tmp_path / "run", fast=fast, guide=partial(tiny.llama, seed=4), resume=True)
     assert read_run(tmp_path / "run").reference["sha256"] == origin(tiny.llama())["sha256"]
 
 
@@ -177,19 +183,19 @@ def test_caches_that_spare_the_reference_still_hold_it_to_account(tmp_path):
 def test_what_a_run_was_started_from_can_be_read(place, tmp_path, monkeypatch):
     start = tiny.checkpoint_folder(tmp_path / "llama")
     other = tiny.checkpoint_folder(tmp_path / "other", partial(tiny.llama, 3))
+    guide = tiny.checkpoint_folder(tmp_path / "guide", partial(tiny.llama, 4))
     monkeypatch.chdir(tmp_path)
     pairs = [replace(pair, prompt_ids=[0, 5, *pair.prompt_ids]) for pair in tiny.pairs(7)]
     pairs.append(replace(pairs[0], row=7, chosen_ids=[9]))  # a prompt may have several pairs
     fit(tmp_path / "run", policy=load_model("llama"), reference=partial(load_model, "other"), pairs=pairs,
-        guide=partial(load_model, "other"), tokenizer=load_tokenizer("llama"))  # fmt: skip
+        guide=partial(load_model, "guide"), tokenizer=load_tokenizer("llama"))  # fmt: skip
     monkeypatch.chdir("/")  # what was named from another folder is found all the same
     found = read_run(tmp_path / "run" / place)
     assert (found.config.loss_type, found.config.guide_beta) == ("tgdpo", 0.1)
     assert found.model == {"name": str(start), "sha256": origin(load_model(start))["sha256"]}
-    assert (
-        found.reference == found.start["guide"] == {"name": str(other), "sha256": origin(load_model(other))["sha256"]}
-    )
-    assert found.reference["sha256"] != found.model["sha256"]
+    assert found.reference == {"name": str(other), "sha256": origin(load_model(other))["sha256"]}
+    assert found.start["guide"] == {"name": str(guide), "sha256": origin(load_model(guide))["sha256"]}
+    assert len({each["sha256"] for each in (found.model, found.reference, found.start["guide"])}) == 3
     assert found.start["tokenizer"]["name"] == str(start)
     assert found.start["training pairs"]["count"] == 8
     assert found.prompts() == sorted(pair.prompt_ids for pair in pairs[:7])

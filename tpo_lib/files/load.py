@@ -152,3 +152,9 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def same_weights(one, other) -> bool:
+    """Whether two models have the same weights; most that differ do in the first."""
+    pairs = zip(one.parameters(), other.parameters(), strict=False)
+    return all(a.shape == b.shape and torch.equal(a.to(b), b) for a, b in pairs)

@@ -34,6 +34,7 @@ from tpo_lib.fast import FastPath
 from tpo_lib.fast.frozen import open_frozen
 from tpo_lib.fast.table import EncodedTable, rows_of
 from tpo_lib.files import adapters, store
+from tpo_lib.files.load import same_weights
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
 from tpo_lib.runs import own
@@ -52,6 +53,9 @@ SORTED = np.dtype(">u4")  # of token ids
 FREE = {"output_dir", "report_to", "log_every", "save_every", "keep", "device"}  # may change on a resume
 RETIRED = {"share_prefix", "fused", "cache_dir"}  # settings that were: how models are read, which changes no number
 ASIDE = FREE | {"precision"}  # what it comes to is recorded under "start": None means another one on another device
+GUIDE_IS_REFERENCE = (
+    "the guide has the reference's weights, so that every reward of it is 0; give the model that DPO has trained"
+)
 CUT = {"batch_size", "accumulation"}  # how an update is cut: another number of processes may cut it otherwise
 
 
@@ -87,8 +91,9 @@ def fit(
             to rounding. A run leaves one also where an error, Ctrl-C or SIGTERM ends it, unless its weights are in shards.
 
     Raises:
-        ValueError, NonFiniteLoss: as `train.fit`; loss is none (`own.check_loss`); a tracker cannot begin, or accelerate is set
-            to what checkpoints do not gather (`accelerated`), or shards, and a setting does without (`check_shards`).
+        ValueError, NonFiniteLoss: as `train.fit`; the guide has the reference's weights; loss is none (`own.check_loss`); a
+            tracker cannot begin, or accelerate is set to what checkpoints do not gather (`accelerated`), or shards, and a
+            setting does without (`check_shards`).
         OutOfMemory: with what an update takes and would take otherwise (`advice`).
         RuntimeError: output_dir is in use, or holds another run: what it was started from is compared, and what differs named.
     """
@@ -101,6 +106,8 @@ def fit(
         )
     rewards = given is not None and "rewards" in given.caches
     check(config, reference, guide or rewards or None, pairs, eval_pairs)  # before anything is loaded
+    if isinstance(guide, torch.nn.Module) and isinstance(reference, torch.nn.Module) and same_weights(guide, reference):
+        raise ValueError(GUIDE_IS_REFERENCE)
     if loss is not None:
         own.check_loss(loss, config)
     policy = fast.reader(policy.eval(), config)
@@ -269,9 +276,11 @@ class Run(Progress):
             yield
 
     def note(self, name: str, model) -> None:
-        """Write down which reference or guide the run has."""
+        """Write down which reference or guide the run has; ValueError where the guide is the reference."""
         if self.folder is not None:
             self.start[name] = origin(model)
+            if name == "guide" and self.start.get("reference", {}).get("sha256") == self.start[name]["sha256"]:
+                raise ValueError(GUIDE_IS_REFERENCE)
 
     def take_up(self, policy) -> None:
         """Note what the run is started from, and give the policy the weights of the newest sound checkpoint, if it has any.

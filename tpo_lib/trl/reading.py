@@ -42,12 +42,6 @@ def teach(model) -> None:
     inner.forward = MethodType(forward, inner)
 
 
-def same_weights(one, other) -> bool:
-    """Whether two models have the same weights; most that differ do in the first."""
-    pairs = zip(one.parameters(), other.parameters(), strict=False)
-    return all(a.shape == b.shape and torch.equal(a.to(b), b) for a, b in pairs)
-
-
 class Look:
     """Entropy, mean logit and whether the token is the likeliest one, at each of R response positions: TRL's metrics."""
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from tpo_lib.fast import pair_loss
-from tpo_lib.files.load import load_model
+from tpo_lib.files.load import load_model, same_weights
 from tpo_lib.files.spans import COLUMNS
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import check_pairs
+from tpo_lib.runs.run import GUIDE_IS_REFERENCE
 from tpo_lib.stats import NotFinite
 from tpo_lib.train import NonFiniteLoss, Sums, batch_metrics
 from tpo_lib.trl.config import SHARDED, TDPOConfig, TGDPOConfig
 from tpo_lib.trl.hooks import INPUTS, DPOTrainer, use_adapter
-from tpo_lib.trl.reading import Look, same_weights, teach
+from tpo_lib.trl.reading import Look, teach
 from tpo_lib.types import IGNORE, Reading
 
 
@@ -173,9 +174,7 @@ class TGDPOTrainer(_TokenLevelTrainer):
             raise ValueError("the guide is the policy or the reference itself; give the model that DPO has trained")
         check_pairs(guide, (), name="guide", policy=self.model)
         if self.ref_model is not None and same_weights(guide, self.ref_model):
-            raise ValueError(
-                "the guide has the reference's weights, so that every reward of it is 0; give the model that DPO has trained"
-            )
+            raise ValueError(GUIDE_IS_REFERENCE)
         guide = self.accelerator.prepare_model(guide.requires_grad_(False).eval(), evaluation_mode=True)
         teach(guide)
         return partial(self._read, guide)
