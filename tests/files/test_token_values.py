@@ -89,7 +89,7 @@ def test_sampled_tokens_that_no_text_is_encoded_as(tokenizer):
     rest = tokenizer(" — é😀 ok.", add_special_tokens=False)["input_ids"]
     own = type(pair)(0, pair.prompt_ids, [*letters, *rest, tokenizer.eos_token_id], pair.rejected_ids)
     ((chosen, _),), _ = aligned(table, [own], tokenizer, "token_rewards", max_length=64)
-    assert chosen[:12] == [0.0] * 3 + [1.0] * 4 + [0.0] * 5
+    assert chosen[:12].tolist() == [0.0] * 3 + [1.0] * 4 + [0.0] * 5
     assert not any(chosen[12:])
 
 

@@ -14,9 +14,9 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair
 from tpo_lib.fast.frozen import FrozenCache
 from tpo_lib.files.spans import DEFAULTS
-from tpo_lib.files.store import content_key
 from tpo_lib.files.token_values import aligned
 from tpo_lib.losses import OBJECTIVES
+from tpo_lib.models import fingerprint
 from tpo_lib.types import PairBatch
 
 KINDS = {"rewards": "token_rewards", "weights": "token_weights"}  # of `TokenStats`: of the columns
@@ -60,8 +60,7 @@ def token_values(
     other = None
     if held_out and len(held_out[1]):
         other = {name: _cache(*held_out, tokenizer, name, max_length, of="the held-out pairs") for name in kinds}
-    marks = {name: content_key([cache.values.tolist(), sorted(cache.spans.items())]) for name, cache in made.items()}
-    return Given(made, marks, None if other is None else Given(other, {}))
+    return Given(made, {name: _mark(cache) for name, cache in made.items()}, other and Given(other, {}))
 
 
 def has(table: Dataset, kind: str) -> bool:
@@ -99,6 +98,12 @@ def taken(config: TrainConfig, table: Dataset, guide: str | None) -> tuple[Train
     return config, kinds, "; ".join(words)
 
 
+def _mark(cache: FrozenCache) -> str:
+    """SHA-256 of the numbers and of which row has which."""
+    rows = torch.tensor([[row, *ends] for row, ends in sorted(cache.spans.items())])  # (pairs, 5)
+    return fingerprint({"values": cache.values, "rows": rows})
+
+
 def _cache(
     table: Dataset, pairs: Sequence[EncodedPair], tokenizer, name: str, max_length: int, of="the table"
 ) -> FrozenCache:
@@ -107,7 +112,7 @@ def _cache(
     for pair, sides in zip(pairs, found, strict=True):
         ends = [end]
         for side in sides:
-            values.append(np.asarray(side, dtype=np.float32))
+            values.append(side)
             ends += [ends[-1] + len(side)] if len(ends) == 1 else [ends[-1], ends[-1] + len(side)]
         spans[pair.row], end = ends + [ends[-1]] * (4 - len(ends)), ends[-1]
     return FrozenCache(torch.from_numpy(np.concatenate(values)), spans, None)
