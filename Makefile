@@ -43,8 +43,9 @@ floor: setup  ## widgets and notebooks once more, with the oldest ipywidgets and
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-lab: setup  ## JupyterLab on the course
-	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+lab: setup  ## JupyterLab on your working copy of the course, work/: made once, brought up to date after a pull, never over your work
+	$(BIN)/python -m tpo_course.work
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=work
 
 notebooks: setup  ## execute and clean every notebook of the course, in place
 	$(BIN)/python -m tpo_course.notebooks
