@@ -15,7 +15,8 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
 from tpo_course import exercises
-from tpo_course.exercise import SOLUTIONS, Exercise, Quiz
+from tpo_course.exercise import SOLUTIONS, Exercise
+from tpo_course.quiz import Quiz
 from tpo_lib import TrainConfig, fit
 from tpo_lib.losses import OBJECTIVES
 
@@ -38,7 +39,7 @@ def _notebook(module) -> list[dict]:
 
 
 def _solution(exercise: Exercise):
-    spec = importlib.util.spec_from_file_location(exercise.solution, SOLUTIONS / f"{exercise.solution}.py")
+    spec = importlib.util.spec_from_file_location(exercise.chapter, SOLUTIONS / f"{exercise.chapter}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, exercise.name)
@@ -79,7 +80,7 @@ def test_the_solution_passes(module, exercise):
 def test_every_mistake_gets_its_own_message(module, exercise):
     assert len({mistake.message for mistake in exercise.mistakes}) == len(exercise.mistakes) >= 4
     for mistake in exercise.mistakes:
-        verdict = exercise(mistake.wrong)
+        verdict = exercise(mistake.example)
         assert (verdict.status, verdict.message) == ("wrong", mistake.message)
 
 

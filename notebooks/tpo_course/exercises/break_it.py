@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tpo_course.bugs import *  # noqa: F403  (the chapter says check.train_broken as it says check.repaired_loss)
 from tpo_course.bugs import BETA, BUGS, LOG2, hand_worked, masked_stats, mean_dpo, unshifted_mask
-from tpo_course.exercise import Case, Chapter, Exercise, loss_of
+from tpo_course.exercise import Case, Exercise, loss_of
+from tpo_course.words import Chapter
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, PairBatch, TokenStats
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations.tgdpo import value_by_bisection
-from tpo_course.exercise import Case, Chapter, loss_of, marks, narrow, normal
+from tpo_course.exercise import Case, loss_of, marks, narrow, normal
+from tpo_course.words import Chapter
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
 from tpo_lib.types import TokenStats
