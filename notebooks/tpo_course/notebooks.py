@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tpo_lib
+from tpo_course import pace
 from tpo_course.tiers import TIERS
 from tpo_lib.cli import call
 from tpo_lib.files import store
@@ -55,7 +56,7 @@ def badge(name: str) -> str:
 
 
 def refresh(path: Path, *, execute: bool = True) -> float | None:
-    """Set badge and set-up cell, execute from top to bottom, strip what changes from run to run, write the file back.
+    """Set badge and set-up cell, execute, strip what changes from run to run, set times and map (`pace`), write it back.
 
     Returns:
         Seconds that the cells took (also kept in the notebook's metadata, `tpo.seconds`), None if not executed.
@@ -75,6 +76,8 @@ def refresh(path: Path, *, execute: bool = True) -> float | None:
         seconds = round(time.time() - began, 1)
         notebook.metadata["tpo"] = {"seconds": seconds}
     _clean(notebook)
+    if pace.README.is_file():
+        pace.write_opening(notebook, path.name, pace.README.read_text(encoding="utf-8"))
     store.write_file(path, lambda to: nbformat.write(notebook, to))
     return seconds
 
@@ -133,6 +136,7 @@ def _refresh_all(options) -> None:
             print(f"{path.name}: {'tidied' if seconds is None else f'{seconds:.0f} s'}", flush=True)
     for page in PAGES:
         set_address(ROOT / page)
+    pace.write_readme()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tpo_lib
-from tpo_course import derivations, world
+from tpo_course import derivations, glossary, world
 from tpo_course.derivations import DERIVATIONS
 from tpo_course.derivations.steps import Hyper
 from tpo_lib import losses, ppo
@@ -19,7 +19,7 @@ from tpo_lib.types import LossOutput, TokenStats
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 TABLE = NOTEBOOKS / "notation.md"
-CHAPTERS = sorted(NOTEBOOKS.glob("0*.ipynb"))
+CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 STEPS = {f"{name}.{step.key}": step for name, derivation in DERIVATIONS.items() for step in derivation.steps}
 
 GREEK = [
@@ -29,6 +29,7 @@ GREEK = [
     "delta",
     "epsilon",
     "theta",
+    "eta",
     "kappa",
     "lambda",
     "varphi",
@@ -39,6 +40,11 @@ GREEK = [
     "rho",
     "sigma",
     "ell",
+    "nu",
+    "tau",
+    "mu",
+    "zeta",
+    "Delta",
 ]
 LETTER = rf"\\(?:{'|'.join(GREEK)})(?![a-zA-Z])|[A-Za-z]"
 SYMBOL = re.compile(
@@ -59,7 +65,8 @@ def symbols(latex: str) -> set[str]:
 
 def cells(column: int) -> list[str]:
     """A column of the tables of symbols."""
-    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    tables = TABLE.read_text(encoding="utf-8").partition("| letter |")[0]
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
     bodies = [line for line in lines if not line.startswith(("| symbol", "|---"))]
     return [re.split(r"(?<!\\)\|", line)[1 + column].strip() for line in bodies]
 
@@ -134,7 +141,7 @@ def test_no_symbol_has_two_rows():
 
 
 def test_every_row_is_full_and_names_its_chapter():
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
+    for line in TABLE.read_text(encoding="utf-8").partition("| letter |")[0].splitlines():
         if line.startswith("| $"):
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             assert len(cells) == 4, line
@@ -152,3 +159,138 @@ def test_every_chapter_links_the_table_in_its_head(path):
 def test_the_equation_map_links_the_table():
     assert "[notation](notation.md)" in (NOTEBOOKS / "equation_map.md").read_text(encoding="utf-8")
     assert TABLE.is_file()
+
+
+# --- the chapters' own formulas -------------------------------------------------------------------------------------
+
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
+
+
+def letters() -> dict[str, set[str]]:
+    """{chapter: the letters of one passage that the second table lets it have}."""
+    found: dict[str, set[str]] = {}
+    for line in TABLE.read_text(encoding="utf-8").partition("| letter |")[2].splitlines():
+        if line.startswith("| $"):
+            letter, _, chapters = (cell.strip() for cell in line.strip("|").split("|"))
+            for chapter in chapters.split(", "):
+                found.setdefault(chapter, set()).update(symbols(letter.replace("$", "")))
+    return found
+
+
+def formulas(path: Path) -> list[tuple[str, str]]:
+    """(id of the cell, formula) of all formulas in a chapter's text."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
+    texts = [(cell["id"], re.sub(r"`[^`]*`", " ", "".join(cell["source"]))) for cell in cells]
+    return [(cell, display or inline) for cell, text in texts for display, inline in FORMULA.findall(text)]
+
+
+def unknown(formula: str, allowed: set[str]) -> set[str]:
+    """Symbols that neither table has, shapes aside; a known letter may have a number or a name as index, or none."""
+    if re.fullmatch(r"\([A-Z0-9, -]+\)", formula):
+        return set()
+    bases = {re.match(LETTER, symbol)[0] for symbol in allowed if re.match(LETTER, symbol)}
+    return {
+        s
+        for s in symbols(formula) - allowed
+        if re.sub(r"_\{\\mathrm\{\w+\}\}$|_\d$|\^\*$", "", s) not in allowed | bases
+    }
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_symbol_of_a_chapter_stands_in_a_table(path):
+    allowed = known() | letters().get(glossary.number(path.name), set())
+    found = [
+        (cell, sorted(missing), formula) for cell, formula in formulas(path) if (missing := unknown(formula, allowed))
+    ]
+    assert not found, (
+        "say in notebooks/notation.md what they mean (of one passage: its second table), or use what is there"
+    )
+
+
+# A symbol in a place where it cannot have its meaning: (where, what it means, what to write).
+COLLISIONS = {
+    "the loss for a log-ratio": (r"\\ell(?:_\w)?\^|\\hat\s*\\ell", r"\ell is the loss of a pair", r"\eta^t"),
+    "logits for a token": (r"\(s(?:_t)?, ?z\)|\\sim\s*\\pi[^=]{0,4}z\b", "z are logits", "a"),
+    "the token reward for a run's": (r"(?<![\w\\])R\((?!s[,_'])", "R(s, a) is the reward of a token", r"\bar r(k)"),
+    "the advantage for an area": (r"(?<![\w\\])A\s*=\s*\\frac\{1\}", "A is the advantage", r"\mathcal A"),
+    "TDPO's delta for a difference": (r"\\delta\s*=\s*\(t_", r"\delta is TDPO's", "say it in words"),
+    "a state for a variable of integration": (r"ds\b", "s is a state", "dv"),
+    "a probability for a number": (r"\\frac\s*1\s*P|\^P(?![\w'])", "P is a probability", "n"),
+    "the coefficient for a constant": (
+        r"(?<![\w\\{])c\s*=\s*\\beta\s*\\?,?\s*\\sigma",
+        "c is a token's coefficient",
+        "write it out",
+    ),
+    "J without its KL": (r"J\(\\pi'?\)\s*=\s*\\mathbb\{E\}_x\[V_\\pi", "J has a KL in it", r"\mathbb{E}_x[V_\pi(s_0)]"),
+    "a place as an index of the token reward": (
+        r"\\hat r_t",
+        "places of what is read off tokens stand above",
+        r"\hat r^t",
+    ),
+    "the target margin as a discount": (r"-\s*\\gamma\s*\\bigr?\)", r"\gamma is the discount", r"\gamma_m"),
+    "DPO's f(x)": (r"(?<![\w\\])f\(x", "f is TGDPO's weight", "b(x)"),
+}
+# Found, and left to whoever writes the chapter next; what is mended may go from here, and nothing may come.
+LEFT = {
+    ("04_tdpo", "logits for a token"),
+    ("06_compare", "the token reward for a run's"),
+    ("06_compare", "the advantage for an area"),
+    ("06_compare", "TDPO's delta for a difference"),
+    ("06_compare", "a state for a variable of integration"),
+}
+
+
+def collisions(formula: str) -> set[str]:
+    return {name for name, (where, _, _) in COLLISIONS.items() if re.search(where, formula)}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_symbol_has_a_second_meaning_in_a_chapter(path):
+    found = {(path.stem, name): (cell, formula) for cell, formula in formulas(path) for name in collisions(formula)}
+    new = {key: (*place, *COLLISIONS[key[1]][1:]) for key, place in found.items() if key not in LEFT}
+    assert not new, "a symbol means what the table says, everywhere"
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_symbol_has_a_second_meaning_in_a_step(name):
+    assert not collisions(STEPS[name].latex)
+
+
+@pytest.mark.parametrize(
+    ("formula", "name"),
+    [
+        (r"\ell_w^t + \alpha", "the loss for a log-ratio"),
+        (r"Q_\pi(s, z)", "logits for a token"),
+        (r"R(k)", "the token reward for a run's"),
+        (r"\int_1^{2} r(s^2)\, ds", "a state for a variable of integration"),
+        (r"A = \frac{1}{3}", "the advantage for an area"),
+        (r"\delta = (t_{.975,\nu} + 1)", "TDPO's delta for a difference"),
+        (r"\frac1P \sum_{p=1}^P", "a probability for a number"),
+        (r"c = \beta\,\sigma(-m) / n", "the coefficient for a constant"),
+        (r"J(\pi) = \mathbb{E}_x[V_\pi(s_0)]", "J without its KL"),
+        (r"\hat r_t", "a place as an index of the token reward"),
+        (r"f(x) + 1", "DPO's f(x)"),
+        (r"(m - \gamma\bigr)", "the target margin as a discount"),
+    ],
+)
+def test_a_second_meaning_is_found(formula, name):
+    assert collisions(formula) == {name}
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\frac{\partial \ell}{\partial z}",
+        r"R(s,a) + R(s_t, y^t) + R'(s,a)",
+        r"\delta = \beta \operatorname{SeqKL}",
+        r"f(\hat r(s,a))",
+        r"A_t = \sum_j",
+    ],
+)
+def test_a_first_meaning_passes(formula):
+    assert not collisions(formula)
+    assert not unknown(formula, known())
+
+
+def test_an_unknown_symbol_is_found():
+    assert unknown(r"\zeta + \pi_\theta + m_{\mathrm{DPO}}", known()) == {r"\zeta"}
