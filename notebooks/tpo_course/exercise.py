@@ -84,13 +84,14 @@ class Mistake:
     """A wrong answer that learners give: what to tell them, and a function that makes the same mistake."""
 
     message: str
-    wrong: Any  # a function, a value where no function is asked for, or Uses
+    wrong: Any  # a function, a value where no function is asked for, Uses, or a tuple of them: ways to make it
     name: str = ""
 
     @property
-    def example(self) -> Any:
-        """An answer that makes it."""
-        return self.wrong.wrong if isinstance(self.wrong, Uses) else self.wrong
+    def ways(self) -> tuple:
+        """Answers that make it."""
+        ways = self.wrong if isinstance(self.wrong, tuple) else (self.wrong,)
+        return tuple(way.wrong if isinstance(way, Uses) else way for way in ways)
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,9 @@ class Exercise(Task):
             cases = "the only case" if len(given) == 1 else f"all {len(given)} cases"
             return Verdict("correct", f"{self.title}: values{gradients} agree in {cases}.")
         for mistake in self.mistakes:
-            if isinstance(mistake.wrong, Uses):
-                continue
-            if all(map(agree, given, (observe(mistake.wrong, case.arguments) for case in self.cases()))):
-                return Verdict("wrong", mistake.message, (mistake.name,))
+            for way in () if isinstance(mistake.wrong, Uses) else mistake.ways:
+                if all(map(agree, given, (observe(way, case.arguments) for case in self.cases()))):
+                    return Verdict("wrong", mistake.message, (mistake.name,))
         first = differing[0]
         return Verdict("wrong", f"{checking.difference(given[first], expected[first])}{_at(self.cases()[first])}")
 

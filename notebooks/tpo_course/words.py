@@ -10,7 +10,7 @@ be the same on both sides. The words are Markdown with inline HTML, and LaTeX be
 
 What follows depends on the kind, and on what the module says:
 
-    loss = chapter.exercise("loss", right, cases, swapped=..., no_beta=...)     one wrong function a mistake
+    loss = chapter.exercise("loss", right, cases, swapped=..., no_beta=...)    a wrong function a mistake, or several in a tuple
     ### mistake: swapped                  what is said of the wrong answer "swapped"
 
     ends = chapter.predict("ends", "+")   or a number: chapter.predict("ends", 0.4, within=0.25, forgot_beta=0.8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import html
 import importlib
 import importlib.util
 import json
@@ -15,7 +17,7 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 
 from tpo_course import exercises
-from tpo_course.exercise import SOLUTIONS, Exercise
+from tpo_course.exercise import SOLUTIONS, Exercise, solution_source
 from tpo_course.quiz import Quiz
 from tpo_lib import TrainConfig, fit
 from tpo_lib.losses import OBJECTIVES
@@ -76,12 +78,31 @@ def test_the_solution_passes(module, exercise):
     assert exercise(_solution(exercise)).status == "correct"
 
 
+OPERATIONS = ast.Call | ast.BinOp | ast.UnaryOp | ast.Compare | ast.Subscript
+
+
+@pytest.mark.parametrize(("module", "exercise"), EXERCISES)
+def test_no_hint_is_the_answer(module, exercise):
+    """Code in a hint is a name or a call: no expression of three operations, and none of two that the solution holds."""
+    solution = re.sub(r"\s", "", solution_source(SOLUTIONS / f"{exercise.chapter}.py", exercise.name))
+    for hint in exercise.hints:
+        for span in re.findall(r"<code>(.*?)</code>", hint):
+            code = html.unescape(span)
+            try:
+                count = sum(isinstance(node, OPERATIONS) for node in ast.walk(ast.parse(code)))
+            except SyntaxError:  # a piece such as ".detach()"
+                count = code.count("(")
+            most = 1 if re.sub(r"\s", "", code) in solution else 2
+            assert count <= most, f"{exercise.key}: {code}"
+
+
 @pytest.mark.parametrize(("module", "exercise"), EXERCISES)
 def test_every_mistake_gets_its_own_message(module, exercise):
     assert len({mistake.message for mistake in exercise.mistakes}) == len(exercise.mistakes) >= 4
     for mistake in exercise.mistakes:
-        verdict = exercise(mistake.example)
-        assert (verdict.status, verdict.message) == ("wrong", mistake.message)
+        for way in mistake.ways:
+            verdict = exercise.judge(way)
+            assert (verdict.status, verdict.message, verdict.mistakes) == ("wrong", mistake.message, (mistake.name,))
 
 
 @pytest.mark.parametrize(("module", "exercise"), EXERCISES)

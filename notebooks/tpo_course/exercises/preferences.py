@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case
+from tpo_course.exercise import Case, Uses
 from tpo_course.words import Chapter
 
 chapter = Chapter(__file__)
@@ -32,6 +32,11 @@ win_probability = chapter.exercise(
     ratio_of_rewards=lambda reward_w, reward_l: reward_w / (reward_w + reward_l),
     squashed_apart=lambda reward_w, reward_l: reward_w.sigmoid() / (reward_w.sigmoid() + reward_l.sigmoid()),
     judged_alone=lambda reward_w, reward_l: reward_w.sigmoid() * (-reward_l).sigmoid(),
+    softmax_over_batch=(
+        lambda reward_w, reward_l: (reward_w - reward_l).softmax(0),
+        lambda reward_w, reward_l: torch.stack([reward_w, reward_l]).softmax(-1)[0],
+        lambda reward_w, reward_l: torch.cat([reward_w, reward_l]).softmax(0)[: len(reward_w)],
+    ),
     logarithm=lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l),
     no_noise=lambda reward_w, reward_l: (reward_w > reward_l).double(),
 )
@@ -49,12 +54,23 @@ def _batches() -> tuple[Case, ...]:
     )
 
 
+SMALL = (*(10.0**-power for power in range(4, 13)), torch.finfo(torch.float32).eps)  # what people add, or clamp at
+
+
+def _kept_off_zero(size: float, clamp: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def wrong(reward_w: Tensor, reward_l: Tensor) -> Tensor:
+        p = (reward_w - reward_l).sigmoid()
+        return -(p.clamp_min(size) if clamp else p + size).log().mean()
+
+    return wrong
+
+
 preference_nll = chapter.exercise(
     "preference_nll",
     lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).mean(),
     _batches,
     log_of_sigmoid=lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
-    small_constant=lambda reward_w, reward_l: -((reward_w - reward_l).sigmoid() + 1e-8).log().mean(),
+    small_constant=tuple(_kept_off_zero(size, clamp) for size in SMALL for clamp in (False, True)),
     no_minus=lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
     swapped=lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
     summed=lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
@@ -81,11 +97,18 @@ def _push(weight: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda weights, differences: -(weight(differences @ weights)[:, None] * differences).mean(0)
 
 
+def _by_autograd(weights: Tensor, differences: Tensor) -> Tensor:
+    at = weights.clone().requires_grad_()
+    return torch.autograd.grad(-F.logsigmoid(differences @ at).mean(), at)[0]
+
+
+AUTOGRAD = ("autograd", "backward", "gradient", "jacobian", "jacrev", "jacfwd", "vjp", "grad", "value_and_grad")
 _gradient = _push(lambda margin: torch.sigmoid(-margin))
 nll_gradient = chapter.exercise(
     "nll_gradient",
     _gradient,
     _linear,
+    by_autograd=Uses(AUTOGRAD, _by_autograd),
     sign_reversed=lambda **given: -_gradient(**given),
     weighted_by_confidence=_push(torch.sigmoid),
     no_factor=_push(torch.ones_like),
@@ -104,6 +127,8 @@ def _scores() -> tuple[Case, ...]:
         Case("gaps that equal min_gap exactly", scores=exact, min_gap=0.25),
         Case("min_gap = 0 and equal scores", scores=exact, min_gap=0.0),
         Case("three completions of one prompt", scores=torch.tensor([[0.9, 0.1, 0.4]]), min_gap=0.45),
+        Case("scores that differ by a thousandth", scores=torch.tensor([[0.501, 0.5, 0.101]]), min_gap=0.0),
+        Case("a gap of a thousandth, min_gap = 0.2", scores=torch.tensor([[0.501, 0.5, 0.2505]]), min_gap=0.2),
     )
 
 
@@ -113,6 +138,10 @@ def _gaps(scores: Tensor) -> Tensor:
 
 def _right_pairs(scores: Tensor, min_gap: float) -> Tensor:
     return (_gaps(scores) > 0) & (_gaps(scores) >= min_gap)
+
+
+def _on_logits(scores: Tensor, min_gap: float) -> Tensor:
+    return _right_pairs(scores.logit(), min_gap)
 
 
 def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
@@ -128,6 +157,10 @@ preferred_pairs = chapter.exercise(
     absolute_gap=lambda scores, min_gap: (_gaps(scores).abs() > 0) & (_gaps(scores).abs() >= min_gap),
     ties=lambda scores, min_gap: _gaps(scores) >= min_gap,
     gap_equal_to_min_gap=lambda scores, min_gap: _gaps(scores) > min_gap,
+    gaps_in_logits=_on_logits,
+    rounded=tuple(
+        lambda scores, min_gap, digits=digits: _right_pairs(scores.round(decimals=digits), min_gap) for digits in (1, 2)
+    ),
     no_min_gap=lambda scores, min_gap: _gaps(scores) > 0,
     order_of_sampling=lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
     best_against_worst=_best_worst,

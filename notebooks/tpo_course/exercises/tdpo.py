@@ -60,6 +60,9 @@ def _kl_cases() -> tuple[Case, ...]:
     )
 
 
+SMALL = (*(10.0**-power for power in range(6, 13)), torch.finfo(torch.float32).eps)  # what people add, or clamp at
+OFF_ZERO = (*(lambda p, s=s: p + s for s in SMALL), *(lambda p, s=s: p.clamp_min(s) for s in SMALL))
+
 forward_kl = chapter.exercise(
     "forward_kl",
     _forward,
@@ -67,7 +70,9 @@ forward_kl = chapter.exercise(
     reverse=lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
     log_of_softmax=_of_softmax(lambda ref, policy: ref.log() - policy.log()),
     log_of_ratio=_of_softmax(lambda ref, policy: (ref / policy).log()),
-    small_constant=_of_softmax(lambda ref, policy: (ref + 1e-8).log() - (policy + 1e-8).log()),
+    small_constant=tuple(
+        _of_softmax(lambda ref, policy, change=change: change(ref).log() - change(policy).log()) for change in OFF_ZERO
+    ),
     sign_reversed=lambda **given: -_forward(**given),
     cross_entropy=lambda policy_logits, ref_logits: -(ref_logits.softmax(-1) * policy_logits.log_softmax(-1)).sum(-1),
     no_weights=lambda **given: _log_ratio(**given).sum(-1),

@@ -237,6 +237,12 @@ tgdpo_loss = chapter.exercise(
     detached=lambda **given: _loss(**given).detach(),
     no_weights=lambda chosen, rejected, beta, **_: losses.dpo(chosen, rejected, beta=beta).loss,
     guided_by_itself=_guided_by_itself,
+    no_reference=_from_rewards(lambda side, signal: _f(signal.detach()) * side.logps),
+    no_guide_beta=lambda **given: _loss(**given | {"guide_beta": 1.0}),
+    guide_beta_for_beta=lambda **given: _loss(**given | {"beta": given["guide_beta"]}),
+    r_hat_summed=_from_rewards(lambda side, signal: _f(signal.detach().sum(-1, keepdim=True)) * _ratio(side)),
+    beta_outside=lambda **given: given["beta"] * _loss(**given | {"beta": 1.0}),
+    exponential=_from_rewards(lambda side, signal: signal.detach().exp() * _ratio(side)),
     no_beta=lambda **given: _loss(**given | {"beta": 1.0}),
     swapped=lambda chosen, rejected, **given: _loss(rejected, chosen, **given),
     no_minus=lambda **given: -_loss(**given),
@@ -252,15 +258,17 @@ def _largest(r_hat: Tensor, mask: Tensor) -> Tensor:
 
 
 def _alpha_cases() -> tuple[Case, ...]:
-    def case(strongest: float, other: float, words: str) -> Case:
+    def case(strongest: float, other: float, words: str, off: tuple[float, float] = (9.0, 9.0)) -> Case:
         mask = marks(".xxxx.x", "xx.....")
-        r_hat = torch.where(mask, 0.1 * normal(6)(*mask.shape), 9.0)  # prompt and padding hold anything
+        r_hat = torch.where(mask, 0.1 * normal(6)(*mask.shape), off[0])  # prompt and padding hold anything
+        r_hat[1, 3] = off[1]
         r_hat[0, 3], r_hat[1, 1] = strongest, other
         return Case(words, r_hat=r_hat, mask=mask)
 
     return (
         case(-2.5, 1.25, "a token that the guide dislikes most of all"),
         case(1.5, -0.75, "a token that the guide likes most of all"),
+        case(-2.0, 0.5, "inf and nan where no token is", off=(torch.inf, torch.nan)),
     )
 
 
@@ -269,6 +277,7 @@ largest_alpha = chapter.exercise(
     _largest,
     _alpha_cases,
     no_mask=lambda r_hat, mask: (1 - F_FLOOR) / r_hat.abs().max(),
+    times_mask=lambda r_hat, mask: (1 - F_FLOOR) / (r_hat * mask).abs().max(),
     most_negative=lambda r_hat, mask: (1 - F_FLOOR) / -r_hat[mask].min(),
     most_positive=lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].max(),
     floor_at_zero=lambda r_hat, mask: 1 / r_hat[mask].abs().max(),

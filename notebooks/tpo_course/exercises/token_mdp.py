@@ -41,6 +41,24 @@ def _first(values: Tensor, mask: Tensor) -> Tensor:
     return values.gather(1, mask.long().argmax(1, keepdim=True)).expand_as(values)
 
 
+def _so_far(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """What was earned up to each token, later rewards counting more."""
+    total, columns = torch.zeros_like(rewards[:, 0]), []
+    for reward in _zero(mask, rewards).unbind(1):
+        total = reward + gamma * total
+        columns.append(total)
+    return torch.stack(columns, dim=1)
+
+
+def _discounted_so_far(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    return (_zero(mask, rewards) * gamma ** (mask.long().cumsum(1) - 1)).cumsum(1)
+
+
+def _ways(answer: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
+    """An answer as it is, and with zeros outside the response."""
+    return answer, lambda mask, **given: _zero(mask, answer(mask=mask, **given))
+
+
 def _return_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[9.0, 1.0, -0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 0.75, -3.0, 9.0, 9.0]])
     mask = marks(".xxxx.", "..xx..")
@@ -59,9 +77,19 @@ return_to_go = chapter.exercise(
     discount_off_by_one=lambda rewards, mask, gamma: gamma * _to_go(rewards, mask, gamma),
     no_discount=lambda rewards, mask, gamma: _to_go(rewards, mask, 1.0),
     discounted_from_start=_from_the_start,
-    past=lambda rewards, mask, gamma: _to_go(rewards.flip(1), mask.flip(1), gamma).flip(1),
-    without_own_reward=lambda rewards, mask, gamma: _zero(mask, _moved(_to_go(rewards, mask, gamma))),
-    whole_return=lambda rewards, mask, gamma: _zero(mask, _first(_to_go(rewards, mask, gamma), mask)),
+    past=(
+        *_ways(_so_far),
+        *_ways(lambda rewards, mask, gamma: _so_far(rewards, mask, 1.0)),
+        *_ways(_discounted_so_far),
+    ),
+    without_own_reward=tuple(
+        lambda rewards, mask, gamma, power=power: _zero(mask, gamma**power * _moved(_to_go(rewards, mask, gamma)))
+        for power in (0, 1)
+    ),
+    whole_return=(
+        *_ways(lambda rewards, mask, gamma: _first(_to_go(rewards, mask, gamma), mask)),
+        *_ways(lambda rewards, mask, gamma: _first(_to_go(rewards, mask, 1.0), mask)),
+    ),
     mean=lambda rewards, mask, gamma: (
         _to_go(rewards, mask, gamma) / _to_go(torch.ones_like(rewards), mask, 1.0).clamp_min(1)  # tokens to the end
     ),
@@ -83,6 +111,16 @@ def _of_values(formula: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Ca
 _advantage = _of_values(lambda reward, now, then, gamma: reward + gamma * then - now)
 
 
+def _looking_back(masked: bool) -> Callable[..., Tensor]:
+    """With the value one column to the left, as `roll(1)` brings it."""
+
+    def wrong(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+        before = (_zero(mask, values) if masked else values).roll(1, dims=1)
+        return _zero(mask, rewards + gamma * before - values)
+
+    return wrong
+
+
 def _advantage_cases() -> tuple[Case, ...]:
     rewards = torch.tensor([[7.0, 1.0, -0.5, 2.0, 0.25, 7.0], [7.0, 7.0, 0.75, -3.0, 7.0, 7.0]])
     values = torch.tensor([[5.0, 0.3, 1.2, -0.8, 0.6, 5.0], [5.0, 5.0, -1.1, 0.4, 5.0, 5.0]])
@@ -102,6 +140,9 @@ advantages = chapter.exercise(
     value_after_the_end=lambda rewards, values, mask, gamma: _zero(mask, rewards + gamma * _moved(values) - values),
     own_value_ahead=_of_values(lambda reward, now, then, gamma: reward + gamma * now - now),
     values_swapped=_of_values(lambda reward, now, then, gamma: reward + now - gamma * then),
+    sign_reversed=_of_values(lambda reward, now, then, gamma: now - reward - gamma * then),
+    rolled_backwards=tuple(_looking_back(masked) for masked in (True, False)),
+    no_next_value=_of_values(lambda reward, now, then, gamma: reward - now),
     q_function=_of_values(lambda reward, now, then, gamma: reward + gamma * then),
     discount_off_by_one=_of_values(lambda reward, now, then, gamma: gamma * (reward + then) - now),
     no_discount=_of_values(lambda reward, now, then, gamma: reward + then - now),
@@ -144,6 +185,14 @@ soft_backup = chapter.exercise(
     beta_on_wrong_side=lambda ref_logps, q, beta: torch.logsumexp(ref_logps + beta * q, dim=-1) / beta,
     no_beta_in_front=lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q / beta, dim=-1),
     no_beta_inside=lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps + q, dim=-1),
+    reference_tempered=(
+        lambda ref_logps, q, beta: beta * torch.logsumexp((ref_logps + q) / beta, dim=-1),
+        lambda ref_logps, q, beta: torch.logsumexp((ref_logps + q) / beta, dim=-1),
+    ),
+    beta_outside=(
+        lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q, dim=-1) / beta,
+        lambda ref_logps, q, beta: torch.logsumexp(ref_logps + q, dim=-1),
+    ),
     kl_not_paid=lambda ref_logps, q, beta: ((ref_logps + q / beta).softmax(-1) * q).sum(-1),
     overflows=lambda ref_logps, q, beta: beta * (ref_logps.exp() * (q / beta).exp()).sum(-1).log(),
     probability_in_exponent=lambda ref_logps, q, beta: beta * torch.logsumexp(ref_logps.exp() + q / beta, dim=-1),
