@@ -23,3 +23,15 @@ def nll_gradient(weights, differences):
 def preferred_pairs(scores, min_gap):
     gap = scores[:, :, None] - scores[:, None, :]  # (P, K, 1) - (P, 1, K) -> (P, K, K)
     return (gap > 0) & (gap >= min_gap)  # the first term drops ties, and i against itself, at min_gap = 0
+
+
+def through_a_third(p_ab, p_bc):
+    return torch.sigmoid(torch.logit(p_ab) + torch.logit(p_bc))  # gaps add up
+
+
+def fit_rewards(wins):
+    games, strength = wins + wins.T, torch.ones(len(wins), dtype=wins.dtype)
+    for _ in range(5000):  # at the maximum everyone has won as often as the model expects
+        strength = wins.sum(1) / (games / (strength[:, None] + strength)).sum(1)  # (n,)
+        strength = strength / strength.log().mean().exp()  # mean reward 0
+    return strength.log()

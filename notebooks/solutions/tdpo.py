@@ -26,3 +26,9 @@ def tdpo2_loss(chosen, rejected, beta, alpha):
     u = beta * (chosen.logps - chosen.ref_logps).sum(-1) - beta * (rejected.logps - rejected.ref_logps).sum(-1)  # (B,)
     delta = beta * rejected.kl.sum(-1) - beta * chosen.kl.detach().sum(-1)  # the chosen side is only looked at
     return -F.logsigmoid(u - alpha * delta)
+
+
+def chosen_kl_pull(chosen, rejected, beta):
+    u = beta * ((chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps - rejected.ref_logps).sum(-1))  # (B,)
+    delta = beta * rejected.kl.sum(-1) - beta * chosen.kl.sum(-1)
+    return -beta * torch.sigmoid(-(u - delta))  # the margin grows by beta for each nat of the chosen KL

@@ -34,3 +34,10 @@ def tgdpo_loss(chosen, rejected, beta, alpha, guide_beta):
 def largest_alpha(r_hat, mask):
     strongest = torch.where(mask, r_hat, 0.0).abs().max()  # a token may stand on either side, so both signs count
     return (1 - 0.01) / strongest
+
+
+def guide_pull(chosen, rejected, beta, alpha, guide_beta):
+    pull = 0.0
+    for side in (chosen, rejected):  # two minus signs meet on the rejected side
+        pull = pull + (r_hat(side.guide_logps, side.ref_logps, guide_beta) * (side.logps - side.ref_logps)).sum(-1)
+    return alpha * beta * pull  # (B,)

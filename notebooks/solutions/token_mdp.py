@@ -31,3 +31,14 @@ def clipped_gain(logps, old_logps, advantages, mask, clip):
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     gain = torch.minimum(free, clipped)  # a token that was moved the wrong way keeps its gradient
     return torch.where(mask, gain, 0.0)
+
+
+def shaped_rewards(rewards, potential, mask, gamma):
+    inside = torch.where(mask, potential, 0.0)  # (N, T): nothing is left after the end
+    following = torch.cat([inside[:, 1:], torch.zeros_like(inside[:, :1])], dim=1)
+    return torch.where(mask, rewards + gamma * following - potential, 0.0)
+
+
+def first_token(ref_logps, reward, beta):
+    whole = ref_logps + reward / beta  # (V, V): the optimum over responses, without its Z
+    return whole.logsumexp(-1).log_softmax(-1)  # (V,): sum over what follows, then over what comes first

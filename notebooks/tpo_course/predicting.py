@@ -33,7 +33,7 @@ class BreakIt(Lettered):
 
     def residuals(self) -> dict[str, float]:
         """{"": of the step as it is, choice: with that change}."""
-        return _residuals(self)
+        return dict(_residuals(self))
 
     def _judge(self, names: tuple[str, ...]) -> Verdict:
         standing = {name for name, value in self.residuals().items() if name and value <= TOLERANCE}

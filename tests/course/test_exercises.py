@@ -14,9 +14,10 @@ import re
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from IPython.core.inputtransformer2 import TransformerManager
 
-from tpo_course import exercises
+from tpo_course import cards, exercises
 from tpo_course.exercise import SOLUTIONS, Exercise, solution_source
 from tpo_course.quiz import Quiz
 from tpo_lib import TrainConfig, fit
@@ -27,12 +28,54 @@ MODULES = {
     info.name: importlib.import_module(f"tpo_course.exercises.{info.name}")
     for info in pkgutil.iter_modules(exercises.__path__)
 }
-EXERCISES = [
-    pytest.param(module, exercise, id=f"{name}.{exercise.name}")
-    for name, module in MODULES.items()
-    for exercise in vars(module).values()
-    if isinstance(exercise, Exercise)
+TASKS = [
+    pytest.param(module, task, id=task.key) for module in MODULES.values() for task in module.chapter.tasks.values()
 ]
+EXERCISES = [each for each in TASKS if each.values[1].kind == "function"]
+OTHERS = [each for each in TASKS if each.values[1].kind != "function"]
+# Written for chapters that do not show them yet: take a name out when its cells are there.
+AWAITED = {
+    "preferences.fit_rewards",
+    "preferences.four_times_the_labels",
+    "preferences.line_of_the_loss",
+    "preferences.loss_in_steps",
+    "preferences.shift_notices",
+    "preferences.through_a_third",
+    "preferences.unseen",
+    "preferences.what_is_lost",
+    "dpo.beta_at_the_end",
+    "dpo.beta_at_the_start",
+    "dpo.both_fall",
+    "dpo.dpo_in_steps",
+    "dpo.first_loss",
+    "dpo.line_of_dpo",
+    "dpo.reward_of_policy",
+    "dpo.z_notices",
+    "token_mdp.credit_notices",
+    "token_mdp.credit_trusted",
+    "token_mdp.first_token",
+    "token_mdp.potential_moves",
+    "token_mdp.punished_token",
+    "token_mdp.shaped_rewards",
+    "token_mdp.soft_value",
+    "token_mdp.telescoping",
+    "tdpo.chosen_kl_pull",
+    "tdpo.chosen_kl_slope",
+    "tdpo.delta_notices",
+    "tdpo.line_of_tdpo2",
+    "tdpo.tdpo_in_steps",
+    "tdpo.why_stop",
+    "tdpo.without_the_stop",
+    "tgdpo.along_the_guide",
+    "tgdpo.at_a_token",
+    "tgdpo.delta_z_notices",
+    "tgdpo.further_or_better",
+    "tgdpo.given_up",
+    "tgdpo.guide_pull",
+    "tgdpo.line_of_tgdpo",
+    "tgdpo.tgdpo_in_steps",
+    "tgdpo.what_each_step_costs",
+}
 
 
 def _notebook(module) -> list[dict]:
@@ -49,24 +92,24 @@ def _solution(exercise: Exercise):
 
 def test_there_are_exercises_for_every_module():
     for name, module in MODULES.items():
-        count = sum(isinstance(value, Exercise) for value in vars(module).values())
-        assert count >= 3, f"{name} has {count} exercises"
+        assert len(module.chapter.tasks) >= 3, name
         assert sum(isinstance(value, Quiz) for value in vars(module).values()) == 1, name
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_words_and_functions_have_the_same_names(name):
     """Hints, messages and questions are compared when the module is imported."""
-    exercises = [key for key, value in vars(MODULES[name]).items() if isinstance(value, Exercise)]
-    assert list(MODULES[name].chapter.words) == [*exercises, "quiz"]
+    chapter = MODULES[name].chapter
+    assert list(chapter.words) == [*chapter.tasks, "quiz"]
+    assert all(getattr(MODULES[name], key) is task for key, task in chapter.tasks.items())
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_words_are_rendered(name):
     """No Markdown is left over in what a learner reads, and no HTML tag is left open."""
-    shown = [v for v in vars(MODULES[name]).values() if isinstance(v, Exercise | Quiz)]
+    shown = [*MODULES[name].chapter.tasks.values(), MODULES[name].quiz]
     pages = [page for v in shown for page in (v._repr_html_(), *(m.message for m in getattr(v, "mistakes", ())))]
-    for page in pages:
+    for page in (re.sub("(?s)<pre>.*?</pre>", "", page) for page in pages):
         assert not re.search(r"`|^#|- \[[ x]\]|\*\*\w|\w\*\*$", page, re.MULTILINE), page
         for tag in ("code", "i", "b", "sub", "sup", "p", "details"):
             assert len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>"), f"<{tag}> in {page}"
@@ -108,15 +151,105 @@ def test_every_mistake_gets_its_own_message(module, exercise):
 @pytest.mark.parametrize(("module", "exercise"), EXERCISES)
 def test_the_notebook_shows_card_stub_and_check(module, exercise):
     """The cell tagged `exercise:NAME` holds the stub; a card and a call of the checker stand around it."""
-    cells = _notebook(module)
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert any(source.strip() == f"check.{exercise.name}" for source in code), "no card"
-    assert any(f"check.{exercise.name}(" in source for source in code), "no call of the checker"
+    cells, _ = _cells(module, exercise)
     stubs = [c for c in cells if f"exercise:{exercise.name}" in c["metadata"].get("tags", [])]
     assert len(stubs) == 1, f"{module.__name__}: one cell of its notebook must carry the tag exercise:{exercise.name}"
     namespace: dict = {}
     exec(TransformerManager().transform_cell("".join(stubs[0]["source"])), namespace)
     assert exercise(namespace[exercise.name]).status == "not attempted"
+
+
+@pytest.mark.parametrize(("module", "task"), OTHERS)
+def test_the_notebook_shows_the_other_kinds(module, task):
+    _, code = _cells(module, task)
+    if task.kind == "predict":
+        asked, told = (
+            next(i for i, s in enumerate(code) if f"check.{task.name}{what}(" in s) for what in ("", ".reveal")
+        )
+        assert asked < told
+
+
+def _cells(module, task) -> tuple[list[dict], list[str]]:
+    """The cells of the task's notebook, and the sources of those with code, among them its card and a call of its checker."""
+    cells = _notebook(module)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    card = any(source.strip() == f"check.{task.name}" for source in code)
+    if task.key in AWAITED and not card:
+        pytest.skip("its cells are not written yet")
+    assert card, "no card"
+    assert any(f"check.{task.name}(" in source for source in code), "no call of the checker"
+    return cells, code
+
+
+@pytest.mark.parametrize(("module", "task"), OTHERS)
+def test_the_other_kinds_accept_what_is_right_and_name_what_is_wrong(module, task):
+    assert task.judge().status == "not attempted"
+    if task.kind == "open_ended":
+        assert len(task.rubric) >= 2
+        assert task.judge("text", points=[points for points, _ in task.rubric]).status == "assessed"
+        return
+    right, wrong = ANSWERS[task.kind](task)
+    assert task.judge(right).status == "correct"
+    assert len(wrong) >= 2
+    for name, answer in wrong.items():
+        verdict = task.judge(answer)
+        assert (verdict.status, name in verdict.mistakes, len(cards.plain(verdict.message)) > 20) == (
+            "wrong",
+            True,
+            True,
+        ), name
+
+
+def _of_choices(task) -> tuple:
+    return sorted(task.right), {c.name: [c.name] for c in task.choices if c.name not in task.right}
+
+
+def _of_order(task) -> tuple:
+    right, wrong = [c.name for c in task.choices], {}
+    for name, ((first, then), _) in task.early.items():  # exchange the two
+        other = {first: then, then: first}
+        wrong[name] = [other.get(step, step) for step in right]
+    return right, wrong
+
+
+def _of_blanks(task) -> tuple:
+    wrong = {
+        name: [piece or want for piece, want in zip(pieces, task.right, strict=True)]
+        for name, (pieces, _) in task.wrong.items()
+    }
+    return list(task.right), wrong
+
+
+def _of_breaks(task) -> tuple:
+    found = task.residuals()
+    assert found.pop("") < 1e-9
+    assert all(value < 1e-9 or value > 1e-3 for value in found.values()), found
+    standing = [name for name, value in found.items() if value < 1e-9]
+    assert 0 < len(standing) < len(found)  # something to predict
+    return standing, {name: sorted({*standing} ^ {name}) for name in found}
+
+
+def _of_predictions(task) -> tuple:
+    if isinstance(task.truth, str):
+        return task.truth, {c.name: c.name for c in task.choices if c.name != task.truth}
+    return task.truth, {name: value for name, (value, _) in task.wrong.items()}
+
+
+ANSWERS = {
+    "choose": _of_choices,
+    "name_the_bug": _of_choices,
+    "order": _of_order,
+    "complete": _of_blanks,
+    "break_it": _of_breaks,
+    "predict": _of_predictions,
+}
+
+
+def test_chapters_one_to_five_ask_for_more_than_functions():
+    for name in ("preferences", "dpo", "token_mdp", "tdpo", "tgdpo"):
+        kinds = [task.kind for task in MODULES[name].chapter.tasks.values()]
+        assert sum(kind in ("choose", "order", "complete", "break_it") for kind in kinds) >= 2, name
+        assert {"open_ended", "predict"} <= set(kinds), name
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -160,3 +293,82 @@ def test_the_chapters_train_every_loss_that_is_written_in_them():
         code = ["".join(cell["source"]) for cell in _notebook(module) if cell["cell_type"] == "code"]
         (taken,) = [source for source in code if f"check.{exercise.name}.trains({exercise.name}" in source]
         assert any("fit(" in source for source in code[code.index(taken) :])
+
+
+def _spent(rewards, mask, gamma):
+    return (rewards * mask).cumsum(1)
+
+
+def _plain_total(rewards, mask, gamma):
+    return (rewards * mask).sum(1, keepdim=True).expand_as(rewards)
+
+
+def _after_it(rewards, mask, gamma):
+    total, columns = torch.zeros_like(rewards[:, 0]), []
+    for column in (rewards * mask).unbind(1)[::-1]:
+        columns.append(total)
+        total = column + gamma * total
+    return torch.stack(columns[::-1], 1) * mask
+
+
+def _rolled(rewards, values, mask, gamma):
+    return torch.where(mask, rewards + gamma * torch.roll(values, 1, dims=1) - values, 0.0)
+
+
+def _guided(weigh):
+    def loss(chosen, rejected, beta, alpha, guide_beta):
+        sides = []
+        for side, sign in ((chosen, 1), (rejected, -1)):
+            hat = (guide_beta * (side.guide_logps - side.ref_logps)).detach()
+            sides.append(weigh(side, sign * alpha * hat, beta))
+        return -F.logsigmoid(sides[0] - sides[1])
+
+    return loss
+
+
+REAL = [  # (task, what somebody wrote, what it is called)
+    ("token_mdp.return_to_go", _spent, "past"),
+    ("token_mdp.return_to_go", _plain_total, "whole_return"),
+    ("token_mdp.return_to_go", _after_it, "without_own_reward"),
+    ("token_mdp.advantages", _rolled, "rolled_backwards"),
+    ("token_mdp.advantages", lambda rewards, values, mask, gamma: (rewards - values) * mask, "no_next_value"),
+    ("token_mdp.soft_backup", lambda p, q, b: b * ((p + q) / b).logsumexp(-1), "reference_tempered"),
+    ("token_mdp.soft_backup", lambda p, q, b: (p + q).logsumexp(-1), "beta_outside"),
+    ("preferences.win_probability", lambda w, r: torch.softmax(w - r, dim=0), "softmax_over_batch"),
+    ("preferences.win_probability", lambda w, r: torch.softmax(torch.stack([w, r]), dim=1)[0], "softmax_over_batch"),
+    ("preferences.preference_nll", lambda w, r: -(w - r).sigmoid().clamp_min(1e-9).log().mean(), "small_constant"),
+    ("preferences.preference_nll", lambda w, r: -(w - r).sigmoid().clamp(min=1e-6).log().mean(), "small_constant"),
+    ("tgdpo.tgdpo_loss", _guided(lambda s, x, b: b * ((1 + x).clamp(min=0.01) * s.logps).sum(-1)), "no_reference"),
+    ("tgdpo.tgdpo_loss", _guided(lambda s, x, b: b * (x.exp() * (s.logps - s.ref_logps)).sum(-1)), "exponential"),
+    (
+        "tgdpo.tgdpo_loss",
+        _guided(lambda s, x, b: b * (1 + x.sum(-1)).clamp(min=0.01) * (s.logps - s.ref_logps).sum(-1)),
+        "r_hat_summed",
+    ),
+    ("tgdpo.largest_alpha", lambda r, m: 0.99 / (r * m).abs().max(), "times_mask"),
+    ("preferences.preferred_pairs", lambda s, g: _pairs(s.logit(), g), "gaps_in_logits"),
+    ("preferences.preferred_pairs", lambda s, g: _pairs((100 * s).round() / 100, g), "rounded"),
+]
+
+
+def _pairs(scores, min_gap):
+    gap = scores.unsqueeze(2) - scores.unsqueeze(1)
+    return (gap > 0) & (gap >= min_gap)
+
+
+@pytest.mark.parametrize(("key", "answer", "name"), REAL)
+def test_what_people_write_is_called_by_its_name(key, answer, name):
+    module, _, task = key.partition(".")
+    assert MODULES[module].chapter.tasks[task].judge(answer).mistakes == (name,)
+
+
+def test_what_was_accepted_wrongly_is_refused():
+    pairs, slope = (MODULES["preferences"].chapter.tasks[name] for name in ("preferred_pairs", "nll_gradient"))
+    assert "True and False" in pairs.judge(lambda s, g: _pairs(s, g).float()).message
+
+    def by_machine(weights, differences):
+        weights = weights.clone().requires_grad_()
+        F.softplus(-(differences @ weights)).mean().backward()
+        return weights.grad
+
+    assert slope.judge(by_machine).mistakes == ("by_autograd",)

@@ -1,14 +1,17 @@
 """Exercises of 02_dpo.ipynb: the Gibbs optimum, a response's log-probability, DPO's loss, its coefficient on every token."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpo_course.derivations.breaks import BREAKS
 from tpo_course.exercise import Case, loss_of, marks, normal
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 from tpo_lib import losses, stats
 from tpo_lib.types import IGNORE, TokenStats
 
@@ -233,6 +236,54 @@ dpo_token_coefficient = chapter.exercise(
     margin_per_token=_per_token,
     mean_over_batch=lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),
 )
+
+
+# ---- 5. predictions, derivations, explanations
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=3, horizon=2, seed=5, num_prompts=2)
+
+
+Z_CHANGES = {
+    name: BREAKS["dpo.z_cancels"][words]
+    for name, words in {
+        "seven": "7 added to the reward of both",
+        "one_side": "7 added to the chosen reward alone",
+        "log_z": "beta log Z added to both rewards",
+        "no_beta": "beta left out",
+    }.items()
+}
+
+predict = chapter.answer
+beta_at_the_end = chapter.predict("beta_at_the_end", "-")
+beta_at_the_start = chapter.predict("beta_at_the_start", "+")
+first_loss = chapter.predict("first_loss", math.log(2), within=0.02, zero=0.0, half=0.5, one=1.0)
+dpo_in_steps = chapter.order(
+    "dpo_in_steps",
+    "objective",
+    "gibbs",
+    "solve",
+    "preference",
+    "cancel",
+    "policy",
+    z_before_reward=("cancel", "solve"),
+    preference_first=("preference", "gibbs"),
+    policy_too_soon=("policy", "cancel"),
+)
+reward_of_policy = chapter.complete(
+    "reward_of_policy",
+    "beta",
+    "star",
+    "ref",
+    "log_z",
+    divided=("inverse", None, None, None),
+    upside_down=(None, "ref", "star", None),
+    no_prompt_term=("beta", "star", "ref", "zero"),
+)
+z_notices = chapter.break_it("z_notices", "dpo.z_cancels", _world, Z_CHANGES, beta=0.5)
+line_of_dpo = chapter.name_the_bug("line_of_dpo", "bug_8")
+both_fall = chapter.open_ended("both_fall")
 
 
 quiz = chapter.quiz()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, Uses
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 
 chapter = Chapter(__file__)
 
@@ -165,6 +166,131 @@ preferred_pairs = chapter.exercise(
     order_of_sampling=lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
     best_against_worst=_best_worst,
 )
+
+
+# ---- 5. probabilities -> gaps
+
+
+def _through() -> tuple[Case, ...]:
+    def case(words: str, p: list[float], q: list[float]) -> Case:
+        return Case(words, p_ab=torch.tensor(p, dtype=torch.float64), p_bc=torch.tensor(q, dtype=torch.float64))
+
+    return (
+        case("five triples", [0.7, 0.5, 0.9, 0.2, 0.35], [0.6, 0.8, 0.9, 0.8, 0.1]),
+        case("nearly certain preferences", [0.999999, 1e-9], [0.9999, 0.3]),
+    )
+
+
+def _odds(p: Tensor) -> Tensor:
+    return p / (1 - p)
+
+
+through_a_third = chapter.exercise(
+    "through_a_third",
+    lambda p_ab, p_bc: torch.sigmoid(torch.logit(p_ab) + torch.logit(p_bc)),
+    _through,
+    product=lambda p_ab, p_bc: p_ab * p_bc,
+    either=lambda p_ab, p_bc: p_ab * p_bc + (1 - p_ab) * (1 - p_bc),
+    averaged=lambda p_ab, p_bc: (p_ab + p_bc) / 2,
+    averaged_gaps=lambda p_ab, p_bc: torch.sigmoid((torch.logit(p_ab) + torch.logit(p_bc)) / 2),
+    odds=lambda p_ab, p_bc: _odds(p_ab) * _odds(p_bc),
+    gap=lambda p_ab, p_bc: torch.logit(p_ab) + torch.logit(p_bc),
+    gaps_subtracted=lambda p_ab, p_bc: torch.sigmoid(torch.logit(p_ab) - torch.logit(p_bc)),
+    logs_of_probabilities=lambda p_ab, p_bc: torch.sigmoid(p_ab.log() + p_bc.log()),
+)
+
+
+# ---- 6. comparisons -> rewards
+
+
+def _fitted(wins: Tensor, rounds: int = 20_000) -> Tensor:
+    """Zermelo's iteration: strength = wins / sum over the others of games / (sum of the two strengths)."""
+    games, strength = wins + wins.T, torch.ones(len(wins), dtype=wins.dtype)
+    for _ in range(rounds):
+        new = wins.sum(1) / (games / (strength[:, None] + strength)).sum(1)
+        new = new / new.log().mean().exp()
+        if torch.allclose(new, strength, rtol=1e-13, atol=0.0):
+            break
+        strength = new
+    return strength.log() - strength.log().mean()
+
+
+def _tables() -> tuple[Case, ...]:
+    few = torch.tensor([[0.0, 8, 5, 9], [2, 0, 6, 3], [5, 4, 0, 7], [1, 7, 3, 0]], dtype=torch.float64)
+    gaps = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    exact = 100 * torch.sigmoid(gaps[:, None] - gaps) * (1 - torch.eye(3, dtype=torch.float64))
+    never = torch.tensor([[0.0, 3, 0], [0, 0, 4], [1, 2, 0]], dtype=torch.float64)
+    return (
+        Case("four responses, ten comparisons of each two", wins=few),
+        Case("shares that are exactly Bradley-Terry's", wins=exact),
+        Case("pairs of which one side never won", wins=never),
+    )
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    return rewards - rewards.mean()
+
+
+def _mean_log_odds(wins: Tensor) -> Tensor:
+    odds = (wins / wins.T).log().fill_diagonal_(0.0)
+    return _centred(odds.nan_to_num(0.0, 0.0, 0.0).mean(1))
+
+
+def _share(wins: Tensor) -> Tensor:
+    return wins.sum(1) / (wins + wins.T).sum(1)
+
+
+fit_rewards = chapter.exercise(
+    "fit_rewards",
+    _fitted,
+    _tables,
+    first_at_zero=lambda wins: _fitted(wins) - _fitted(wins)[0],
+    strengths=(lambda wins: _fitted(wins).exp(), lambda wins: _fitted(wins).softmax(0)),
+    sign_reversed=(lambda wins: -_fitted(wins), lambda wins: _fitted(wins.T)),
+    share_of_wins=(
+        lambda wins: _centred(_share(wins).logit()),
+        lambda wins: _share(wins).logit(),
+        lambda wins: _centred(_share(wins).log()),
+        lambda wins: _share(wins),
+    ),
+    mean_log_odds=_mean_log_odds,
+    too_few_rounds=tuple(lambda wins, rounds=rounds: _fitted(wins, rounds) for rounds in (2, 5, 10, 20)),
+)
+
+
+# ---- 7. predictions, derivations, explanations
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=3, horizon=2, seed=5, num_prompts=2, temperature=2)
+
+
+predict = chapter.answer
+four_times_the_labels = chapter.predict("four_times_the_labels", 0.5, quarter=0.25, no_gain=1.0, sixteenth=0.0625)
+unseen = chapter.choose("unseen", "prompt_shift", "other_split")
+loss_in_steps = chapter.order(
+    "loss_in_steps",
+    "model",
+    "divided",
+    "likelihood",
+    "logarithm",
+    "average",
+    averaged_first=("average", "logarithm"),
+    data_before_model=("likelihood", "model"),
+)
+shift_notices = chapter.break_it(
+    "shift_notices",
+    "preferences.shift",
+    _world,
+    {
+        "larger": ("3 * _noise", "30 * _noise"),
+        "per_response": ("b[w.responses.prompt]", "b[w.responses.tokens[:, 0] % len(b)]"),
+        "scaled": ("w.returns + b", "2 * w.returns + b"),
+        "none": ("3 * _noise", "0 * _noise"),
+    },
+)
+line_of_the_loss = chapter.name_the_bug("line_of_the_loss", "mean_inside")
+what_is_lost = chapter.open_ended("what_is_lost")
 
 
 quiz = chapter.quiz()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, loss_of, marks, narrow, normal
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 from tpo_lib import losses
 from tpo_lib.types import IGNORE, TokenStats
 
@@ -261,6 +262,79 @@ tdpo2_loss = chapter.exercise(
     no_beta_on_delta=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
     **_in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
 )
+
+
+# ---- what the stop-gradient removes, as a number
+
+
+def _extra(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
+    """(B,) -beta sigma(-m): the derivative of TDPO1's loss by the SeqKL of the chosen response."""
+    u = beta * ((chosen.logps - chosen.ref_logps).sum(-1) - (rejected.logps - rejected.ref_logps).sum(-1))
+    margin = u - beta * (rejected.kl.sum(-1) - chosen.kl.sum(-1))
+    return -beta * torch.sigmoid(-margin)
+
+
+def _still(side: TokenStats) -> TokenStats:
+    return side.map(Tensor.detach)
+
+
+chosen_kl_pull = chapter.exercise(
+    "chosen_kl_pull",
+    _extra,
+    lambda: (
+        Case("responses of unequal length", **{k: _still(v) for k, v in _pairs_of(8).items()}, beta=0.1),
+        Case("beta = 0.7", **{k: _still(v) for k, v in _pairs_of(9).items()}, beta=0.7),
+    ),
+    sign_reversed=lambda **given: -_extra(**given),
+    no_beta=lambda beta, **given: _extra(beta=beta, **given) / beta,
+    confidence=lambda beta, **given: -beta - _extra(beta=beta, **given),
+    of_dpo=lambda chosen, rejected, beta: _extra(
+        replace(chosen, kl=torch.zeros_like(chosen.kl)), replace(rejected, kl=torch.zeros_like(rejected.kl)), beta
+    ),
+    per_token=lambda chosen, rejected, beta: _extra(chosen, rejected, beta) / chosen.mask.sum(-1),
+    start_of_training=lambda chosen, rejected, beta: torch.full_like(chosen.kl[:, 0], -beta / 2),
+)
+
+
+# ---- predictions, derivations, explanations
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=3, horizon=2, seed=5, num_prompts=2)
+
+
+ADDED_BACK = (
+    "tools.gap(w, h.beta * tools.logratio(w, star) + h.beta * w.seq_kl(w.ref_logps, star)"
+    " + w.values(w.ref_logps).v[w.responses.prompt])"
+)
+predict = chapter.answer
+without_the_stop = chapter.predict("without_the_stop", "0")
+chosen_kl_slope = chapter.predict("chosen_kl_slope", "-")
+tdpo_in_steps = chapter.order(
+    "tdpo_in_steps",
+    "improve",
+    "solve",
+    "average",
+    "advantage",
+    "sum",
+    "preference",
+    kl_from_nowhere=("advantage", "average"),
+    sum_first=("sum", "advantage"),
+)
+delta_notices = chapter.break_it(
+    "delta_notices",
+    "tdpo.preference",
+    _world,
+    {
+        "no_delta": ("u - delta", "u"),
+        "start_value": ("u - delta", ADDED_BACK),
+        "sign": ("u - delta", "u + delta"),
+        "soft_optimum": ("w.one_step_optimum(h.beta)", "w.soft_optimum(h.beta)[1]"),
+    },
+    beta=0.5,
+)
+line_of_tdpo2 = chapter.name_the_bug("line_of_tdpo2", "bug_7")
+why_stop = chapter.open_ended("why_stop")
 
 
 quiz = chapter.quiz()

@@ -10,6 +10,7 @@ from torch import Tensor
 from tpo_course.derivations.tgdpo import value_by_bisection
 from tpo_course.exercise import Case, loss_of, marks, narrow, normal
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
 from tpo_lib.types import TokenStats
@@ -285,6 +286,108 @@ largest_alpha = chapter.exercise(
     strongest_itself=lambda r_hat, mask: r_hat[mask].abs().max(),
     weakest_token=lambda r_hat, mask: (1 - F_FLOOR) / r_hat[mask].abs().min(),
 )
+
+
+# ---- guide_pull: why TGDPO travels further
+
+
+def _pull(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
+    """(B,) what alpha adds to the margin: alpha beta sum r_hat log(pi/pi_ref), over both responses."""
+    return alpha * beta * sum(_along_guide(side, guide_beta) for side in (chosen, rejected))
+
+
+def _along_guide(side: TokenStats, guide_beta: float) -> Tensor:
+    return (guide_beta * (side.guide_logps - side.ref_logps) * _ratio(side)).sum(-1).detach()
+
+
+def _pull_cases() -> tuple[Case, ...]:
+    draw = normal(8)
+    pair = {
+        "chosen": _side(marks(".xxxx.", "..xxx.", "xx.xx."), draw).map(Tensor.detach),
+        "rejected": _side(marks(".xx...", "..x.xx", "xxxxxx"), draw).map(Tensor.detach),
+    }
+    itself = {name: replace(side, logps=side.guide_logps) for name, side in pair.items()}
+    return (
+        Case("a policy that has moved", **pair, beta=0.1, alpha=0.5, guide_beta=0.3),
+        Case("a policy that has become its guide", **itself, beta=0.5, alpha=2.0, guide_beta=0.5),
+    )
+
+
+def _weighted_margin(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
+    plain = beta * (_ratio(chosen).sum(-1) - _ratio(rejected).sum(-1))
+    return plain + _pull(chosen, rejected, beta, alpha, guide_beta)
+
+
+guide_pull = chapter.exercise(
+    "guide_pull",
+    _pull,
+    _pull_cases,
+    difference=lambda chosen, rejected, beta, alpha, guide_beta: (
+        alpha * beta * (_along_guide(chosen, guide_beta) - _along_guide(rejected, guide_beta))
+    ),
+    whole_margin=_weighted_margin,
+    no_guide_beta=lambda **given: _pull(**given) / given["guide_beta"],
+    no_beta=lambda **given: _pull(**given) / given["beta"],
+    no_alpha=lambda **given: _pull(**given) / given["alpha"],
+    chosen_alone=lambda chosen, rejected, beta, alpha, guide_beta: alpha * beta * _along_guide(chosen, guide_beta),
+    sums_multiplied=lambda chosen, rejected, beta, alpha, guide_beta: (
+        alpha
+        * beta
+        * sum(
+            guide_beta * (side.guide_logps - side.ref_logps).sum(-1) * _ratio(side).sum(-1)
+            for side in (chosen, rejected)
+        )
+    ),
+)
+
+
+# ---- predictions, derivations, explanations
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=3, horizon=2, seed=5, num_prompts=2)
+
+
+predict = chapter.answer
+along_the_guide = chapter.predict("along_the_guide", "+")
+at_a_token = chapter.predict("at_a_token", 0.7, within=0.02, as_chosen=1.3, not_weighted=1.0, r_hat_itself=0.6)
+given_up = chapter.complete(
+    "given_up",
+    "free_walk",
+    "own_states",
+    "look_ahead",
+    "exact_sum",
+    relaxation_is_a_bound=(None, "free_walk", None, None),
+    delta_is_free=(None, None, None, "nothing"),
+)
+tgdpo_in_steps = chapter.order(
+    "tgdpo_in_steps",
+    "timesteps",
+    "states",
+    "shaped",
+    "solve",
+    "preference",
+    "drop",
+    drop_too_soon=("drop", "preference"),
+    reward_first=("solve", "shaped"),
+)
+delta_z_notices = chapter.break_it(
+    "delta_z_notices",
+    "tgdpo.guided_preference",
+    _world,
+    {
+        "dropped": ("phi + delta)", "phi)"),
+        "shifted": ("tools.gap(w, partition)", "tools.gap(w, partition + 7)"),
+        "sign": ("phi + delta)", "phi - delta)"),
+        "best_policy": ("guided_optimum(w, h)[0]", "w.soft_optimum(h.beta)[1]"),
+    },
+    beta=0.5,
+    alpha=0.5,
+    guide_beta=1.0,
+)
+line_of_tgdpo = chapter.name_the_bug("line_of_tgdpo", "bug_11")
+further_or_better = chapter.choose("further_or_better", "equal_kl", "guide_counts")
+what_each_step_costs = chapter.open_ended("what_each_step_costs")
 
 
 quiz = chapter.quiz()

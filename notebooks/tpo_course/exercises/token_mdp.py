@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tpo_course.exercise import Case, marks
+from tpo_course.exercise import Case, marks, normal
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 
 chapter = Chapter(__file__)
 
@@ -284,6 +285,150 @@ clipped_gain = chapter.exercise(
     through_the_old=lambda logps, old_logps, **given: _gain(logps - old_logps, torch.zeros_like(old_logps), **given),
     no_mask=lambda mask, **given: _gain(mask=torch.ones_like(mask), **given),
 )
+
+
+# ---- shaped_rewards
+
+
+def _shaped(rewards: Tensor, potential: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    return _zero(mask, rewards + gamma * _moved(_zero(mask, potential)) - potential)
+
+
+def _shaping_cases() -> tuple[Case, ...]:
+    given = {
+        "rewards": torch.tensor([[7.0, 1.0, -0.5, 2.0, 0.25, 7.0], [7.0, 7.0, 0.75, -3.0, 7.0, 7.0]]),
+        "potential": torch.tensor([[5.0, 0.3, 1.2, -0.8, 0.6, 5.0], [5.0, 5.0, -1.1, 0.4, 5.0, 5.0]]),
+        "mask": marks(".xxxx.", "..xx.."),
+    }
+    single = {"rewards": torch.tensor([[2.0, 7.0]]), "potential": torch.tensor([[0.5, 5.0]]), "mask": marks("x.")}
+    return (
+        Case("responses of 4 and 2 tokens, no discount", **given, gamma=1.0),
+        Case("the same with gamma = 0.9", **given, gamma=0.9),
+        Case("a response of one token", **single, gamma=0.5),
+    )
+
+
+def _of_potential(formula: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """The formula of reward, potential here, potential there (0 after the response) and gamma, 0 off the response."""
+    return lambda rewards, potential, mask, gamma: _zero(
+        mask, formula(rewards, potential, _moved(_zero(mask, potential)), gamma)
+    )
+
+
+shaped_rewards = chapter.exercise(
+    "shaped_rewards",
+    _shaped,
+    _shaping_cases,
+    signs_swapped=_of_potential(lambda reward, here, there, gamma: reward + here - gamma * there),
+    potential_added=_of_potential(lambda reward, here, there, gamma: reward + here),
+    not_paid_back=_of_potential(lambda reward, here, there, gamma: reward + gamma * there),
+    no_discount=_of_potential(lambda reward, here, there, gamma: reward + there - here),
+    after_the_end=lambda rewards, potential, mask, gamma: _zero(mask, rewards + gamma * _moved(potential) - potential),
+    backwards=lambda rewards, potential, mask, gamma: _zero(
+        mask, rewards + gamma * _zero(mask, potential).roll(1, 1) - potential
+    ),
+    not_zero_outside=lambda rewards, potential, mask, gamma: (
+        rewards + gamma * _moved(_zero(mask, potential)) - potential
+    ),
+)
+
+
+# ---- first_token
+
+
+def _of_pairs(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """(V,) from the Gibbs optimum over whole responses."""
+    return (ref_logps + reward / beta).logsumexp(-1).log_softmax(-1)
+
+
+def _two_token_cases() -> tuple[Case, ...]:
+    def case(words: str, vocab: int, beta: float, seed: int, scale: float = 1.0) -> Case:
+        draw = normal(seed)
+        ref = draw(vocab, vocab).flatten().log_softmax(-1).view(vocab, vocab)
+        return Case(words, ref_logps=ref, reward=scale * draw(vocab, vocab), beta=beta)
+
+    return (
+        case("three tokens, beta = 0.5", 3, 0.5, 0),
+        case("beta = 4", 4, 4.0, 1),
+        case("beta = 0.01", 3, 0.01, 2, 9.0),
+    )
+
+
+def _by_value(value: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """The first token as a bandit, whose arms are worth `value` of (log pi(second), reward, beta)."""
+
+    def answer(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
+        first = ref_logps.logsumexp(-1)
+        return (first + value(ref_logps - first[:, None], reward, beta) / beta).log_softmax(-1)
+
+    return answer
+
+
+first_token = chapter.exercise(
+    "first_token",
+    _of_pairs,
+    _two_token_cases,
+    best_ending=_by_value(lambda second, reward, beta: reward.amax(-1)),
+    average_ending=_by_value(lambda second, reward, beta: (second.exp() * reward).sum(-1)),
+    first_reward_alone=_by_value(lambda second, reward, beta: reward.mean(-1)),
+    times_beta=lambda ref_logps, reward, beta: _of_pairs(ref_logps, reward, 1 / beta),
+    no_reference=lambda ref_logps, reward, beta: _of_pairs(torch.zeros_like(ref_logps), reward, beta),
+    not_normalised=lambda ref_logps, reward, beta: (ref_logps + reward / beta).logsumexp(-1),
+    second_token=lambda ref_logps, reward, beta: _of_pairs(ref_logps.T, reward.T, beta),
+    probabilities=(
+        lambda **given: _of_pairs(**given).exp(),
+        lambda ref_logps, reward, beta: (
+            (ref_logps.exp() * (reward / beta).exp()).sum(-1) / (ref_logps.exp() * (reward / beta).exp()).sum()
+        ),
+    ),
+    overflows=lambda ref_logps, reward, beta: (
+        (ref_logps.exp() * (reward / beta).exp()).sum(-1) / (ref_logps.exp() * (reward / beta).exp()).sum()
+    ).log(),
+)
+
+
+# ---- predictions, derivations, explanations
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=3, horizon=2, seed=5, num_prompts=2)
+
+
+predict = chapter.answer
+punished_token = chapter.predict("punished_token", "either")
+potential_moves = chapter.choose("potential_moves", "credit", "myopic")
+telescoping = chapter.order(
+    "telescoping",
+    "advantage",
+    "soft",
+    "sum",
+    "cancel",
+    "prompt",
+    cancel_before_sum=("cancel", "sum"),
+    prompt_before_cancel=("prompt", "cancel"),
+)
+soft_value = chapter.complete(
+    "soft_value",
+    "beta",
+    "sum",
+    "ref",
+    "q_over_beta",
+    no_reference=(None, "sum", "one", None),
+    hard=(None, "max", None, None),
+    wrong_side=(None, None, None, "beta_q"),
+)
+credit_notices = chapter.break_it(
+    "credit_notices",
+    "token_mdp.reward_from_tokens",
+    _world,
+    {
+        "no_start": ("soft.v[w.responses.prompt] + ", ""),
+        "no_beta": ("h.beta * w.along", "w.along"),
+        "shaped": ("star - w.ref_logps, gamma", "soft.a / h.beta, gamma"),
+    },
+    beta=0.5,
+)
+credit_trusted = chapter.open_ended("credit_trusted")
 
 
 quiz = chapter.quiz()
