@@ -104,6 +104,11 @@ COMMANDS = {
     "derive": Command(
         "check every step of the derivations in small worlds, with numbers", "tpo_lib.cli._derive", "name --map"
     ),
+    "grade": Command(
+        "points and misconceptions of a class, from its notebooks",
+        "tpo_course.grade.run",
+        "notebooks --json --csv --records --seconds --memory --jobs",
+    ),
     "pocket": Command("rebuild the bundled model, reward and judges from IMDb", "tpo_data.pocket.from_flags"),
 }
 
@@ -533,6 +538,29 @@ FLAGS = {  # those of one command stand behind its name
         "help": "processes of this machine, or a Ray cluster: that of RAY_ADDRESS, else one here (extra `ray`)",
     },
     "--workers": {"type": COUNT, "help": "runs side by side, each in one thread (default: as many as there are cores)"},
+    "notebooks": {"nargs": "+", "metavar": "NOTEBOOK", "help": "what was handed in: notebooks, or folders of them"},
+    "grade --json": {
+        "metavar": "FILE",
+        "help": "file for everything: verdicts, messages, answers in words, the summary",
+    },
+    "--csv": {"metavar": "FILE", "help": "file with one row a notebook"},
+    "--records": {
+        "help": "take answers given in widgets from the .progress.json beside a notebook (a folder a learner)",
+        **SWITCH,
+    },
+    "--seconds": {
+        "type": number(float, least=1),
+        "default": 60.0,
+        "metavar": "X",
+        "help": "that one task may take, with the cells it needs",
+    },
+    "--memory": {
+        "type": number(float, least=0.1),
+        "default": 4.0,
+        "metavar": "GIB",
+        "help": "that a notebook's own code may take",
+    },
+    "--jobs": {"type": COUNT, "default": 1, "help": "notebooks judged side by side"},
     "name": {"nargs": "?", "help": "one derivation (default: all)"},
     "--map": {"help": "print the equation map instead", **SWITCH},
 }

@@ -1,8 +1,15 @@
-"""A chapter's quiz: every option unfolds its explanation."""
+"""A chapter's quiz: every option unfolds its explanation; `check.quiz("bacad")` takes a letter a question.
+
+>>> quiz = Quiz((Question("1 + 1?", (Option("2", True, "Count."), Option("3", False, "One too many."))),))
+>>> quiz("a").status, quiz("b").mistakes, quiz("").status
+('correct', ('question 1: b',), 'not attempted')
+"""
 
 from dataclasses import dataclass
 
-from tpo_course.cards import fold, plain
+from tpo_course import progress
+from tpo_course.cards import fold, letters, plain
+from tpo_course.exercise import Verdict
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,30 @@ class Quiz:
     """Questions whose options unfold their explanation; works without a kernel and by keyboard."""
 
     questions: tuple[Question, ...]
+    chapter: str = ""
+
+    def __call__(self, answers: str = "") -> Verdict:
+        """Judge the letters of all questions, in their order, and write them down; "-" leaves one out."""
+        found = self.judge(answers)
+        if found.status != "not attempted":
+            how = {"status": found.status, "mistakes": found.mistakes, "answer": answers}
+            progress.record(f"{self.chapter}.quiz", kind="choose", **how)
+        return found
+
+    def judge(self, answers: str = "") -> Verdict:
+        """The verdict, without writing anything down."""
+        given = "".join(str(answers).lower().split()) if answers is not ... else ""
+        known = [letters(len(question.options)) + "-" for question in self.questions]
+        if len(given) != len(known) or any(letter not in each for letter, each in zip(given, known, strict=True)):
+            return Verdict("not attempted", f"Answer with {len(known)} letters, one a question; - leaves one out.")
+        wrong, said = [], []
+        for number, (letter, question) in enumerate(zip(given, self.questions, strict=True), 1):
+            option = question.options[letters(26).index(letter)] if letter != "-" else None
+            if option is None or not option.right:
+                wrong.append(f"question {number}: {letter}")
+                said.append(f"<b>{number}{letter}.</b> {option.why if option else 'Left out.'}")
+        right = f"{len(known) - len(wrong)} of {len(known)} right. "
+        return Verdict("wrong" if wrong else "correct", right + "<br>".join(said), tuple(wrong))
 
     def __repr__(self) -> str:
         asked = (f"{number}. {plain(question.text)}" for number, question in enumerate(self.questions, 1))
@@ -44,7 +75,7 @@ class Quiz:
         parts = []
         for number, question in enumerate(self.questions, 1):
             parts.append(f"<p><b>{number}. {question.text}</b></p>")
-            for option in question.options:
+            for letter, option in zip(letters(len(question.options)), question.options, strict=True):
                 verdict = "Right" if option.right else "Not quite"
-                parts.append(fold(option.text, f"<p><b>{verdict}.</b> {option.why}</p>"))
+                parts.append(fold(f"{letter}) {option.text}", f"<p><b>{verdict}.</b> {option.why}</p>"))
         return f'<div style="max-width:60em">{"".join(parts)}</div>'

@@ -194,7 +194,7 @@ class Chapter:
             if sum(option.right for option in options) != 1:
                 raise self._error("quiz", f'"### {heading}" needs exactly one right option, marked "- [x]"')
             questions.append(Question(as_html(asked), tuple(options)))
-        return Quiz(tuple(questions))
+        return Quiz(tuple(questions), self.file.stem)
 
     # ---- reading
 
