@@ -8,7 +8,7 @@ BENCH := .venv-bench
 ALONE := tests/browser tests/course/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
-.PHONY: setup run smollm2 quick test floor lint lab notebooks pocket bench gpu clean
+.PHONY: setup run smollm2 quick test floor lint lab student notebooks pocket bench gpu clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ lint: setup
 lab: setup  ## JupyterLab on your working copy of the course, work/: made once, brought up to date after a pull, never over your work
 	$(BIN)/python -m tpo_course.work
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=work
+
+student: setup  ## a copy of the course for a class, without its answers: make student OUT=folder; NBGRADER=1 marks it for nbgrader
+	$(BIN)/python -m tpo_course.student $(or $(OUT),class) $(if $(NBGRADER),--nbgrader)
 
 notebooks: setup  ## execute and clean every notebook of the course, in place
 	$(BIN)/python -m tpo_course.notebooks

@@ -111,7 +111,7 @@ class Lettered(Task):
         return [f"{letter}) {c.text}" for letter, c in zip(cards.letters(len(self.shown)), self.shown, strict=True)]
 
     def _below(self) -> str:
-        return cards.fold("Answer", self._answer())
+        return cards.answer("Answer", self._answer())
 
     def _answer(self) -> str:
         raise NotImplementedError
@@ -281,7 +281,9 @@ class OpenEnded(Task):
             return Verdict("not attempted", "Write your answer as text, then compare it with the rubric.")
         if points is None:
             ask = f"Now give yourself points: <code>check.{self.name}(answer, points=[...])</code>"
-            return Verdict("answered", f"Written down. {ask}{self._rubric()}{cards.fold('A full answer', self.sample)}")
+            return Verdict(
+                "answered", f"Written down. {ask}{self._rubric()}{cards.answer('A full answer', self.sample)}"
+            )
         given = [int(p) for p in points]
         most = [p for p, _ in self.rubric]
         if len(given) != len(most) or any(not 0 <= p <= top for p, top in zip(given, most, strict=True)):
@@ -291,7 +293,7 @@ class OpenEnded(Task):
         missed = [text for p, (top, text) in zip(given, self.rubric, strict=True) if p < top]
         more = " Look again at: " + "; ".join(missed) if missed else ""
         return Verdict(
-            "assessed", f"{sum(given)} of {self.most} points.{more}{cards.fold('A full answer', self.sample)}"
+            "assessed", f"{sum(given)} of {self.most} points.{more}{cards.answer('A full answer', self.sample)}"
         )
 
     def __call__(self, answer: Any = ..., points: Any = None) -> Verdict:
@@ -310,7 +312,7 @@ class OpenEnded(Task):
         return f"<ul>{rows}</ul>"
 
     def _below(self) -> str:
-        return cards.fold("Rubric", self._rubric() + cards.fold("A full answer", f"<p>{self.sample}</p>"))
+        return cards.fold("Rubric", self._rubric() + cards.answer("A full answer", f"<p>{self.sample}</p>"))
 
     def _plain_body(self) -> list[str]:
         return [f"{self.most} points by a rubric, which you unfold after you have written."]

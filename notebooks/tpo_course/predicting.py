@@ -117,7 +117,7 @@ class Predict(Lettered):
         said = progress.tasks().get(self.key, {}).get("answer", "")
         truth = f"{self._said(self.truth)}. {self.sentence}"
         if not said:
-            return Verdict("not attempted", "Nothing was predicted. " + cards.fold("The truth", f"<p>{truth}</p>"))
+            return Verdict("not attempted", "Nothing was predicted. " + cards.answer("The truth", f"<p>{truth}</p>"))
         found = self.judge(said)
         progress.record(
             self.key, kind=self.kind, status=found.status, mistakes=found.mistakes, answer=said, again=False
@@ -175,4 +175,4 @@ class Predict(Lettered):
         return f"<p>{self._said(self.truth)}. {self.sentence}</p>"
 
     def _below(self) -> str:
-        return cards.fold("The truth", self._answer())
+        return cards.answer("The truth", self._answer())

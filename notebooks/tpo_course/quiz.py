@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tpo_course import progress
 from tpo_course.cards import fold, letters, plain
 from tpo_course.exercise import Verdict
+from tpo_course.sealed import SOLUTIONS
 
 
 @dataclass(frozen=True)
@@ -77,5 +78,6 @@ class Quiz:
             parts.append(f"<p><b>{number}. {question.text}</b></p>")
             for letter, option in zip(letters(len(question.options)), question.options, strict=True):
                 verdict = "Right" if option.right else "Not quite"
-                parts.append(fold(f"{letter}) {option.text}", f"<p><b>{verdict}.</b> {option.why}</p>"))
+                why = fold(f"{letter}) {option.text}", f"<p><b>{verdict}.</b> {option.why}</p>")
+                parts.append(why if SOLUTIONS else f"<p>{letter}) {option.text}</p>")
         return f'<div style="max-width:60em">{"".join(parts)}</div>'

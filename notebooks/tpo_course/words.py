@@ -55,6 +55,7 @@ from tpo_course.exercise import Case, Exercise, Mistake, Task, Verdict
 from tpo_course.kinds import Choice, Choose, Complete, NameTheBug, OpenEnded, Order
 from tpo_course.predicting import BreakIt, Predict
 from tpo_course.quiz import Option, Question, Quiz
+from tpo_course.sealed import unseal
 from tpo_course.world import TokenWorld
 
 
@@ -76,7 +77,7 @@ def read_words(file: Path) -> dict[str, dict[str, str]]:
             found[heading] = body
         return found if level == "##" else {"": before.strip()} | found
 
-    sections = parts(file.read_text(encoding="utf-8"), "##", file.name)
+    sections = parts(unseal(file.read_text(encoding="utf-8")), "##", file.name)
     return {name: parts(text, "###", f'{file.name}, "## {name}"') for name, text in sections.items()}
 
 

@@ -1,0 +1,189 @@
+"""The copy of the course for a class: opened as a student would, it works, and no solution meets the eye."""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpo_course import notebooks, sealed, student
+from tpo_course.exercise import SOLUTIONS
+
+LONG = 22  # characters: shorter expressions stand everywhere
+SHOWN = {  # what a chapter itself shows, of which a solution makes use
+    "labels[:,1:].clamp_min(0)[...,None]",
+    "torch.where(mask,logps-ref_logps,0.0).sum(-1)",
+    "loss_of(logits,ref_logits,labels)",
+    "torch.sigmoid(-margins)",
+    "-F.logsigmoid(chosen_reward-rejected_reward)",
+}
+LIBRARY = (
+    "tpo_lib",
+    "studies",
+    "notebooks/tpo_course/derivations",
+)  # whose losses and laws are the answers to some exercises
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("class") / "course"
+    student.main([str(out)])
+    return out
+
+
+def _expressions() -> dict[str, str]:
+    """What every solution returns, and what it assigns on the way, without spaces; and where from."""
+    found = {}
+    for file in sorted(SOLUTIONS.glob("*.py")):
+        whole = file.read_text()
+        for node in ast.walk(ast.parse(whole)):
+            value = getattr(node, "value", None) if isinstance(node, ast.Return | ast.Assign) else None
+            text = (
+                re.sub(r"\s", "", ast.get_source_segment(whole, value)).replace('"', "'") if value is not None else ""
+            )
+            if len(text) >= LONG and text not in SHOWN:
+                found[text] = file.name
+    return found
+
+
+def _texts(path: Path) -> str:
+    """All that can be read in a file, without spaces, quotes alike."""
+    text = path.read_text(encoding="utf-8", errors="ignore")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        outputs = [o for cell in cells for o in cell.get("outputs", [])]
+        pages = ["".join(part) for o in outputs for part in [o.get("text", ""), *o.get("data", {}).values()] if part]
+        text = "\n".join(["".join(cell["source"]) for cell in cells] + pages)
+    return re.sub(r"\s", "", html.unescape(text)).replace('"', "'")
+
+
+def test_no_solution_meets_the_eye(copy):
+    expressions = _expressions()
+    assert len(expressions) > 60
+    files = [p for p in copy.rglob("*") if p.suffix in (".py", ".md", ".ipynb", ".html", ".txt", ".toml", ".json")]
+    seen = [p for p in files if not p.relative_to(copy).as_posix().startswith(LIBRARY)]
+    assert len(seen) > 60
+    found = {
+        (source, str(p.relative_to(copy)), e)
+        for p in seen
+        for text in [_texts(p)]
+        for e, source in expressions.items()
+        if e in text
+    }
+    assert found == set()
+    here = [p for p in SOLUTIONS.parent.rglob("*") if p.suffix in (".py", ".ipynb")]
+    assert {e for p in here for text in [_texts(p)] for e in expressions if e in text} == set(
+        expressions
+    )  # the search finds them
+
+
+def test_nothing_else_tells(copy):
+    assert not list(copy.rglob("solutions"))
+    assert not (copy / "tests").exists()
+    assert "tpo_course.solutions" not in (copy / "pyproject.toml").read_text()
+    for path in (copy / "notebooks").glob("*.ipynb"):
+        text = path.read_text()
+        for summary in student.ANSWERS:
+            assert f"<summary>{summary}</summary>" not in text, path
+        assert "Not quite" not in text, path
+    whole = "".join(path.read_text() for path in notebooks.course())
+    assert "<summary>Solution</summary>" in whole
+    assert "Not quite" in whole
+
+
+CODE = """
+from tpo_course.exercises import {name} as check
+from tpo_course import sealed
+assert sealed.SOLUTIONS is None
+for task in check.chapter.tasks.values():
+    page = task._repr_html_()
+    for summary in {summaries}:
+        assert "<summary>" + summary not in page, task
+    if task.kind == "function":
+        assert task.hints[0] in page and task.judge(...).status == "not attempted"
+        assert task.judge(task.right).status == "correct", task
+        assert task.judge(task.mistakes[-1].ways[0]).mistakes == (task.mistakes[-1].name,)
+assert "Right." not in check.quiz._repr_html_() and check.quiz.judge("a" * len(check.quiz.questions)).status == "wrong"
+print(len(check.chapter.tasks))
+"""
+
+
+@pytest.mark.parametrize("name", ["preferences", "tdpo"])
+def test_checkers_hints_and_quiz_work(copy, name):
+    roots = os.pathsep.join([str(copy), str(copy / "notebooks")])
+    code = CODE.format(name=name, summaries=student.ANSWERS)
+    environment = os.environ | {"PYTHONPATH": roots}
+    told = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) >= 4
+
+
+def test_a_chapter_runs_in_the_copy(copy, monkeypatch):
+    """All cells, with the stubs as they are: what needs an answer goes on without one."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(copy), str(copy / "notebooks")]))
+    monkeypatch.setenv("TPO_PROGRESS", "off")
+    book = nbformat.read(copy / "notebooks/01_preferences.ipynb", as_version=4)
+    book.cells.append(nbformat.v4.new_code_cell("import tpo_course; print(tpo_course.__file__)"))
+    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(copy / "notebooks")}}).execute()
+    assert book.cells[-1].outputs[-1].text.startswith(str(copy))
+
+
+def test_cells_that_hold_answers_are_emptied():
+    def cell(source, *tags, kind="code"):
+        outputs = {"outputs": [{"output_type": "stream", "text": "42"}]} if kind == "code" else {}
+        return {"cell_type": kind, "metadata": {"tags": list(tags)}, "source": source, **outputs}
+
+    book = {
+        "cells": [
+            cell("def f(x):\n    '''Words.'''\n    y = x + 1\n    return y\n\n\nz = 4", "exercise:f", "exercise:z"),
+            cell("assert 1", "solution"),
+            cell("kept = 2"),
+            cell("Think.\n<details><summary>Solution</summary>It is 3.</details>\nOn.", kind="markdown"),
+        ]
+    }
+    student.withhold(book)
+    sources = ["".join(each["source"]) for each in book["cells"]]
+    assert sources == ["def f(x):\n    '''Words.'''\n    ...\n\n\nz = ...", student.YOURS, "kept = 2", "Think.\n\nOn."]
+    assert [bool(each.get("outputs")) for each in book["cells"]] == [False, False, True, False]
+
+
+def test_a_folder_that_holds_something_is_refused(copy, capsys):
+    with pytest.raises(SystemExit):
+        student.main([str(copy)])
+    assert "is not empty; name a new folder" in capsys.readouterr().err
+
+
+def test_marks_for_nbgrader(tmp_path):
+    student.main([str(tmp_path / "out"), "--nbgrader"])
+    (path,) = (tmp_path / "out/source/02_dpo").glob("*.ipynb")
+    cells = json.loads(path.read_text())["cells"]
+    marked = [cell for cell in cells if "nbgrader" in cell["metadata"]]
+    ids = [cell["metadata"]["nbgrader"]["grade_id"] for cell in marked]
+    assert len(ids) == len(set(ids)) >= 8
+    for written, tested in zip(marked[::2], marked[1::2], strict=True):
+        source = "".join(written["source"])
+        assert source.count("### BEGIN SOLUTION") == source.count("### END SOLUTION") == 1
+        compile(source, "cell", "exec")
+        assert written["metadata"]["nbgrader"]["solution"]
+        marks = tested["metadata"]["nbgrader"]
+        assert marks["grade"]
+        assert marks["locked"]
+        assert 1 <= marks["points"] <= 5
+        assert f"check.{written['metadata']['nbgrader']['grade_id']}.judge(" in "".join(tested["source"])
+
+
+def test_what_is_sealed_cannot_be_read_at_a_glance():
+    text = "def dpo_loss(chosen, rejected, beta):\n    return 'ä'\n"
+    packed = sealed.seal(text)
+    assert "dpo_loss" not in packed
+    assert sealed.unseal(packed) == text == sealed.unseal(text)
