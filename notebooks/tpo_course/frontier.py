@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
@@ -157,35 +157,47 @@ class Bench:
         """(beta, KL, return) of pi*_beta, beta falling."""
         return [(beta, *kl_and_return(self.world, self.world.soft_optimum(beta)[1])) for beta in FRONT]
 
-    def train(self, objective: str, setting: Setting, stale: Callable[[], bool] = lambda: False) -> Run:
-        """200 updates of Adam from pi_ref.
+    def train(self, objective: str, setting: Setting) -> Run:
+        """200 updates of Adam from pi_ref; one objective of `train_all`."""
+        return self.train_all([objective], setting)[objective]
+
+    def train_all(
+        self, objectives: Sequence[str], setting: Setting, stale: Callable[[], bool] = lambda: False
+    ) -> dict[str, Run]:
+        """Every objective's run. Adam moves each number by itself, so together they go where they go alone, in less time.
 
         Args:
-            objective: one of NAMES.
+            objectives: some of NAMES.
             stale: asked before every update.
 
         Raises:
             Stale: `stale()` was true.
         """
-        objective, setting = needed(objective, setting)
-        chosen, rejected, weight = self.data(setting.pairs, setting.noise)
-        outputs, path = self._outputs(objective, setting, chosen, rejected), []
+        data, paths = self.data(setting.pairs, setting.noise), []
+        losses = [self._loss(*needed(name, setting), *data[:2]) for name in objectives]
 
         def note(step: int, logps: Tensor) -> None:
             if stale():
                 raise Stale
             if step in UPDATES:
-                path.append(kl_and_return(self.world, logps))
+                paths.append([kl_and_return(self.world, table) for table in logps])
 
-        logps = self._descend(outputs, weight, UPDATES[-1], note)
-        kls, returns = zip(*path, kl_and_return(self.world, logps), strict=True)
-        output = outputs(logps)
+        ends = self._descend(losses, data[2], UPDATES[-1], note)
+        paths.append([kl_and_return(self.world, table) for table in ends])
+        return {
+            name: self._run(list(path), table, loss(table), *data)
+            for name, path, table, loss in zip(objectives, zip(*paths, strict=True), ends, losses, strict=True)
+        }
+
+    def _run(
+        self, path: list, logps: Tensor, output: LossOutput, chosen: Tensor, rejected: Tensor, weight: Tensor
+    ) -> Run:
         floor = None
         if output.token_weights is not None:
             drawn = self.world.responses.mask[torch.cat([chosen, rejected])] * weight.repeat(2)[:, None]
             floor = float(drawn[output.token_weights <= F_FLOOR].sum() / drawn.sum())
-        loss = float((weight * output.loss).sum())
-        return Run(list(kls), list(returns), logps - self.world.ref_logps, loss, floor)
+        kls, returns = map(list, zip(*path, strict=True))
+        return Run(kls, returns, logps - self.world.ref_logps, float((weight * output.loss).sum()), floor)
 
     def optimum(self, objective: str, setting: Setting) -> tuple[float, float] | None:
         """KL and return of the minimum of the loss where it has a closed form, else None.
@@ -237,18 +249,22 @@ class Bench:
         if updates is None:
             return self.world.soft_optimum(beta)[1]
         chosen, rejected, weight = self.data(pairs, noise)
-        outputs = self._outputs("dpo", Setting(beta=beta), chosen, rejected)
-        return self._descend(outputs, weight, updates)
+        return self._descend([self._loss("dpo", Setting(beta=beta), chosen, rejected)], weight, updates)[0]
 
-    def _descend(self, outputs: Callable[[Tensor], LossOutput], weight: Tensor, updates: int, note=None) -> Tensor:
-        """(S, V) log-probabilities after so many updates from pi_ref."""
-        how = {"optimizer": "adam", "lr": LR, "steps": updates, "callback": note}
-        return minimise(lambda z: (weight * outputs(z).loss).sum(), self.world.ref_logps, **how).policy.logps()
+    def _descend(self, losses: Sequence[Callable], weight: Tensor, updates: int, note=None) -> Tensor:
+        """(K, S, V) log-probabilities of K losses' policies after so many updates from pi_ref."""
 
-    def _outputs(
+        def mean(logits: Tensor) -> Tensor:
+            tables = logits.log_softmax(-1).unbind()  # K of (S, V)
+            return sum((weight * loss(logps).loss).sum() for loss, logps in zip(losses, tables, strict=True))
+
+        start = self.world.ref_logps.expand(len(losses), -1, -1)
+        return minimise(mean, start, optimizer="adam", lr=LR, steps=updates, callback=note).policy.logps()
+
+    def _loss(
         self, objective: str, setting: Setting, chosen: Tensor, rejected: Tensor
     ) -> Callable[[Tensor], LossOutput]:
-        """(S, V) logits -> the objective of all pairs. As `TokenWorld.expected_loss`, a third of its time: only pi changes."""
+        """(S, V) log-probabilities -> the loss of every pair, as `TokenWorld.expected_loss` has it: a third of its time."""
         world, mask, hyper, guide = self.world, self.world.responses.mask, {"beta": setting.beta}, None
         if "alpha" in OBJECTIVES[objective].hyperparameters:
             hyper["alpha"] = setting.alpha
@@ -261,8 +277,7 @@ class Bench:
             (rows, self._ref[rows], mask[rows], None if guide is None else guide[rows]) for rows in (chosen, rejected)
         ]
 
-        def outputs(logits: Tensor) -> LossOutput:
-            logps = logits.log_softmax(-1)
+        def output(logps: Tensor) -> LossOutput:
             tokens = torch.where(mask, logps[self._index], zero)  # (R, T)
             kl = torch.where(mask, world.kl(world.ref_logps, logps)[self._index[0]], zero) if with_kl else None
             stats = [
@@ -271,7 +286,7 @@ class Bench:
             ]
             return OBJECTIVES[objective].fn(*stats, **hyper)
 
-        return outputs
+        return output
 
 
 # The grid.

@@ -137,14 +137,14 @@ def policy_tree(world: TokenWorld, policies: Mapping[str, Tensor], *, prompt: in
     if count > MAX_LEAVES:
         raise ValueError(f"depth={depth} gives {count} leaves (at most {MAX_LEAVES} can be read); lower it")
     tables = [_checked(world, name, logps) for name, logps in policies.items()]
-    heights = _heights(world, depth)
+    heights = tree_rows(world, depth)
     fig, axes = panels(len(policies), width=len(policies) * (1.0 + 1.4 * depth), height=0.34 * count + 1.2)
     for ax, table, style in zip(axes, tables, _styles(policies), strict=True):
         ax.set_title(style.label, fontsize=FONT + 1, color=dark(style.colour), fontweight="bold", pad=10)
         ax.set_axis_off()
         ax.set(xlim=(-0.15, depth + 0.3), ylim=(count - 0.4, -0.6))
         _draw_tree(ax, world, table, heights, prompt, style.colour)
-    _tree_legend(fig, {_kind(world, node) for node in heights})
+    _tree_legend(fig, {kind_of(world, node) for node in heights})
     return fig
 
 
@@ -261,14 +261,14 @@ def _label_points(fig: Figure, ax: Axes, labels: Sequence[tuple]) -> None:
         note.set_position(((best.x0 - x) / pixel, (best.y0 - y) / pixel))
 
 
-def _heights(world: TokenWorld, depth: int) -> dict[tuple[int, ...], float]:
+def tree_rows(world: TokenWorld, depth: int) -> dict[tuple[int, ...], float]:
     """Every node down to `depth` as token ids -> its row: leaves below each other, a parent amid its children."""
     heights: dict[tuple[int, ...], float] = {}
     leaves = 0
 
     def place(node: tuple[int, ...]) -> float:
         nonlocal leaves
-        if len(node) == depth or _kind(world, node) != "goes on":
+        if len(node) == depth or kind_of(world, node) != "goes on":
             heights[node], leaves = float(leaves), leaves + 1
         else:
             children = [place((*node, token)) for token in range(world.vocab_size)]
@@ -279,14 +279,14 @@ def _heights(world: TokenWorld, depth: int) -> dict[tuple[int, ...], float]:
     return heights
 
 
-def _kind(world: TokenWorld, node: tuple[int, ...]) -> str:
+def kind_of(world: TokenWorld, node: tuple[int, ...]) -> str:
     """A key of NODES."""
     if world.eos and node[-1:] == (world.vocab_size - 1,):
         return "ended by EOS"
     return "ended by the horizon" if len(node) == world.horizon else "goes on"
 
 
-def _row(world: TokenWorld, prompt: int, prefix: tuple[int, ...]) -> int:
+def row_of(world: TokenWorld, prompt: int, prefix: tuple[int, ...]) -> int:
     """The row of state [x, prefix] in an (S, V) table."""
     row = prompt
     for token in prefix:
@@ -300,12 +300,12 @@ def _draw_tree(ax: Axes, world: TokenWorld, logps: Tensor, heights: Mapping, pro
     for node, y in heights.items():
         text = " ".join(names[token] for token in node) or "x"
         if node:
-            chance = float(logps[_row(world, prompt, node[:-1]), node[-1]].exp())
+            chance = float(logps[row_of(world, prompt, node[:-1]), node[-1]].exp())
             x, start = len(node) - 1, heights[node[:-1]]
             ax.plot([x, x + 1], [start, y], color=colour, linewidth=0.4 + 7 * chance, zorder=1, label=text)
             number = "<0.01" if chance < 0.005 else f"{chance:.2f}"
             ax.text(x + 0.62, start + 0.62 * (y - start), number, zorder=2, bbox=blank, **centred)
-        shape, face, edge = NODES[_kind(world, node)]
+        shape, face, edge = NODES[kind_of(world, node)]
         box = {"boxstyle": shape, "facecolor": face, "edgecolor": "black", "linewidth": edge}
         ax.text(len(node), y, text, zorder=3, color="white" if face == "black" else "black", bbox=box, **centred)
 

@@ -27,7 +27,7 @@ def test_the_loss_is_the_library_s(bench, name):
     setting = Setting(beta=0.3, alpha=0.7, guide_beta=0.4)
     logps = bench.world.random_policy(1)
     chosen, rejected, weight = bench.data(None, 0.0)
-    found = (weight * bench._outputs(name, setting, chosen, rejected)(logps).loss).sum()
+    found = (weight * bench._loss(name, setting, chosen, rejected)(logps).loss).sum()
     hyper = {"beta": 0.3} | ({"alpha": 0.7} if name in ("tdpo2", "tgdpo") else {})
     if name == "tgdpo":
         hyper |= {"guide_beta": 0.4, "guide": bench.world.soft_optimum(0.4)[1]}
@@ -114,8 +114,19 @@ def test_training_is_left_at_once_when_nobody_waits(bench):
         return len(asked) > 3
 
     with pytest.raises(Stale):
-        bench.train("dpo", Setting(), stale)
+        bench.train_all(NAMES, Setting(), stale)
     assert len(asked) == 4
+
+
+def test_together_they_go_where_they_go_alone(bench):
+    setting = Setting(alpha=1.0, pairs=100, noise=0.1)
+    together = bench.train_all(NAMES, setting)
+    assert list(together) == list(NAMES)
+    for name, run in together.items():
+        alone = bench.train(name, setting)
+        assert run.kl == pytest.approx(alone.kl, abs=1e-9)
+        assert torch.allclose(run.logratio, alone.logratio, atol=1e-9)
+        assert (run.loss, run.floor) == pytest.approx((alone.loss, alone.floor))
 
 
 def test_what_an_objective_does_not_read_makes_no_other_run():

@@ -1,6 +1,7 @@
 """Interactive pieces of the course: thin ipywidgets over tpo_lib, with no mathematics of their own."""
 
 from tpo_course.widgets.before_after import before_after
+from tpo_course.widgets.frontier_lab import frontier_lab
 from tpo_course.widgets.loss_lab import loss_lab
 from tpo_course.widgets.memory_lab import memory_lab
 from tpo_course.widgets.microscope import token_microscope
@@ -14,6 +15,7 @@ from tpo_course.widgets.two_models import two_models
 
 __all__ = [
     "before_after",
+    "frontier_lab",
     "loss_lab",
     "memory_lab",
     "preference_explorer",
