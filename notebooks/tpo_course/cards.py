@@ -6,7 +6,7 @@ import re
 
 from tpo_course.sealed import SOLUTIONS
 
-BOX = "border:1px solid #8a8a8a;border-radius:6px;padding:.6em 1em;max-width:60em"
+BOX = "border:1px solid #8a8a8a;border-radius:6px;padding:.6em 1em;max-width:60em;line-height:1.5"
 LOOKS = {  # status: sign, colour
     "correct": ("✓", "#007a55"),
     "wrong": ("✗", "#b03a00"),
@@ -66,11 +66,20 @@ def dots(difficulty: int) -> str:
     return f"<span title='difficulty {difficulty} of 5'>{signs}</span> difficulty {difficulty} of 5"
 
 
+def minutes(count: int) -> str:
+    """How long a task takes.
+
+    >>> minutes(1), minutes(2)
+    ('about 1 minute', 'about 2 minutes')
+    """
+    return f"about {count} minute{'s' * (count != 1)}"
+
+
 def verdict(status: str, message: str) -> str:
     """What a checker says, as HTML."""
     sign, colour = LOOKS[status]
     head = f'<b style="color:{colour}">{sign} {status}</b>'
-    return f'<div style="border-left:4px solid {colour};padding:.4em .8em">{head}<br>{message}</div>'
+    return f'<div style="border-left:4px solid {colour};padding:.4em .8em;line-height:1.5">{head}<br>{message}</div>'
 
 
 def letters(count: int) -> str:

@@ -155,7 +155,7 @@ class Task:
         return {"answer": str(answer)}
 
     def __repr__(self) -> str:
-        about = f"{self.label}: {self.title} (difficulty {self.difficulty} of 5, about {self.minutes} minutes)"
+        about = f"{self.label}: {self.title} (difficulty {self.difficulty} of 5, {cards.minutes(self.minutes)})"
         return cards.plain("\n".join([about, self.what, f"Why: {self.why}", *self._plain_body()]))
 
     def _repr_html_(self) -> str:
@@ -164,7 +164,7 @@ class Task:
             folded = cards.fold(f"Hint {number} of {len(self.hints)}", f"<p>{self.hints[number - 1]}</p>{folded}")
         return (
             f'<div style="{cards.BOX}"><b>{self.label}: {self.title}</b> &nbsp; {cards.dots(self.difficulty)}, '
-            f"about {self.minutes} minutes<p><b>What.</b> {self.what}</p>{self._body()}"
+            f"{cards.minutes(self.minutes)}<p><b>What.</b> {self.what}</p>{self._body()}"
             f"<p><b>Why.</b> {self.why}</p>{folded}</div>"
         )
 

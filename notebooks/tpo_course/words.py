@@ -213,7 +213,7 @@ class Chapter:
         asked = ["", "what", "why", *hints, *more, *(f"mistake: {mistake}" for mistake in mistakes)]
         asked += [heading for heading in words if choices and heading.startswith("choice: ")]
         self._same_names(name, words, asked)
-        card = re.fullmatch(r"\*\*(.+)\*\* \(difficulty ([1-5]) of 5, about (\d+) minutes\)", words[""])
+        card = re.fullmatch(r"\*\*(.+)\*\* \(difficulty ([1-5]) of 5, about (\d+) minutes?\)", words[""])
         if card is None:
             raise self._error(name, f'says "{words[""]}"; write "**Title** (difficulty 2 of 5, about 6 minutes)"')
         text = {heading: as_html(words[heading]) for heading in words}

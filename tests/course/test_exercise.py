@@ -184,7 +184,7 @@ def test_what_must_not_be_used_is_seen_though_the_values_are_right():
 
 def test_plain_text_holds_no_html():
     exercise = Exercise("v", "<i>T</i>", "a &lt; <code>b</code>", "y<sub>t</sub>", 1, 1, ("h",), right=0.5)
-    assert repr(exercise) == "Exercise: T (difficulty 1 of 5, about 1 minutes)\na < `b`\nWhy: y_t"
+    assert repr(exercise) == "Exercise: T (difficulty 1 of 5, about 1 minute)\na < `b`\nWhy: y_t"
     assert repr(EXERCISE(lambda x: {}["<b>"])).startswith("wrong: Your code raised KeyError: '<b>', in line")
     assert plain("<p>a</p><p>b</p>") == "a\nb"
 

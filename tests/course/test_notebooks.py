@@ -114,3 +114,19 @@ def test_refresh_is_idempotent_and_leaves_a_failing_notebook_alone(tmp_path):
     with pytest.raises(CellExecutionError):
         notebooks.refresh(path)
     assert _read(path) == broken
+
+
+def test_what_somebody_predicted_is_no_output_of_the_course(tmp_path):
+    import nbformat
+
+    cells = [
+        "from tpo_course.exercises import dpo as check",
+        'check.first_loss(0.7); check.gibbs(lambda **given: given["reward"])',
+        "check.first_loss.reveal()",
+    ]
+    path = tmp_path / "x.ipynb"
+    head = nbformat.v4.new_markdown_cell("# T")
+    nbformat.write(nbformat.v4.new_notebook(cells=[head, *map(nbformat.v4.new_code_cell, cells)]), path)
+    (tmp_path / ".progress.json").write_text("left as it is")
+    notebooks.refresh(path)
+    assert (tmp_path / ".progress.json").read_text() == "left as it is"
