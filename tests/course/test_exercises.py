@@ -79,7 +79,7 @@ AWAITED = {
 
 
 def _notebook(module) -> list[dict]:
-    (path,) = NOTEBOOKS.glob(f"0*_{module.chapter.file.stem}.ipynb")
+    (path,) = NOTEBOOKS.glob(f"*_{module.chapter.file.stem}.ipynb")
     return json.loads(path.read_text())["cells"]
 
 
