@@ -54,7 +54,7 @@ def test_the_first_picture_is_stored_and_says_its_numbers(lab, monkeypatch):
         assert picture.value.startswith('<svg role="img" aria-label="')
     shown = fresh._repr_mimebundle_()
     assert shown["text/plain"] == fresh.alt
-    assert len(shown["image/png"]) > 10_000
+    assert len(shown["image/png"]) > 5_000
 
 
 @pytest.mark.parametrize(

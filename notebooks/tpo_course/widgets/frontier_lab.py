@@ -4,12 +4,14 @@ The numbers are `tpo_course.frontier`'s. What is stored there shows at once, wha
 in a thread, and the slider that moved last is the one that is answered.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
 
 import ipywidgets as w
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, grid, needed
@@ -313,7 +315,12 @@ class FrontierLab:
             figure.axes[0].plot(
                 run.kl, run.returns, linestyle=style.linestyle, color=style.colour, linewidth=2, zorder=4
             )
-        return png(figure, 72)
+        few, buffer = (
+            Image.open(io.BytesIO(png(figure, 72))).quantize(32),
+            io.BytesIO(),
+        )  # so that a notebook stays small
+        few.save(buffer, "png", optimize=True)
+        return buffer.getvalue()
 
 
 def settings(setting: Setting) -> str:
