@@ -23,20 +23,20 @@ ROOT = FOLDER.parent
 REPO_SLUG = "tpo-lib/tpo-lib"  # on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
 PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "docs/trl.md")  # the other files that name it
 SET_UP = """\
-# On Colab this fetches the course; TIER is what live cells run on, if the runtime can carry it.
+# Colab and Kaggle: this fetches the course, once a session. TIER is what live cells run on, if the machine can carry it.
 TIER = "pocket (CPU)"  #@param {tiers}
-import importlib.metadata
-import sys
-
-if "google.colab" in sys.modules:
-    torch_before = importlib.metadata.version("torch")
+KEEP_ON_DRIVE = False  #@param {{type: "boolean"}}
+import os, sys
+home = "/content" if "google.colab" in sys.modules else "/kaggle/working" if os.path.isdir("/kaggle/working") else ""
+if home and not os.path.isdir(f"{{home}}/course"):
     repository, version = "https://github.com/{slug}", "v{version}"  # while there is no such tag, the newest
-    !git clone -q --depth 1 -b $version $repository /content/course || git clone -q --depth 1 $repository /content/course
-    %pip install -q -e /content/course
-    sys.path[:0] = ["/content/course", "/content/course/notebooks"]
-    assert importlib.metadata.version("torch") == torch_before, "Colab's torch was replaced: restart the runtime"
+    !git clone -q --depth 1 -b $version $repository $home/course || git clone -q --depth 1 $repository $home/course
+    assert os.path.isdir(f"{{home}}/course"), "No network? On Kaggle switch Internet on in the notebook's settings."
+if home:
+    sys.path[:0] = [f"{{home}}/course", f"{{home}}/course/notebooks"]
+    from tpo_course import hosted
+    hosted.prepare(home, keep_on_drive=KEEP_ON_DRIVE)
 from tpo_course import tiers
-
 PRESET = tiers.choose(TIER)"""
 
 
@@ -46,7 +46,7 @@ def course() -> list[Path]:
 
 
 def set_up() -> str:
-    """The cell that takes the tier, and on Colab fetches the version that the notebook was executed with."""
+    """The cell that takes the tier, and on Colab and Kaggle fetches the version that the notebook was executed with."""
     return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, tiers=json.dumps(list(TIERS)))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+# each tier: its preset, and gigabytes of GPU memory
 TIERS = {"pocket (CPU)": ("pocket", 0), "smollm2-135m (GPU)": ("smollm2-135m", 6), "gpt2-imdb (GPU)": ("gpt2-imdb", 14)}
-SWITCH = "on Colab: Runtime, Change runtime type, T4 GPU"  # each tier: its preset, and gigabytes of GPU memory
+SWITCH = "on Colab: Runtime, Change runtime type, T4 GPU; on Kaggle: Settings, Accelerator"
 
 
 def choose(tier: str) -> str:
@@ -22,8 +23,11 @@ def choose(tier: str) -> str:
     if tier not in TIERS:
         raise ValueError(f"TIER {tier!r} is none; choose one of {', '.join(TIERS)}")
     preset, needed = TIERS[tier]
-    there = gpu_gigabytes() if needed else 0
+    there = gpu_gigabytes()
     if there >= needed:
+        offer = max((name for name in TIERS if TIERS[name][1] <= there), key=lambda name: TIERS[name][1])
+        if TIERS[offer][1] > needed:
+            print(f"This machine's GPU has {there:.0f} GB ({_precision()}): TIER = {offer!r} would run here, too.")
         return preset
     found = f"one of {there:.0f} GB" if there else "none"
     print(f"TIER {tier} needs a GPU of {needed} GB and there is {found}: live cells run the pocket model ({SWITCH}).")
@@ -35,6 +39,15 @@ def gpu_gigabytes() -> float:
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def _precision() -> str:
+    """What the presets' "auto" makes of this GPU: fp16 on a T4, bf16 on newer ones."""
+    import torch
+
+    from tpo_lib.models import choose_precision
+
+    return choose_precision(torch.device("cuda"), "auto")
 
 
 def live(preset: str) -> str:

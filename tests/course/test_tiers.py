@@ -12,13 +12,33 @@ from tpo_lib.runs import presets
 
 def test_every_tier_is_a_preset_and_stands_in_the_set_up_cell(capsys, monkeypatch):
     monkeypatch.setattr(tiers, "gpu_gigabytes", lambda: 80.0)
+    monkeypatch.setattr(tiers, "_precision", lambda: "bf16")
     assert [tiers.choose(tier) for tier in tiers.TIERS] == ["pocket", "smollm2-135m", "gpt2-imdb"]
     assert {preset for preset, _ in tiers.TIERS.values()} <= set(presets.PRESETS)
-    assert capsys.readouterr().out == ""
+    capsys.readouterr()
     lines = notebooks.set_up().splitlines()
     assert len(lines) <= 15
-    (form,) = [line for line in lines if "#@param" in line]
-    assert form == 'TIER = "pocket (CPU)"  #@param ["pocket (CPU)", "smollm2-135m (GPU)", "gpt2-imdb (GPU)"]'
+    assert [line for line in lines if "#@param" in line] == [
+        'TIER = "pocket (CPU)"  #@param ["pocket (CPU)", "smollm2-135m (GPU)", "gpt2-imdb (GPU)"]',
+        'KEEP_ON_DRIVE = False  #@param {type: "boolean"}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tier", "gigabytes", "said"),
+    [
+        ("pocket (CPU)", 0.0, ""),
+        ("pocket (CPU)", 4.0, ""),
+        ("pocket (CPU)", 15.8, "has 16 GB (fp16): TIER = 'gpt2-imdb (GPU)' would run here, too."),
+        ("pocket (CPU)", 8.0, "has 8 GB (fp16): TIER = 'smollm2-135m (GPU)' would run here, too."),
+        ("gpt2-imdb (GPU)", 80.0, ""),
+    ],
+)
+def test_the_largest_tier_that_the_machine_carries_is_offered(tier, gigabytes, said, capsys, monkeypatch):
+    monkeypatch.setattr(tiers, "gpu_gigabytes", lambda: gigabytes)
+    monkeypatch.setattr(tiers, "_precision", lambda: "fp16")
+    assert tiers.choose(tier) == tiers.TIERS[tier][0]
+    assert capsys.readouterr().out.strip().endswith(said)
 
 
 @pytest.mark.parametrize(("gigabytes", "found"), [(0.0, "there is none"), (8.0, "there is one of 8 GB")])
