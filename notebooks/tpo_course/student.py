@@ -26,7 +26,7 @@ from tpo_lib.parser import Parser, check_room
 
 PARTS = ("tpo_lib", "notebooks", "data", "docs", "studies", "configs")
 SHEETS = ("pyproject.toml", "constraints.txt", "environment.yml", "LICENSE", "CITATION.cff", ".gitignore")
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "solutions", "runs")
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "solutions", "runs", "teach.md", "common_errors.*")
 ANSWERS = ("Solution", "Answer", "The truth", "A full answer")  # what such folds are called (cards.answer)
 FOLDED = re.compile(rf"<details[^>]*><summary>({'|'.join(ANSWERS)})</summary>(?:(?!<details).)*?</details>", re.DOTALL)
 YOURS = "# Your turn.\n"

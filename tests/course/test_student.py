@@ -87,6 +87,7 @@ def test_no_solution_meets_the_eye(copy):
 def test_nothing_else_tells(copy):
     assert not list(copy.rglob("solutions"))
     assert not (copy / "tests").exists()
+    assert not list((copy / "docs").glob("common_errors*"))
     assert "tpo_course.solutions" not in (copy / "pyproject.toml").read_text()
     for path in (copy / "notebooks").glob("*.ipynb"):
         text = path.read_text()
