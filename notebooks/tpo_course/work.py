@@ -21,7 +21,6 @@ from tpo_lib.parser import Parser
 
 WORK = ROOT / "work"
 RECORD, BEFORE = ".course.json", "before"
-SHEETS = ("equation_map.md", "notation.md")  # what the chapters link to beside them
 
 
 @dataclass
@@ -41,7 +40,7 @@ def bring(folder: Path = WORK, *, renew: Sequence[str] = (), source: Path = FOLD
         ValueError: there are no chapters, none begins with a name of `renew`, the record is not ours, or the folder is the
             course itself; nothing has been changed.
     """
-    names = [path.name for path in sorted(source.glob("*.ipynb"))] + [n for n in SHEETS if (source / n).is_file()]
+    names = [path.name for path in sorted(source.glob("*.ipynb"))] + [path.name for path in sorted(source.glob("*.md"))]
     if not names:
         raise ValueError(f"{source} holds no chapters: work in a checkout of the repository")
     if folder.resolve() == source.resolve():
