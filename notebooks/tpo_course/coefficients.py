@@ -8,6 +8,7 @@ over both responses, with c^t = d loss / d log pi_theta(y^t|s_t) and k^t = d los
 pair differ in these numbers alone. A step of gradient descent raises what has a negative coefficient.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,6 +146,43 @@ def spread(
     ref, tokens = torch.full_like(guide_rewards, ref_logp)[None], len(guide_rewards)  # (1, T)
     kl, guide = torch.full_like(ref, seq_kl / tokens), ref + guide_rewards / guide_beta
     return TokenStats(ref + logratio / tokens, ref, torch.ones_like(ref, dtype=torch.bool), kl, guide)
+
+
+def least_kl(logratio: Tensor | float, tokens: int, *, ref_logp: float) -> Tensor:
+    """The smallest SeqKL(pi_ref || pi) that a response's log-ratio leaves possible: the two are not free of each other.
+
+    In one state, with p = pi_ref(y|s) and x = log pi(y|s) - log pi_ref(y|s), the policy gives its token p e^x, so x < -log p, and
+    the other tokens 1 - p e^x. Merging those into one event cannot raise a KL, and leaves it as it is where they keep their
+    shares of one another (data processing), so
+
+        KL(pi_ref || pi) >= b(x) = -p x + (1 - p) log((1 - p) / (1 - p e^x)),    b(0) = 0,
+
+    with equality there, and b is convex, b'' = p (1 - p) e^x / (1 - p e^x)^2. So over T tokens with one p the sum is at least
+    T b(X / T), reached where the log-ratio X is spread evenly (Jensen). With three tokens or more in the vocabulary every larger
+    SeqKL is reached too, by moving probability among the others. Nothing else is out of reach.
+
+    Args:
+        logratio: X = sum_t log pi - log pi_ref over the response, nats, any shape.
+        tokens: T, at least 1.
+        ref_logp: log p, nats, below 0, of every token.
+
+    Returns:
+        Nats, float64, in the shape of `logratio`; inf from X = -T log p on, where no policy is.
+
+    Raises:
+        ValueError: `tokens` or `ref_logp` is out of range.
+
+    Example:
+        >>> least_kl(torch.tensor([0.0, 15.0, 18.0]), 6, ref_logp=-3.0)
+        tensor([0.0000, 4.2799,    inf], dtype=torch.float64)
+    """
+    if tokens < 1 or not ref_logp < 0:
+        raise ValueError(f"tokens={tokens}, ref_logp={ref_logp}: at least one token, of a log-probability below 0")
+    x = torch.as_tensor(logratio, dtype=torch.float64) / tokens
+    p, log_q = math.exp(ref_logp), x + ref_logp  # log pi(y|s)
+    rest = torch.log1p(-log_q.clamp(max=-1e-12).exp())  # of what is beyond 1 nothing is taken
+    bound = tokens * (-p * x + (1 - p) * (math.log1p(-p) - rest))
+    return torch.where(log_q < 0, bound.clamp(min=0.0), math.inf)  # a rounding may lie below 0
 
 
 def _entry(objective: str) -> Objective:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.optimize
 import torch
 
-from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
+from tpo_course.coefficients import coefficients, least_kl, loss_at, margin_terms, spread
 from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 from tpo_lib.stats import split, token_stats
 from tpo_lib.types import LossOutput, TokenStats
@@ -248,6 +249,66 @@ def test_spread_has_the_totals_asked_for():
     torch.testing.assert_close(0.2 * (stats.guide_logps - stats.ref_logps)[0], rewards)
     assert stats.ref_logps.unique().tolist() == [-2.0]
     assert stats.mask.all()
+
+
+# What a log-ratio leaves possible for the KL.
+
+
+def _policies(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+    """A reference over 5 tokens, and many policies: log-probabilities, (V,) and (count, V)."""
+    ref = torch.log_softmax(torch.tensor([0.5, -1.0, 0.0, 1.0, -2.0], dtype=torch.float64), -1)
+    size = torch.rand(count, 1, dtype=torch.float64) * 4
+    return ref, torch.log_softmax(ref + size * torch.randn(count, 5, dtype=torch.float64), -1)
+
+
+def test_no_policy_has_a_kl_below_the_least_and_none_goes_beyond_probability_one():
+    ref, policies = _policies()
+    kl = (ref.exp() * (ref - policies)).sum(-1)
+    for token in range(5):
+        least = least_kl(policies[:, token] - ref[token], 1, ref_logp=ref[token].item())
+        assert least.isfinite().all()
+        assert (kl >= least - 1e-12).all()
+        assert (kl - least).min() < 0.02  # not a bound that is far from all of them
+        assert least_kl(-ref[token].item(), 1, ref_logp=ref[token].item()) == math.inf
+
+
+def test_the_least_kl_is_had_by_scaling_the_other_tokens_and_any_larger_one_by_moving_them():
+    ref, _ = _policies(1)
+    p = ref.exp()
+    for x in (-6.0, -0.5, 0.3, 0.9):
+        policy = p * (1 - p[1] * math.exp(x)) / (1 - p[1])
+        policy[1] = p[1] * math.exp(x)
+        least = least_kl(x, 1, ref_logp=ref[1].item()).item()
+        assert (p * (p / policy).log()).sum().item() == pytest.approx(least, abs=1e-12)
+
+        def moved(share, policy=policy):  # from one of the others to another; the token keeps its log-ratio
+            other = policy.clone()
+            other[0], other[2] = policy[0] * (1 - share), policy[2] + policy[0] * share
+            return (p * (p / other).log()).sum().item()
+
+        share = scipy.optimize.brentq(lambda share, least=least: moved(share) - least - 2.5, 0.3, 1 - 1e-12, xtol=1e-15)
+        assert moved(share) == pytest.approx(least + 2.5)
+
+
+def test_over_a_response_an_even_spread_needs_least():
+    generator = torch.Generator().manual_seed(0)
+    for total in (-20.0, -3.0, 4.0, 11.0):
+        shares = torch.randn(500, 6, generator=generator, dtype=torch.float64)
+        uneven = total / 6 + shares - shares.mean(-1, keepdim=True)  # (500, T), each of the same sum
+        uneven = uneven[(uneven < 3.0).all(-1)]  # log-ratios that a token of e^-3 can have
+        sums = least_kl(uneven, 1, ref_logp=-3.0).sum(-1)
+        assert len(sums) > 20
+        assert (sums >= least_kl(total, 6, ref_logp=-3.0) - 1e-12).all()
+    assert least_kl(12.0, 6, ref_logp=-3.0) == pytest.approx(6 * least_kl(2.0, 1, ref_logp=-3.0).item())
+
+
+def test_the_bound_by_hand():
+    """p = 1/2, x = log(3/2): the policy gives 3/4, so b = 1/2 log(2/3) + 1/2 log 2 = 1/2 log(4/3)."""
+    found = least_kl(math.log(1.5), 1, ref_logp=-math.log(2)).item()
+    assert found == pytest.approx(0.5 * math.log(4 / 3))
+    for tokens, ref_logp in ((0, -1.0), (3, 0.0), (3, float("nan"))):
+        with pytest.raises(ValueError, match=f"tokens={tokens}, ref_logp={ref_logp}: at least one token"):
+            least_kl(0.0, tokens, ref_logp=ref_logp)
 
 
 # Refusals.

@@ -12,6 +12,9 @@ from tpo_course import notebooks
 
 ROOT = notebooks.FOLDER.parent
 COURSE = [pytest.param(path, id=path.stem) for path in notebooks.course()]
+VIEW = "application/vnd.jupyter.widget-view+json"
+# What ipywidgets says of a widget that has nothing to say: its class and its traits.
+REPR = re.compile(r"(interactive|[A-Z]\w*)\((children=|value=|description=|options=|layout=|min=|\))|Output\(")
 TIME = re.compile(r"cells run in about (\d+) (seconds?|minutes?)")
 
 
@@ -41,6 +44,40 @@ def test_executed_in_order_and_clean(path):
         assert len("".join(cell["source"]).splitlines()) <= 20, "".join(cell["source"])[:200]
     assert "widgets" not in _read(path)["metadata"]
     assert path.stat().st_size <= 1e6
+
+
+def bare_widgets(path: Path) -> list[str]:
+    """What a reader without a kernel would see of widgets: reprs, and cells with neither picture nor table nor text beside."""
+    found = []
+    for cell in _code(path):
+        shown = [output["data"] for output in cell["outputs"] if "data" in output]
+        said = ["".join(data.get("text/plain", "")) for data in shown]
+        found += [f"{cell['id']}: {text[:60]}" for text in said if REPR.match(text)]
+        if any(VIEW in data for data in shown) and not any(
+            {"image/png", "text/html", "text/markdown"} & data.keys() for data in shown
+        ):
+            found.append(f"{cell['id']}: neither a picture nor a table beside the widget")
+    return found
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_a_reader_without_a_kernel_sees_something_of_every_widget(path):
+    assert not bare_widgets(path)
+
+
+def test_a_bare_widget_is_noticed(tmp_path):
+    def cell(text, **more):
+        return {"id": "a", "cell_type": "code", "outputs": [{"data": {"text/plain": text, VIEW: {}, **more}}]}
+
+    for text, more, wrong in (
+        ("VBox(children=(FloatLogSlider(value=0.5", {"image/png": "x"}, 1),
+        (["Dropdown(description='run')"], {"text/html": "x"}, 1),
+        ("interactive(children=(", {}, 2),
+        ("beta = 0.5", {}, 1),
+        ("beta = 0.5 (Figure(size))", {"image/png": "x"}, 0),
+    ):
+        (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell(text, **more)]}))
+        assert len(bare_widgets(tmp_path / "x.ipynb")) == wrong, text
 
 
 @pytest.mark.parametrize("path", COURSE)

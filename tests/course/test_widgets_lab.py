@@ -99,6 +99,27 @@ def test_microscope_signs_survive_greyscale(microscope):
     assert "2px solid rgba(0,114,178" in microscope.page.value
 
 
+def test_the_weights_are_coloured_from_1_and_all_else_from_0_with_the_numbers_printed(microscope):
+    token = re.compile(r"border-bottom:2px (solid|dashed)[^>]*>[^<]*</span><sub>([^<]*)</sub>")
+    for quantity, centre in (("weight f", 1.0), ("log-ratio", 0.0)):
+        microscope.quantity.value = quantity
+        found = [(line, float(number)) for line, number in token.findall(microscope.page.value)]
+        values = [v for row in microscope._found.values() if (v := row[quantity]) is not None]
+        assert len(found) == sum(map(len, values)) + (microscope._credit is not None) * len(microscope._ids)
+        credit = len(found) - sum(map(len, values))
+        assert {"solid", "dashed"} == {line for line, _ in found}  # of the weights alone all would be above 0
+        shown = sorted(number for _, number in found)
+        expected = [float(f"{float(v):.2g}") for v in (*torch.cat(values), *(microscope._credit if credit else ()))]
+        assert shown == sorted(expected)
+        if quantity == "weight f":
+            weights = [(line, number) for line, number in found if 0.9 < number < 1.1 and number != 1]
+            assert weights
+            assert all((line == "solid") == (number > centre) for line, number in weights)
+            assert "from 1;" in microscope.page.value
+    microscope.printed.value = False
+    assert "<sub>" not in microscope.page.value
+
+
 def test_microscope_refuses(lab):
     with pytest.raises(ValueError, match="guide="):
         token_microscope(lab.stage, {"tgdpo": lab.stage.start})

@@ -5,6 +5,7 @@ from tpo_course.widgets.frontier_lab import frontier_lab
 from tpo_course.widgets.loss_lab import loss_lab
 from tpo_course.widgets.memory_lab import memory_lab
 from tpo_course.widgets.microscope import token_microscope
+from tpo_course.widgets.parts import Shown as shown
 from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.run_browser import run_browser
 from tpo_course.widgets.split_lab import split_lab
@@ -20,6 +21,7 @@ __all__ = [
     "memory_lab",
     "preference_explorer",
     "run_browser",
+    "shown",
     "split_lab",
     "step_through",
     "study_browser",

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 QUANTITIES = {  # name: (what it is, unit)
     "log-ratio": ("log π_θ − log π_ref of the token", "nats"),
     "KL": ("KL(π_ref ‖ π_θ) at the token", "nats"),
-    "weight f": ("TGDPO's weight of the token", ""),
+    "weight f": ("TGDPO's weight of the token", ""),  # 1 is DPO's: colours go from there
     "coefficient": ("d loss / d log π_θ: negative is pushed up", ""),
     "KL coefficient": ("d loss / d KL: negative is pushed up", ""),
 }
+CENTRE = {"weight f": 1.0}  # where the colour is none; 0 for all others
 LINE = 110  # characters that surely fit beside a label
 
 
@@ -38,7 +39,7 @@ class TokenMicroscope:
         gamma: SimPO's margin.
 
     Attributes:
-        pair, quantity, beta, alpha, token: the controls.
+        pair, quantity, beta, alpha, token, printed: the controls; printed: every token's number behind it.
         page: the coloured tokens; facts: margins as text; numbers: the numbers of the token chosen, as text.
 
     Raises:
@@ -61,14 +62,17 @@ class TokenMicroscope:
         wide, records = look("80px", "420px"), OBJECTIVES["tdpo2"].hyperparameters
         self.quantity = w.Dropdown(options=list(QUANTITIES), description="colour by", **wide)
         self.beta, self.alpha = (knob(records[name], name, steps=10, **wide) for name in ("beta", "alpha"))
-        wide["continuous_update"] = False
-        self.pair = w.IntSlider(0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", **wide)
+        self.printed = w.Checkbox(value=True, description="numbers behind the tokens", indent=False)
+        self.beta.continuous_update = self.alpha.continuous_update = True  # a move is answered while it goes on
+        self.pair = w.IntSlider(
+            0, min=0, max=len(stage.held_out_pairs) - 1, description="pair", continuous_update=False, **wide
+        )
         self.token = w.IntSlider(0, min=0, max=1, description="token", **wide)
         self.page, self.facts, self.numbers = room(self._tallest()), room(48), room(24 * (len(self.policies) + 1))
-        top = row(self.pair, self.quantity), row(self.beta, self.alpha)
+        top = row(self.pair, self.quantity), row(self.beta, self.alpha), self.printed
         self.box = w.VBox([*top, self.page, self.facts, self.token, self.numbers])
         on([self.pair, self.quantity, self.beta, self.alpha], self._draw)
-        on([self.token], self._show_page)
+        on([self.token, self.printed], self._show_page)
         self._draw()
 
     def _repr_mimebundle_(self, **_) -> dict:
@@ -79,7 +83,7 @@ class TokenMicroscope:
         decode = self.stage.tokenizer.decode
         sides = [(decode(pair.chosen_ids), decode(pair.rejected_ids)) for pair in self.stage.held_out_pairs]
         lines = max(sum(-(-len(text) // LINE) for text in texts) for texts in sides)
-        return 140 + 26 * lines * (len(self.policies) + 1)
+        return 140 + 26 * 2 * lines * (len(self.policies) + 1)  # a number takes as much as its token
 
     def _values(self) -> dict[str, dict[str, torch.Tensor | None]]:
         """{objective: {quantity: (T_w + T_l,) over chosen then rejected tokens}}."""
@@ -137,30 +141,36 @@ class TokenMicroscope:
         pair = self.stage.held_out_pairs[self.pair.value]
         words, unit = QUANTITIES[self.quantity.value]
         rows = {plots.style_of(name).label: values[self.quantity.value] for name, values in self._found.items()}
-        largest = max((float(v.abs().max()) for v in rows.values() if v is not None), default=0.0)
+        centre = CENTRE.get(self.quantity.value, 0.0)
+        largest = max((float((v - centre).abs().max()) for v in rows.values() if v is not None), default=0.0)
         prompt = self.stage.tokenizer.decode(pair.prompt_ids, skip_special_tokens=True)
         parts = [f"<p style='margin:0'><b>prompt</b> {html.escape(prompt)} …</p>"]
         for side, where in (("chosen", slice(0, self._cut)), ("rejected", slice(self._cut, None))):
             parts.append(f"<p style='margin:6px 0 0'><b>{side}</b></p>")
             if self._credit is not None:
                 parts.append(self._row("true credit", self._credit, float(self._credit.abs().max()), where))
-            parts += [self._row(label, values, largest, where) for label, values in rows.items()]
+            parts += [self._row(label, values, largest, where, centre) for label, values in rows.items()]
         credit = "this reward does not tell what each token is worth"
         if self._credit is not None:
             credit = f"true credit of the reward: full colour = {float(self._credit.abs().max()):.3g} nats of log-odds"
         legend = (
-            f"Colour: {words}, full colour = {largest:.3g} {unit}; {credit}. Blue with a solid line is positive, orange with a "
-            "dashed line negative. Hover over a token, or move the slider to frame it, for its numbers."
+            f"Colour: {words}, full colour {largest:.3g} {unit} from {centre:g}; {credit}. Blue with a solid line is above "
+            f"{centre:g} (of a credit above 0), orange with a dashed line below. Hover over a token, or move the slider to "
+            "frame it, for its numbers."
         )
         self.page.value = page(f"{''.join(parts)}<p style='margin:6px 0'><small>{legend}</small></p>")
         self.numbers.value = f'<div style="line-height:1.5">{self._text(self.token.value, "<br>")}</div>'
 
-    def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice) -> str:
+    def _row(self, label: str, values: torch.Tensor | None, largest: float, where: slice, centre: float = 0.0) -> str:
+        """The tokens of one side, coloured by how far their values lie from `centre`, the values behind them."""
         head = f'<span style="display:inline-block;width:7.5em;text-indent:0"><small>{label}</small></span>'
         if values is None:
             return f'<div style="line-height:2">{head}<i>this objective has none</i></div>'
         spans = [
-            heatmap.span(self._pieces[i], float(values[i]), largest, self._text(i, "\n"), framed=i == self.token.value)
+            heatmap.span(
+                self._pieces[i], float(values[i]) - centre, largest, self._text(i, "\n"), framed=i == self.token.value
+            )
+            + (f"<sub>{float(values[i]):.2g}</sub>" if self.printed.value else "")
             for i in range(*where.indices(len(self._pieces)))
         ]
         return f'<div style="line-height:2;padding-left:7.5em;text-indent:-7.5em">{head}{"".join(spans)}</div>'

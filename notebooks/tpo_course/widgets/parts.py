@@ -182,6 +182,27 @@ def bundle(box: w.Widget, text: str, *, image: bytes = b"", page: str = "") -> d
     return shown
 
 
+class Shown:
+    """Widgets that a cell has made itself, with what stands in their place where there is no kernel.
+
+    Args:
+        box: what a kernel shows.
+        text: its present state in one line.
+        image, page: a picture (PNG) or HTML of the same state; one of them has to be given.
+
+    Raises:
+        ValueError: neither picture nor page.
+    """
+
+    def __init__(self, box: w.Widget, text: str, *, image: bytes = b"", page: str = "") -> None:
+        if not image and not page:
+            raise ValueError("shown: give image= or page=: without a kernel a reader would see one line of text")
+        self.box, self._rest = box, {"text": text, "image": image, "page": page}
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, **self._rest)
+
+
 class Lab:
     """Two columns of controls, a picture below them, and its numbers as text. Set `controls[name].value` from a cell.
 
@@ -213,8 +234,8 @@ class Lab:
             self.controls[name].value = value
         self._held = False
 
-    def _show(self, alt: str, text: str) -> None:
-        self.alt, self._png = alt, png(self.figure, LAB_DPI, pil_kwargs={"compress_level": 1})
+    def _show(self, alt: str, text: str, picture: bytes = b"") -> None:
+        self.alt, self._png = alt, picture or png(self.figure, LAB_DPI, pil_kwargs={"compress_level": 1})
         source = base64.b64encode(self._png).decode()
         self.text.value = f"{STATUS}{text}</div>"
         alt = escape(alt, quote=True)

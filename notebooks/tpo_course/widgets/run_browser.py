@@ -3,13 +3,29 @@
 from pathlib import Path
 
 import ipywidgets as w
+from matplotlib.axes import Axes
 
-from tpo_course.widgets.parts import bundle, image, interval, look, on, page, png, room, samples, still, training
+from tpo_course.widgets.parts import (
+    BEHIND,
+    bundle,
+    image,
+    interval,
+    look,
+    on,
+    page,
+    png,
+    room,
+    samples,
+    still,
+    training,
+)
 from tpo_lib.files.store import read_json
 from tpo_lib.runs import plots
+from tpo_lib.runs.plots import FONT
 
 SHOWN = 3
 PLANE = [(0.13, 0.275, 0.845, 0.7)]  # as PANELS, of the plane of the frontier
+LANES = (("beta", "alpha", "β", "--"), ("alpha", "beta", "α", ":"))  # slider, the other one, its sign, its lines
 
 
 class RunBrowser:
@@ -86,13 +102,36 @@ class RunBrowser:
             f"entropy {metrics['entropy']['mean']:.2f} nats a token ({start['entropy']['mean']:.2f} at the start)."
         )
         others = [run for run in self.content["runs"] if run is not self.run]
-        points = png(still(plots.highlight(others, self.run, start), PLANE))
+        plane = plots.highlight(others, self.run, start)
+        self._name(plane.axes[0])
+        points = png(still(plane, PLANE))
         curve = training({name: self.run["training"]})
         # All at once: a reader who looks at the text and then at the pictures sees the same run.
         self.facts.value = page(facts)
         self.points.value, self.curve.value = points, curve
         before, after = self.content["start"]["samples"], self.run["samples"]
         self.samples.value = samples(label, before[:SHOWN], after[:SHOWN])
+
+    def _name(self, ax: Axes) -> None:
+        """Say which runs of the objective a slider leads to: below, a lane a slider with their values, a line to each run."""
+        step = (ax.get_xlim()[1] - ax.get_xlim()[0]) / 14  # the width of a value
+        for (name, fixed, symbol, line), height in zip(LANES, (0.3, 0.1), strict=True):
+            along = sorted(
+                (r for r in self._mine if r[fixed] == self.run[fixed]), key=lambda r: plots.mean(r["metrics"], "kl")
+            )
+            if len(along) < 2:
+                continue
+            place = max(3 * step, min(plots.mean(r["metrics"], "kl") for r in along) + step)
+            across = ax.get_xaxis_transform()  # x as the data, y a share of the height
+            ax.text(place - step, height, f"{symbol} =", transform=across, va="center", ha="center", fontsize=FONT - 1)
+            for r in along:
+                at = plots.mean(r["metrics"], "kl"), plots.mean(r["metrics"], "reward")
+                ax.annotate(
+                    f"{r[name]:g}", at, (place, height), textcoords=across, va="center", ha="center", fontsize=FONT - 1,
+                    fontweight="bold" if r is self.run else "normal", bbox=BEHIND,
+                    arrowprops={"arrowstyle": "-", "linestyle": line, "color": "#777777", "linewidth": 0.8, "shrinkB": 3},
+                )  # fmt: skip
+                place += step
 
 
 run_browser = RunBrowser  # as the chapters call it
