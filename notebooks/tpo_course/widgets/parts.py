@@ -188,13 +188,14 @@ class Shown:
     Args:
         box: what a kernel shows.
         text: its present state in one line.
-        image, page: a picture (PNG) or HTML of the same state; one of them has to be given.
+        image, page: a picture (PNG, or a Figure) or HTML of the same state; one of them has to be given.
 
     Raises:
         ValueError: neither picture nor page.
     """
 
-    def __init__(self, box: w.Widget, text: str, *, image: bytes = b"", page: str = "") -> None:
+    def __init__(self, box: w.Widget, text: str, *, image: bytes | Figure = b"", page: str = "") -> None:
+        image = png(image) if isinstance(image, Figure) else image
         if not image and not page:
             raise ValueError("shown: give image= or page=: without a kernel a reader would see one line of text")
         self.box, self._rest = box, {"text": text, "image": image, "page": page}
