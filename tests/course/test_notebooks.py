@@ -61,9 +61,7 @@ def bare_widgets(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", COURSE)
-def test_a_reader_without_a_kernel_sees_something_of_every_widget(path, request):
-    if path.stem == "07_break_it":  # its last cell of dials has to be executed with `widgets.shown`
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the dials of chapter 7 are stored as a bare repr"))
+def test_a_reader_without_a_kernel_sees_something_of_every_widget(path):
     assert not bare_widgets(path)
 
 
