@@ -109,13 +109,18 @@ def _set_address(notebook, name: str) -> None:
 
 
 def _clean(notebook) -> None:
-    """Strip widget state, timestamps and what a cell writes to stderr (progress bars, warnings of the machine)."""
+    """Strip widget state, timestamps, progress bars and what else a cell writes to stderr (warnings of the machine)."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr" and not _is_bar(each)]
+
+
+def _is_bar(output) -> bool:
+    """Whether an output is a progress bar, which is a widget where ipywidgets is installed."""
+    return re.search(r"\d%\|", output.get("data", {}).get("text/plain", "")) is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

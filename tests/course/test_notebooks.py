@@ -132,7 +132,9 @@ def test_refresh_is_idempotent_and_leaves_a_failing_notebook_alone(tmp_path):
     book = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_markdown_cell("# T", id="a"),
-            nbformat.v4.new_code_cell("import sys; print(1, file=sys.stderr); 2", id="b"),
+            nbformat.v4.new_code_cell(
+                "import sys; print(1, file=sys.stderr); from tqdm.notebook import tqdm; [*tqdm([1])]; 2", id="b"
+            ),
         ]
     )
     path = tmp_path / "x.ipynb"
