@@ -8,7 +8,7 @@ BENCH := .venv-bench
 ALONE := tests/browser tests/course/test_widgets_loss_lab.py# these time how soon a widget answers
 TWICE := -n 2 --dist loadfile --no-loadscope-reorder # pytest in two processes; a file stays in one of them
 
-.PHONY: setup run smollm2 quick test floor lint lab student notebooks pocket bench gpu clean
+.PHONY: setup run smollm2 quick test floor lint lab student notebooks pocket bench gpu site clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,9 @@ student: setup  ## a copy of the course for a class, without its answers: make s
 
 notebooks: setup  ## execute and clean every notebook of the course, in place
 	$(BIN)/python -m tpo_course.notebooks
+
+site: setup  ## the course as pages that anyone can read, in site/: no kernel, no network
+	$(BIN)/python -m tpo_course.site
 
 pocket: setup  ## rebuild the bundled model (hours): make pocket IMDB=folder
 	$(BIN)/python -m tpo_lib pocket $(if $(IMDB),--imdb $(IMDB))

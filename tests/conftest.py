@@ -70,3 +70,11 @@ def small_stage(tmp_path_factory):
         max_held_out_pairs=8,
     )
     return build_stage(config, cache_dir=tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The whole site, built once: see `tpo_course.site.build`."""
+    from tpo_course.site.build import build
+
+    return build(tmp_path_factory.mktemp("site") / "out")

@@ -1,0 +1,206 @@
+"""The site in a real browser, from a folder: formulas drawn, labs with Python's numbers, nothing fetched, no barrier."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import cache
+
+import pytest
+import torch
+
+from browser.harness import START_SECONDS
+from tpo_course import frontier
+from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
+from tpo_course.site.living import LABS, pair, runs
+from tpo_course.site.source import pages
+from tpo_course.widgets.parts import interval
+from tpo_lib.losses import F_FLOOR, OBJECTIVES
+from tpo_lib.runs.plots import style_of
+
+KINDS = ("notebooks/00_start_here.html", "notebooks/notation.html", "docs/results.html", *(lab.target for lab in LABS))
+GUIDE_BETA = 0.1
+known_pair = cache(pair)  # making the widget once is enough
+
+
+@pytest.fixture(scope="module")
+def show(browser, site):
+    """show(target, **how) -> a page of the site; whatever leaves the machine is stopped and fails the test."""
+    asked, opened = [], []
+
+    def refuse(route):
+        asked.append(route.request.url)
+        route.abort()
+
+    def open_page(target: str, width: int = 1440, **how):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **how)
+        context.route(re.compile(r"^(?!file:|data:)"), refuse)
+        page = context.new_page()
+        page.on("pageerror", lambda error: asked.append(f"{target}: {error}"))
+        page.set_default_timeout(1000 * START_SECONDS)
+        page.goto((site.out / target).as_uri())
+        opened.append(context)
+        return page
+
+    yield open_page
+    for context in opened:
+        context.close()
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in pages() if p.source in ("notebooks/02_dpo.ipynb", "notebooks/notation.md")]
+)
+def test_formulas_are_drawn(show, site, page):
+    sizes = show(page.target).evaluate(
+        """() => { document.querySelectorAll("main details").forEach((each) => { each.open = true; });
+        return [...document.querySelectorAll("math")].map((m) => m.getBoundingClientRect()).map((r) => [r.width, r.height]); }"""
+    )
+    assert len(sizes) == site.formulas[page.source] > 40
+    assert all(width > 3 and height > 5 for width, height in sizes)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_page_is_wider_than_the_screen(show, width):
+    for target in ("index.html", "studies/results/guides.html", *KINDS):
+        page = show(target, width)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, target
+        page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_barrier(show, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    options = {"resultTypes": ["violations"], "preload": False}
+    for target in KINDS:
+        page = show(target, color_scheme=scheme)
+        found = Axe().run(page, options=options).response["violations"]
+        grave = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+        assert not grave, target
+        page.context.close()
+
+
+def test_dark_and_light(show):
+    page = show("notebooks/notation.html", color_scheme="light")
+    button, paper = page.locator("#theme"), "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    button.press("Enter")
+    assert page.evaluate(paper) == "rgb(20, 23, 26)"
+    assert button.inner_text() == "Light"
+    page.emulate_media(media="print")
+    assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    assert not page.locator(".menu").is_visible()
+
+
+def test_paper_unfolds_and_folds_again(show):
+    page = show("notebooks/02_dpo.html")
+    shut = "document.querySelectorAll('main details:not([open])').length"
+    before = page.evaluate(shut)
+    assert before > 10
+    assert page.evaluate(f"dispatchEvent(new Event('beforeprint')), {shut}") == 0
+    assert page.evaluate(f"dispatchEvent(new Event('afterprint')), {shut}") == before
+
+
+def settings() -> list[dict]:
+    """Many ways to set the loss lab: its situations, with hyperparameters from end to end."""
+    known = known_pair()
+    names = ("chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl")
+    rows = [*known["situations"].values(), (40.0, -40.0, 40.0, 0.0), (-40.0, 40.0, 0.0, 40.0), (0.5, 0.5, 1.0, 7.5)]
+    hyper = itertools.product((0.01, 0.1, 3.0), (0.0, 0.35, 2.0), (0.0, 0.5, 2.0), ("linear", "exp"), (0.0, 1.0, 4.0))
+    keys = ("beta", "alpha", "gamma", "shaping", "guide")
+    every = [dict(zip(names, row, strict=True)) | dict(zip(keys, h, strict=True)) for h in hyper for row in rows]
+    return every[::7]
+
+
+def by_python(name: str, now: dict) -> list[float]:
+    """Loss, slope, margin, its terms, and the coefficients and weights of every token."""
+    known = known_pair()
+    sides = []
+    for side in ("chosen", "rejected"):
+        r_hat = now["guide"] * torch.tensor(list(known[side].values()), dtype=torch.float64)
+        given = {"guide_beta": GUIDE_BETA, "ref_logp": known["ref_logp"]}
+        sides.append(spread(now[f"{side}_logratio"], now[f"{side}_kl"], r_hat, **given))
+    hyper = OBJECTIVES[name].settings({**now, "guide_beta": GUIDE_BETA, "floor": F_FLOOR})
+    found, terms = coefficients(name, *sides, **hyper), margin_terms(name, *sides, **hyper)
+    slope = loss_at(name, found.margin, **hyper)[1]
+    parts = [found.output.loss, slope, found.margin, *terms.values(), found.chosen.logps[0], found.rejected.logps[0]]
+    for of in ("kl", "weights"):
+        parts += [getattr(side, of)[0] for side in (found.chosen, found.rejected) if getattr(side, of) is not None]
+    return [number for part in parts for number in part.flatten().tolist()]
+
+
+def test_the_loss_labs_numbers_are_pythons(show):
+    every, names = settings(), list(known_pair()["objectives"])
+    assert len(every) > 100
+    assert names == [name for name, entry in OBJECTIVES.items() if entry.paired]
+    by_javascript = show("labs/loss.html").evaluate(
+        """([names, every]) => names.map((name) => every.map((now) => {
+            const { loss, slope, margin, terms, logps, kl, weights } = lab.compute(name, now);
+            return [loss, slope, margin, ...terms, ...logps, ...(kl ?? []), ...(weights ?? [])]; }))""",
+        [names, every],
+    )
+    for name, rows in zip(names, by_javascript, strict=True):
+        for now, row in zip(every, rows, strict=True):
+            assert row == pytest.approx(by_python(name, now), rel=1e-6, abs=1e-9), (name, now)
+
+
+def test_the_loss_lab_answers(show):
+    page = show("labs/loss.html")
+    page.get_by_label("objective").select_option("tdpo2")
+    page.get_by_label("situation").select_option("half-way through training")
+    assert page.evaluate("lab.controls.value('rejected_kl')") == 3.0
+    before = page.locator(".facts").inner_text()
+    page.get_by_label("β", exact=True).press("ArrowRight")
+    after = page.locator(".facts").inner_text()
+    assert before != after
+    assert after.startswith("TDPO2: margin ")
+    page.get_by_label("SeqKL rejected").press("ArrowRight")
+    assert page.get_by_label("situation").input_value() == "set by hand"
+    assert page.get_by_label("γ").is_disabled()
+    page.get_by_label("objective").select_option("tgdpo")
+    assert page.locator("svg[role=img]").count() == 4
+
+
+def test_the_run_browser_shows_every_run(show):
+    page = show("labs/runs.html")
+    for run in runs()["runs"]:
+        said = page.evaluate(
+            """({ objective, beta, alpha }) => { const { controls, follow } = lab;
+            for (const [name, value] of [["objective", objective], ["beta", beta], ["alpha", alpha]])
+                { controls.put(name, value); follow(name); }
+            return lab.text(); }""",
+            {key: run[key] for key in ("objective", "beta", "alpha")},
+        )
+        alpha = f", alpha {run['alpha']:g}" if run["alpha"] else ""
+        reward, kl = interval(run["metrics"]["reward"]), interval(run["metrics"]["kl"])
+        start = f"{style_of(run['objective']).label}, beta {run['beta']:g}{alpha}: reward {reward} from "
+        assert said.startswith(start)
+        assert f"reference) {kl} nats" in said
+        assert run["samples"][2]["text"].split()[-1] in page.locator(".sample").last.inner_text()
+
+
+def test_the_frontier_lab_reads_the_grid_as_python_does(show):
+    page = show("labs/frontier.html")
+    places = [(name, key) for name, key, _ in frontier.places()]
+    found = page.evaluate(
+        """(places) => places.map(([name, key]) => { const at = {};
+        data.reads[name].forEach((axis, i) => { at[axis] = Number(key.split(",")[i]); });
+        const run = lab.run(name, at);
+        return [run.kl, run.reward, run.loss, run.logratio, lab.tree(run, 1).map((row) => row.policy)]; })""",
+        places,
+    )
+    grid = frontier.grid()
+    ref = torch.tensor(page.evaluate("data.ref"), dtype=torch.float64) / 1e5
+    for (name, _, setting), (kl, reward, loss, logratio, policy) in zip(frontier.places(), found, strict=True):
+        run = grid[frontier.needed(name, setting)]
+        assert kl == pytest.approx(run.kl)
+        assert reward == pytest.approx(run.returns)
+        assert loss == pytest.approx(run.loss)
+        assert logratio == pytest.approx(run.logratio.flatten().tolist())
+        assert policy == pytest.approx((ref * run.logratio.flatten().exp()).tolist())
+    before = page.locator(".facts").inner_text()
+    page.get_by_label("beta").press("ArrowRight")
+    assert page.locator(".facts").inner_text() != before
+    page.get_by_label("look closer at").select_option("tgdpo")
+    assert "TGDPO ends at a return of " in page.locator(".facts").inner_text()
