@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpo_course.exercise import Case, loss_of, marks, narrow, normal
+from tpo_course.exercise import Case, loss_of, normal
+from tpo_course.pair_cases import far_apart, means, on_both, pairs_of, still
 from tpo_course.words import Chapter
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
@@ -156,32 +157,7 @@ seq_kl = chapter.exercise(
 )
 
 
-# ---- tdpo1_loss and tdpo2_loss: statistics of pairs as cases
-
-
-def _side(mask: Tensor, draw: Callable[..., Tensor], drift: float = 0.0) -> TokenStats:
-    """Statistics of responses; the policy's log-probabilities and the KL are leaves with a gradient."""
-
-    def values(raw: Tensor) -> Tensor:
-        return torch.where(mask, raw, 0.0)
-
-    ref = values(-draw(*mask.shape).abs() - 0.3)
-    logps = values(ref - draw(*mask.shape).abs() + drift).requires_grad_()
-    return TokenStats(logps, ref, mask, kl=values(draw(*mask.shape).square() + 0.1).requires_grad_())
-
-
-def _pairs_of(seed: int) -> dict[str, TokenStats]:
-    draw = normal(seed)
-    chosen = _side(marks(".xxxxx.", "..xxx..", "xx.xx.."), draw)  # the last one has a hole
-    return {"chosen": chosen, "rejected": _side(marks(".xxx...", "..x.xxx", "xxxxxxx"), draw)}
-
-
-def _far_apart() -> dict[str, TokenStats]:
-    """One pair that the policy has wrong by hundreds of nats, in float32 as in training."""
-    draw = normal(4)
-    sides = {"chosen": _side(marks("xxx.."), draw, drift=-400.0), "rejected": _side(marks(".xxxx"), draw, drift=2.0)}
-    return {name: narrow(side) for name, side in sides.items()}
-
+# ---- tdpo1_loss and tdpo2_loss
 
 _tdpo1, _tdpo2 = loss_of(losses.tdpo1), loss_of(losses.tdpo2)
 
@@ -199,20 +175,11 @@ def _loss(
     return loss
 
 
-def _means(side: TokenStats) -> TokenStats:
-    """Statistics whose sums are the means of the old ones."""
-    return side.map(lambda field: field / side.mask.sum(-1, keepdim=True) if field.is_floating_point() else field)
-
-
-def _both(change: Callable[[TokenStats], TokenStats], loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda chosen, rejected, **given: loss(change(chosen), change(rejected), **given)
-
-
 def _in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
     """The mistakes that TDPO1 and TDPO2 share; `margin` is the right one."""
     return {
-        "means": _both(_means, loss),
-        "mean_kl": _both(lambda side: replace(side, kl=_means(side).kl), loss),
+        "means": on_both(means, loss),
+        "mean_kl": on_both(lambda side: replace(side, kl=means(side).kl), loss),
         "swapped": lambda chosen, rejected, **given: loss(rejected, chosen, **given),
         "no_minus": lambda **given: -loss(**given),
         "log_of_sigmoid": _loss(margin, lambda x: torch.sigmoid(x).log()),
@@ -223,9 +190,9 @@ tdpo1_loss = chapter.exercise(
     "tdpo1_loss",
     _tdpo1,
     lambda: (
-        Case("responses of unequal length, beta = 0.1", **_pairs_of(2), beta=0.1),
-        Case("beta = 0.7", **_pairs_of(3), beta=0.7),
-        Case("a pair that is wrong by hundreds of nats, in float32", **_far_apart(), beta=0.5),
+        Case("responses of unequal length, beta = 0.1", **pairs_of(2), beta=0.1),
+        Case("beta = 0.7", **pairs_of(3), beta=0.7),
+        Case("a pair that is wrong by hundreds of nats, in float32", **far_apart(), beta=0.5),
     ),
     sign_of_delta=_loss(lambda u, c, r, beta: u + (r - c)),
     no_beta_on_delta=_loss(lambda u, c, r, beta: u - (r - c) / beta),
@@ -234,7 +201,7 @@ tdpo1_loss = chapter.exercise(
     rejected_kl_stopped=_loss(lambda u, c, r, beta: u - (r.detach() - c)),
     both_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c).detach()),
     kl_added=_loss(lambda u, c, r, beta: u - (r + c)),
-    no_reference=_both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
+    no_reference=on_both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
     **_in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
 )
 
@@ -243,10 +210,10 @@ tdpo2_loss = chapter.exercise(
     "tdpo2_loss",
     _tdpo2,
     lambda: (
-        Case("responses of unequal length, beta = 0.1, alpha = 0.5", **_pairs_of(5), beta=0.1, alpha=0.5),
-        Case("beta = 0.7, alpha = 0.2", **_pairs_of(6), beta=0.7, alpha=0.2),
-        Case("alpha = 1, where the value is TDPO1's", **_pairs_of(7), beta=0.3, alpha=1.0),
-        Case("a pair that is wrong by hundreds of nats, in float32", **_far_apart(), beta=0.5, alpha=0.5),
+        Case("responses of unequal length, beta = 0.1, alpha = 0.5", **pairs_of(5), beta=0.1, alpha=0.5),
+        Case("beta = 0.7, alpha = 0.2", **pairs_of(6), beta=0.7, alpha=0.2),
+        Case("alpha = 1, where the value is TDPO1's", **pairs_of(7), beta=0.3, alpha=1.0),
+        Case("a pair that is wrong by hundreds of nats, in float32", **far_apart(), beta=0.5, alpha=0.5),
     ),
     nothing_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
     wrong_side_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
@@ -274,16 +241,12 @@ def _extra(chosen: TokenStats, rejected: TokenStats, beta: float) -> Tensor:
     return -beta * torch.sigmoid(-margin)
 
 
-def _still(side: TokenStats) -> TokenStats:
-    return side.map(Tensor.detach)
-
-
 chosen_kl_pull = chapter.exercise(
     "chosen_kl_pull",
     _extra,
     lambda: (
-        Case("responses of unequal length", **{k: _still(v) for k, v in _pairs_of(8).items()}, beta=0.1),
-        Case("beta = 0.7", **{k: _still(v) for k, v in _pairs_of(9).items()}, beta=0.7),
+        Case("responses of unequal length", **{k: still(v) for k, v in pairs_of(8).items()}, beta=0.1),
+        Case("beta = 0.7", **{k: still(v) for k, v in pairs_of(9).items()}, beta=0.7),
     ),
     sign_reversed=lambda **given: -_extra(**given),
     no_beta=lambda beta, **given: _extra(beta=beta, **given) / beta,

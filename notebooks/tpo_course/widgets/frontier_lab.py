@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, grid, needed
+from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, needed
+from tpo_course.frontier_grid import grid
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets import frontier_pictures as pictures
 from tpo_course.widgets.latest import Latest
