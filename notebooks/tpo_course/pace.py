@@ -24,7 +24,8 @@ LINE = 3 / 60  # of code, or of what code prints
 FIGURE = 0.75  # to look at: axes, then what they say
 WIDGET = 3.0  # to play with
 QUESTION = 1.0  # of a quiz, with the reasons of the wrong answers
-CARD = 3.0  # of an exercise, over its own minutes: task, hints, a first answer that is wrong
+CARD = 3.0  # of a function to write, over its own minutes: task, hints, a first answer that is wrong
+VERDICT = 0.5  # of what is answered with letters, a number or words, over its own minutes: what the checker says
 
 FOLDER = Path(__file__).parents[1]
 README = FOLDER.parent / "README.md"
@@ -61,7 +62,8 @@ def exercises(notebook) -> dict[str, float]:
         if name.strip() == "quiz":
             minutes["quiz"] = QUESTION * words.count("### question")
         elif own := re.search(r"about (\d+) minutes?\)", words):
-            minutes[name.strip()] = CARD + float(own[1])
+            written = not re.search(r"^### (choice:|truth|rubric)", words, flags=re.MULTILINE)
+            minutes[name.strip()] = (CARD if written else VERDICT) + float(own[1])
     return minutes
 
 

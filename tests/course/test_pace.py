@@ -9,6 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tpo_course import notebooks, pace
+from tpo_course.exercises import dpo
 
 README = pace.README.read_text(encoding="utf-8")
 COURSE = [pytest.param(path, id=path.stem) for path in notebooks.course()]
@@ -50,6 +51,15 @@ def test_an_exercise_counts_once_and_the_quiz_by_its_questions():
     assert pace.of_cells(book) == pytest.approx(
         [line, own + pace.CARD + line, line, words.count("### question") + line]
     )
+
+
+def test_what_is_answered_without_code_takes_its_own_minutes_and_a_look_at_the_verdict():
+    book = new_notebook(cells=[new_code_cell("from tpo_course.exercises import dpo as check")])
+    by_kind = {task.kind: task for task in dpo.chapter.tasks.values()}
+    assert {"function", "predict", "order", "complete", "break_it", "name_the_bug", "open_ended"} <= set(by_kind)
+    for kind, task in by_kind.items():
+        more = pace.CARD if kind == "function" else pace.VERDICT
+        assert pace.exercises(book)[task.name] == task.minutes + more, kind
 
 
 def test_optional_cells_are_no_part_of_the_core():
