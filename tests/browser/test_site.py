@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from browser.harness import START_SECONDS
-from tpo_course import frontier
+from tpo_course import frontier_grid
 from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
+from tpo_course.frontier import needed
 from tpo_course.site.living import LABS, pair, runs
 from tpo_course.site.source import pages
 from tpo_course.widgets.parts import interval
@@ -182,7 +183,7 @@ def test_the_run_browser_shows_every_run(show):
 
 def test_the_frontier_lab_reads_the_grid_as_python_does(show):
     page = show("labs/frontier.html")
-    places = [(name, key) for name, key, _ in frontier.places()]
+    places = [(name, key) for name, key, _ in frontier_grid.places()]
     found = page.evaluate(
         """(places) => places.map(([name, key]) => { const at = {};
         data.reads[name].forEach((axis, i) => { at[axis] = Number(key.split(",")[i]); });
@@ -190,10 +191,10 @@ def test_the_frontier_lab_reads_the_grid_as_python_does(show):
         return [run.kl, run.reward, run.loss, run.logratio, lab.tree(run, 1).map((row) => row.policy)]; })""",
         places,
     )
-    grid = frontier.grid()
+    grid = frontier_grid.grid()
     ref = torch.tensor(page.evaluate("data.ref"), dtype=torch.float64) / 1e5
-    for (name, _, setting), (kl, reward, loss, logratio, policy) in zip(frontier.places(), found, strict=True):
-        run = grid[frontier.needed(name, setting)]
+    for (name, _, setting), (kl, reward, loss, logratio, policy) in zip(frontier_grid.places(), found, strict=True):
+        run = grid[needed(name, setting)]
         assert kl == pytest.approx(run.kl)
         assert reward == pytest.approx(run.returns)
         assert loss == pytest.approx(run.loss)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tpo_course import frontier
+from tpo_course import frontier_grid
 from tpo_course.widgets.loss_lab import SITUATIONS, loss_lab
 from tpo_course.widgets.loss_picture import CHOSEN, REF_LOGP, REJECTED
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
@@ -88,7 +88,7 @@ def control(made) -> dict:
 
 def exact() -> dict:
     """The grid of the frontier lab."""
-    grid = json.loads(frontier.GRID.read_text(encoding="utf-8"))
+    grid = json.loads(frontier_grid.GRID.read_text(encoding="utf-8"))
     return grid | {"look": look(list(grid["reads"]))}
 
 
