@@ -35,14 +35,6 @@ EXERCISES = [each for each in TASKS if each.values[1].kind == "function"]
 OTHERS = [each for each in TASKS if each.values[1].kind != "function"]
 # Written for chapters that do not show them yet: take a name out when its cells are there.
 AWAITED = {
-    "preferences.fit_rewards",
-    "preferences.four_times_the_labels",
-    "preferences.line_of_the_loss",
-    "preferences.loss_in_steps",
-    "preferences.shift_notices",
-    "preferences.through_a_third",
-    "preferences.unseen",
-    "preferences.what_is_lost",
     "dpo.beta_at_the_end",
     "dpo.beta_at_the_start",
     "dpo.both_fall",

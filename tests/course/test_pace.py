@@ -53,6 +53,15 @@ def test_an_exercise_counts_once_and_the_quiz_by_its_questions():
     )
 
 
+def test_the_controls_of_a_card_are_no_widget_to_play_with():
+    shown = new_output("display_data", data={pace.WIDGET_VIEW: {}})
+    book = new_notebook(cells=[new_code_cell("from tpo_course.exercises import dpo as check")])
+    book.cells += [new_code_cell(source, outputs=[shown]) for source in ("check.first_loss", "widgets.loss_lab()")]
+    _, card, widget = pace.of_cells(book)
+    assert card == pytest.approx(dpo.first_loss.minutes + pace.VERDICT + pace.LINE)
+    assert widget == pytest.approx(pace.WIDGET + pace.LINE)
+
+
 def test_what_is_answered_without_code_takes_its_own_minutes_and_a_look_at_the_verdict():
     book = new_notebook(cells=[new_code_cell("from tpo_course.exercises import dpo as check")])
     by_kind = {task.kind: task for task in dpo.chapter.tasks.values()}

@@ -291,6 +291,17 @@ shift_notices = chapter.break_it(
 )
 line_of_the_loss = chapter.name_the_bug("line_of_the_loss", "mean_inside")
 what_is_lost = chapter.open_ended("what_is_lost")
+how_many = chapter.predict("how_many", 7, within=0.01, nine=9, twelve=12, six=6)
+one_nat = chapter.predict("one_nat", 0.73, within=0.1, always=1.0, never_sure=0.5, one_minus=0.63)
+cycle = chapter.predict("cycle", 0.5, within=0.1, compromise=0.7, as_told=0.9)
+guess_or_coin = chapter.predict("guess_or_coin", "+")
+badly_wrong = chapter.predict("badly_wrong", 2, within=0.1, by_the_loss=14.4, linear=10, vanishes=0, by_the_odds=22_026)
+no_noise = chapter.predict("no_noise", "none")
+paid_most = chapter.predict("paid_most", "awful")
+close_pairs = chapter.predict("close_pairs", 0.38, most=0.8, few=0.1)
+felt_as_scores = chapter.predict("felt_as_scores", 0.57, within=0.08, as_before=0.79, coin=0.5, surer=0.9)
+fresh_correlation = chapter.predict("fresh_correlation", 0.34, within=0.4, as_in_training=1.0, nothing=0.0)
+close_or_clear = chapter.predict("close_or_clear", "+")
 
 
 quiz = chapter.quiz()
