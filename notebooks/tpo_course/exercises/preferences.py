@@ -71,7 +71,10 @@ preference_nll = chapter.exercise(
     lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).mean(),
     _batches,
     log_of_sigmoid=lambda reward_w, reward_l: -(reward_w - reward_l).sigmoid().log().mean(),
-    small_constant=tuple(_kept_off_zero(size, clamp) for size in SMALL for clamp in (False, True)),
+    small_constant=(
+        *(_kept_off_zero(size, clamp) for size in SMALL for clamp in (False, True)),
+        lambda reward_w, reward_l: F.binary_cross_entropy((reward_w - reward_l).sigmoid(), torch.ones_like(reward_w)),
+    ),
     no_minus=lambda reward_w, reward_l: F.logsigmoid(reward_w - reward_l).mean(),
     swapped=lambda reward_w, reward_l: -F.logsigmoid(reward_l - reward_w).mean(),
     summed=lambda reward_w, reward_l: -F.logsigmoid(reward_w - reward_l).sum(),
@@ -192,6 +195,7 @@ through_a_third = chapter.exercise(
     product=lambda p_ab, p_bc: p_ab * p_bc,
     either=lambda p_ab, p_bc: p_ab * p_bc + (1 - p_ab) * (1 - p_bc),
     averaged=lambda p_ab, p_bc: (p_ab + p_bc) / 2,
+    clearer_one=lambda p_ab, p_bc: torch.maximum(p_ab, p_bc),
     averaged_gaps=lambda p_ab, p_bc: torch.sigmoid((torch.logit(p_ab) + torch.logit(p_bc)) / 2),
     odds=lambda p_ab, p_bc: _odds(p_ab) * _odds(p_bc),
     gap=lambda p_ab, p_bc: torch.logit(p_ab) + torch.logit(p_bc),
@@ -266,7 +270,9 @@ def _world() -> TokenWorld:
 
 
 predict = chapter.answer
-four_times_the_labels = chapter.predict("four_times_the_labels", 0.5, quarter=0.25, no_gain=1.0, sixteenth=0.0625)
+four_times_the_labels = chapter.predict(
+    "four_times_the_labels", 0.5, quarter=0.25, no_gain=1.0, sixteenth=0.0625, upside_down=2
+)
 unseen = chapter.choose("unseen", "prompt_shift", "other_split")
 loss_in_steps = chapter.order(
     "loss_in_steps",
@@ -292,13 +298,13 @@ shift_notices = chapter.break_it(
 line_of_the_loss = chapter.name_the_bug("line_of_the_loss", "mean_inside")
 what_is_lost = chapter.open_ended("what_is_lost")
 how_many = chapter.predict("how_many", 7, within=0.01, nine=9, twelve=12, six=6)
-one_nat = chapter.predict("one_nat", 0.73, within=0.1, always=1.0, never_sure=0.5, one_minus=0.63)
+one_nat = chapter.predict("one_nat", 0.73, within=0.1, always=1.0, never_sure=0.5, one_minus=0.63, percent=73)
 cycle = chapter.predict("cycle", 0.5, within=0.1, compromise=0.7, as_told=0.9)
 guess_or_coin = chapter.predict("guess_or_coin", "+")
 badly_wrong = chapter.predict("badly_wrong", 2, within=0.1, by_the_loss=14.4, linear=10, vanishes=0, by_the_odds=22_026)
 no_noise = chapter.predict("no_noise", "none")
 paid_most = chapter.predict("paid_most", "awful")
-close_pairs = chapter.predict("close_pairs", 0.38, most=0.8, few=0.1)
+close_pairs = chapter.predict("close_pairs", 0.38, most=0.8, few=0.1, percent=38)
 felt_as_scores = chapter.predict("felt_as_scores", 0.57, within=0.08, as_before=0.79, coin=0.5, surer=0.9)
 fresh_correlation = chapter.predict("fresh_correlation", 0.34, within=0.4, as_in_training=1.0, nothing=0.0)
 close_or_clear = chapter.predict("close_or_clear", "+")
