@@ -206,7 +206,9 @@ class Order(Lettered):
             if names.index(first) < names.index(then):
                 return Verdict("wrong", message, (mistake,))
         good = next(i for i, (name, want) in enumerate(zip(names, right, strict=True)) if name != want)
-        start = "None of them stands where it should yet" if not good else f"The first {good} are right"
+        start = ("None of them stands where it should yet", "The first is right", f"The first {good} are right")[
+            min(good, 2)
+        ]
         return Verdict("wrong", f"{start}; {self.letter(names[good])} does not follow yet.")
 
     def _answer(self) -> str:

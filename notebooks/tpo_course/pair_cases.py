@@ -1,8 +1,10 @@
 """Statistics of pairs, as cases for losses that see the policy's KL, and changes to both sides of a pair."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.exercise import marks, narrow, normal
@@ -50,3 +52,33 @@ def on_both(change: Callable[[TokenStats], TokenStats], loss: Callable[..., Tens
 def still(side: TokenStats) -> TokenStats:
     """The same without gradients."""
     return side.map(Tensor.detach)
+
+
+def loss_of_margin(
+    margin: Callable[..., Tensor], log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid
+) -> Callable[..., Tensor]:
+    """-log sigma(margin(u, c, r, ...)) of u and beta SeqKL of chosen and rejected, (B,) each, beta and alpha."""
+
+    def loss(chosen: TokenStats, rejected: TokenStats, **given: float) -> Tensor:
+        won, lost = ((s.logps - s.ref_logps).sum(-1) for s in (chosen, rejected))
+        kl = (given["beta"] * s.kl.sum(-1) for s in (chosen, rejected))
+        return -log_sigmoid(margin(given["beta"] * (won - lost), *kl, **given))
+
+    return loss
+
+
+def in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The mistakes that TDPO1 and TDPO2 share; `margin` is the right one."""
+    return {
+        "means": on_both(means, loss),
+        "mean_kl": on_both(lambda side: replace(side, kl=means(side).kl), loss),
+        "swapped": lambda chosen, rejected, **given: loss(rejected, chosen, **given),
+        "no_beta": loss_of_margin(lambda u, c, r, beta, **given: margin(u, c, r, beta=beta, **given) / beta),
+        "penalty_outside": lambda **given: loss_of_margin(lambda u, c, r, **_: u)(**given) + _delta(**given),
+        "no_minus": lambda **given: -loss(**given),
+        "log_of_sigmoid": loss_of_margin(margin, lambda x: torch.sigmoid(x).log()),
+    }
+
+
+def _delta(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float = 1.0) -> Tensor:
+    return alpha * beta * (rejected.kl.sum(-1) - chosen.kl.sum(-1))

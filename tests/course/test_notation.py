@@ -232,7 +232,6 @@ COLLISIONS = {
 }
 # Found, and left to whoever writes the chapter next; what is mended may go from here, and nothing may come.
 LEFT = {
-    ("04_tdpo", "logits for a token"),
     ("06_compare", "the token reward for a run's"),
     ("06_compare", "the advantage for an area"),
     ("06_compare", "TDPO's delta for a difference"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 from tpo_course import notebooks
 
@@ -153,6 +156,19 @@ def test_refresh_is_idempotent_and_leaves_a_failing_notebook_alone(tmp_path):
     with pytest.raises(CellExecutionError):
         notebooks.refresh(path)
     assert _read(path) == broken
+
+
+def test_a_picture_gets_small_once_and_looks_the_same():
+    image = Image.new("RGBA", (200, 100), "white")
+    for x in range(200):
+        image.putpixel((x, x // 2), (x, 114, 178, 255))  # 200 colours
+    before = io.BytesIO()
+    image.save(before, "png")
+    small = notebooks._in_256_colours(base64.b64encode(before.getvalue()).decode())
+    shown = Image.open(io.BytesIO(base64.b64decode(small)))
+    assert shown.mode == "P"
+    assert ImageChops.difference(shown.convert("RGB"), image.convert("RGB")).getbbox() is None
+    assert notebooks._in_256_colours(small) == small
 
 
 def test_what_somebody_predicted_is_no_output_of_the_course(tmp_path):

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
 from tpo_course.exercise import Case, loss_of, normal
-from tpo_course.pair_cases import far_apart, means, on_both, pairs_of, still
+from tpo_course.pair_cases import far_apart, in_both, loss_of_margin, on_both, pairs_of, still
 from tpo_course.words import Chapter
 from tpo_course.world import TokenWorld
 from tpo_lib import losses
@@ -28,6 +29,10 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _forward(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
     return _kl(ref_logits, policy_logits)
+
+
+def _kl_div(first: Tensor, target: Tensor) -> Tensor:
+    return F.kl_div(first.log_softmax(-1), target.softmax(-1), reduction="none").sum(-1)
 
 
 def _of_softmax(log_ratio: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -69,9 +74,17 @@ forward_kl = chapter.exercise(
     "forward_kl",
     _forward,
     _kl_cases,
-    reverse=lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
+    reverse=(
+        lambda policy_logits, ref_logits: _kl(policy_logits, ref_logits),
+        lambda policy_logits, ref_logits: _kl_div(ref_logits, policy_logits),
+    ),
     log_of_softmax=_of_softmax(lambda ref, policy: ref.log() - policy.log()),
-    log_of_ratio=_of_softmax(lambda ref, policy: (ref / policy).log()),
+    log_of_ratio=(
+        _of_softmax(lambda ref, policy: (ref / policy).log()),
+        lambda policy_logits, ref_logits: kl_divergence(
+            Categorical(logits=ref_logits), Categorical(logits=policy_logits)
+        ),
+    ),
     small_constant=tuple(
         _of_softmax(lambda ref, policy, change=change: change(ref).log() - change(policy).log()) for change in OFF_ZERO
     ),
@@ -100,12 +113,13 @@ def _summed(
     cut_logits: Callable[[Tensor], Tensor] = _before,
     cut_labels: Callable[[Tensor], Tensor] = _after,
     mask: Callable[[Tensor], Tensor] = lambda response: response,
+    scored: Callable[[Tensor], Tensor] = lambda labels: labels != IGNORE,
 ) -> Callable[..., Tensor]:
     """(N,) KL summed where `mask` says so of (N, T-1) response tokens; the arguments are what people get wrong."""
 
     def seq_kl(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
         kl = _forward(cut_logits(policy_logits), cut_logits(ref_logits))
-        return torch.where(mask(cut_labels(labels) != IGNORE), kl, 0.0).sum(-1)
+        return torch.where(mask(scored(cut_labels(labels))), kl, 0.0).sum(-1)
 
     return seq_kl
 
@@ -148,10 +162,11 @@ seq_kl = chapter.exercise(
     mask_off_by_one=_summed(cut_labels=_before),
     shifted_backwards=_summed(_after, _before),
     no_mask=_summed(mask=torch.ones_like),
+    token_zero=_summed(scored=lambda labels: labels > 0),
     padding_counted=_summed(mask=_since_first),
     hole_filled=_summed(mask=lambda mask: _since_first(mask) & _since_first(mask.flip(-1)).flip(-1)),
     mean=lambda labels, **given: _sequence(labels=labels, **given) / (_after(labels) != IGNORE).sum(-1),
-    sampled_token=_sampled_token,
+    sampled_token=(_sampled_token, lambda **given: -_sampled_token(**given)),
     reverse=lambda policy_logits, ref_logits, labels: _sequence(ref_logits, policy_logits, labels),
     detached=lambda policy_logits, **given: _sequence(policy_logits.detach(), **given),
 )
@@ -162,30 +177,6 @@ seq_kl = chapter.exercise(
 _tdpo1, _tdpo2 = loss_of(losses.tdpo1), loss_of(losses.tdpo2)
 
 
-def _loss(
-    margin: Callable[..., Tensor], log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid
-) -> Callable[..., Tensor]:
-    """-log sigma(margin(u, c, r, ...)) of u and beta SeqKL of chosen and rejected, (B,) each, beta and alpha."""
-
-    def loss(chosen: TokenStats, rejected: TokenStats, **given: float) -> Tensor:
-        won, lost = ((s.logps - s.ref_logps).sum(-1) for s in (chosen, rejected))
-        kl = (given["beta"] * s.kl.sum(-1) for s in (chosen, rejected))
-        return -log_sigmoid(margin(given["beta"] * (won - lost), *kl, **given))
-
-    return loss
-
-
-def _in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """The mistakes that TDPO1 and TDPO2 share; `margin` is the right one."""
-    return {
-        "means": on_both(means, loss),
-        "mean_kl": on_both(lambda side: replace(side, kl=means(side).kl), loss),
-        "swapped": lambda chosen, rejected, **given: loss(rejected, chosen, **given),
-        "no_minus": lambda **given: -loss(**given),
-        "log_of_sigmoid": _loss(margin, lambda x: torch.sigmoid(x).log()),
-    }
-
-
 tdpo1_loss = chapter.exercise(
     "tdpo1_loss",
     _tdpo1,
@@ -194,15 +185,16 @@ tdpo1_loss = chapter.exercise(
         Case("beta = 0.7", **pairs_of(3), beta=0.7),
         Case("a pair that is wrong by hundreds of nats, in float32", **far_apart(), beta=0.5),
     ),
-    sign_of_delta=_loss(lambda u, c, r, beta: u + (r - c)),
-    no_beta_on_delta=_loss(lambda u, c, r, beta: u - (r - c) / beta),
+    sign_of_delta=loss_of_margin(lambda u, c, r, beta: u + (r - c)),
+    no_beta_on_delta=loss_of_margin(lambda u, c, r, beta: u - (r - c) / beta),
     no_delta=loss_of(losses.dpo),
-    chosen_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c.detach())),
-    rejected_kl_stopped=_loss(lambda u, c, r, beta: u - (r.detach() - c)),
-    both_kl_stopped=_loss(lambda u, c, r, beta: u - (r - c).detach()),
-    kl_added=_loss(lambda u, c, r, beta: u - (r + c)),
+    chosen_kl_stopped=loss_of_margin(lambda u, c, r, beta: u - (r - c.detach())),
+    rejected_kl_stopped=loss_of_margin(lambda u, c, r, beta: u - (r.detach() - c)),
+    both_kl_stopped=loss_of_margin(lambda u, c, r, beta: u - (r - c).detach()),
+    kl_added=loss_of_margin(lambda u, c, r, beta: u - (r + c)),
+    one_kl=(loss_of_margin(lambda u, c, r, beta: u - r), loss_of_margin(lambda u, c, r, beta: u + c)),
     no_reference=on_both(lambda side: replace(side, ref_logps=torch.zeros_like(side.ref_logps)), _tdpo1),
-    **_in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
+    **in_both(_tdpo1, lambda u, c, r, beta: u - (r - c)),
 )
 
 
@@ -215,19 +207,19 @@ tdpo2_loss = chapter.exercise(
         Case("alpha = 1, where the value is TDPO1's", **pairs_of(7), beta=0.3, alpha=1.0),
         Case("a pair that is wrong by hundreds of nats, in float32", **far_apart(), beta=0.5, alpha=0.5),
     ),
-    nothing_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
-    wrong_side_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
-    both_stopped=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),
-    chosen_kl_gone=_loss(lambda u, c, r, beta, alpha: u - alpha * r),
+    nothing_stopped=loss_of_margin(lambda u, c, r, beta, alpha: u - alpha * (r - c)),
+    wrong_side_stopped=loss_of_margin(lambda u, c, r, beta, alpha: u - alpha * (r.detach() - c)),
+    both_stopped=loss_of_margin(lambda u, c, r, beta, alpha: u - alpha * (r - c).detach()),
+    chosen_kl_gone=loss_of_margin(lambda u, c, r, beta, alpha: u - alpha * r),
     chosen_side_detached=lambda chosen, **given: _tdpo2(chosen.map(Tensor.detach), **given),
-    no_alpha=_loss(lambda u, c, r, beta, alpha: u - (r - c.detach())),
-    alpha_on_log_ratios=_loss(lambda u, c, r, beta, alpha: alpha * u - (r - c.detach())),
-    alpha_on_margin=_loss(lambda u, c, r, beta, alpha: alpha * (u - (r - c.detach()))),
-    alpha_on_rejected_alone=_loss(lambda u, c, r, beta, alpha: u - (alpha * r - c.detach())),
-    alpha_on_chosen_alone=_loss(lambda u, c, r, beta, alpha: u - (r - alpha * c.detach())),
-    sign_of_delta=_loss(lambda u, c, r, beta, alpha: u + alpha * (r - c.detach())),
-    no_beta_on_delta=_loss(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
-    **_in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
+    no_alpha=loss_of_margin(lambda u, c, r, beta, alpha: u - (r - c.detach())),
+    alpha_on_log_ratios=loss_of_margin(lambda u, c, r, beta, alpha: alpha * u - (r - c.detach())),
+    alpha_on_margin=loss_of_margin(lambda u, c, r, beta, alpha: alpha * (u - (r - c.detach()))),
+    alpha_on_rejected_alone=loss_of_margin(lambda u, c, r, beta, alpha: u - (alpha * r - c.detach())),
+    alpha_on_chosen_alone=loss_of_margin(lambda u, c, r, beta, alpha: u - (r - alpha * c.detach())),
+    sign_of_delta=loss_of_margin(lambda u, c, r, beta, alpha: u + alpha * (r - c.detach())),
+    no_beta_on_delta=loss_of_margin(lambda u, c, r, beta, alpha: u - alpha * (r - c.detach()) / beta),
+    **in_both(_tdpo2, lambda u, c, r, beta, alpha: u - alpha * (r - c.detach())),
 )
 
 
@@ -254,6 +246,11 @@ chosen_kl_pull = chapter.exercise(
     of_dpo=lambda chosen, rejected, beta: _extra(
         replace(chosen, kl=torch.zeros_like(chosen.kl)), replace(rejected, kl=torch.zeros_like(rejected.kl)), beta
     ),
+    sign_of_delta=lambda chosen, rejected, beta: _extra(
+        replace(chosen, kl=-chosen.kl), replace(rejected, kl=-rejected.kl), beta
+    ),
+    the_loss=lambda **given: _tdpo1(**given),
+    slope_of_sigma=lambda beta, **given: _extra(beta=beta, **given) * (1 + _extra(beta=beta, **given) / beta),
     per_token=lambda chosen, rejected, beta: _extra(chosen, rejected, beta) / chosen.mask.sum(-1),
     start_of_training=lambda chosen, rejected, beta: torch.full_like(chosen.kl[:, 0], -beta / 2),
 )
@@ -298,6 +295,11 @@ delta_notices = chapter.break_it(
 )
 line_of_tdpo2 = chapter.name_the_bug("line_of_tdpo2", "bug_7")
 why_stop = chapter.open_ended("why_stop")
+eos_at_once = chapter.predict("eos_at_once", "-")
+forgotten_token = chapter.predict("forgotten_token", "forward")
+gap_by_beta = chapter.predict("gap_by_beta", "large")
+rejected_on_reviews = chapter.predict("rejected_on_reviews", "+")
+at_equal_reward = chapter.predict("at_equal_reward", "nothing")
 
 
 quiz = chapter.quiz()
