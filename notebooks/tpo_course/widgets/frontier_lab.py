@@ -303,7 +303,8 @@ class FrontierLab:
         ]
         notes += [f"training {', '.join(missing)} …"] if missing else []
         notes += [f"in brackets: what is added to the pinned one, {settings(self.pinned.setting)}"] if before else []
-        return f"<b>{settings(self.state.setting)}</b>{table(heads, lines, '. '.join(notes))}"
+        rows = table(heads, lines, ". ".join(notes)).replace("<td>", '<td style="white-space:nowrap">')
+        return f"<b>{settings(self.state.setting)}</b>{rows}"
 
     def _still(self) -> bytes:
         """The front as PNG, for where there is no kernel."""

@@ -182,7 +182,7 @@ def tree(
             inner = 0.55  # the number of an edge stands on it, that of a leaf behind the leaf
             at = start[0] + inner * (end[0] - start[0]), start[1] + inner * (end[1] - start[1]) + 4
             leaf = len(node) == depth or kind_of(world, node) != "goes on"
-            numbers.append(_halo((end[0] + 24, end[1] + 4), said, "start") if leaf else _halo(at, said, "middle"))
+            numbers += [_halo((end[0] + 24, end[1] + 4), said, "start")] if leaf else _stacked(at, said)
         boxes.append(
             _node(place(node), " ".join(names[token] for token in node[-1:]) or f"x{prompt}", kind_of(world, node))
         )
@@ -283,6 +283,13 @@ def _text(at: Point, words: str, anchor: str, colour: str = "black", bold: bool 
     return (
         f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(words)}</text>'
     )
+
+
+def _stacked(at: Point, said: str) -> list[str]:
+    """A number on an edge, its change in brackets below it: side by side they would run into the nodes."""
+    lines = said.split(" ")
+    top = at[1] - 7 * (len(lines) - 1)
+    return [_halo((at[0], top + 14 * i), line, "middle") for i, line in enumerate(lines)]
 
 
 def _halo(at: Point, words: str, anchor: str) -> str:
