@@ -179,7 +179,7 @@ SPEAKS = {
     "token_mdp.bellman": "Q V R",
     "token_mdp.action_values": "Q V R",
     "token_mdp.telescope": "Q V A r",
-    "token_mdp.performance_difference": "A D",
+    "token_mdp.performance_difference": "A D V",
     "token_mdp.soft_bellman": "Q V Z",
     "token_mdp.soft_value_is_attained": "V pi* R",
     "token_mdp.soft_performance_difference": "D KL pi*",

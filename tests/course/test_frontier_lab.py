@@ -47,7 +47,8 @@ def test_the_first_picture_is_stored_and_says_its_numbers(lab, monkeypatch):
     for name in ("dpo", "tdpo1"):
         kl, earned = fresh.state.runs[name].end
         assert (kl, earned) == pytest.approx(fresh.state.optima[name], abs=2e-3)
-        assert f"<td>{kl:.2f}</td><td>{earned:.2f}</td>" in fresh.text.value
+        cell = '<td style="white-space:nowrap">'
+        assert f"{cell}{kl:.2f}</td>{cell}{earned:.2f}</td>" in fresh.text.value
     assert settings(fresh.setting) in fresh.text.value
     assert "TGDPO ends at KL 3.2" in fresh.alt
     for picture in (fresh.front, fresh.tree, fresh.credit):
