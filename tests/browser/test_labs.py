@@ -104,9 +104,9 @@ def test_training_lab(notebook, lab, tmp_path):
     page.wait_for_text("Training long, update 2 of 60: loss", 120)
     assert page.control("Train").is_disabled()
     page.idle(10)
-    assert page.page.evaluate(DISABLED) == 1  # TDPO2 has no gamma
+    assert page.page.evaluate(DISABLED) == 2  # TDPO2 has neither gamma nor a guide
     page.choose("objective", "DPO")
-    page.page.wait_for_function(f"{DISABLED} === 2", timeout=10_000)  # the kernel has answered: DPO has no alpha either
+    page.page.wait_for_function(f"{DISABLED} === 3", timeout=10_000)  # the kernel has answered: DPO has no alpha either
     assert "of 60: loss" in page.text, "the run had ended before the kernel answered"
     page.screenshot(tmp_path / "during.png")
     page.press("Stop", "Space")

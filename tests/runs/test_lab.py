@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
 from tpo_course.widgets.training_lab import training_lab
+from tpo_course.widgets.training_troubles import TROUBLES, WELL
 from tpo_lib.losses import OBJECTIVES, Hyperparameter, Objective
 from tpo_lib.models import fingerprint
 from tpo_lib.runs import plots
 from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.report import write_report
+from tpo_lib.runs.runs import Trained
+from tpo_lib.runs.sweep import RUNS
 from tpo_lib.types import LossOutput
 
 SMALL = {"lr": 3e-4, "updates": 2, "batch_size": 8}
@@ -90,6 +94,154 @@ def test_stop(lab):
     )
     assert guideless.stopped
     assert len(lab.runs) == 1  # a run that never began is not kept
+
+
+def test_swapped_labels_look_sound_in_training_and_lower_the_reward(lab):
+    config = lab.config("dpo", beta=0.1, lr=3e-4, updates=16, batch_size=8)
+    pairs = [(pair.chosen_ids, pair.rejected_ids) for pair in lab.stage.pairs]
+    sound, wrong = lab.train(config), lab.train(config, swapped=True)
+    assert list(lab.runs) == ["dpo β0.1", "dpo β0.1 labels swapped"]
+    assert pairs == [(pair.chosen_ids, pair.rejected_ids) for pair in lab.stage.pairs]
+    for run in (sound, wrong):
+        assert run.rows[-1]["rewards/margins"] > 0.05
+        assert run.rows[-1]["loss"] < run.rows[0]["loss"] - 0.03
+    start = lab.start.metrics["reward"].mean
+    assert sound.evaluation.metrics["reward"].mean > start + 0.05
+    assert wrong.evaluation.metrics["reward"].mean < start - 0.05
+    assert wrong.evaluation.metrics["accuracy_logratio"].mean < 0.5 < sound.evaluation.metrics["accuracy_logratio"].mean
+    saved = lab.record()["runs"]
+    assert saved["dpo β0.1 labels swapped"]["mistakes"] == ["labels swapped"]
+    assert "mistakes" not in saved["dpo β0.1"]
+
+
+def test_a_guide_may_be_another_beta_s(lab):
+    words, config = [], lab.config("tgdpo", beta=0.1, alpha=0.5, guide_beta=10.0, **SMALL)
+    for how in ({}, {"guide_trained_at": 10.0}, {"guide_trained_at": 0.3}, {"swapped": True}):
+        lab.train(config, **how, on_stage=words.append)
+    trained = [text for text in words if "guide, beta" in text]
+    assert trained == [
+        f"training the DPO guide, beta {beta}" for beta in ("10", "0.3", "10")
+    ]  # the last on swapped pairs
+    assert [run.mistakes for run in lab.runs.values()] == [[], [], ["guide trained at 0.3"], ["labels swapped"]]
+    assert len({fingerprint(run.policy) for run in lab.runs.values()}) == 3
+    with pytest.raises(ValueError, match=r"guide_trained_at=0.1: dpo has no guide"):
+        lab.train(lab.config("dpo", beta=0.1, **SMALL), guide_trained_at=0.1)
+
+
+@pytest.fixture(scope="module")
+def troubled(small_stage) -> dict[str, Trained]:
+    """Every trouble of the training lab, and the same objectives with nothing wrong, on a few pairs."""
+    lab, asked = Laboratory(small_stage), {name: trouble.values for name, trouble in TROUBLES.items()}
+    asked |= {trouble.objective: {"objective": trouble.objective} | WELL for trouble in TROUBLES.values()}
+    for name, values in asked.items():
+        settings = dict(values)
+        mistakes = {key: settings.pop(key) for key in ("swapped", "guide_trained_at")}
+        lab.train(lab.config(settings.pop("objective"), **settings, batch_size=8), name, **mistakes)
+    return lab.runs | {"start": lab.start}
+
+
+def ended(run, name: str) -> float:
+    """A metric at the end: logged, or of the evaluation."""
+    return run.rows[-1][name] if name in run.rows[-1] else run.evaluation.metrics[name].mean
+
+
+def test_every_trouble_has_the_effect_that_its_words_say(troubled):
+    dpo, tdpo2, tgdpo = (troubled[name] for name in ("dpo", "tdpo2", "tgdpo"))
+
+    pulled = troubled["alpha too large"]
+    assert ended(pulled, "kl") < 0.6 * ended(tdpo2, "kl")
+    assert ended(pulled, "rewards/margins") > 0.7 * ended(tdpo2, "rewards/margins")
+    assert ended(pulled, "reward") < ended(tdpo2, "reward")
+
+    tiny = troubled["beta tiny"]
+    assert ended(tiny, "rewards/margins") < 0.15 * ended(dpo, "rewards/margins")
+    assert ended(tiny, "loss") > ended(dpo, "loss") + 0.03
+    assert ended(tiny, "kl") > 0.95 * ended(dpo, "kl")
+
+    floored = troubled["weights on the floor"]
+    assert ended(floored, "guidance/floor_share") > 0.3 > 0.01 > ended(tgdpo, "guidance/floor_share")
+    assert ended(floored, "loss") < 0.05
+    assert ended(floored, "grad_norm") < 0.2 * ended(tgdpo, "grad_norm")
+
+    misread = troubled["guide beta is not the guide's"]
+    assert ended(misread, "rewards/margins") > 10 * ended(tgdpo, "rewards/margins")
+    assert ended(misread, "rewards/accuracies") == 1
+    assert ended(misread, "accuracy_logratio") <= ended(tgdpo, "accuracy_logratio")
+
+    fast = troubled["learning rate too large"]
+    losses = [row["loss"] for row in fast.rows]
+    assert max(after - before for before, after in itertools.pairwise(losses)) > 0.1
+    assert ended(fast, "kl") > 10 * ended(dpo, "kl")
+    assert ended(fast, "ref_perplexity") > 5 * ended(dpo, "ref_perplexity")
+    assert ended(fast, "rare") > 3 * ended(dpo, "rare")
+
+    swapped = troubled["labels swapped"]
+    assert ended(swapped, "rewards/margins") > 0.7 * ended(dpo, "rewards/margins")
+    assert ended(swapped, "reward") < troubled["start"].metrics["reward"].mean < ended(dpo, "reward")
+
+
+def test_a_trouble_sets_the_controls_says_what_to_look_for_and_names_its_run(lab):
+    ui = training_lab(lab)
+
+    def stand() -> dict:
+        return {name: control.value for name, control in ui._knobs.items()}
+
+    assert stand() == {"objective": "dpo"} | WELL
+    for name, trouble in TROUBLES.items():
+        ui.trouble.value = name
+        assert stand() == trouble.values
+        assert trouble.look in ui.look.value
+        assert ui.trouble.value == name
+    ui.trouble.value = "nothing"  # the objective stays, so that the two can be compared
+    assert stand() == {"objective": TROUBLES["labels swapped"].objective} | WELL
+    assert "Nothing in these settings goes wrong" in ui.look.value
+    ui.trouble.value = "labels swapped"
+    ui.updates.value = 2
+    assert ui.trouble.value == "settings of your own"
+    assert ui.swapped.value
+    assert "Look at" not in ui.look.value
+    ui.train_button.click()
+    ui.wait()
+    assert list(lab.runs) == ["dpo β0.1 labels swapped"]
+    assert "labels swapped" in ui.table.value
+    ui.trouble.value = "beta tiny"
+    ui.lab.train(lab.config("dpo", beta=0.01, **SMALL), "dpo beta tiny")
+    assert ui.lab.free_name("dpo beta tiny") == "dpo beta tiny (2)"
+    ui.trouble.value = "guide beta is not the guide's"
+    ui.objective.value = "dpo"  # which has no guide: what stands in the closed control is not asked for
+    ui.updates.value = 2
+    assert ui.guide_trained_at.disabled
+    ui.train_button.click()
+    ui.wait()
+    assert list(lab.runs.values())[-1].mistakes == []
+
+
+def test_curves_of_several_runs_and_the_stored_runs_stand_in_the_pictures(lab, monkeypatch):
+    drawn, points = [], []
+    training, run_points = plots.training, plots.run_points
+    monkeypatch.setattr(plots, "training", lambda curves: drawn.append(dict(curves)) or training(curves))
+    monkeypatch.setattr(plots, "run_points", lambda *a, **k: points.append(run_points(*a, **k)) or points[-1])
+    ui = training_lab(lab, stored=RUNS)
+    assert list(drawn[-1].values()) == [[]]
+    stored = json.loads(RUNS.read_text())["runs"]
+
+    def faint(colour: str) -> int:
+        return sum(line.get_color() == colour and line.get_alpha() is not None for line in points[-1].axes[0].lines)
+
+    for objective in ("dpo", "tdpo2"):
+        ui.objective.value = objective
+        mine = sum(run["objective"] == objective for run in stored)
+        assert faint(plots.style_of(objective).colour) == mine
+        assert faint("#999999") == len(stored) - mine
+    assert f"{len(stored)} stored runs" in ui.table.value
+    for name in ("dpo mine", "mine", "a" * 40, "b", "c"):
+        lab.train(lab.config("dpo", beta=0.1, **SMALL), name)
+    ui._runs_changed()
+    assert list(drawn[-1]) == ["dpo mine", f"dpo {'a' * 24}", "dpo b", "dpo c"]
+    lab.remove("b")
+    ui._logged(lab.runs["c"])  # as of a run under way
+    assert list(drawn[-1]) == ["dpo mine", "dpo mine'", f"dpo {'a' * 24}", "dpo c", "dpo under way"]
+    assert "stored" not in training_lab(lab).table.value
 
 
 def test_names(lab):

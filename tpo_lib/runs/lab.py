@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class Laboratory:
         self.base = next(mine, PRESETS["pocket"].train)  # what a run has where it is told nothing else
         self.runs: dict[str, Trained] = {}  # in the order they were made; ended runs alone
         self.start = stage.evaluate(stage.start)
-        self._guides: dict[TrainConfig, torch.nn.Module] = {}
+        self._guides: dict[tuple[TrainConfig, bool], torch.nn.Module] = {}  # swapped or not
 
     def config(self, loss_type: str, *, lr: float, updates: int, **settings) -> TrainConfig:
         """Settings of a run of so many updates on the stage's pairs; ValueError names a value out of range.
@@ -56,46 +56,64 @@ class Laboratory:
         config: TrainConfig,
         name: str | None = None,
         *,
+        swapped: bool = False,
+        guide_trained_at: float | None = None,
         on_log: runs.OnLog = lambda run: None,
         on_stage: Callable[[str], None] = lambda words: None,
     ) -> Trained:
         """Train from the start, its guide first where it needs one, evaluate on the held-out prompts and keep the run.
 
+        Two mistakes can be made on purpose; the run's `mistakes` name them.
+
         Args:
+            swapped: chosen and rejected change places in all training pairs, the guide's too; the held-out pairs stay.
+            guide_trained_at: beta of the DPO run that guides, in the place of the guide_beta that it is read with.
             on_log: called after every update; returns True to stop.
             on_stage: called with a few words when something else begins.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or a guide is spoken of that the objective does not need.
         """
-        name = name or self.free_name(config)
+        guided = "guide_logps" in OBJECTIVES[config.loss_type].needs
+        if guide_trained_at is not None and not guided:
+            raise ValueError(f"guide_trained_at={guide_trained_at:g}: {config.loss_type} has no guide; leave it out")
+        teacher = runs.override(runs.guide_settings(config), beta=guide_trained_at)
+        mistakes = ["labels swapped"] * swapped
+        if teacher != runs.guide_settings(config):
+            mistakes.append(f"guide trained at {guide_trained_at:g}")
+        name = name or self.free_name(" ".join([runs.words(config), *mistakes]))
         if name in self.runs:
             raise ValueError(f"there is a run {name!r} already; rename or remove it, or choose another name")
-        guided = "guide_logps" in OBJECTIVES[config.loss_type].needs
-        guide = self._guide(config, on_log, on_stage) if guided else None
+        guide = self._guide(teacher, swapped, on_log, on_stage) if guided else None
         if guided and guide is None:
             return Trained(config, stopped=True)
         on_stage(f"training {name}")
-        run = runs.train(config, *self.stage.fresh(), guide=guide, on_log=on_log)
+        run = runs.train(config, *self._fresh(swapped), guide=guide, on_log=on_log)
+        run.mistakes = mistakes
         if run.updates:
             on_stage(f"evaluating {name}")
             run.evaluation = self.stage.evaluate(run.policy, config, guide=guide)
             self.runs[name] = run
         return run
 
-    def _guide(self, config: TrainConfig, on_log, on_stage) -> torch.nn.Module | None:
-        settings = runs.guide_settings(config)
-        if settings not in self._guides:
+    def _fresh(self, swapped: bool) -> tuple:
+        """What a run begins with, as the stage has it or with chosen and rejected in each other's place."""
+        policy, reference, pairs = self.stage.fresh()
+        if swapped:
+            pairs = [replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in pairs]
+        return policy, reference, pairs
+
+    def _guide(self, settings: TrainConfig, swapped: bool, on_log, on_stage) -> torch.nn.Module | None:
+        if (settings, swapped) not in self._guides:
             on_stage(f"training the DPO guide, beta {settings.beta:g}")
-            run = runs.train_guide(config, *self.stage.fresh(), on_log=on_log)
+            run = runs.train(settings, *self._fresh(swapped), on_log=on_log)
             if run.stopped:
                 return None
-            self._guides[settings] = frozen_copy(run.policy)
-        return self._guides[settings]
+            self._guides[settings, swapped] = frozen_copy(run.policy)
+        return self._guides[settings, swapped]
 
-    def free_name(self, config: TrainConfig) -> str:
-        """A short name that no run has, such as "tdpo2 β.1 α.5"."""
-        base = runs.words(config)
+    def free_name(self, base: str) -> str:
+        """A name that no run has, `base` or with a number behind it: "tdpo2 β0.1 α0.5 (2)"."""
         names = [base, *(f"{base} ({i})" for i in range(2, len(self.runs) + 3))]
         return next(name for name in names if name not in self.runs)
 

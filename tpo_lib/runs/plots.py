@@ -174,26 +174,41 @@ def root_axis(ax: Axes, most: float, *, across: float = 60.0) -> None:
     ax.set_xlabel(f"{AXIS['kl']} (root scale)")
 
 
-def run_points(runs: Mapping[str, tuple[str, Mapping]], start: Mapping, y: str = "reward") -> Figure:
-    """Runs {name: (objective, point)} and the start's point on the plane of the frontier, with both 95% intervals."""
+def run_points(
+    runs: Mapping[str, tuple[str, Mapping]],
+    start: Mapping,
+    y: str = "reward",
+    *,
+    behind: Sequence[Mapping] = (),
+    coloured: str | None = None,
+) -> Figure:
+    """Runs {name: (objective, point)} and the start's point on the plane of the frontier, with both 95% intervals.
+
+    Args:
+        behind: runs of a sweep to show faintly behind them, on an axis of the KL's root: they reach far.
+        coloured: the objective whose runs among these have their colour; the others are grey.
+    """
     fig, (ax,) = panels(1, width=7.0, height=4.2)
+    _faint(ax, behind, y, coloured)
     for name, (objective, point) in runs.items():
         _with_bars(ax, objective, point, y, markersize=9, markeredgecolor="white")
         at = mean(point, "kl"), mean(point, y)
         ax.annotate(name, at, xytext=(8, 6), textcoords="offset points", fontsize=FONT - 1)
     _star(ax, start, "kl", y, named=True)
-    ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(point for _, point in runs.values())]))
+    points = [start, *(point for _, point in runs.values()), *(run["metrics"] for run in behind)]
+    ax.set(xlabel=AXIS["kl"], ylabel=label(y, points))
     ax.margins(0.12)
+    if behind:
+        root_axis(ax, max(mean(point, "kl") for point in points))
+        whose = f", {style_of(coloured).label}'s in colour" if coloured else ""
+        ax.set_title(f"faint: {len(behind)} stored runs{whose}", fontsize=FONT - 1)
     return fig
 
 
 def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str = "reward") -> Figure:
     """One run of a sweep on the plane of the frontier, large and with its intervals, the others faint."""
     fig, (ax,) = panels(1, width=7.0, height=4.2)
-    for run in others:
-        style = style_of(run["objective"])
-        kind = {"color": style.colour, "marker": style.marker, "markersize": 6, "alpha": 0.35, "linestyle": "none"}
-        ax.plot(mean(run["metrics"], "kl"), mean(run["metrics"], y), **kind)
+    _faint(ax, others, y)
     _with_bars(ax, chosen["objective"], chosen["metrics"], y, markersize=12, markeredgecolor="black", zorder=6)
     _star(ax, start, "kl", y)
     ax.set(xlabel=AXIS["kl"], ylabel=label(y, [start, *(run["metrics"] for run in (chosen, *others))]))
@@ -201,6 +216,15 @@ def highlight(others: Sequence[Mapping], chosen: Mapping, start: Mapping, y: str
     order = [name for name in OBJECTIVES if name in drawn] + sorted(drawn - set(OBJECTIVES))  # whichever run is chosen
     legend(fig, dict.fromkeys(order, ()), start=True)
     return fig
+
+
+def _faint(ax: Axes, runs: Iterable[Mapping], y: str, coloured: str | None = None) -> None:
+    """Runs of a sweep without their intervals; with `coloured` all other objectives are grey."""
+    for run in runs:
+        style, mine = style_of(run["objective"]), run["objective"] == coloured
+        kind = {"marker": style.marker, "markersize": 6, "linestyle": "none", "alpha": 0.7 if mine else 0.35}
+        kind["color"] = style.colour if mine or coloured is None else "#999999"
+        ax.plot(mean(run["metrics"], "kl"), mean(run["metrics"], y), **kind)
 
 
 def _with_bars(ax: Axes, objective: str, point: Mapping, y: str, **look) -> None:

@@ -29,6 +29,7 @@ class Trained:
     stopped: bool = False  # ended before its last update
     policy: torch.nn.Module | None = None  # when the run has ended
     evaluation: Evaluation | None = None  # where it was made
+    mistakes: list[str] = field(default_factory=list)  # made on purpose, of which its config says nothing
 
     @property
     def updates(self) -> int:
@@ -36,8 +37,9 @@ class Trained:
         return self.rows[-1]["step"] if self.rows else 0
 
     def record(self, samples: int | None = None) -> dict:
-        """{"config", "stopped", "training", "metrics", "samples"} as JSON has them; None: all samples."""
+        """{"config", "stopped", "training", "metrics", "samples"} as JSON has them, "mistakes" if any; None: all samples."""
         made = {"config": self.config.to_dict(), "stopped": self.stopped, "training": self.rows}
+        made |= {"mistakes": self.mistakes} if self.mistakes else {}
         return made | self.evaluation.record(samples)
 
 
