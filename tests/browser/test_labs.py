@@ -17,6 +17,7 @@ from tpo_lib.runs.lab import Laboratory
 from tpo_lib.runs.stage import build_stage, pocket_stage_config
 small = {"train_prompts": 24, "held_out_prompts": 6, "max_pairs": 128, "max_new_tokens": 16, "max_held_out_pairs": 8}
 stage = build_stage(replace(pocket_stage_config(quick=True), min_gap=0.0, **small), cache_dir=None)
+PRESET = "pocket"
 """
 BREAKING = """
 whole, folder = Laboratory.train, "."
@@ -68,6 +69,22 @@ def test_training_lab(notebook, lab, tmp_path):
     # The settings, alpha only where the objective has one.
     page.press("alpha", "ArrowRight")
     assert page.readout("alpha") == "0.50"
+    page.choose("goes wrong", "labels swapped")
+    page.wait_for_text("Look at the curves: they are as good as a sound run's")
+    assert page.readout("updates") == "16"
+    page.press("updates", "Home")
+    page.fill("name", "swapped")
+    page.click("Train")
+    page.wait_for_text("swapped: finished after 2 of 2 updates.", 240)
+    assert "beta 0.1, lr 3.2e-04, labels swapped" in page.text
+    assert "Look at the curves" not in page.text  # a setting was changed by hand
+    page.idle()
+    page.screenshot(tmp_path / "swapped.png")
+    page.click("Remove")
+    page.wait_for_text("swapped removed.")
+    page.choose("goes wrong", "nothing")
+    page.wait_for_text("Nothing in these settings goes wrong.")
+    pictures = page.content(PICTURES)
     page.choose("objective", "TDPO2")
     page.idle()
     for name, key, value in (

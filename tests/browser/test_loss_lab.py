@@ -7,6 +7,11 @@ import re
 from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
+LABELS = ["DPO", "TDPO1", "TDPO2", "TGDPO", "SimPO", "IPO"]
+AT_THE_START = ["0.6931"] * 4 + [
+    "0.9741",
+    "25",
+]  # log 2; log(1 + e^.5), SimPO at a target margin of .5; (1 / (2 * .1))^2
 
 
 def move(page, action, said: str) -> None:
@@ -18,11 +23,16 @@ def move(page, action, said: str) -> None:
     page.idle()
 
 
+def depth(page) -> float:
+    """Pixels from the first control to the picture (the notebook may scroll)."""
+    return page.locator(PICTURE).bounding_box()["y"] - page.control("objective").bounding_box()["y"]
+
+
 def test_loss_lab(shelf, tmp_path):
     page = shelf.output(1)
     page.wait_for_text("TDPO1, β = 0.1.")
     assert "SeqKL 6.0 (chosen), 10.0 (rejected) nats." in page.text
-    place = page.locator(PICTURE).bounding_box()
+    place, size = depth(page), {side: page.locator(PICTURE).bounding_box()[side] for side in ("width", "height")}
 
     # Every objective; a control that it does not read cannot be moved.
     for label, settings, closed in (
@@ -56,9 +66,55 @@ def test_loss_lab(shelf, tmp_path):
     page.screenshot(tmp_path / "tdpo2.png")
     move(page, lambda: page.choose("objective", "SimPO"), "SimPO, β")
     move(page, lambda: page.press("γₘ (SimPO)", "ArrowRight"), "γₘ = 0.55.")
-    assert page.locator(PICTURE).bounding_box() | {"y": place["y"]} == place  # it moves up by two rows of controls: to be mended
+    assert depth(page) == place
+    assert {side: page.locator(PICTURE).bounding_box()[side] for side in size} == size
     page.screenshot(tmp_path / "simpo.png")
     page.assert_clean()
+
+
+def losses(table) -> list[str]:
+    """The first line of every cell in the row of the losses."""
+    cells = table.locator("tr", has_text="loss, nats").locator("td").all_inner_texts()
+    return [cell.split("\n")[0].strip() for cell in cells]
+
+
+def test_all_objectives_and_the_pinned_state(notebook, tmp_path):
+    """On a page of its own, where the loss labs of the others stay as they were left; on a phone too."""
+    whole = notebook("all.ipynb", ["from tpo_course import widgets", "widgets.loss_lab()"], height=1500)
+    whole.run_all()
+    page = whole.output(1)
+    move(page, lambda: page.choose("show", "all, side by side"), "One β for all")
+    table = page.locator(".widget-html-content table")
+    assert re.findall(r"[A-Z]\w*PO\d?", table.locator("tr").first.inner_text()) == LABELS
+    assert page.locator(".noUi-target[disabled], select[disabled]").count() == 1  # which objective is shown
+    assert page.control("Unpin").is_disabled()
+    before = page.locator(PICTURE).bounding_box()
+
+    # The start: every margin of a sum is 0, and the pin stands in the table when the pair has moved.
+    assert losses(table) == AT_THE_START
+    assert "was" not in table.inner_text()
+    page.click("Pin this state")
+    page.wait_for_text("was 0.693")
+    pinned = losses(table)
+    move(page, lambda: page.choose("situation", "learned: a wide margin"), "was 0.693, -0.")
+    now = losses(table)
+    assert all(a != b for a, b in zip(now, pinned, strict=True))
+    move(page, lambda: page.press("β", "ArrowRight"), "β 0.112")
+    assert page.locator(PICTURE).bounding_box()["height"] == before["height"]
+    page.screenshot(tmp_path / "pinned.png")
+    whole.page.set_viewport_size({"width": 390, "height": 1500})
+    whole.idle()
+    page.screenshot(tmp_path / "pinned_390.png")
+    for shown in (PICTURE, ".widget-readout", "select", "button"):
+        boxes = [each.bounding_box() for each in page.locator(shown).all()]
+        assert boxes
+        assert all(box["x"] + box["width"] <= 390 for box in boxes), f"{shown} is cut off on a phone"
+    whole.page.set_viewport_size({"width": 1100, "height": 1500})
+    page.click("Unpin")
+    whole.idle()
+    assert "was" not in table.inner_text()
+    assert page.control("Unpin").is_disabled()
+    whole.assert_clean()
 
 
 def test_loss_lab_of_chapter_5(shelf, tmp_path):

@@ -177,7 +177,7 @@ def test_a_grid_is_a_line_for_all_but_the_first_setting():
 def test_controls_are_named_and_print_their_value(browser):
     for name, control in browser.controls.items():
         assert control.description, name
-    assert not browser.controls["budget"].continuous_update
+    assert browser.controls["budget"].continuous_update
     assert browser.controls["budget"].label == "10 nats"
 
 

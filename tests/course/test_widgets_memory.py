@@ -150,7 +150,7 @@ def test_controls_work_in_ipywidgets_7_and_print_their_value(lab):
     for control in lab.controls.values():
         assert control.description
         if hasattr(control, "continuous_update") and hasattr(control, "readout"):
-            assert not control.continuous_update
+            assert control.continuous_update  # a move is answered in less than a tenth of a second
             assert control.readout
 
 
@@ -160,4 +160,4 @@ def test_a_move_redraws_at_once(lab):
         began = time.process_time()
         lab.controls["pairs"].value = pairs
         seconds.append(time.process_time() - began)
-    assert sorted(seconds)[3] <= 0.2, seconds
+    assert sorted(seconds)[3] <= 0.2, seconds  # half of it on a quiet machine

@@ -136,6 +136,7 @@ def troubled(small_stage) -> dict[str, Trained]:
     for name, values in asked.items():
         settings = dict(values)
         mistakes = {key: settings.pop(key) for key in ("swapped", "guide_trained_at")}
+        mistakes["guide_trained_at"] = mistakes["guide_trained_at"] or None
         lab.train(lab.config(settings.pop("objective"), **settings, batch_size=8), name, **mistakes)
     return lab.runs | {"start": lab.start}
 
@@ -190,6 +191,7 @@ def test_a_trouble_sets_the_controls_says_what_to_look_for_and_names_its_run(lab
     for name, trouble in TROUBLES.items():
         ui.trouble.value = name
         assert stand() == trouble.values
+        assert ui.guide_trained_at.label
         assert trouble.look in ui.look.value
         assert ui.trouble.value == name
     ui.trouble.value = "nothing"  # the objective stays, so that the two can be compared
@@ -237,10 +239,10 @@ def test_curves_of_several_runs_and_the_stored_runs_stand_in_the_pictures(lab, m
     for name in ("dpo mine", "mine", "a" * 40, "b", "c"):
         lab.train(lab.config("dpo", beta=0.1, **SMALL), name)
     ui._runs_changed()
-    assert list(drawn[-1]) == ["dpo mine", f"dpo {'a' * 24}", "dpo b", "dpo c"]
+    assert list(drawn[-1]) == ["dpo mine", f"dpo {'a' * 32}", "dpo b", "dpo c"]
     lab.remove("b")
     ui._logged(lab.runs["c"])  # as of a run under way
-    assert list(drawn[-1]) == ["dpo mine", "dpo mine'", f"dpo {'a' * 24}", "dpo c", "dpo under way"]
+    assert list(drawn[-1]) == ["dpo mine", "dpo mine'", f"dpo {'a' * 32}", "dpo c", "dpo under way"]
     assert "stored" not in training_lab(lab).table.value
 
 

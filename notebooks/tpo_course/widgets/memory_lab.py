@@ -75,7 +75,6 @@ COLUMNS = (("model", "vocab", "length", "pairs", "scored"), ("objective", "preci
 
 def _controls() -> dict[str, w.Widget]:
     wide, powers, first = look("150px", "395px"), [2**i for i in range(13)], "Llama-3.2-1B"
-    still = {"continuous_update": False, **wide}
     sizes = {"min": 256, "max": 1 << 20, "step": 1024}
     shares = {"min": 0.1, "max": 1.0, "step": 0.1, "readout_format": ".1f"}
     objectives = [(style_of(name).label, name) for name in OBJECTIVES]
@@ -83,9 +82,9 @@ def _controls() -> dict[str, w.Widget]:
     return {
         "model": w.Dropdown(options=list(SHAPES), value=first, description="model", **wide),
         "vocab": w.BoundedIntText(SHAPES[first].vocab, description="vocabulary V", **sizes, **wide),
-        "length": w.SelectionSlider(options=powers[5:], value=512, description="length T (tokens)", **still),
-        "pairs": w.SelectionSlider(options=powers[:9], value=16, description="pairs B", **still),
-        "scored": w.FloatSlider(0.6, description="share of response", **shares, **still),
+        "length": w.SelectionSlider(options=powers[5:], value=512, description="length T (tokens)", **wide),
+        "pairs": w.SelectionSlider(options=powers[:9], value=16, description="pairs B", **wide),
+        "scored": w.FloatSlider(0.6, description="share of response", **shares, **wide),
         "objective": w.Dropdown(options=objectives, value="tdpo2", description="objective", **wide),
         "precision": w.Dropdown(options=list(PRECISIONS), description="dtype", **wide),
         "optimizer": w.Dropdown(options=optimizers, description="optimizer", **wide),

@@ -29,7 +29,7 @@ STATUS = '<div role="status" style="line-height:1.5">'
 
 def look(label: str, width: str) -> dict:
     """Style and layout of a control whose description takes `label`."""
-    return {"style": {"description_width": label}, "layout": w.Layout(width=width)}
+    return {"style": {"description_width": label}, "layout": w.Layout(width=width, max_width="100%")}
 
 
 def knob(record: Hyperparameter, description: str, *, steps: int, **given) -> w.Widget:
@@ -63,6 +63,8 @@ def movable() -> dict[str, list[str]]:
 
 def row(*children: w.Widget) -> w.HBox:
     """Side by side, below each other where the page is narrow."""
+    for child in children:
+        child.layout.max_width = "100%"
     return w.HBox(children, layout=w.Layout(flex_flow="row wrap"))
 
 
@@ -103,8 +105,9 @@ def png(figure: Figure, dpi: int = 80, **how) -> bytes:
 
 
 def image(width: int, height: int) -> w.Image:
-    """Room for a PNG, in pixels: the page does not jump when it comes."""
-    return w.Image(format="png", layout=w.Layout(width=f"{width}px", min_height=f"{height}px"))
+    """Room for a PNG, in pixels: the page does not jump when it comes, and a narrow one shows it whole and in proportion."""
+    narrow = {"max_width": "100%", "object_fit": "contain", "object_position": "left top"}
+    return w.Image(format="png", layout=w.Layout(width=f"{width}px", min_height=f"{height}px", **narrow))
 
 
 def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
@@ -127,6 +130,16 @@ def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None =
 def training(curves: Mapping, updates: int | None = None) -> bytes:
     """`plots.training` as PNG, its panels in their places; with `updates` the axes reach to the end of the run at once."""
     figure = still(plots.training(curves), PANELS, WIDE)
+    named = figure.legends[0].legend_handles
+    figure.legends[0].remove()  # a column an objective: of several runs of one it would cover the axis
+    kind = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, -0.02),
+        "frameon": False,
+        "fontsize": FONT - 1,
+        "handlelength": 3.5,
+    }
+    figure.legend(handles=named, ncols=min(3, len(named)), **kind)
     for ax in figure.axes if updates else ():
         ax.set_xlim(0, updates + 0.5)  # nothing moves but the curve
     return png(figure)

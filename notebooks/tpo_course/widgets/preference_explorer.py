@@ -44,7 +44,7 @@ class PreferenceExplorer:
         gaps = {"min": 0, "max": 0.9 * widest, "step": 0.05 * widest, "description": "smallest gap"}
         self.smallest = w.FloatSlider(0.2 * widest, **gaps, **wide)
         self.search = w.Text(placeholder="a word of prompt or responses", description="search", **wide)
-        self.number = w.IntSlider(0, min=0, max=0, description="pair", **wide)
+        self.number = w.IntSlider(0, min=0, max=0, description="pair", **look("90px", "420px"))
         where = w.Layout(width="260px")
         self.train_button = button("Train on both sides of the gap", self._train, layout=where)
         self.histogram, self.count, self.result, self.page = image(620, 239), room(28), room(110), room(200)

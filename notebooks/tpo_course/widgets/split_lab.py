@@ -41,10 +41,10 @@ class SplitLab(Lab):
         self._curves: dict[tuple[str, float], torch.Tensor] = {}
         figure = Figure(figsize=(9.4, 3.9), dpi=LAB_DPI, facecolor="white")  # inches
         figure.add_axes((0.08, 0.15, 0.62, 0.79))
-        wide = {"continuous_update": False, **look("150px", "395px")}
+        wide = look("150px", "395px")
         choices = [NATURAL, "random 1", "random 2"]
         controls = {
-            "potential": w.Dropdown(options=choices, description="potential Φ", **look("150px", "395px")),
+            "potential": w.Dropdown(options=choices, description="potential Φ", **wide),
             "size": w.FloatSlider(0.0, min=-0.5, max=2.0, step=0.05, description="t", readout_format=".2f", **wide),
             "beta": w.SelectionSlider(options=[0.1, 0.2, 0.5, 1.0, 2.0, 5.0], value=0.1, description="β", **wide),
         }

@@ -83,9 +83,7 @@ class StudyBrowser(Lab):
             "show": w.Dropdown(options=views, description="show", **wide),
             "score": w.Dropdown(options=scores, description="score", **wide),
             "reference": w.Dropdown(options=names, value=against, description="compared with", **wide),
-            "budget": w.SelectionSlider(
-                options=budgets, value=begin, description="budget of KL", continuous_update=False, **wide
-            ),
+            "budget": w.SelectionSlider(options=budgets, value=begin, description="budget of KL", **wide),
         }
 
     def _follow(self, moved: w.Widget) -> None:

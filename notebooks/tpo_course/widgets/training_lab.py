@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # samples of a run
 KEPT = 4  # ended runs whose curves stand beside those of the run under way: the legend has room for five
-LETTERS = 24  # of a run's name in that legend
+LETTERS = 32  # of a run's name in that legend
 NOTHING, BY_HAND = "nothing", "settings of your own"
 SOUND = "Nothing in these settings goes wrong. Train it first, then with one of the troubles, and hold the two beside each other."
 
@@ -62,8 +62,8 @@ class TrainingLab:
         """The controls of the next run, what goes wrong above them."""
         wide = look("110px", "430px")
         self.trouble = w.Dropdown(options=[NOTHING, *TROUBLES, BY_HAND], description="goes wrong", **wide)
-        trained_at = [("what it is read with", None), *((f"{beta:g}", beta) for beta in (0.01, 0.1, 1.0, 10.0))]
-        self.guide_trained_at = w.Dropdown(options=trained_at, description="guide's beta", **wide)
+        trained_at = [("what it is read with", 0.0), *((f"{beta:g}", beta) for beta in (0.01, 0.1, 1.0, 10.0))]
+        self.guide_trained_at = w.Dropdown(options=trained_at, description="guide trained at", **wide)
         self.objective = w.Dropdown(options=with_a_margin(), value="dpo", description="objective", **wide)
         self.hyper = {
             name: knob(OBJECTIVES[readers[0]].hyperparameters[name], name, steps=10, **wide)
@@ -158,7 +158,7 @@ class TrainingLab:
         try:
             values = {name: control.value for name, control in self._knobs.items()}
             mistakes = {name: values.pop(name) for name in ("swapped", "guide_trained_at")}
-            if self.guide_trained_at.disabled:
+            if self.guide_trained_at.disabled or not self.guide_trained_at.value:
                 mistakes["guide_trained_at"] = None
             config = self.lab.config(values.pop("objective"), **values)
         except Exception as error:

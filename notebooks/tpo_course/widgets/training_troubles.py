@@ -12,7 +12,7 @@ WELL = {  # the settings of a run in which nothing goes wrong, and of everything
     "lr": 10**-3.5,
     "updates": 16,  # as of the stored runs
     "swapped": False,
-    "guide_trained_at": None,
+    "guide_trained_at": 0.0,  # 0: with what it is read with
 }
 
 
