@@ -176,7 +176,9 @@ def test_cards_and_quiz_unfold(course, tmp_path, chapter):
             assert page.locator("details[open]").count() == len(options)
         else:
             exercise = getattr(check, source.removeprefix("check."))
-            assert page.locator("details[open]").count() == exercise._repr_html_().count("<details") > len(exercise.hints)
+            assert (
+                page.locator("details[open]").count() == exercise._repr_html_().count("<details") > len(exercise.hints)
+            )
             if isinstance(exercise, Exercise):
                 assert exercise.name in page.locator("pre").last.inner_text()
     page.screenshot(tmp_path / "quiz.png")

@@ -8,10 +8,8 @@ from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
 LABELS = ["DPO", "TDPO1", "TDPO2", "TGDPO", "SimPO", "IPO"]
-AT_THE_START = ["0.6931"] * 4 + [
-    "0.9741",
-    "25",
-]  # log 2; log(1 + e^.5), SimPO at a target margin of .5; (1 / (2 * .1))^2
+# log 2; log(1 + e^.5), SimPO at a target margin of .5; (1 / (2 * .1))^2
+AT_THE_START = ["0.6931"] * 4 + ["0.9741", "25"]
 
 
 def move(page, action, said: str) -> None:

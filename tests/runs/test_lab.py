@@ -146,12 +146,19 @@ def ended(run, name: str) -> float:
     return run.rows[-1][name] if name in run.rows[-1] else run.evaluation.metrics[name].mean
 
 
+def rise(run) -> float:
+    """How far the loss goes up within the first five updates, later batches differ too much."""
+    losses = [row["loss"] for row in run.rows[:5]]
+    return max(after - before for before, after in itertools.combinations(losses, 2))
+
+
 def test_every_trouble_has_the_effect_that_its_words_say(troubled):
     dpo, tdpo2, tgdpo = (troubled[name] for name in ("dpo", "tdpo2", "tgdpo"))
 
     pulled = troubled["alpha too large"]
     assert ended(pulled, "kl") < 0.6 * ended(tdpo2, "kl")
     assert ended(pulled, "rewards/margins") > 0.7 * ended(tdpo2, "rewards/margins")
+    assert abs(ended(pulled, "loss") - ended(tdpo2, "loss")) < 0.05
     assert ended(pulled, "reward") < ended(tdpo2, "reward")
 
     tiny = troubled["beta tiny"]
@@ -160,7 +167,7 @@ def test_every_trouble_has_the_effect_that_its_words_say(troubled):
     assert ended(tiny, "kl") > 0.95 * ended(dpo, "kl")
 
     floored = troubled["weights on the floor"]
-    assert ended(floored, "guidance/floor_share") > 0.3 > 0.01 > ended(tgdpo, "guidance/floor_share")
+    assert 0.4 > ended(floored, "guidance/floor_share") > 0.25 > 0.01 > ended(tgdpo, "guidance/floor_share")
     assert ended(floored, "loss") < 0.05
     assert ended(floored, "grad_norm") < 0.2 * ended(tgdpo, "grad_norm")
 
@@ -170,8 +177,7 @@ def test_every_trouble_has_the_effect_that_its_words_say(troubled):
     assert ended(misread, "accuracy_logratio") <= ended(tgdpo, "accuracy_logratio")
 
     fast = troubled["learning rate too large"]
-    losses = [row["loss"] for row in fast.rows]
-    assert max(after - before for before, after in itertools.pairwise(losses)) > 0.1
+    assert rise(fast) > 0.1 > 0.02 > rise(dpo)
     assert ended(fast, "kl") > 10 * ended(dpo, "kl")
     assert ended(fast, "ref_perplexity") > 5 * ended(dpo, "ref_perplexity")
     assert ended(fast, "rare") > 3 * ended(dpo, "rare")

@@ -46,8 +46,9 @@ TROUBLES = {
     ),
     "weights on the floor": Trouble(
         "tgdpo",
-        "Look at the tokens on the floor, in the status line or the table: about a third, at f = 0.01, hardly trained. The "
-        "weights of the others are so large that the loss is next to 0 within a few updates, and its gradient with it.",
+        "Look at the tokens on the floor, in the status line or the table: between a quarter and a third, at f = 0.01, hardly "
+        "trained. The weights of the others are so large that the loss is next to 0 within a few updates, and its gradient "
+        "with it.",
         {"alpha": 2.0, "guide_beta": 10.0},
     ),
     "guide beta is not the guide's": Trouble(
@@ -59,8 +60,9 @@ TROUBLES = {
     ),
     "learning rate too large": Trouble(
         "dpo",
-        "Look at the loss, which jumps up again on its way down; at the KL, many times that of a sound run; and at the samples, "
-        "in words that the reference would hardly ever write.",
+        "Look at the loss of the first five updates, which goes up where a sound run's hardly moves; at the KL, many times that "
+        "of a sound run, while the reward alone may look well; and at the samples, in words that the reference would hardly "
+        "ever write.",
         {"lr": 10**-2.5},
     ),
     "labels swapped": Trouble(
