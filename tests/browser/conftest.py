@@ -52,7 +52,8 @@ def shelf(browser, lab) -> Iterator[NotebookPage]:
     labs = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
     labs += cells("08_scale", "widgets.memory_lab()")
     lab.write("shelf.ipynb", ["from tpo_course import widgets", *labs, STEPS, BROKEN])
-    page = open_notebook(browser, lab, "shelf.ipynb", height=1300)
+    # A cell that does not fit into the window is scrolled by JupyterLab once the focus is in it, and its picture with it.
+    page = open_notebook(browser, lab, "shelf.ipynb", height=1400)
     page.run_all()
     yield page
     page.close()
