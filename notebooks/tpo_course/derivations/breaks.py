@@ -87,15 +87,28 @@ BREAKS: dict[str, dict[str, tuple[str, str]]] = {
     "dpo.beta_in_the_first_step": {"the 1/2 left out": ("-h.beta / 2", "-h.beta")},
     "token_mdp.returns_by_token": {"the values of another policy": ("w.values(pi)", "w.values(w.ref_logps)")},
     "token_mdp.bellman": {"the policy's probabilities left out": ("pi.exp() * values.q", "values.q")},
-    "token_mdp.action_values": {"the next value subtracted, not added": ("+ w.gamma * tools", "- w.gamma * tools")},
-    "token_mdp.telescope": {"V(s_0) added, not subtracted": ("w.returns - values", "w.returns + values")},
-    "token_mdp.performance_difference": {"the states that the old policy visits": ("w.visits(new)", "w.visits(old)")},
+    "token_mdp.action_values": {
+        "the next value subtracted, not added": ("+ w.gamma * tools", "- w.gamma * tools"),
+        "the state's own value for the next one": ("tools.arrival(w, values.v)", "values.v[:, None]"),
+        "gamma left out": ("w.gamma * tools", "tools"),
+    },
+    "token_mdp.telescope": {
+        "V(s_0) added, not subtracted": ("w.returns - values", "w.returns + values"),
+        "Q for the advantage": ("values.a, gamma", "values.q, gamma"),
+    },
+    "token_mdp.performance_difference": {
+        "the states that the old policy visits": ("w.visits(new)", "w.visits(old)"),
+        "the new policy's own advantages": ("w.values(old).a", "w.values(new).a"),
+    },
     "token_mdp.soft_bellman": {
         "the sign of the reward": ("(reward / h.beta)", "(-reward / h.beta)"),
         "beta left out in front": ("= h.beta * tools.state_sums", "= tools.state_sums"),
     },
     "token_mdp.soft_value_is_attained": {"the KL earned, not paid": ("- h.beta * (star", "+ h.beta * (star")},
-    "token_mdp.soft_performance_difference": {"the KL the other way round": ("w.kl(pi, star)", "w.kl(star, pi)")},
+    "token_mdp.soft_performance_difference": {
+        "the KL the other way round": ("w.kl(pi, star)", "w.kl(star, pi)"),
+        "the states that pi* visits": ("w.visits(pi)", "w.visits(star)"),
+    },
     "token_mdp.same_optimum": {"V added, not subtracted": ("soft.q - soft.v", "soft.q + soft.v")},
     "token_mdp.token_reward_up_to_shaping": {
         "V(s) added, not subtracted": ("- soft.v[:, None]", "+ soft.v[:, None]"),

@@ -112,10 +112,11 @@ def _of_values(formula: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Ca
 _advantage = _of_values(lambda reward, now, then, gamma: reward + gamma * then - now)
 
 
-def _looking_back(masked: bool) -> Callable[..., Tensor]:
-    """With the value one column to the left, as `roll(1)` brings it."""
+def _looking_back(masked: bool, name: str = "values") -> Callable[..., Tensor]:
+    """With the value (of the argument `name`) one column to the left, as `roll(1)` brings it."""
 
-    def wrong(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    def wrong(rewards: Tensor, mask: Tensor, gamma: float, **given: Tensor) -> Tensor:
+        values = given[name]
         before = (_zero(mask, values) if masked else values).roll(1, dims=1)
         return _zero(mask, rewards + gamma * before - values)
 
@@ -324,9 +325,19 @@ shaped_rewards = chapter.exercise(
     not_paid_back=_of_potential(lambda reward, here, there, gamma: reward + gamma * there),
     no_discount=_of_potential(lambda reward, here, there, gamma: reward + there - here),
     after_the_end=lambda rewards, potential, mask, gamma: _zero(mask, rewards + gamma * _moved(potential) - potential),
-    backwards=lambda rewards, potential, mask, gamma: _zero(
-        mask, rewards + gamma * _zero(mask, potential).roll(1, 1) - potential
+    backwards=tuple(_looking_back(masked, "potential") for masked in (True, False)),
+    shaping_alone=_of_potential(lambda reward, here, there, gamma: gamma * there - here),
+    own_potential_ahead=_of_potential(lambda reward, here, there, gamma: reward + gamma * here - here),
+    both_subtracted=_of_potential(lambda reward, here, there, gamma: reward - gamma * there - here),
+    discount_misplaced=(
+        _of_potential(lambda reward, here, there, gamma: gamma * (reward + there) - here),
+        _of_potential(lambda reward, here, there, gamma: reward + there - gamma * here),
+        _of_potential(lambda reward, here, there, gamma: reward + gamma * (there - here)),
     ),
+    start_kept=lambda rewards, potential, mask, gamma: (
+        _shaped(rewards, potential, mask, gamma) + _zero(mask & (mask.long().cumsum(1) == 1), potential)
+    ),
+    added_up=lambda mask, **given: _zero(mask, _shaped(mask=mask, **given).cumsum(1)),
     not_zero_outside=lambda rewards, potential, mask, gamma: (
         rewards + gamma * _moved(_zero(mask, potential)) - potential
     ),
@@ -339,6 +350,11 @@ shaped_rewards = chapter.exercise(
 def _of_pairs(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
     """(V,) from the Gibbs optimum over whole responses."""
     return (ref_logps + reward / beta).logsumexp(-1).log_softmax(-1)
+
+
+def _whole(ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """(V, V) log-probabilities of the optimum over whole responses."""
+    return (ref_logps + reward / beta).flatten().log_softmax(-1).view_as(reward)
 
 
 def _two_token_cases() -> tuple[Case, ...]:
@@ -384,6 +400,24 @@ first_token = chapter.exercise(
     overflows=lambda ref_logps, reward, beta: (
         (ref_logps.exp() * (reward / beta).exp()).sum(-1) / (ref_logps.exp() * (reward / beta).exp()).sum()
     ).log(),
+    no_beta=lambda ref_logps, reward, beta: _of_pairs(ref_logps, reward, 1.0),
+    reference_tempered=lambda ref_logps, reward, beta: _of_pairs(ref_logps / beta, reward, beta),
+    probability_in_exponent=lambda ref_logps, reward, beta: _of_pairs(ref_logps.exp(), reward, beta),
+    reference_alone=lambda ref_logps, reward, beta: ref_logps.logsumexp(-1),
+    logarithms_added=tuple(
+        lambda ref_logps, reward, beta, over=over: over(_whole(ref_logps, reward, beta), -1)
+        for over in (torch.sum, torch.mean)
+    ),
+    best_response=lambda ref_logps, reward, beta: _whole(ref_logps, reward, beta).amax(-1),
+    each_row_by_itself=lambda ref_logps, reward, beta: (ref_logps + reward / beta).log_softmax(-1).logsumexp(-1),
+    endings_alike=lambda ref_logps, reward, beta: (ref_logps.logsumexp(-1) + (reward / beta).logsumexp(-1)).log_softmax(
+        -1
+    ),
+    first_not_weighed=(
+        lambda ref_logps, reward, beta: _of_pairs(ref_logps.log_softmax(-1), reward, beta),
+        lambda ref_logps, reward, beta: (ref_logps.log_softmax(-1) + reward / beta).logsumexp(-1),
+    ),
+    soft_value_alone=lambda ref_logps, reward, beta: beta * (ref_logps.log_softmax(-1) + reward / beta).logsumexp(-1),
 )
 
 
@@ -429,6 +463,15 @@ credit_notices = chapter.break_it(
     beta=0.5,
 )
 credit_trusted = chapter.open_ended("credit_trusted")
+best_start = chapter.predict("best_start", "a")
+value_of_a = chapter.predict("value_of_a", -0.598, plain_mean=-0.276, with_own_reward=-1.001, best_token=1.101)
+advantage_of_a = chapter.predict("advantage_of_a", "-")
+eos_between = chapter.predict("eos_between", "rises")
+written_more_often = chapter.choose("written_more_often", "EOS", "ab", "bEOS")
+against_the_reward = chapter.predict("against_the_reward", 0.627, perfect=1.0, nothing=0.0)
+mean_credit = chapter.predict("mean_credit", "-")
+worth_under_credits = chapter.predict("worth_under_credits", "zero")
+credit_on_reviews = chapter.predict("credit_on_reviews", "half")
 
 
 quiz = chapter.quiz()
