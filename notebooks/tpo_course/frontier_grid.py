@@ -63,6 +63,20 @@ def places() -> Iterator[tuple[str, str, Setting]]:
             yield name, ",".join(map(str, at)), Setting(**values)
 
 
+def place(setting: Setting) -> dict[str, int] | None:
+    """{axis: the place of its value} of a setting, counted from 0; None where the grid does not have it.
+
+    Example:
+        >>> place(Setting(beta=5.0)), place(Setting(beta=0.05))
+        ({'beta': 5, 'alpha': 2, 'guide': 1, 'data': 0}, None)
+    """
+    given = {axis: tuple(getattr(setting, name) for name in FIELDS[axis]) for axis in AXES}
+    wanted = {axis: values if len(values) > 1 else values[0] for axis, values in given.items()}
+    if setting.run_beta or any(value not in AXES[axis] for axis, value in wanted.items()):
+        return None
+    return {axis: AXES[axis].index(value) for axis, value in wanted.items()}
+
+
 def stored(run: Run) -> dict:
     """A run as the grid has it."""
     kept = {

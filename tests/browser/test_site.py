@@ -12,9 +12,11 @@ import torch
 from browser.harness import START_SECONDS
 from tpo_course import frontier_grid
 from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
-from tpo_course.frontier import needed
+from tpo_course.frontier import Setting, needed
+from tpo_course.frontier_presets import PRESETS
 from tpo_course.site.living import LABS, pair, runs
 from tpo_course.site.source import pages
+from tpo_course.widgets.loss_lab import _reach, loss_lab
 from tpo_course.widgets.parts import interval
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs.plots import style_of
@@ -70,11 +72,12 @@ def test_no_page_is_wider_than_the_screen(show, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_barrier(show, scheme):
+def test_no_barrier(show, site, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     options = {"resultTypes": ["violations"], "preload": False}
-    for target in KINDS:
+    longest = max(site.out.glob("notebooks/*.html"), key=lambda path: path.stat().st_size)
+    for target in (*KINDS, f"notebooks/{longest.name}"):
         page = show(target, color_scheme=scheme)
         found = Axe().run(page, options=options).response["violations"]
         grave = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
@@ -146,6 +149,30 @@ def test_the_loss_labs_numbers_are_pythons(show):
             assert row == pytest.approx(by_python(name, now), rel=1e-6, abs=1e-9), (name, now)
 
 
+def test_the_loss_lab_says_what_no_policy_has(show):
+    every = [*settings(), dict.fromkeys(("chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl"), 18.0)]
+    said = show("labs/loss.html").evaluate("(every) => every.map((now) => lab.reach(now))", every)
+    assert said == [_reach(now, kl=True) for now in every]
+    assert {words.split(":")[0] for words in said} == {"Out of reach (✕)", "Within reach"}
+
+
+def test_the_loss_lab_keeps_a_pinned_state(show):
+    page, python = show("labs/loss.html"), loss_lab()
+    facts, row = page.locator(".facts"), page.locator("table tr.now")
+    assert page.get_by_role("button", name="Unpin").is_disabled()
+    page.get_by_role("button", name="Pin this state").click()
+    assert "loss +0.000, margin +0.000, slope +0.000." in facts.inner_text()
+    page.get_by_label("situation").select_option("learned: a wide margin")
+    assert "(was 0.6931)" in row.inner_text()
+    python.pin_button.click()
+    python.controls["situation"].value = "learned: a wide margin"
+    changes = python.alt.split("Since the pinned state")[1].split("): ")[1]
+    assert facts.inner_text().endswith(f"Since the pinned state: {changes}")
+    page.get_by_role("button", name="Unpin").click()
+    assert "was" not in row.inner_text()
+    assert "pinned" not in facts.inner_text()
+
+
 def test_the_loss_lab_answers(show):
     page = show("labs/loss.html")
     page.get_by_label("objective").select_option("tdpo2")
@@ -200,8 +227,32 @@ def test_the_frontier_lab_reads_the_grid_as_python_does(show):
         assert loss == pytest.approx(run.loss)
         assert logratio == pytest.approx(run.logratio.flatten().tolist())
         assert policy == pytest.approx((ref * run.logratio.flatten().exp()).tolist())
-    before = page.locator(".facts").inner_text()
+    facts = page.locator(".facts").last
+    before = facts.inner_text()
     page.get_by_label("beta").press("ArrowRight")
-    assert page.locator(".facts").inner_text() != before
+    assert facts.inner_text() != before
     page.get_by_label("look closer at").select_option("tgdpo")
-    assert "TGDPO ends at a return of " in page.locator(".facts").inner_text()
+    assert "TGDPO ends at a return of " in facts.inner_text()
+
+
+def test_the_frontier_labs_presets_and_pin(show):
+    page, grid = show("labs/frontier.html"), frontier_grid.grid()
+    says, row = page.locator(".facts").first, page.locator("table tr.now").first
+    there = {name: preset for name, preset in PRESETS.items() if needed(preset.show, preset.setting) in grid}
+    assert len(there) > 1
+    ends = "Object.fromEntries(Object.keys(data.reads).map((name) => [name, lab.run(name, lab.controls.values()).key]))"
+    keys = {(name, key): setting for name, key, setting in frontier_grid.places()}
+    page.get_by_role("button", name="Pin this state").click()
+    for name, preset in there.items():
+        page.get_by_label("what goes wrong").select_option(name)
+        assert says.inner_text() == preset.words
+        assert page.get_by_label("look closer at").input_value() == preset.show
+        for objective, key in page.evaluate(ends).items():
+            assert needed(objective, keys[objective, key]) == needed(objective, preset.setting)
+        old, new = (grid[needed(preset.show, setting)].end[0] for setting in (Setting(), preset.setting))
+        assert f"{new:.2f} ({new - old:+.2f})" in row.inner_text()
+    page.get_by_label("beta").press("ArrowRight")
+    assert page.get_by_label("what goes wrong").input_value() == ""
+    assert says.inner_text().startswith("All settings are where")
+    page.get_by_role("button", name="Unpin").click()
+    assert "(" not in row.inner_text()

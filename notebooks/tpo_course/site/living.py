@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tpo_course import frontier_grid
+from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets.loss_lab import SITUATIONS, loss_lab
 from tpo_course.widgets.loss_picture import CHOSEN, REF_LOGP, REJECTED
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
@@ -87,9 +88,14 @@ def control(made) -> dict:
 
 
 def exact() -> dict:
-    """The grid of the frontier lab."""
+    """The grid of the frontier lab, and those of its presets that lie on the grid."""
     grid = json.loads(frontier_grid.GRID.read_text(encoding="utf-8"))
-    return grid | {"look": look(list(grid["reads"]))}
+    presets = {
+        name: {"at": at, "show": preset.show, "words": preset.words}
+        for name, preset in PRESETS.items()
+        if (at := frontier_grid.place(preset.setting)) is not None
+    }
+    return grid | {"look": look(list(grid["reads"])), "presets": presets}
 
 
 LABS = (

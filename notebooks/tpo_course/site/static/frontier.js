@@ -30,16 +30,20 @@ function frontAt(kl) { // the return that the front has at a KL, by straight lin
   return front.reward[at - 1] + share * (front.reward[at] - front.reward[at - 1]);
 }
 
-function plane(found, chosen) {
+function plane(found, chosen, before) {
   const ends = found.map((each) => `${label(each.name)} ${each.reward.at(-1).toFixed(2)} at ${each.kl.at(-1).toFixed(2)}`);
   const plot = new Plot({
     title: "Return against KL: the exact front, every objective's way and its end", words: `Return at KL, in nats: ${ends.join("; ")}.`,
-    x: [0, furthest * 1.02], y: [Math.min(0, ...found.flatMap((each) => each.reward)) - 0.1, highest + 0.1], bend: Math.sqrt, width: 640, height: 380,
+    x: [0, furthest * 1.02], y: [Math.min(0, ...[...found, ...before].flatMap((each) => each.reward)) - 0.1, highest + 0.1], bend: Math.sqrt, width: 640, height: 380,
     xticks: [0, 0.1, 0.5, 1, 2, 5, 10, 20].filter((t) => t <= furthest).map((t) => [t, String(t)]),
     xlabel: "KL(policy ‖ reference), nats, on a root scale", ylabel: "expected return",
   });
   plot.figure.classList.add("wide");
   plot.curve(front.kl, front.reward, { stroke: "currentColor", "stroke-width": 3, opacity: 0.55 });
+  for (const each of before) {
+    plot.curve(each.kl, each.reward, { stroke: "currentColor", "stroke-width": 1, opacity: 0.5, "stroke-dasharray": "3 3" });
+    plot.point(each.kl.at(-1), each.reward.at(-1), data.look[each.name], 5, { fill: "none", stroke: "currentColor", "stroke-dasharray": "2 2" });
+  }
   for (const each of found) {
     const style = data.look[each.name];
     plot.curve(each.kl, each.reward, { stroke: style.colour, "stroke-width": each.name === chosen ? 3 : 1.5 });
@@ -77,25 +81,41 @@ function creditPlot(found, beta) {
 
 const stops = (axis) => data.axes[axis].map((value, at) => ({ value: at, words: AXES[axis](value) }));
 const controls = new Controls({
+  preset: { label: "what goes wrong", value: "", options: [["nothing chosen", ""], ...Object.keys(data.presets).map((name) => [name, name])] },
   objective: { label: "look closer at", value: names[0], options: names.map((name) => [label(name), name]) },
   ...Object.fromEntries(Object.keys(data.axes).map((axis) => [axis, { label: axis, value: Math.min(2, data.axes[axis].length - 1), stops: stops(axis) }])),
-}, draw);
-controls.put("guide", 0);
+}, follow);
+controls.put("guide", 1);
 controls.put("data", 0);
-const [text, plots, all, leaves] = [facts(), make("div", { class: "plots" }), make("div"), make("div")];
-place(controls.box, text, legend(data.look, [{ label: "reference", marker: "*", colour: "currentColor" }]), make("p", { class: "note" }, "Thick grey: the front, which no policy lies above. Hollow: the optimum where there is one in closed form. What an objective does not read leaves it where it is."), plots, make("h2", {}, "Where each ends"), all, make("h2", {}, "Its tree of tokens"), leaves);
+const [says, text, plots, all, leaves] = [facts(), facts(), make("div", { class: "plots" }), make("div"), make("div")];
+const ends = () => names.map((name) => run(name, controls.values()));
+const pinned = pin(ends, draw);
+place(controls.box, pinned.box, says, text, legend(data.look, [{ label: "reference", marker: "*", colour: "currentColor" }]), make("p", { class: "note" }, "Thick grey: the front, which no policy lies above. Hollow: the optimum where there is one in closed form. Dashed: what was pinned. What an objective does not read leaves it where it is."), plots, make("h2", {}, "Where each ends"), all, make("h2", {}, "Its tree of tokens"), leaves);
+
+function follow(moved) {
+  const preset = data.presets[controls.value("preset")];
+  if (moved === "preset" && preset) for (const [name, value] of Object.entries({ ...preset.at, objective: preset.show })) controls.put(name, value);
+  else if (moved in data.axes) controls.put("preset", "");
+  draw();
+}
 
 function draw() {
+  const preset = data.presets[controls.value("preset")];
+  says.textContent = preset ? preset.words : "All settings are where the lab begins, or where you moved them.";
   const at = controls.values();
   const [chosen, beta] = [at.objective, data.axes.beta[at.beta]];
-  const found = names.map((name) => run(name, at));
+  const [found, before] = [ends(), pinned.state ?? []];
   const mine = found.find((each) => each.name === chosen);
   const [kl, reward] = [mine.kl.at(-1), mine.reward.at(-1)];
   const floor = mine.floor === null ? "" : ` ${short(100 * mine.floor)}% of its tokens stand on the floor of f.`;
   const words = Object.keys(data.axes).map((axis) => `${axis} ${AXES[axis](data.axes[axis][at[axis]])}`).join("; ");
   text.textContent = `${words}. ${label(chosen)} ends at a return of ${reward.toFixed(2)} and a KL of ${kl.toFixed(2)} nats; the front has ${frontAt(kl).toFixed(2)} there. Loss ${short(mine.loss, 4)}.${floor}`;
-  plots.replaceChildren(plane(found, chosen), creditPlot(mine, beta));
-  const rows = found.map((each) => [label(each.name), data.reads[each.name].join(", "), each.kl.at(-1).toFixed(2), each.reward.at(-1).toFixed(2), frontAt(each.kl.at(-1)).toFixed(2), each.optimum ? each.optimum.map((v) => v.toFixed(2)).join(", ") : "–", short(each.loss, 4)]);
+  plots.replaceChildren(plane(found, chosen, before), creditPlot(mine, beta));
+  const beside = (each, of) => {
+    const old = before.find((one) => one.name === each.name);
+    return each[of].at(-1).toFixed(2) + (old ? ` (${signed(each[of].at(-1) - old[of].at(-1), 2)})` : "");
+  };
+  const rows = found.map((each) => [label(each.name), data.reads[each.name].join(", "), beside(each, "kl"), beside(each, "reward"), frontAt(each.kl.at(-1)).toFixed(2), each.optimum ? each.optimum.map((v) => v.toFixed(2)).join(", ") : "–", short(each.loss, 4)]);
   all.replaceChildren(table(["objective", "reads", "KL, nats", "return", "front there", "optimum: KL, return", "loss"], rows, names.indexOf(chosen)));
   leaves.replaceChildren(treeTable(mine, beta));
 }

@@ -181,4 +181,15 @@ function table(heads, rows, now = -1) {
   return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "table" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
 }
 
+// Two buttons: `state` is what `now()` gave when the first was pressed, null once the second is.
+function pin(now, draw) {
+  const buttons = ["Pin this state", "Unpin"].map((words) => make("button", { type: "button" }, words));
+  const pinned = { state: null, box: make("div", { class: "pins" }, ...buttons) };
+  const keep = (state) => { pinned.state = state; buttons[1].disabled = state === null; draw(); };
+  buttons[0].addEventListener("click", () => keep(now()));
+  buttons[1].addEventListener("click", () => keep(null));
+  buttons[1].disabled = true;
+  return pinned;
+}
+
 function facts() { return make("div", { class: "facts", role: "status" }); }

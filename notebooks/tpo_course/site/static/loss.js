@@ -54,6 +54,27 @@ function compute(name, now) {
   };
 }
 
+// The smallest SeqKL that a response's log-ratio leaves possible: `tpo_course.coefficients.least_kl`.
+function leastKl(logratio, tokens) {
+  const [x, p] = [logratio / tokens, Math.exp(data.ref_logp)];
+  if (x + data.ref_logp >= 0) return Infinity;
+  return Math.max(0, tokens * (-p * x + (1 - p) * (Math.log1p(-p) - Math.log1p(-Math.exp(x + data.ref_logp)))));
+}
+
+// Whether a policy can have these log-ratios and KLs, in words.
+function reach(now) {
+  const [least, wrong] = [[], []];
+  for (const side of ["chosen", "rejected"]) {
+    const [x, kl, tokens] = [now[`${side}_logratio`], now[`${side}_kl`], Object.keys(data[side]).length];
+    const [most, needed] = [-data.ref_logp * tokens, leastKl(x, tokens)];
+    least.push(`${needed.toFixed(2)} (${side})`);
+    if (x >= most) wrong.push(`log-ratio ${signed(x, 1)} (${side}): at ${most.toFixed(0)} nats every token has probability 1`);
+    else if (kl < needed) wrong.push(`SeqKL ${kl.toFixed(1)} (${side}): at log-ratio ${signed(x, 1)} it is at least ${needed.toFixed(2)} nats`);
+  }
+  if (wrong.length) return `Out of reach (✕): ${wrong.join("; ")}.`;
+  return `Within reach: these log-ratios need a SeqKL of ${least.join(" and ")} nats or more.`;
+}
+
 // Pictures.
 
 const label = (name) => data.look[name].label;
@@ -65,16 +86,18 @@ const range = (numbers, sign = true) => {
   return low === high ? `${low} on every token` : `${low} to ${high}`;
 };
 
-function lossPlot(found, now) {
-  const reach = Math.max(4, 1.25 * Math.abs(found.margin));
-  const xs = [...Array(121).keys()].map((i) => -reach + (i * reach) / 60);
+function lossPlot(found, now, before) {
+  const far = Math.max(4, 1.25 * Math.abs(found.margin), 1.25 * Math.abs(before?.margin ?? 0));
+  const xs = [...Array(121).keys()].map((i) => -far + (i * far) / 60);
   const ys = xs.map((x) => OBJECTIVES[found.name].loss(x, now)[0]);
-  const top = Math.max(...ys, found.loss);
-  const plot = new Plot({ title: `Loss ${short(found.loss)}, slope ${short(found.slope)}`, words: `The loss over the margin; this pair stands at a margin of ${signed(found.margin, 3)}.`, x: [-reach, reach], y: [-0.05 * top, 1.04 * top], xlabel: "margin, nats", ylabel: "loss, nats" });
+  const top = Math.max(...ys, found.loss, before?.loss ?? 0);
+  const plot = new Plot({ title: `Loss ${short(found.loss)}, slope ${short(found.slope)}`, words: `The loss over the margin; this pair stands at a margin of ${signed(found.margin, 3)}.`, x: [-far, far], y: [-0.05 * top, 1.04 * top], xlabel: "margin, nats", ylabel: "loss, nats" });
   plot.curve(xs, ys, { stroke: "currentColor" });
-  const step = 0.3 * reach;
+  const step = 0.3 * far;
   plot.line(found.margin - step, found.loss - found.slope * step, found.margin + step, found.loss + found.slope * step, { stroke: data.look[found.name].colour, "stroke-width": 2, "stroke-dasharray": "6 4" });
+  if (before) plot.point(before.margin, before.loss, data.look[found.name], 6, { fill: "none", stroke: "currentColor", "stroke-dasharray": "2 2" });
   plot.point(found.margin, found.loss, data.look[found.name], 7, { stroke: "currentColor" });
+  if (reach(now).startsWith("Out")) plot.note(plot.x(found.margin), plot.y(found.loss) - 10, "✕", { "text-anchor": "middle" });
   return plot.figure;
 }
 
@@ -127,11 +150,11 @@ const settings = {};
 for (const [name, each] of Object.entries(data.controls)) settings[name] = each;
 const controls = new Controls(settings, follow);
 const [text, plots, all] = [facts(), make("div", { class: "plots" }), make("div")];
-place(controls.box, text, plots, make("h2", {}, "All objectives on this pair"), all);
+const pinned = pin(() => controls.values(), () => draw(controls.value("objective")));
+place(controls.box, pinned.box, text, plots, make("h2", {}, "All objectives on this pair"), all);
 
 // What an objective is computed with: the sliders are of TDPO2 and TGDPO both where they share a name.
-function setting(name) {
-  const now = controls.values();
+function setting(name, now = controls.values()) {
   return { ...now, alpha: Number(now.alpha), shaping: now.shaping ?? "linear", name };
 }
 
@@ -149,20 +172,25 @@ function draw(name) {
   controls.enable(read);
   const now = setting(name);
   const found = compute(name, now);
+  const was = (each) => pinned.state && compute(each, setting(each, pinned.state));
+  const before = was(name);
   const lines = [
     `${label(name)}: margin ${signed(found.margin, 3)} nats, loss ${short(found.loss, 4)} nats, slope of the loss ${short(found.slope)}.`,
     `Coefficients on log π: chosen ${range(found.logps.slice(0, count))}, rejected ${range(found.logps.slice(count))}. Training raises what has a negative one.`,
     found.kl ? `Coefficients on KL: chosen ${range(found.kl.slice(0, count))}, rejected ${range(found.kl.slice(count))}.` : `KL: ${label(name)} reads none.`,
+    reach(now),
   ];
+  if (before) lines.push(`Since the pinned state: ${["loss", "margin", "slope"].map((each) => `${each} ${signed(found[each] - before[each], 3)}`).join(", ")}.`);
   text.replaceChildren(...lines.map((line) => make("div", {}, line)));
-  plots.replaceChildren(lossPlot(found, now), termsPlot(found), tokenPlot(found), ...(found.weights ? [weightPlot(found)] : []));
+  plots.replaceChildren(lossPlot(found, now, before), termsPlot(found), tokenPlot(found), ...(found.weights ? [weightPlot(found)] : []));
   const names = Object.keys(data.objectives);
   const rows = names.map((each) => {
-    const one = compute(each, setting(each));
-    return [label(each), signed(one.margin, 3), short(one.loss, 4), short(one.slope), range(one.logps.slice(0, count)), range(one.logps.slice(count)), one.kl ? `${short(one.kl[0])}, ${short(one.kl.at(-1))}` : "not read"];
+    const [one, old] = [compute(each, setting(each)), was(each)];
+    const beside = (say, of) => say(one[of]) + (old ? ` (was ${say(old[of])})` : "");
+    return [label(each), beside((v) => signed(v, 3), "margin"), beside((v) => short(v, 4), "loss"), beside(short, "slope"), range(one.logps.slice(0, count)), range(one.logps.slice(count)), one.kl ? `${short(one.kl[0])}, ${short(one.kl.at(-1))}` : "not read"];
   });
   all.replaceChildren(table(["objective", "margin", "loss", "slope", "log π chosen", "log π rejected", "KL chosen, rejected"], rows, names.indexOf(name)));
 }
 
 draw(controls.value("objective"));
-window.lab = { controls, compute, setting, follow, text: () => text.textContent };
+window.lab = { controls, compute, reach, setting, follow, text: () => text.textContent };
