@@ -99,10 +99,12 @@ def test_all_objectives_and_the_pinned_state(notebook, tmp_path):
     whole.page.set_viewport_size({"width": 390, "height": 1500})
     whole.idle()
     page.screenshot(tmp_path / "pinned_390.png")
-    for shown in (PICTURE, ".widget-readout", "select", "button"):
+    for shown in (".widget-html-content", ".widget-readout", "select", "button"):
         boxes = [each.bounding_box() for each in page.locator(shown).all()]
         assert boxes
         assert all(box["x"] + box["width"] <= 390 for box in boxes), f"{shown} is cut off on a phone"
+    assert page.locator(PICTURE).bounding_box()["width"] >= 600, "too small to be read: it is to move sideways instead"
+    assert min(each.bounding_box()["width"] for each in page.locator(".noUi-base").all()) >= 100, "no thumb can move it"
     whole.page.set_viewport_size({"width": 1100, "height": 1500})
     page.click("Unpin")
     whole.idle()

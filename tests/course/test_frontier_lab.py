@@ -213,7 +213,7 @@ def test_a_preset_shows_what_its_sentence_says(lab, name):
     preset, world, found = PRESETS[name], lab.bench.world, dict(lab.state.runs)
     assert lab.setting == lab.state.setting == preset.setting
     assert lab.controls["show"].value == preset.show
-    assert preset.words[:30] in lab.says.value.replace("&#x27;", "'")
+    assert f"{name}.</b> {preset.words[:30]}" in lab.says.value.replace("&#x27;", "'")
     for key in tuple(lab.state.runs):
         sure = world.by_prompt(world.sequence_logps(policy(lab, key)).exp()).amax(-1)
         found["likeliest " + key] = float(world.expected(sure))

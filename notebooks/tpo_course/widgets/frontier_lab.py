@@ -191,7 +191,7 @@ class FrontierLab:
         for name, value in values.items():
             self.controls[name].value = value
         self._held = False
-        self.says.value = f"{STATUS}<b>{escape(preset.capitalize())}.</b> {escape(chosen.words)}</div>"
+        self.says.value = f"{STATUS}<b>{escape(preset)}.</b> {escape(chosen.words)}</div>"
 
     def _ask(self) -> None:
         """Show what is known, and train the rest."""

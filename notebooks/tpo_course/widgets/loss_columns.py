@@ -14,7 +14,7 @@ from PIL import Image
 
 from tpo_course.coefficients import loss_at
 from tpo_course.widgets.loss_picture import CHOSEN, PINNED, REJECTED, State, map_of_reach, place, signed
-from tpo_course.widgets.parts import LAB_DPI, frame, with_a_margin
+from tpo_course.widgets.parts import LAB_DPI, frame, swiped, with_a_margin
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs import heatmap
 from tpo_lib.runs.plots import FONT, style_of
@@ -86,7 +86,7 @@ def page(states: Mapping[str, State], pinned: Mapping[str, State], reach: str) -
         f"One β for all; SimPO's multiplies a mean. {escape(reach)}"
     )
     table = f'<table style="border-spacing:5px 1px;font-size:12px;line-height:1.35;text-align:right">{"".join(rows)}</table>'
-    return f'<div style="overflow-x:auto">{table}</div><small>{note}</small>'
+    return f"{swiped(table)}<small>{note}</small>"
 
 
 def words(states: Mapping[str, State], pinned: Mapping[str, State]) -> str:

@@ -21,6 +21,10 @@ PANELS = [(0.085 + 0.325 * i, 0.235, 0.24, 0.725) for i in range(3)]
 LABELS = (0.62, 0.3)  # inches from a panel to the near edges of the labels of its y and x axis
 BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # of a note in a picture: no line runs through it
 LAB_DPI = 84
+WITHIN = "calc(100% - 4px)"  # of the page: controls and rooms have a margin of 2 px
+LONG = 100  # pixels of a description that leaves a slider no room on a phone
+BESIDE = 236  # pixels that slider and readout take beside it at least
+LEGIBLE = 620  # pixels of a picture's width below which its words cannot be read
 STATUS = '<div role="status" style="line-height:1.5">'
 
 
@@ -28,8 +32,11 @@ STATUS = '<div role="status" style="line-height:1.5">'
 
 
 def look(label: str, width: str) -> dict:
-    """Style and layout of a control whose description takes `label`."""
-    return {"style": {"description_width": label}, "layout": w.Layout(width=width, max_width="100%")}
+    """Style and layout of a control whose description takes `label`; on a narrow page a long one stands above it."""
+    layout = {"width": width, "max_width": WITHIN}
+    if int(label[:-2]) >= LONG and int(width[:-2]) - int(label[:-2]) >= BESIDE:
+        layout |= {"flex_flow": "row wrap", "height": "auto", "min_height": "28px"}
+    return {"style": {"description_width": label}, "layout": w.Layout(**layout)}
 
 
 def knob(record: Hyperparameter, description: str, *, steps: int, **given) -> w.Widget:
@@ -64,7 +71,7 @@ def movable() -> dict[str, list[str]]:
 def row(*children: w.Widget) -> w.HBox:
     """Side by side, below each other where the page is narrow."""
     for child in children:
-        child.layout.max_width = "100%"
+        child.layout.max_width = WITHIN
     return w.HBox(children, layout=w.Layout(flex_flow="row wrap"))
 
 
@@ -83,7 +90,12 @@ def button(words: str, do, **given) -> w.Button:
 
 def room(pixels: int) -> w.HTML:
     """HTML that is at least so high: the page does not jump when its text comes."""
-    return w.HTML(layout=w.Layout(min_height=f"{pixels}px"))
+    return w.HTML(layout=w.Layout(min_height=f"{pixels}px", max_width=WITHIN))
+
+
+def swiped(content: str) -> str:
+    """HTML that is never wider than the page: what does not fit moves sideways under the finger."""
+    return f'<div style="width:0;min-width:100%;overflow-x:auto">{content}</div>'
 
 
 # Pictures.
@@ -105,9 +117,15 @@ def png(figure: Figure, dpi: int = 80, **how) -> bytes:
 
 
 def image(width: int, height: int) -> w.Image:
-    """Room for a PNG, in pixels: the page does not jump when it comes, and a narrow one shows it whole and in proportion."""
-    narrow = {"max_width": "100%", "object_fit": "contain", "object_position": "left top"}
+    """Room for a PNG, in pixels: the page does not jump when it comes, and a narrow one shows it smaller, in `sideways`."""
+    narrow = {"max_width": "100%", "min_width": f"{min(width, LEGIBLE)}px", "flex": "0 1 auto"}
+    narrow |= {"object_fit": "contain", "object_position": "left top"}
     return w.Image(format="png", layout=w.Layout(width=f"{width}px", min_height=f"{height}px", **narrow))
+
+
+def sideways(picture: w.Image) -> w.Box:
+    """A picture in a frame of its own, under which it moves sideways where the page is too narrow to read it."""
+    return w.Box([picture], layout=w.Layout(max_width=WITHIN, overflow="auto hidden"))
 
 
 def still(figure: Figure, boxes: list[tuple], size: tuple[float, float] | None = None) -> Figure:
@@ -168,7 +186,8 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], note: str) -> str
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in rows)
     style = "border-spacing:12px 2px;text-align:left;line-height:1.5"
-    return f'<table style="{style}"><tr>{head}</tr>{body}</table><small>{note}</small>'
+    whole = f'<table style="{style}"><tr>{head}</tr>{body}</table>'
+    return f"{swiped(whole)}<small>{note}</small>"
 
 
 def samples(name: str, before: Iterable[Mapping], after: Iterable[Mapping]) -> str:
@@ -253,4 +272,6 @@ class Lab:
         source = base64.b64encode(self._png).decode()
         self.text.value = f"{STATUS}{text}</div>"
         alt = escape(alt, quote=True)
-        self.picture.value = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="max-width:100%">'
+        style = f"max-width:100%;min-width:{LEGIBLE}px"
+        shown = f'<img src="data:image/png;base64,{source}" alt="{alt}" style="{style}">'
+        self.picture.value = swiped(shown)

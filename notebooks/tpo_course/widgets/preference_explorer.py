@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_course.widgets import parts
-from tpo_course.widgets.parts import bundle, button, frame, image, interval, look, on, one_line, room, row
+from tpo_course.widgets.parts import bundle, button, frame, image, interval, look, on, one_line, room, row, sideways
 
 if TYPE_CHECKING:
     from tpo_lib.runs.stage import Stage
@@ -48,7 +48,7 @@ class PreferenceExplorer:
         where = w.Layout(width="260px")
         self.train_button = button("Train on both sides of the gap", self._train, layout=where)
         self.histogram, self.count, self.result, self.page = image(620, 239), room(28), room(110), room(200)
-        top = row(self.smallest, self.search), self.histogram, self.count
+        top = row(self.smallest, self.search), sideways(self.histogram), self.count
         self.box = w.VBox([*top, self.number, self.page, self.train_button, self.result])
         on([self.smallest, self.search], self._filter)
         on([self.number], self._show)

@@ -16,6 +16,7 @@ from tpo_course.widgets.parts import (
     png,
     room,
     samples,
+    sideways,
     still,
     training,
 )
@@ -56,7 +57,8 @@ class RunBrowser:
         self.alpha = w.SelectionSlider(options=[0.0], description="alpha", continuous_update=False, **wide)
         self.points, self.curve = image(560, 336), image(912, 320)
         self.facts, self.samples = room(48), room(290)
-        self.box = w.VBox([self.objective, self.beta, self.alpha, self.facts, self.points, self.curve, self.samples])
+        pictures = sideways(self.points), sideways(self.curve)
+        self.box = w.VBox([self.objective, self.beta, self.alpha, self.facts, *pictures, self.samples])
         self._busy = False
         on([self.objective], self._options)
         on([self.beta], self._alphas)

@@ -97,12 +97,10 @@ class TrainingLab:
         self.new_name = w.Text(description="new name", **wide | {"continuous_update": False})
         self.rename_button, self.remove_button = button("Rename", self._rename), button("Remove", self._remove)
         self.export_button = button("Export all", self._export, icon="download")
-        buttons = w.HBox([self.train_button, self.stop_button, self.bar])
-        runs = (
-            w.HBox([self.chosen, self.remove_button, self.export_button]),
-            w.HBox([self.new_name, self.rename_button]),
-        )
-        pictures = self.curve, self.points, self.table  # the table last: it grows with every run
+        buttons = row(self.train_button, self.stop_button, self.bar)
+        runs = row(self.chosen, self.remove_button, self.export_button), row(self.new_name, self.rename_button)
+        # The table last: it grows with every run.
+        pictures = parts.sideways(self.curve), parts.sideways(self.points), self.table
         self.box = w.VBox([*settings, buttons, self.status, *pictures, *runs, self.samples])
         on([self.chosen], self._show_samples)
 
