@@ -178,13 +178,15 @@ def test_the_command_writes_what_train_takes(made, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*train, str(tmp_path / "two"), "--guide", str(folder / "dpo"), "--guide-beta", "0.4"])
     assert "the pairs have token rewards, and --guide" in capsys.readouterr().err
+    line = ["inspect", "--model", str(tmp_path / "run"), "--device", "cpu", "--output", str(tmp_path / "page.html")]
+    cli.main([*line, "--pairs", str(out)])
+    assert "Token rewards guide, times guide_beta 1." in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["inspect", "--model", str(tmp_path / "run"), "--pairs", str(out), "--device", "cpu"])
-    said = "tgdpo needs a guide: pass --loss-type dpo, or --guide DIR: the run was guided by token rewards of its pairs"
+        cli.main([*line, "--pairs", str(folder / "pairs.jsonl")])
+    said = "tgdpo needs a guide: pass --loss-type dpo, or --guide DIR: the run was guided by token rewards"
     assert said in capsys.readouterr().err
-    line = ["inspect", "--model", str(tmp_path / "run"), "--pairs", str(out), "--device", "cpu", "--loss-type", "dpo"]
-    cli.main([*line, "--output", str(tmp_path / "page.html")])
-    assert "Not used: chosen_token_rewards, rejected_token_rewards; " in capsys.readouterr().err
+    cli.main([*line, "--pairs", str(out), "--loss-type", "dpo"])
+    assert "Token rewards are not used: dpo reads no guide." in capsys.readouterr().err
     changed = out.read_text().replace('"value": ', '"value": 1', 1)
     out.write_text(changed)
     with pytest.raises(SystemExit):

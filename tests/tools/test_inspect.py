@@ -93,6 +93,8 @@ def test_the_page_has_the_numbers_of_the_textbook(place, tmp_path, name):
     expected = {"logp": tokens.logps, "slope": torch.cat([pushed.chosen.logps, pushed.rejected.logps])}
     if ref is not None:
         expected |= {"logratio": tokens.logps - tokens.ref_logps, "kl": tokens.kl}
+    if tokens.guide_logps is not None:
+        expected["guided"] = given["guide_beta"] * (tokens.guide_logps - tokens.ref_logps)
     if "kl" in entry.needs:
         expected["kl_slope"] = torch.cat([pushed.chosen.kl, pushed.rejected.kl])
     if pushed.chosen.weights is not None:
@@ -115,6 +117,54 @@ def test_the_page_has_the_numbers_of_the_textbook(place, tmp_path, name):
     digests = {each["what"]: each["sha256"] for each in found["models"]}
     names = {"policy": "policy", "ref": "reference", "guide": "guide"}
     assert digests == {names[flag]: fingerprint(model) for flag, model in models.items()}
+
+
+def test_token_rewards_of_the_pairs_stand_in_the_place_of_a_guide_and_weights_in_every_number_of_the_loss(
+    place, tmp_path
+):
+    flags = ["--loss-type", "tgdpo", "--ref", str(place / "ref"), "--beta", "0.3", "--alpha", "4"]
+    guide = ["--guide", str(place / "guide"), "--guide-beta", "0.5"]
+    told = [
+        "guide",
+        "--model",
+        str(place / "guide"),
+        "--ref",
+        str(place / "ref"),
+        "--guide-beta",
+        "0.5",
+        "--device",
+        "cpu",
+    ]
+    main([*told, "--pairs", str(place / "pairs.jsonl"), "--output", str(tmp_path / "told.jsonl")])
+    expected, _ = inspected(place, tmp_path, *flags, *guide)
+    found, _ = inspected(place, tmp_path, *flags, pairs=tmp_path / "told.jsonl")
+    assert "Token rewards guide, times guide_beta 1." in found["words"]
+    assert [each["what"] for each in found["models"]] == ["policy", "reference"]
+    rewards = [x for row in found["pairs"] for side in SIDES for x in row[side]["guided"]]
+    assert max(rewards) > 0 > min(rewards)
+    for mine, other in zip(found["pairs"], expected["pairs"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        for side in SIDES:
+            for name in ("guided", "weight", "slope", "logratio"):
+                assert mine[side][name] == pytest.approx(other[side][name], rel=1e-3, abs=1e-5), name
+
+    twice = [{"start": 0, "end": len(row["chosen"]), "value": 2.0} for row in ROWS]
+    rows = [row | {"chosen_token_weights": [span]} for row, span in zip(ROWS, twice, strict=True)]
+    written(tmp_path / "weights.jsonl", rows)
+    flags = ["--loss-type", "dpo", "--ref", str(place / "ref"), "--beta", "0.3"]
+    plain, _ = inspected(place, tmp_path, *flags)
+    found, _ = inspected(place, tmp_path, *flags, "--most", "4", pairs=tmp_path / "weights.jsonl")
+    assert len(found["pairs"]) == 4
+    for row in found["pairs"]:
+        before = plain["pairs"][row["row"]]
+        *ratios, last = row["chosen"]["logratio"]  # the token that ends the response has no character
+        assert row["chosen"]["logratio"] == pytest.approx(before["chosen"]["logratio"], rel=1e-4)
+        assert row["chosen"]["reward"] == pytest.approx(0.3 * (2 * sum(ratios) + last), rel=1e-4, abs=1e-5)
+        assert row["margin"] == pytest.approx(row["chosen"]["reward"] - row["rejected"]["reward"], abs=1e-5)
+        slopes = row["chosen"]["slope"]
+        assert slopes[0] == pytest.approx(2 * slopes[-1], rel=1e-4)
+        assert slopes[-1] == pytest.approx(-row["rejected"]["slope"][0], rel=1e-4)
+    assert "Token weights multiply the log-ratio and KL of their token." in found["words"]
 
 
 class Tags(HTMLParser):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -23,11 +24,11 @@ from tpo_lib.files import folders, store
 from tpo_lib.files.formats import BadRowsError
 from tpo_lib.files.load import load_config, load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs
-from tpo_lib.files.spans import COLUMNS
 from tpo_lib.files.tokens import vocabulary_name
 from tpo_lib.losses import OBJECTIVES
 from tpo_lib.models import check_pairs, choose_device, fingerprint, most_tokens
 from tpo_lib.runs import named, own
+from tpo_lib.runs.given import taken, token_values
 from tpo_lib.runs.run import ADAPTER, RunRecord, read_run
 from tpo_lib.runs.runs import check_taken
 from tpo_lib.tools.tokenwise import SIDES, read_pairs, summarise
@@ -55,6 +56,7 @@ QUANTITIES = {  # the first that there is is shown first
     ),
     "kl": Quantity("KL", "KL(π_ref ‖ π) over the vocabulary at the token, nats", "other predictions than π_ref", ""),
     "logp": Quantity("log-probability", "log π of the token, nats", "", "unlikely"),
+    "guided": Quantity("token reward", "r̂ of the token: what guides the loss", "guided towards", "guided away"),
     "weight": Quantity(
         "weight f", "what the loss multiplies the token's log-ratio by", "counts more", "counts less", 1.0
     ),
@@ -67,13 +69,21 @@ def run(options) -> None:
     """Write the page of --pairs under --model; cli.py has the flags."""
     named.check_names(options)
     record, device = read_run(options.model), choose_device(options.device)
-    config = _objective(options, record)
-    sources, notes = _sources(options, record, config.loss_type)
+    table, skipped = load_pairs(
+        options.pairs, split=options.split, config=options.config, on_bad_rows=options.on_bad_rows
+    )
+    config, kinds, said = taken(_objective(options, record), table, options.guide)
+    sources, notes = _sources(options, record, config.loss_type, "rewards" in kinds)
     numbers = Path(options.output).with_suffix(".json")
     if options.json and numbers.resolve() == Path(options.pairs).resolve():
         raise FileExistsError(f"--json writes {numbers}, which is what --pairs reads; choose another --output")
     tokenizer = _tokenizer(sources, notes)
-    pairs, words = _encoded(options, config.max_length, tokenizer)
+    pairs, words = _encoded(options, table, config.max_length, tokenizer)
+    if said:
+        words.append(f"{said[0].upper()}{said[1:]}.")
+    if skipped:
+        words.append(f"Before that, {len(skipped):,} rows could not be read as pairs (the first: {skipped[0]}).")
+    values = token_values(table, pairs, tokenizer, max_length=config.max_length, kinds=kinds) if kinds else None
     models, prints = {}, {}
     for name, source in sources.items():
         models[name] = load_model(source["name"], device=device).requires_grad_(False)
@@ -82,23 +92,23 @@ def run(options) -> None:
         if source.get("sha256", prints[name]) != prints[name]:
             changed = f"{source['name']} has changed since the run in {record.folder}, whose {name} it was"
             raise ValueError(f"{changed}: name one with {source['flag']}")
-    how = {"config": config, "max_tokens": options.max_tokens, "progress": True}
-    rows = read_pairs(pairs=pairs, tokenizer=tokenizer, **how, **models)
+    how = {"config": config, "given": values, "max_tokens": options.max_tokens, "progress": True}
+    found = read_pairs(pairs=pairs, tokenizer=tokenizer, **how, **models)
     settings = {"objective": config.loss_type} | config.hyperparameters()
     settings |= {"max_length": config.max_length, "seed": options.seed, "pairs": options.pairs, "tpo_lib": __version__}
-    found = {
+    content = {
         "title": f"Token by token: {options.model}",
         "words": words,
         "notes": notes,
         "models": [{"what": name, "name": str(each["name"]), "sha256": prints[name]} for name, each in sources.items()],
         "settings": settings,
-        "summary": summarise(rows, [tuple(pair.prompt_ids) for pair in pairs]),
-        "pairs": rows,
+        "summary": summarise(found, [tuple(pair.prompt_ids) for pair in pairs]),
+        "pairs": found,
     }
-    _write(store.rounded(found, DIGITS), options.output, numbers if options.json else None)
+    _write(store.rounded(content, DIGITS), options.output, numbers if options.json else None)
     for line in (*notes, *words):
         print(line, file=sys.stderr)
-    for name, value in found["summary"].items():
+    for name, value in content["summary"].items():
         print(f"{name:18s} {cell(value)}")
     print(f"page: {options.output}")
 
@@ -134,22 +144,22 @@ def _objective(options, record: RunRecord | None) -> TrainConfig:
     return named.guided(config, options.guide) if guided else config
 
 
-def _sources(options, record: RunRecord | None, loss_type: str) -> tuple[dict[str, dict], list[str]]:
+def _sources(options, record: RunRecord | None, loss_type: str, rewarded: bool) -> tuple[dict[str, dict], list[str]]:
     """The models by what they are, {"name"} and of what the run had also its digest and flag; sentences about what is missing."""
     start = record and (record.start.get("reference") or record.start.get("start model"))
     if record and not start and record.model:
         start = {"name": record.model["name"]}  # the base of adapters: its digest is of another kind
     needs, sources = OBJECTIVES[loss_type].needs, {"policy": {"name": options.model}}
     sources |= _frozen("reference", "--ref", options.ref, start)
-    if "guide_logps" in needs:
+    if "guide_logps" in needs and not rewarded:
         sources |= _frozen("guide", "--guide", options.guide, record and record.start.get("guide"))
     reference = ("reference", "--ref DIR, or --loss-type sft for log-probabilities alone")
     fixes = dict.fromkeys(("ref_logps", "kl"), reference)
     fixes["guide_logps"] = ("guide", "--guide DIR, the DPO model that weighs its tokens")
     if record and "token values" in record.start:
-        told = "the run was guided by token rewards of its pairs, which are not read here"
+        told = "the run was guided by token rewards, which these pairs have not"
         fixes["guide_logps"] = ("guide", f"--loss-type dpo, or --guide DIR: {told}")
-    for what, fix in map(fixes.get, needs):
+    for what, fix in (fixes[need] for need in needs if not (rewarded and need == "guide_logps")):
         if what not in sources:
             raise ValueError(f"{loss_type} needs a {what}: pass {fix}")
     gone = f" The run was started from {start['name']}, which is not here any more." if start and start["name"] else ""
@@ -186,11 +196,8 @@ def _tokenizer(sources: Mapping[str, Mapping], notes: list[str]):
     return tokenizer
 
 
-def _encoded(options, max_length: int, tokenizer) -> tuple[list[EncodedPair], list[str]]:
+def _encoded(options, table: Dataset, max_length: int, tokenizer) -> tuple[list[EncodedPair], list[str]]:
     """The pairs that are shown, and what became of the others, a sentence each; rows are those of the whole table."""
-    table, skipped = load_pairs(
-        options.pairs, split=options.split, config=options.config, on_bad_rows=options.on_bad_rows
-    )
     rows, total = range(len(table)), len(table)
     if total > options.most:
         rows = np.sort(np.random.default_rng(options.seed).choice(total, options.most, replace=False)).tolist()
@@ -200,10 +207,6 @@ def _encoded(options, max_length: int, tokenizer) -> tuple[list[EncodedPair], li
         raise BadRowsError(bad, options.pairs)
     chosen = f"a random sample of seed {options.seed}, --most {options.most}" if len(rows) < total else "all there are"
     words = [f"{len(pairs):,} of {total:,} pairs of {options.pairs}: {chosen}.", f"{replace(report, skipped=bad)}."]
-    if idle := [name for name in COLUMNS if name in table.column_names]:
-        words.append(f"Not used: {', '.join(idle)}; loss and coefficients are those of an objective without.")
-    if skipped:
-        words.append(f"Before that, {len(skipped):,} rows could not be read as pairs (the first: {skipped[0]}).")
     return [replace(pair, row=rows[pair.row]) for pair in pairs], words
 
 

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from tpo_lib import stats
 from tpo_lib.config import TrainConfig
-from tpo_lib.data import EncodedPair, token_budget
+from tpo_lib.data import EncodedPair, collate, token_budget
 from tpo_lib.evaluation import pair_stats, pair_values
 from tpo_lib.fast.fused import pair_loss
 from tpo_lib.intervals import bootstrap
 from tpo_lib.losses import OBJECTIVES, floor_share
+from tpo_lib.runs.given import Given
 from tpo_lib.tools.pieces import Pieces
 from tpo_lib.types import LossOutput, TokenStats
 
@@ -31,6 +32,7 @@ def read_pairs(
     *,
     reference=None,
     guide=None,
+    given: Given | None = None,
     max_tokens: int = 8192,
     progress: bool = False,
 ) -> list[dict]:
@@ -39,13 +41,14 @@ def read_pairs(
     Args:
         config: objective and hyperparameters.
         reference, guide: as far as the objective needs them; without a reference there is neither log-ratio nor KL.
+        given: rewards and weights of the tokens where they are data, as `fit` takes them.
         max_tokens: of a forward pass, padding included; a pair that is longer is read alone.
 
     Returns:
         A dict a pair: row, prompt, length in tokens of both responses, loss and margin of the objective, and what
         `evaluation.pair_values` has; floored, tokens on the floor, where weights have one; chosen and rejected, {"reward",
-        "pieces": texts of T tokens, and T numbers each as far as there are: "logratio", "kl", "logp", "weight", "slope" (d loss /
-        d log pi) and "kl_slope"}.
+        "pieces": texts of T tokens, and T numbers each as far as there are: "logratio", "kl", "logp", "guided" (r_hat),
+        "weight", "slope" (d loss / d log pi) and "kl_slope"}.
 
     Raises:
         ValueError: a number is not finite; the row is named.
@@ -55,6 +58,9 @@ def read_pairs(
         for batch in token_budget(pairs, max(max_tokens, *(pair.size for pair in pairs))):
             how = {"batch_size": len(batch), "guide": guide, "with_kl": reference is not None, "pair_loss": pair_loss}
             tokens = pair_stats(policy, reference, batch, tokenizer.pad_token_id, **how)
+            if given is not None:
+                said = given(collate(batch, tokenizer.pad_token_id))  # (R,) each
+                tokens = replace(tokens, **{name: stats.unpack(x, tokens.mask) for name, x in said.items()})
             for pair, record in zip(batch, _records(batch, tokens, config), strict=True):
                 for side in SIDES:
                     record[side]["pieces"] = cut(pair.prompt_ids, getattr(pair, f"{side}_ids"))
@@ -68,10 +74,15 @@ def _records(pairs: Sequence[EncodedPair], tokens: TokenStats, config: TrainConf
     """The numbers of a batch's pairs."""
     entry, hyper = OBJECTIVES[config.loss_type], config.hyperparameters()
     output, slopes = derivatives(config.loss_type, tokens, hyper)
-    values = pair_values(tokens, config.loss_type, hyper)
+    plain = stats.as_asked(replace(tokens, weights=None))  # what is said of a token is said without its weight
+    values = pair_values(plain, config.loss_type, hyper)
+    values["own_margin"] = (output.chosen_reward - output.rejected_reward).double()  # (P,)
+    values["own_accuracy"] = torch.heaviside(values["own_margin"], torch.tensor(0.5, dtype=torch.float64))
+    guided = None if plain.guide_logps is None else hyper.get("guide_beta", 1.0) * (plain.guide_logps - plain.ref_logps)
     fields = {
         "logratio": None if tokens.ref_logps is None else tokens.logps - tokens.ref_logps,
         "kl": tokens.kl,
+        "guided": guided,
         "weight": output.token_weights,
         "slope": slopes["logps"],
         "kl_slope": slopes["kl"] if "kl" in entry.needs else None,
@@ -106,7 +117,7 @@ def derivatives(objective: str, tokens: TokenStats, hyper: Mapping) -> tuple[Los
     known = {name: value for name in ("logps", "kl") if (value := getattr(tokens, name)) is not None}
     leaves = {name: value.detach().requires_grad_() for name, value in known.items()}
     with torch.enable_grad():
-        output = OBJECTIVES[objective].fn(*stats.split(replace(tokens, **leaves)), **hyper)
+        output = OBJECTIVES[objective].fn(*stats.split(stats.as_asked(replace(tokens, **leaves))), **hyper)
         # a pair's loss depends on its own tokens alone, so one sum gives every pair's slopes
         asked = torch.autograd.grad(output.loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return replace(output, loss=output.loss.detach()), dict(zip(leaves, asked, strict=True))
