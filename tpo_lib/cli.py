@@ -92,7 +92,7 @@ COMMANDS = {
     "doctor": Command(
         "say in plain words what is normal in a run's numbers and what is not",
         "tpo_lib.tools.doctor.run",
-        "log --loss-type --beta --json --model --ref --pairs --split --max-length",
+        "log --loss-type --beta --json --model --ref --pairs --split --max-length --objective",
     ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
@@ -467,6 +467,10 @@ FLAGS = {  # those of one command stand behind its name
     "doctor --max-length": {
         "type": COUNT,
         "help": "with --model: longest prompt and response (default: the run's, else 512)",
+    },
+    "doctor --objective": {
+        "metavar": "FILE.py:NAME",
+        "help": "an objective of your own: its value and gradient beside those of --loss-type, which it is meant to be",
     },
     "--source": {
         "choices": ("any", "hub", "package"),

@@ -278,7 +278,7 @@ def test_an_average_that_missed_the_beginning_or_adapters_is_refused():
     with pytest.raises(
         ValueError, match=r"the guide is a reader: give its model, if it is frozen, or train with train\.fit"
     ):
-        run.fit(CONFIG, tiny.llama(0), tiny.llama(0), tiny.pairs(8), guide=Average(tiny.llama(), 0.5), progress=False)
+        run.fit(CONFIG, tiny.llama(0), tiny.llama(0), tiny.pairs(8), guide=Average(tiny.llama(1), 0.5), progress=False)
 
 
 # the control without guidance

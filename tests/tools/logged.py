@@ -29,11 +29,11 @@ OTHERS = ("unknown", "B outside", "rate too high", "rate too low", "labels rando
 OTHERS += ("held-out labels swapped", "overfit", "floor")
 WORDS = {"unknown": "reference overwritten every four updates", "B outside": "beta outside the sigmoid"}
 INSTEAD = {  # of the bugs that a log alone cannot show, or not in every form
-    "C": "the run's own beta (--beta)",
+    "C": "the run's own beta (--beta); `--objective`, of the loss itself",
     "D": "`--model --ref --pairs`: log-rewards",
     "E": "`--model --pairs`: log-logps",
-    "F": "nothing but the check of chapter 7; chosen-kl where a run is long",
-    "G": "guide-beta, in the folder of a run of ours",
+    "F": "`--objective`, of the loss itself; chosen-kl where a run is long",
+    "G": "guide-beta, in the folder of a run of ours; `--objective`, of the loss itself",
     "I": "`--model --pairs`: log-logps names it",
     "J": "`--model --ref --pairs`: log-logps names it, or log-rewards",
     "K": "not-finite, once it has struck",

@@ -27,7 +27,11 @@ def run(options) -> None:
 
         more = {"ref": options.ref, "split": options.split, "max_length": options.max_length}
         found += examine_pairs(options.model, options.pairs, log=log, **more)
-        found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    if options.objective:
+        from tpo_lib.tools.doctor.objective import examine_objective
+
+        found.append(examine_objective(options.objective, log))
+    found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     print(as_json(log, found, unseen) if options.json else as_text(log, found, unseen))
     if any(finding.severity == "wrong" for finding in found):
         sys.exit(1)
