@@ -59,7 +59,7 @@ def course(browser, lab):
             if of == chapter:
                 add(*cells(chapter, *needed, cell), key=key)
         if chapter == "02_dpo":
-            add(*cells(chapter, "beta_slider ="), key="tree")
+            add(*cells(chapter, "def drawn(", "beta_slider ="), key="tree")
     add(RUNS, *cells("07_break_it", "def turn(", "observe(turn"), key="dials")
     lab.write("course.ipynb", sources)
     page = open_notebook(browser, lab, "course.ipynb", height=1300)

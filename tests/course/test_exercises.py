@@ -35,14 +35,6 @@ EXERCISES = [each for each in TASKS if each.values[1].kind == "function"]
 OTHERS = [each for each in TASKS if each.values[1].kind != "function"]
 # Written for chapters that do not show them yet: take a name out when its cells are there.
 AWAITED = {
-    "dpo.beta_at_the_end",
-    "dpo.beta_at_the_start",
-    "dpo.both_fall",
-    "dpo.dpo_in_steps",
-    "dpo.first_loss",
-    "dpo.line_of_dpo",
-    "dpo.reward_of_policy",
-    "dpo.z_notices",
     "tgdpo.along_the_guide",
     "tgdpo.at_a_token",
     "tgdpo.delta_z_notices",

@@ -12,7 +12,7 @@ import torch
 from tpo_course.frontier import Run, Setting
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets import frontier_lab
-from tpo_course.widgets.frontier_lab import CHOICES, settings
+from tpo_course.widgets.frontier_controls import CHOICES, settings
 from tpo_course.widgets.frontier_pictures import agreement, ticks
 from tpo_course.widgets.latest import Latest
 from tpo_course.world import TokenWorld

@@ -62,6 +62,12 @@ gibbs = chapter.exercise(
     probabilities=lambda **given: _gibbs(**given).exp(),
     overflowing_probabilities=_gibbs_by_exp,
     overflows=lambda **given: _gibbs_by_exp(**given).log(),
+    normalised_apart=lambda ref_logps, reward, beta: ref_logps + (reward / beta).log_softmax(-1),
+    beta_log_z=lambda ref_logps, reward, beta: (z := ref_logps + reward / beta) - beta * z.logsumexp(-1, True),
+    log_of_softmax=lambda ref_logps, reward, beta: (ref_logps + reward / beta).softmax(-1).log(),
+    minus_reward=lambda ref_logps, reward, beta: (ref_logps - reward / beta).log_softmax(-1),
+    log_twice=lambda ref_logps, reward, beta: (ref_logps.log() + reward / beta).log_softmax(-1),
+    reference_as_probability=lambda ref_logps, reward, beta: (ref_logps.exp() + reward / beta).log_softmax(-1),
 )
 
 
@@ -120,6 +126,10 @@ response_logps = chapter.exercise(
     log_of_softmax=_scored(score=lambda z: z.softmax(-1).log()),
     over_positions=_scored(score=lambda z: z.log_softmax(1)),
     cross_entropy=lambda **given: -_scored()(**given),
+    probability=lambda **given: _scored()(**given).exp(),
+    sum_of_probabilities=_scored(score=lambda z: z.softmax(-1)),
+    token_0_dropped=_scored(mask=lambda labels: labels[:, 1:] > 0),
+    hole_counted=_scored(mask=lambda labels: (labels[:, 1:] != IGNORE).cumsum(-1) > 0),
 )
 
 
@@ -187,6 +197,14 @@ dpo_loss = chapter.exercise(
     no_logarithm=_of_ratios(lambda gap, beta: -torch.sigmoid(beta * gap)),
     log_of_sigmoid=_of_ratios(lambda gap, beta: -torch.log(torch.sigmoid(beta * gap))),
     token_by_token=lambda **given: _difference(_tokens)(**given).sum(-1),
+    reference_added=_difference(lambda s: (s.logps + s.ref_logps).sum(-1)),
+    rewards_added=lambda chosen, rejected, beta: -F.logsigmoid(beta * (_ratio(chosen) + _ratio(rejected))),
+    judged_alone=lambda chosen, rejected, beta: (
+        -F.logsigmoid(beta * _ratio(chosen)) - F.logsigmoid(-beta * _ratio(rejected))
+    ),
+    margin_alone=_of_ratios(lambda gap, beta: -beta * gap),
+    beta_twice=_of_ratios(lambda gap, beta: -beta * F.logsigmoid(beta * gap)),
+    small_constant=_of_ratios(lambda gap, beta: -torch.log(torch.sigmoid(beta * gap) + 1e-8)),
     detached=lambda **given: _dpo(**given).detach(),
 )
 
@@ -235,6 +253,10 @@ dpo_token_coefficient = chapter.exercise(
     no_mask=_pull(lambda margin, beta: beta * torch.sigmoid(-margin), masked=False),
     margin_per_token=_per_token,
     mean_over_batch=lambda chosen, rejected, beta: _slope(chosen, rejected, beta) / len(chosen.logps),
+    slope_of_sigmoid=_pull(lambda margin, beta: beta * torch.sigmoid(-margin) * torch.sigmoid(margin)),
+    as_at_the_start=_pull(lambda margin, beta: beta / 2 * torch.ones_like(margin)),
+    margin_without_beta=_pull(lambda margin, beta: beta * torch.sigmoid(-margin / beta)),
+    by_logits=lambda **given: _slope(**given) * (1 - torch.cat([given[s].logps for s in ("chosen", "rejected")]).exp()),
 )
 
 
@@ -256,9 +278,11 @@ Z_CHANGES = {
 }
 
 predict = chapter.answer
+one_state = chapter.predict("one_state", 0.2, within=0.02, unweighted=0.5, half=0.25, divided=1.25)
 beta_at_the_end = chapter.predict("beta_at_the_end", "-")
 beta_at_the_start = chapter.predict("beta_at_the_start", "+")
-first_loss = chapter.predict("first_loss", math.log(2), within=0.02, zero=0.0, half=0.5, one=1.0)
+first_loss = chapter.predict("first_loss", math.log(2), within=0.02, zero=0.0, half=0.5, one=1.0, minus=-math.log(2))
+chosen_reward = chapter.predict("chosen_reward", "-")
 dpo_in_steps = chapter.order(
     "dpo_in_steps",
     "objective",

@@ -18,32 +18,13 @@ from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, needed
 from tpo_course.frontier_grid import grid
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets import frontier_pictures as pictures
+from tpo_course.widgets.frontier_controls import controls, read, settings
 from tpo_course.widgets.latest import Latest
-from tpo_course.widgets.parts import STATUS, bundle, button, look, png, room, row, table
+from tpo_course.widgets.parts import STATUS, bundle, button, png, room, row, table
 from tpo_course.world import TokenWorld
 from tpo_course.world_plots import pareto, token_names
 from tpo_lib.runs.plots import style_of
 
-# What the sliders can be set to; what is given beside them gets a place. 0 stands for Setting's None, which no slider takes.
-CHOICES = {
-    "beta": [0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0],
-    "alpha": [0.0, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0],
-    "guide_beta": [0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0],
-    "guide_updates": [5, 20, 80, 200, 0],
-    "pairs": [10, 30, 100, 300, 1000, 3000, 10_000, 0],
-    "noise": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0],
-}
-WORDS = {
-    "beta": "β",
-    "alpha": "α (TDPO2, TGDPO)",
-    "guide_beta": "guide: its β",
-    "guide_updates": "guide: updates",
-    "pairs": "pairs",
-    "noise": "labels swapped",
-}
-NONE = {"guide_beta": "no guide", "guide_updates": "to the end", "pairs": "all pairs, exactly"}
-R_HAT = [("the guide's β, as it should", False), ("this run's β", True)]
-TRUTHS = [("A*, at this β", "A*"), ("R, the token's reward", "R")]
 STANDING = "All settings are where the lab begins, or where you moved them."
 
 
@@ -107,28 +88,7 @@ class FrontierLab:
     # Layout.
 
     def _build(self, start: Setting) -> None:
-        names = [(style_of(name).label, name) for name in self.objectives]
-        wide = look("118px", "300px")
-        self.controls: dict[str, w.Widget] = {
-            name: w.SelectionSlider(
-                options=_options(name, getattr(start, name) or 0),
-                value=getattr(start, name) or 0,
-                description=WORDS[name],
-                **wide,
-            )
-            for name in CHOICES
-        }
-        presets = [("choose what goes wrong", "")]
-        presets += [(name, name) for name, preset in PRESETS.items() if preset.show in self.objectives]
-        self.controls |= {
-            "run_beta": w.Dropdown(options=R_HAT, value=start.run_beta, description="r̂ is read with", **wide),
-            "preset": w.Dropdown(options=presets, description="preset", **wide),
-            "show": w.Dropdown(options=names, value=self.objectives[-1], description="tree and credit of", **wide),
-            "prompt": w.Dropdown(
-                options=[(f"x{x}", x) for x in range(self.bench.world.num_prompts)], description="prompt", **wide
-            ),
-            "truth": w.Dropdown(options=TRUTHS, description="true credit", **wide),
-        }
+        self.controls = controls(self.objectives, self.bench.world.num_prompts, start)
         self.pin_button = button("Pin", self._pin, icon="thumb-tack")
         self.unpin_button = button("Unpin", self._unpin, disabled=True)
         columns = (
@@ -155,8 +115,7 @@ class FrontierLab:
     @property
     def setting(self) -> Setting:
         """What the controls say."""
-        values = {part.name: self.controls[part.name].value for part in fields(Setting)}
-        return Setting(**values | {name: values[name] or None for name in NONE})
+        return read(self.controls)
 
     def wait(self) -> None:
         """Until all is trained and drawn; raises what training raised."""
@@ -323,32 +282,6 @@ class FrontierLab:
         )  # so that a notebook stays small
         few.save(buffer, "png", optimize=True)
         return buffer.getvalue()
-
-
-def settings(setting: Setting) -> str:
-    """A setting in words.
-
-    Example:
-        >>> settings(Setting(pairs=30, noise=0.1))
-        'β = 0.5, α = 0.5, guide of β 1 trained to the end, 30 pairs, 10% of the labels swapped'
-    """
-    guide = "no guide"
-    if setting.guide_beta is not None:
-        long = "trained to the end" if setting.guide_updates is None else f"trained for {setting.guide_updates} updates"
-        guide = f"guide of β {setting.guide_beta:g} {long}" + (", r̂ with this run's β" if setting.run_beta else "")
-    pairs = "all pairs, exactly" if setting.pairs is None else f"{setting.pairs:,} pairs"
-    swapped = f", {setting.noise:.0%} of the labels swapped" if setting.noise else ""
-    return f"β = {setting.beta:g}, α = {setting.alpha:g}, {guide}, {pairs}{swapped}"
-
-
-def _options(name: str, given: float) -> list[tuple[str, float]]:
-    """(words, value) of a slider, the given value among them."""
-    values = CHOICES[name]
-    if given not in values:
-        values = sorted({*values, given} - {0}) if values[-1] == 0 else sorted({*values, given})
-        values += [0] * (CHOICES[name][-1] == 0)
-    words = "{:.0%}" if name == "noise" else "{:g}"
-    return [(NONE[name] if name in NONE and not value else words.format(value), value) for value in values]
 
 
 frontier_lab = FrontierLab  # as the chapters call it
