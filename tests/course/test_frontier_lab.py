@@ -52,7 +52,7 @@ def test_the_first_picture_is_stored_and_says_its_numbers(lab, monkeypatch):
     assert settings(fresh.setting) in fresh.text.value
     assert "TGDPO ends at KL 3.2" in fresh.alt
     for picture in (fresh.front, fresh.tree, fresh.credit):
-        assert picture.value.startswith('<svg role="img" aria-label="')
+        assert '><svg role="img" aria-label="' in picture.value
     shown = fresh._repr_mimebundle_()
     assert shown["text/plain"] == fresh.alt
     assert len(shown["image/png"]) > 5_000
@@ -233,6 +233,14 @@ def test_presets_of_objectives_that_are_not_there_are_not_offered():
     offered = [name for _, name in lab.controls["preset"].options]
     assert offered == ["", "tiny β", "too few pairs", "swapped labels"]
     assert (lab.controls["beta"].label, lab.controls["pairs"].label) == ("0.25", "40")
+    shown = {
+        control.description
+        for column in lab.box.children[0].children
+        for control in column.children
+        if hasattr(control, "description")
+    }
+    assert {"β", "pairs", "labels swapped"} < shown
+    assert not {"α", "guide: its β", "guide: updates", "r̂ is read with"} & shown
     lab.wait()
     assert lab.state.runs["dpo"].end == pytest.approx(lab.bench.train("dpo", Setting(beta=0.25, pairs=40)).end)
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import ipywidgets as w
 
-from tpo_course.frontier import Setting
+from tpo_course.frontier import FIELDS, READS, Setting
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets.parts import look
 from tpo_lib.runs.plots import style_of
@@ -21,14 +21,14 @@ CHOICES = {
 }
 WORDS = {
     "beta": "β",
-    "alpha": "α (TDPO2, TGDPO)",
+    "alpha": "α",
     "guide_beta": "guide: its β",
     "guide_updates": "guide: updates",
     "pairs": "pairs",
     "noise": "labels swapped",
 }
-NONE = {"guide_beta": "no guide", "guide_updates": "to the end", "pairs": "all pairs, exactly"}
-R_HAT = [("the guide's β, as it should", False), ("this run's β", True)]
+NONE = {"guide_beta": "no guide", "guide_updates": "to the end", "pairs": "all, exactly"}
+R_HAT = [("the guide's β (right)", False), ("this run's β", True)]
 TRUTHS = [("A*, at this β", "A*"), ("R, the token's reward", "R")]
 
 
@@ -43,7 +43,7 @@ def controls(objectives: Sequence[str], prompts: int, start: Setting) -> dict[st
     for name in CHOICES:
         value = getattr(start, name) or 0
         made[name] = w.SelectionSlider(options=_options(name, value), value=value, description=WORDS[name], **wide)
-    presets = [("choose what goes wrong", "")]
+    presets = [("what goes wrong?", "")]
     presets += [(name, name) for name, preset in PRESETS.items() if preset.show in objectives]
     shown = [(style_of(name).label, name) for name in objectives]
     which = [(f"x{x}", x) for x in range(prompts)]
@@ -54,6 +54,18 @@ def controls(objectives: Sequence[str], prompts: int, start: Setting) -> dict[st
         "prompt": w.Dropdown(options=which, description="prompt", **wide),
         "truth": w.Dropdown(options=TRUTHS, description="true credit", **wide),
     }
+
+
+def unread(objectives: Sequence[str]) -> set[str]:
+    """The fields of Setting that none of these objectives reads: their controls would move nothing.
+
+    Example:
+        >>> sorted(unread(["dpo", "tdpo2"]))
+        ['guide_beta', 'guide_updates', 'run_beta']
+    """
+    axes = {axis for name in objectives for axis in READS[name]}
+    idle = {field for axis in FIELDS.keys() - axes for field in FIELDS[axis]}
+    return idle | {"run_beta"} if "guide" not in axes else idle
 
 
 def _options(name: str, given: float) -> list[tuple[str, float]]:

@@ -18,9 +18,9 @@ from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, needed
 from tpo_course.frontier_grid import grid
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets import frontier_pictures as pictures
-from tpo_course.widgets.frontier_controls import controls, read, settings
+from tpo_course.widgets.frontier_controls import controls, read, settings, unread
 from tpo_course.widgets.latest import Latest
-from tpo_course.widgets.parts import STATUS, bundle, button, png, room, row, table
+from tpo_course.widgets.parts import STATUS, bundle, button, png, room, row, swiped, table
 from tpo_course.world import TokenWorld
 from tpo_course.world_plots import pareto, token_names
 from tpo_lib.runs.plots import style_of
@@ -96,11 +96,13 @@ class FrontierLab:
             ("guide_beta", "guide_updates", "run_beta", "prompt"),
             ("pairs", "noise", "truth"),
         )
-        boxes = [w.VBox([self.controls[name] for name in some]) for some in columns]
+        read_by_none = unread(self.objectives)
+        boxes = [w.VBox([self.controls[name] for name in some if name not in read_by_none]) for some in columns]
         boxes[2].children += (w.HBox([self.pin_button, self.unpin_button]),)
         self.says, self.front, self.tree, self.credit, self.text = room(44), room(444), room(440), room(304), room(260)
         self.says.layout.max_width, self.text.layout.width = "912px", "512px"
-        left, right = w.VBox([self.front, self.text]), w.VBox([self.tree, self.credit])
+        left = w.VBox([self.front, self.text], layout=w.Layout(width="516px"))
+        right = w.VBox([self.tree, self.credit], layout=w.Layout(width="388px"))
         self.box = w.VBox([row(*boxes), self.says, row(left, right)])
         self.says.value = STANDING
         for name, control in self.controls.items():
@@ -207,7 +209,7 @@ class FrontierLab:
         before = {} if pinned is None or pinned is state else pinned.runs
         self.alt = self._alt(runs)
         front = [(beta, kl, earned) for kl, earned, beta in self._rows]
-        self.front.value = pictures.frontier(front, state.setting.beta, runs, state.optima, before, self.alt)
+        self.front.value = swiped(pictures.frontier(front, state.setting.beta, runs, state.optima, before, self.alt))
         missing = [style_of(name).label for name in self.objectives if name not in runs]
         self.text.value = f"{STATUS}{self._words(runs, before, missing)}</div>"
         if show not in runs:
@@ -221,7 +223,7 @@ class FrontierLab:
         words = f"Token tree of {label} below prompt x{prompt}. First token: {likely}."
         title = f"{label}, prompt x{prompt}: probability of every token"
         look = {"prompt": prompt, "colour": style_of(show).colour, "title": title, "alt": words}
-        self.tree.value = pictures.tree(world, logps.log_softmax(-1), pinned=grey, **look)
+        self.tree.value = swiped(pictures.tree(world, logps.log_softmax(-1), pinned=grey, **look))
         self._draw_credit(show, old)
 
     def _draw_credit(self, show: str, old: Run | None) -> None:
@@ -233,7 +235,8 @@ class FrontierLab:
         words = f"true credit {self.controls['truth'].value}, units of reward ({said})", f"{label}: β log π/π_ref"
         alt = f"Implicit reward of {label} against the true credit of every token: {said}."
         names = token_names(self.bench.world)
-        self.credit.value = pictures.credit(truth, found, name=show, tokens=names, pinned=grey, words=words, alt=alt)
+        look = {"name": show, "tokens": names, "pinned": grey, "words": words, "alt": alt}
+        self.credit.value = swiped(pictures.credit(truth, found, **look))
 
     def _truth(self) -> Tensor:
         world = self.bench.world

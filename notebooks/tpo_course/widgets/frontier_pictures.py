@@ -264,7 +264,7 @@ def agreement(truth: Tensor, found: Tensor) -> float | None:
 
 def _svg(width: float, height: float, parts: Sequence[str], alt: str) -> str:
     look = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-    style = f"background:white;max-width:100%;{FONT}"
+    style = f"background:white;{FONT}"
     return f'<svg role="img" aria-label="{escape(alt, quote=True)}" {look} style="{style}">{"".join(parts)}</svg>'
 
 
