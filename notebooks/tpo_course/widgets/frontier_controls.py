@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import ipywidgets as w
 
-from tpo_course.frontier import FIELDS, READS, Setting
+from tpo_course.frontier import FIELDS, NAMES, READS, Setting
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets.parts import look
 from tpo_lib.runs.plots import style_of
@@ -84,17 +84,23 @@ def read(made: Mapping[str, w.Widget]) -> Setting:
     return Setting(**values | {name: values[name] or None for name in NONE})
 
 
-def settings(setting: Setting) -> str:
-    """A setting in words.
+def settings(setting: Setting, objectives: Sequence[str] = NAMES) -> str:
+    """A setting in words, without what none of these objectives reads.
 
     Example:
         >>> settings(Setting(pairs=30, noise=0.1))
         'β = 0.5, α = 0.5, guide of β 1 trained to the end, 30 pairs, 10% of the labels swapped'
+        >>> settings(Setting(), ["dpo"])
+        'β = 0.5, all pairs, exactly'
     """
-    guide = "no guide"
+    idle, guide = unread(objectives), "no guide"
     if setting.guide_beta is not None:
         long = "trained to the end" if setting.guide_updates is None else f"trained for {setting.guide_updates} updates"
         guide = f"guide of β {setting.guide_beta:g} {long}" + (", r̂ with this run's β" if setting.run_beta else "")
-    pairs = "all pairs, exactly" if setting.pairs is None else f"{setting.pairs:,} pairs"
-    swapped = f", {setting.noise:.0%} of the labels swapped" if setting.noise else ""
-    return f"β = {setting.beta:g}, α = {setting.alpha:g}, {guide}, {pairs}{swapped}"
+    said = (
+        [f"β = {setting.beta:g}"]
+        + [f"α = {setting.alpha:g}"] * ("alpha" not in idle)
+        + [guide] * ("guide_beta" not in idle)
+    )
+    said += ["all pairs, exactly" if setting.pairs is None else f"{setting.pairs:,} pairs"]
+    return ", ".join(said + [f"{setting.noise:.0%} of the labels swapped"] * bool(setting.noise))

@@ -247,7 +247,8 @@ class FrontierLab:
             f"{style_of(name).label} ends at KL {run.end[0]:.2f} nats, reward {run.end[1]:.2f}, {self.below(run):.2f} below it"
             for name, run in runs.items()
         )
-        return f"Expected reward against KL, the exact front and the ways of training. {settings(self.state.setting)}. {said}."
+        where = settings(self.state.setting, self.objectives)
+        return f"Expected reward against KL, the exact front and the ways of training. {where}. {said}."
 
     def _words(self, runs: Mapping[str, Run], before: Mapping[str, Run], missing: Sequence[str]) -> str:
         heads = ["", "KL, nats", "reward", "below the front", "loss", "closed form"]
@@ -264,9 +265,13 @@ class FrontierLab:
             if run.floor is not None
         ]
         notes += [f"training {', '.join(missing)} …"] if missing else []
-        notes += [f"in brackets: what is added to the pinned one, {settings(self.pinned.setting)}"] if before else []
+        notes += (
+            [f"in brackets: what is added to the pinned one, {settings(self.pinned.setting, self.objectives)}"]
+            if before
+            else []
+        )
         rows = table(heads, lines, ". ".join(notes)).replace("<td>", '<td style="white-space:nowrap">')
-        return f"<b>{settings(self.state.setting)}</b>{rows}"
+        return f"<b>{settings(self.state.setting, self.objectives)}</b>{rows}"
 
     def _still(self) -> bytes:
         """The front as PNG, for where there is no kernel."""
