@@ -34,7 +34,7 @@ from tpo_lib.files.load import POCKET, load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, table_of
 from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import PairReport, build_pairs
-from tpo_lib.runs import given, own, runs
+from tpo_lib.runs import drawn, given, own, runs
 from tpo_lib.runs.prompts import SOURCES, held_out_prompts, overlap, prompt_roots, read_prompts, training_prompts
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.runs.sft import SftConfig, fine_tune
@@ -169,7 +169,10 @@ def build_stage(
         train, report = prompts_of(table, tokenizer), None
         held_out = prompts or beside_pairs(config, start, tokenizer, train, held_out_table)
     else:
-        train, held_out = stage_prompts(config, start, tokenizer, prompts)
+        if prompts is None and cache_dir and (kept := drawn.prompts(config)):
+            (train, held_out), cache_dir = kept, drawn.lay_out(cache_dir)
+        else:
+            train, held_out = stage_prompts(config, start, tokenizer, prompts)
         counts = len(train) * config.samples_per_prompt, len(held_out) * config.held_out_samples
         sample = partial(sampled_pairs, config, start, tokenizer, scorers["reward"], cache_dir)
 
@@ -370,8 +373,9 @@ def pocket_stage_config(*, quick: bool = False, seed: int = 0) -> StageConfig:
 
 
 def pocket_stage(**changes) -> Stage:
-    """The small stage on the bundled model, about half a minute on two cores, with `changes` such as min_gap=0.0.
+    """The small stage on the bundled model, with `changes` such as min_gap=0.0.
 
-    Its pairs are kept in `store.cache_folder()`.
+    Its samples were drawn once and come with the model (`drawn`); where a change asks for others, that takes about half a minute
+    on two cores. Its pairs are kept in `store.cache_folder()`.
     """
     return build_stage(replace(pocket_stage_config(quick=True), **changes), cache_dir=store.cache_folder() / "pairs")
