@@ -1,7 +1,6 @@
 """Solutions of the exercises in 05_tgdpo.ipynb."""
 
 import torch
-import torch.nn.functional as F
 
 
 def r_hat(guide_logps, ref_logps, guide_beta):
@@ -21,14 +20,6 @@ def token_weights(r_hat, alpha):
     as_chosen = (1 + alpha * r_hat).clamp_min(0.01)
     as_rejected = (1 - alpha * r_hat).clamp_min(0.01)
     return as_chosen, as_rejected
-
-
-def tgdpo_loss(chosen, rejected, beta, alpha, guide_beta):
-    f_w, _ = token_weights(r_hat(chosen.guide_logps, chosen.ref_logps, guide_beta), alpha)  # (B, T-1)
-    _, f_l = token_weights(r_hat(rejected.guide_logps, rejected.ref_logps, guide_beta), alpha)
-    chosen_reward = beta * (f_w * (chosen.logps - chosen.ref_logps)).sum(-1)  # (B,), 0 off-mask already
-    rejected_reward = beta * (f_l * (rejected.logps - rejected.ref_logps)).sum(-1)
-    return -F.logsigmoid(chosen_reward - rejected_reward)
 
 
 def largest_alpha(r_hat, mask):

@@ -82,3 +82,20 @@ def in_both(loss: Callable[..., Tensor], margin: Callable[..., Tensor]) -> dict[
 
 def _delta(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float = 1.0) -> Tensor:
     return alpha * beta * (rejected.kl.sum(-1) - chosen.kl.sum(-1))
+
+
+def guided(mask: Tensor, draw: Callable[..., Tensor], *, learn: bool = False) -> TokenStats:
+    """Statistics of responses with a guide, whose log-probabilities are leaves with a gradient; the policy's are, if `learn`."""
+
+    def values(raw: Tensor) -> Tensor:
+        return torch.where(mask, raw, 0.0)
+
+    ref = values(-draw(*mask.shape).abs() - 0.5)
+    logps = values(ref + 0.7 * draw(*mask.shape))
+    guide = values(ref + 1.5 * draw(*mask.shape))
+    return TokenStats(logps.requires_grad_(learn), ref, mask, guide_logps=guide.requires_grad_())
+
+
+def log_ratio(side: TokenStats) -> Tensor:
+    """(B, T-1) log pi/pi_ref of every token, 0 off-mask."""
+    return side.logps - side.ref_logps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 WRITTEN = """
-from tpo_course.exercises import tgdpo as later
+from tpo_course.exercises import tgdpo_practice as later
 
 def r_hat(guide_logps, ref_logps, guide_beta):
     ...

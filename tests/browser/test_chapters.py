@@ -20,6 +20,7 @@ CHAPTERS = (
     "03_token_mdp",
     "04_tdpo",
     "05_tgdpo",
+    "05b_tgdpo_practice",
     "02_dpo",
     "06_compare",
     "06b_real_model",

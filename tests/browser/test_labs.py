@@ -163,7 +163,7 @@ def reading(browser, lab):
     """One notebook with the widgets that read a stage's pairs and runs: in cell 1 the microscope with three objectives, in
     cells 2, 3 and 4 those of chapters 1, 6 and 5."""
     explorer, compared = cells("01_preferences", "preference_explorer("), cells("06_compare", "before_after(")
-    microscope = cells("05_tgdpo", "token_microscope(")
+    microscope = cells("05b_tgdpo_practice", "token_microscope(")
     lab.write("reading.ipynb", [STAGE + RUNS + NAMES, MICROSCOPE, *explorer, *compared, *microscope])
     page = open_notebook(browser, lab, "reading.ipynb", height=2400)
     page.run_all()
@@ -253,7 +253,7 @@ def test_microscope_of_chapter_5(reading, tmp_path):
     page.idle()
     page.screenshot(tmp_path / "microscope_5.png")
     page.assert_clean()
-    at_once("microscope of chapter 5, alpha", seconds)
+    at_once("microscope of chapter 5b, alpha", seconds)
 
 
 def test_explorer(reading, tmp_path):

@@ -33,18 +33,6 @@ TASKS = [
 ]
 EXERCISES = [each for each in TASKS if each.values[1].kind == "function"]
 OTHERS = [each for each in TASKS if each.values[1].kind != "function"]
-# Written for chapters that do not show them yet: take a name out when its cells are there.
-AWAITED = {
-    "tgdpo.along_the_guide",
-    "tgdpo.at_a_token",
-    "tgdpo.delta_z_notices",
-    "tgdpo.further_or_better",
-    "tgdpo.given_up",
-    "tgdpo.guide_pull",
-    "tgdpo.line_of_tgdpo",
-    "tgdpo.tgdpo_in_steps",
-    "tgdpo.what_each_step_costs",
-}
 
 
 def _notebook(module) -> list[dict]:
@@ -143,8 +131,6 @@ def _cells(module, task) -> tuple[list[dict], list[str]]:
     cells = _notebook(module)
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     card = any(source.strip() == f"check.{task.name}" for source in code)
-    if task.key in AWAITED and not card:
-        pytest.skip("its cells are not written yet")
     assert card, "no card"
     assert any(f"check.{task.name}(" in source for source in code), "no call of the checker"
     return cells, code
@@ -307,10 +293,18 @@ REAL = [  # (task, what somebody wrote, what it is called)
     ("preferences.win_probability", lambda w, r: torch.softmax(torch.stack([w, r]), dim=1)[0], "softmax_over_batch"),
     ("preferences.preference_nll", lambda w, r: -(w - r).sigmoid().clamp_min(1e-9).log().mean(), "small_constant"),
     ("preferences.preference_nll", lambda w, r: -(w - r).sigmoid().clamp(min=1e-6).log().mean(), "small_constant"),
-    ("tgdpo.tgdpo_loss", _guided(lambda s, x, b: b * ((1 + x).clamp(min=0.01) * s.logps).sum(-1)), "no_reference"),
-    ("tgdpo.tgdpo_loss", _guided(lambda s, x, b: b * (x.exp() * (s.logps - s.ref_logps)).sum(-1)), "exponential"),
     (
-        "tgdpo.tgdpo_loss",
+        "tgdpo_practice.tgdpo_loss",
+        _guided(lambda s, x, b: b * ((1 + x).clamp(min=0.01) * s.logps).sum(-1)),
+        "no_reference",
+    ),
+    (
+        "tgdpo_practice.tgdpo_loss",
+        _guided(lambda s, x, b: b * (x.exp() * (s.logps - s.ref_logps)).sum(-1)),
+        "exponential",
+    ),
+    (
+        "tgdpo_practice.tgdpo_loss",
         _guided(lambda s, x, b: b * (1 + x.sum(-1)).clamp(min=0.01) * (s.logps - s.ref_logps).sum(-1)),
         "r_hat_summed",
     ),

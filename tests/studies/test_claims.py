@@ -18,8 +18,9 @@ EXACT = tomllib.loads((STUDIES / "claims" / "exact.toml").read_text(encoding="ut
 
 @pytest.mark.parametrize("claim", EXACT, ids=[each["claim"] for each in EXACT])
 def test_what_is_decided_exactly_is_printed_by_its_chapter(claim):
-    cells = json.loads((ROOT / "notebooks" / f"{claim['chapter']}.ipynb").read_text(encoding="utf-8"))["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    chapters = [claim[key] for key in ("chapter", "also") if key in claim]
+    books = [json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")) for name in chapters]
+    outputs = [output for book in books for cell in book["cells"] for output in cell.get("outputs", ())]
     printed = "".join("".join(output.get("text", ())) for output in outputs)
     assert [figure for figure in claim["shown"] if figure not in printed] == []
     said = re.findall(r"\d+\.\d+", claim["here"])

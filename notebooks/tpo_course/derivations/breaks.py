@@ -160,7 +160,7 @@ BREAKS: dict[str, dict[str, tuple[str, str]]] = {
     "tgdpo.relaxed_optimum": {"the KL added, not subtracted": ("log_z - h.beta", "log_z + h.beta")},
     "tgdpo.relaxation_error": {"the visits added, not subtracted": ("w.visits(star) - data", "w.visits(star) + data")},
     "tgdpo.relaxation_bound": {
-        "the bound made ten times as large": ("cat([error, by_distance,", "cat([error, 10 * by_distance,")
+        "the bound by distance ten times as large": ("cat([error, by_distance,", "cat([error, 10 * by_distance,")
     },
     "tgdpo.other_splits": {"another discount": ("gamma=w.gamma)), tools", "gamma=w.gamma / 2)), tools")},
     "tgdpo.natural_split": {"half of the potential": ("split(w, soft.v)", "split(w, soft.v / 2)")},

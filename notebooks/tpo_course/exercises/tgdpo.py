@@ -1,17 +1,16 @@
-"""Exercises of 05_tgdpo.ipynb: the guide's token reward, V without delta_Z, the weights, TGDPO's loss, the largest safe alpha."""
+"""Exercises of 05_tgdpo.ipynb: the guide's token reward, V without delta_Z, the weights, the largest safe alpha, the pull."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.derivations.tgdpo import value_by_bisection
-from tpo_course.exercise import Case, loss_of, marks, narrow, normal
+from tpo_course.exercise import Case, marks, normal
+from tpo_course.pair_cases import guided, log_ratio
 from tpo_course.words import Chapter
 from tpo_course.world import TokenWorld
-from tpo_lib import losses
 from tpo_lib.losses import F_FLOOR
 from tpo_lib.types import TokenStats
 
@@ -61,6 +60,15 @@ r_hat = chapter.exercise(
     averaged=lambda **given: _mean_of(_token_reward(**given)),
     centred=lambda **given: _token_reward(**given) - _mean_of(_token_reward(**given)),
 )
+
+
+# ---- what the derivation gives up, asked before it is measured
+
+what_it_follows = chapter.predict("what_it_follows", "advantage")
+how_loose = chapter.predict("how_loose", "much")
+where_it_costs = chapter.predict("where_it_costs", "small")
+large_f = chapter.predict("large_f", "-")
+which_optimum = chapter.predict("which_optimum", "dropped")
 
 
 # ---- state_value
@@ -130,6 +138,7 @@ token_weights = chapter.exercise(
     no_floor=_shaped(lambda signal: 1 + signal),
     absolute_value=_shaped(lambda signal: (1 + signal).abs()),
     floor_at_zero=_shaped(lambda signal: (1 + signal).clamp_min(0.0)),
+    floor_of_the_derivations=_shaped(lambda signal: (1 + signal).clamp_min(0.1)),
     floor_on_chosen_alone=lambda r_hat, alpha: (_f(alpha * r_hat), 1 - alpha * r_hat),
     reset_to_one=_shaped(lambda signal: torch.where(1 + signal < F_FLOOR, 1.0, 1 + signal)),
     floored_r_hat=lambda r_hat, alpha: _shaped(lambda signal: 1 + signal)(r_hat.clamp_min(F_FLOOR), alpha),
@@ -137,117 +146,6 @@ token_weights = chapter.exercise(
     no_alpha=lambda r_hat, alpha: _weights(r_hat, 1.0),
     normalised=_shaped(lambda signal: _f(signal) / _mean_of(_f(signal))),
     exponential=_shaped(torch.exp),
-)
-
-
-# ---- tgdpo_loss
-
-
-def _side(mask: Tensor, draw: Callable[..., Tensor], *, learn: bool = False) -> TokenStats:
-    """Statistics of responses; the guide's are a leaf with a gradient, the policy's are one if `learn`."""
-
-    def values(raw: Tensor) -> Tensor:
-        return torch.where(mask, raw, 0.0)
-
-    ref = values(-draw(*mask.shape).abs() - 0.5)
-    logps = values(ref + 0.7 * draw(*mask.shape))
-    guide = values(ref + 1.5 * draw(*mask.shape))
-    return TokenStats(logps.requires_grad_(learn), ref, mask, guide_logps=guide.requires_grad_())
-
-
-def _far_apart() -> dict[str, TokenStats]:
-    """One pair that the policy has wrong by hundreds of nats, in float32 as in training."""
-    draw, sides = normal(5), {}
-    for name, row, shift in (("chosen", "xxx.", -300.0), ("rejected", "xxxx", 5.0)):
-        side = _side(marks(row), draw)
-        sides[name] = narrow(replace(side, logps=side.logps + shift * side.mask))
-    return sides
-
-
-def _loss_cases() -> tuple[Case, ...]:
-    """Gradients at the policy are compared on full rows alone: at padding, where nobody needs them, they may differ."""
-    draw = normal(3)
-    holes = {
-        "chosen": _side(marks(".xxxx.", "..xxx.", "xx.xx."), draw),
-        "rejected": _side(marks(".xx...", "..x.xx", "xxxxxx"), draw),
-    }
-    full = {name: _side(marks("xxxxx", "xxxxx"), draw, learn=True) for name in ("chosen", "rejected")}
-    return (
-        Case("responses of unequal length", **holes, beta=0.1, alpha=0.5, guide_beta=0.3),
-        Case("strong guidance, with gradients", **full, beta=0.5, alpha=1.5, guide_beta=0.8),
-        Case("a pair that is wrong by hundreds of nats", **_far_apart(), beta=0.7, alpha=0.5, guide_beta=0.2),
-    )
-
-
-_loss = loss_of(losses.tgdpo)
-
-
-def _ratio(side: TokenStats) -> Tensor:
-    return side.logps - side.ref_logps  # (B, T-1), 0 off-mask
-
-
-def _per_token(side: TokenStats, values: Tensor) -> Tensor:
-    """(B, 1) mean of (B, T-1) values over the tokens of each response."""
-    return torch.where(side.mask, values, 0.0).sum(-1, keepdim=True) / side.mask.sum(-1, keepdim=True)
-
-
-def _weighted(side: TokenStats, signal: Tensor) -> Tensor:
-    return _f(signal.detach()) * _ratio(side)
-
-
-def _from_rewards(
-    reward: Callable[[TokenStats, Tensor], Tensor],
-    signs: tuple[int, int] = (1, -1),
-    log_sigmoid: Callable[[Tensor], Tensor] = F.logsigmoid,
-) -> Callable[..., Tensor]:
-    """-log sigma(beta reward(chosen) - beta reward(rejected)); `reward` sees a side and its +-alpha r_hat, not detached."""
-
-    def loss(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-        won, lost = (
-            beta * reward(side, sign * alpha * guide_beta * (side.guide_logps - side.ref_logps)).sum(-1)
-            for side, sign in zip((chosen, rejected), signs, strict=True)
-        )
-        return -log_sigmoid(won - lost)
-
-    return loss
-
-
-def _weighted_pair(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    f = _f(alpha * guide_beta * (chosen.guide_logps - chosen.ref_logps).detach())
-    return _per_token(chosen, f)[:, 0] * losses.dpo(chosen, rejected, beta=beta).loss
-
-
-def _guided_by_itself(chosen: TokenStats, rejected: TokenStats, **given: float) -> Tensor:
-    return _loss(*(replace(side, guide_logps=side.logps.detach()) for side in (chosen, rejected)), **given)
-
-
-tgdpo_loss = chapter.exercise(
-    "tgdpo_loss",
-    _loss,
-    _loss_cases,
-    wrong_guide_beta=lambda **given: _loss(**given | {"guide_beta": given["beta"]}),
-    same_sign=_from_rewards(_weighted, signs=(1, 1)),
-    weights_swapped=_from_rewards(_weighted, signs=(-1, 1)),
-    no_floor=_from_rewards(lambda side, signal: (1 + signal.detach()) * _ratio(side)),
-    absolute_value=_from_rewards(lambda side, signal: (1 + signal.detach()).abs() * _ratio(side)),
-    not_detached=_from_rewards(lambda side, signal: _f(signal) * _ratio(side)),
-    normalised=_from_rewards(lambda side, signal: _weighted(side, signal) / _per_token(side, _f(signal.detach()))),
-    weighted_pair=_weighted_pair,
-    reference_not_weighted=_from_rewards(lambda side, signal: _f(signal.detach()) * side.logps - side.ref_logps),
-    mean=_from_rewards(lambda side, signal: _per_token(side, _weighted(side, signal))),
-    detached=lambda **given: _loss(**given).detach(),
-    no_weights=lambda chosen, rejected, beta, **_: losses.dpo(chosen, rejected, beta=beta).loss,
-    guided_by_itself=_guided_by_itself,
-    no_reference=_from_rewards(lambda side, signal: _f(signal.detach()) * side.logps),
-    no_guide_beta=lambda **given: _loss(**given | {"guide_beta": 1.0}),
-    guide_beta_for_beta=lambda **given: _loss(**given | {"beta": given["guide_beta"]}),
-    r_hat_summed=_from_rewards(lambda side, signal: _f(signal.detach().sum(-1, keepdim=True)) * _ratio(side)),
-    beta_outside=lambda **given: given["beta"] * _loss(**given | {"beta": 1.0}),
-    exponential=_from_rewards(lambda side, signal: signal.detach().exp() * _ratio(side)),
-    no_beta=lambda **given: _loss(**given | {"beta": 1.0}),
-    swapped=lambda chosen, rejected, **given: _loss(rejected, chosen, **given),
-    no_minus=lambda **given: -_loss(**given),
-    log_of_sigmoid=_from_rewards(_weighted, log_sigmoid=lambda margin: torch.sigmoid(margin).log()),
 )
 
 
@@ -297,24 +195,28 @@ def _pull(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, g
 
 
 def _along_guide(side: TokenStats, guide_beta: float) -> Tensor:
-    return (guide_beta * (side.guide_logps - side.ref_logps) * _ratio(side)).sum(-1).detach()
+    return (_r_hat(side, guide_beta) * log_ratio(side)).sum(-1).detach()
+
+
+def _r_hat(side: TokenStats, guide_beta: float) -> Tensor:
+    return _token_reward(side.guide_logps, side.ref_logps, guide_beta)
 
 
 def _pull_cases() -> tuple[Case, ...]:
     draw = normal(8)
     pair = {
-        "chosen": _side(marks(".xxxx.", "..xxx.", "xx.xx."), draw).map(Tensor.detach),
-        "rejected": _side(marks(".xx...", "..x.xx", "xxxxxx"), draw).map(Tensor.detach),
+        "chosen": guided(marks(".xxxx.", "..xxx.", "xx.xx."), draw).map(Tensor.detach),
+        "rejected": guided(marks(".xx...", "..x.xx", "xxxxxx"), draw).map(Tensor.detach),
     }
     itself = {name: replace(side, logps=side.guide_logps) for name, side in pair.items()}
     return (
         Case("a policy that has moved", **pair, beta=0.1, alpha=0.5, guide_beta=0.3),
-        Case("a policy that has become its guide", **itself, beta=0.5, alpha=2.0, guide_beta=0.5),
+        Case("a policy that has become its guide", **itself, beta=0.5, alpha=0.4, guide_beta=0.5),
     )
 
 
 def _weighted_margin(chosen: TokenStats, rejected: TokenStats, beta: float, alpha: float, guide_beta: float) -> Tensor:
-    plain = beta * (_ratio(chosen).sum(-1) - _ratio(rejected).sum(-1))
+    plain = beta * (log_ratio(chosen).sum(-1) - log_ratio(rejected).sum(-1))
     return plain + _pull(chosen, rejected, beta, alpha, guide_beta)
 
 
@@ -329,14 +231,14 @@ guide_pull = chapter.exercise(
     no_guide_beta=lambda **given: _pull(**given) / given["guide_beta"],
     no_beta=lambda **given: _pull(**given) / given["beta"],
     no_alpha=lambda **given: _pull(**given) / given["alpha"],
+    wrong_guide_beta=lambda **given: _pull(**given | {"guide_beta": given["beta"]}),
+    no_reference=lambda chosen, rejected, beta, alpha, guide_beta: (
+        alpha * beta * sum((_r_hat(side, guide_beta) * side.logps).sum(-1) for side in (chosen, rejected))
+    ),
+    sign_reversed=lambda **given: -_pull(**given),
     chosen_alone=lambda chosen, rejected, beta, alpha, guide_beta: alpha * beta * _along_guide(chosen, guide_beta),
     sums_multiplied=lambda chosen, rejected, beta, alpha, guide_beta: (
-        alpha
-        * beta
-        * sum(
-            guide_beta * (side.guide_logps - side.ref_logps).sum(-1) * _ratio(side).sum(-1)
-            for side in (chosen, rejected)
-        )
+        alpha * beta * sum(_r_hat(side, guide_beta).sum(-1) * log_ratio(side).sum(-1) for side in (chosen, rejected))
     ),
 )
 
@@ -385,8 +287,6 @@ delta_z_notices = chapter.break_it(
     alpha=0.5,
     guide_beta=1.0,
 )
-line_of_tgdpo = chapter.name_the_bug("line_of_tgdpo", "bug_11")
-further_or_better = chapter.choose("further_or_better", "equal_kl", "guide_counts")
 what_each_step_costs = chapter.open_ended("what_each_step_costs")
 
 
