@@ -40,12 +40,9 @@ def examine_objective(spec: str, log: Log) -> Finding:
     evidence, chapter = _compared(lambda *sides: mine.fn(*sides, **given), meant.fn, asked, meant.paired)
     how = ", ".join(f"{name} {value}" for name, value in asked.items())
     said = f"{spec} beside {log.loss_type} ({how}), on made-up statistics of {len(LENGTHS[0])} pairs: {evidence}"
-    title, why = (
-        "The objective is the one it is meant to be",
-        "Its value and its gradient decide what is learned; a log shows neither.",
-    )
     if not chapter:
         return Finding("objective", "normal", "The objective is the one it is meant to be", said, "", "", "")
+    why = "Its value and its gradient decide what is learned; a log shows neither."
     advice = f"compare it line by line with tpo_lib/losses.py: {log.loss_type}"
     title = "The objective is not the one it is meant to be"
     return Finding("objective", "wrong", title, said, why, f"{BREAK_IT}: {chapter}", advice)
@@ -82,6 +79,7 @@ def _mistakes(fn: Callable[..., LossOutput], asked: Mapping) -> Iterator[tuple[s
 
 
 def _mean(tokens: TokenStats) -> TokenStats:
+    """The statistics of which a sum is the mean over the response's tokens."""
     weights = tokens.mask / tokens.mask.sum(-1, keepdim=True)
     return stats.as_asked(replace(tokens, weights=weights))
 
