@@ -210,7 +210,7 @@ def test_sampled_pairs_go_to_the_cache_folder_too(files, tmp_path, monkeypatch):
     assert list((tmp_path / "here").glob("reference-logps-*"))
 
 
-@pytest.mark.parametrize("command", ["merge", "guide", "study", "get"])
+@pytest.mark.parametrize("command", ["merge", "guide", "generate", "judge", "doctor", "study", "get"])
 def test_help_waits_for_no_library(command):
     asked = "import sys\nfrom tpo_lib import cli\ntry:\n    cli.main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", asked, command, "--help"], capture_output=True, text=True, check=True)

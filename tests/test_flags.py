@@ -97,6 +97,8 @@ JUDGED = [
     (pairs("--min-gap", "-0.1"), "--min-gap: -0.1 must be at least 0"),
     (pairs("--device", "cuda:99"), "device 'cuda:99' is not here"),
     (pairs("--rule", "worst"), "invalid choice: 'worst'"),
+    (["generate", "--top-p", "0"], "--top-p: 0 must be at least 1e-09"),
+    (["generate", "--seed", "-1"], "--seed: -1 must be at least 0"),
     (["evaluate"], "required: policy"),
     (["evaluate", "x", "--seed", "-1"], "--seed: -1 must be at least 0"),
     (["evaluate", "x", "--num-prompts", "-5"], "--num-prompts: -5 must be at least 1"),

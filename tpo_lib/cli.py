@@ -92,7 +92,7 @@ COMMANDS = {
     "doctor": Command(
         "say in plain words what is normal in a run's numbers and what is not",
         "tpo_lib.tools.doctor.run",
-        "log --loss-type --beta --json --model --ref --pairs --split --max-length --objective",
+        "log --loss-type --beta --json --model --ref --pairs --split --config --max-length --objective",
     ),
     "merge": Command("merge an adapter into its base: a whole model", f"{ROOM}.merge", "adapter --model --output"),
     "sweep": Command("train every objective over alpha and beta, for the run browser", f"{ROOM}.sweep", "--output"),
@@ -318,6 +318,14 @@ def _derive(options) -> None:
 
 # ---- the flags of every command
 
+
+def _seed(text: str) -> int:
+    """A seed; its range takes torch, which no help should wait for."""
+    from tpo_lib.flags import SEED
+
+    return SEED(text)
+
+
 PROMPT_WORDS = "how many (default: {} of 2-8 tokens; of a FILE all; the DPO paper: 25,000)"
 SWITCH = {"action": "store_true"}
 FLAGS = {  # those of one command stand behind its name
@@ -501,7 +509,7 @@ FLAGS = {  # those of one command stand behind its name
         "roleplay 0.7, stem and humanities 0.1, others 0)",
     },
     "--top-p": {
-        "type": number(float, least=0, most=1),
+        "type": number(float, least=1e-9, most=1),
         "default": 1.0,
         "help": "only the likeliest tokens of this mass",
     },
@@ -575,17 +583,13 @@ def _add_flags(name: str, parser: Parser) -> None:
         from tpo_data.pocket import add_flags
 
         return add_flags(parser)
-    words, late = COMMANDS[name].flags.split(), {}
-    for word in words:
-        if (
-            word in ("--seed", "--seeds", "--preset") and not late
-        ):  # their ranges take torch, which no help should wait for
-            from tpo_lib.flags import SEED
-            from tpo_lib.runs.presets import PRESETS
+    words, more = COMMANDS[name].flags.split(), {"--seed": {"type": _seed}, "--seeds": {"type": _seed}}
+    if "--preset" in words:  # their names take torch, too
+        from tpo_lib.runs.presets import PRESETS
 
-            late = {"--seed": {"type": SEED}, "--seeds": {"type": SEED}}
-            late["--preset"] = {"choices": tuple(PRESETS), "metavar": "NAME"}
-        parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **late.get(word, {}))
+        more["--preset"] = {"choices": tuple(PRESETS), "metavar": "NAME"}
+    for word in words:
+        parser.add_argument(word, **(FLAGS.get(f"{name} {word}") or FLAGS[word]), **more.get(word, {}))
     if name in ("train", "compare", "run", "inspect"):
         from tpo_lib.flags import add_config, add_fast, add_hyperparameters
     if name in ("train", "compare"):
