@@ -142,6 +142,15 @@ def test_what_is_cut_and_what_cannot_be_used_is_counted(trained, capsys, tmp_pat
     assert found["eos"][0] == "look"
 
 
+def test_of_a_folder_with_configurations_one_is_named(trained, capsys, tmp_path):
+    for name, text in (("first", "good"), ("second", "fine")):
+        rows = [row | {"chosen": f" {text} {i}"} for i, row in enumerate(PAIRS[: 3 if name == "first" else 5])]
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, found = checked(trained, capsys, "--pairs", str(tmp_path / "all"), "--config", "second")
+    assert "5 pairs kept" in found["rows"][1]
+
+
 # ---- the bugs of chapter 7, by what a model says of the log's own pairs
 
 NAMED = {  # case -> check that is not good, and its words
@@ -254,6 +263,9 @@ def test_labels_that_contradict_and_lengths_that_tell():
     assert found["contradictions"] == (False, "1 pairs stand there the other way round too, 1 more than once")
     assert not found["lengths"][0]
     assert "the longer one in 90%" in found["lengths"][1]
+    few = {name: (good, said) for name, good, said in direct.labels(pairs[:3])}
+    assert few["lengths"][0], "three pairs may fall so by chance"
+    assert "the longer one in 100%" in few["lengths"][1]
 
 
 def test_another_tokenizers_ids_surprise_a_model(trained):

@@ -82,8 +82,9 @@ def test_llama_factorys_trainer_log(tmp_path):
         assert read_log(path).loss_type == "dpo"
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("step", ["step", "global_step", "train/global_step", "Step", "_step"])
-def test_csv_with_a_header(tmp_path, step):
+def test_csv_with_a_header(tmp_path, step, delimiter):
     """As pandas and trackers export them: one row a log, empty cells where a metric was not logged."""
     prefixed = [{} for _ in rows()]
     for made, row in zip(prefixed, rows(), strict=True):
@@ -92,7 +93,8 @@ def test_csv_with_a_header(tmp_path, step):
             made[step if name == "step" else f"eval/{name[5:]}" if held else f"train/{name}"] = value
     path = tmp_path / "history.csv"
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in prefixed for name in row)))
+        names = list(dict.fromkeys(name for row in prefixed for name in row))
+        writer = csv.DictWriter(file, names, delimiter=delimiter)
         writer.writeheader()
         writer.writerows(prefixed)
     check(read_log(path))

@@ -154,6 +154,17 @@ def test_what_could_not_be_checked_says_what_to_log():
     assert missing["other-beta"] == "beta: add --beta (by these numbers it is 0.1)"
 
 
+def test_a_loss_at_log_2_says_what_it_is_where_nothing_else_is_logged():
+    """An SFT loss would not begin there; and it stays, which needs no reward to be seen."""
+    log = log_of([{"step": step, "loss": 0.6931} for step in range(1, 40)])
+    assert log.guessed
+    assert log.loss_type == "dpo"
+    findings, unseen = examine(log)
+    assert [(finding.rule, finding.evidence) for finding in findings] == [("stuck", "loss 0.6931 in the last third")]
+    assert any("rewards/chosen" in what for what in unseen.values())
+    assert log_of([{"step": step, "loss": 3.2 - 0.01 * step} for step in range(1, 40)]).loss_type == "sft"
+
+
 @pytest.mark.parametrize("kind", ["tdpo2", "H"])
 def test_the_stored_runs_can_be_made_again(kind):
     (stored,) = (run for run in logged.runs() if (run["kind"], run["seed"], run["model"]) == (kind, 0, "small"))

@@ -25,7 +25,7 @@ def run(options) -> None:
     if options.model:
         from tpo_lib.tools.doctor.direct import examine_pairs
 
-        more = {"ref": options.ref, "split": options.split, "max_length": options.max_length}
+        more = {name: getattr(options, name) for name in ("ref", "split", "config", "max_length")}
         found += examine_pairs(options.model, options.pairs, log=log, **more)
     if options.objective:
         from tpo_lib.tools.doctor.objective import examine_objective

@@ -67,12 +67,14 @@ def gradients(log: Log) -> str | None:
 
 
 def stuck(log: Log) -> str | None:
-    steps, loss, *rewards = log.rows("loss", *sides("", "rewards"))
-    if len(steps) < 3 or reference_moves(log):
+    there = [name for name in sides("", "rewards") if name in log]
+    steps, loss, *rewards = log.rows("loss", *there)
+    if len(steps) < 3 or (there and reference_moves(log)):
         return None
-    late, largest, rate = thirds(loss)[1], max(abs(side).max() for side in rewards), log.rows("learning_rate")[1]
-    if abs(late - LOG2) < 0.01 and 0 < largest < 0.03:
-        said = f"loss {late:.4f} in the last third, no reward beyond {largest:.2g}"
+    largest = max((abs(side).max() for side in rewards), default=None)  # None: the loss alone was logged
+    late, rate = thirds(loss)[1], log.rows("learning_rate")[1]
+    if abs(late - LOG2) < 0.01 and (largest is None or 0 < largest < 0.03):
+        said = f"loss {late:.4f} in the last third" + (f", no reward beyond {largest:.2g}" if there else "")
         return said + (f", learning rate up to {rate.max():.2g}" if len(rate) else "")
     return None
 

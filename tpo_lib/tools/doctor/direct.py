@@ -51,7 +51,7 @@ Checked = tuple[str, bool, str]  # name, whether it is good, the numbers
 
 
 def examine_pairs(
-    model: str, pairs: str, *, ref: str | None, split: str | None, max_length: int | None, log: Log
+    model: str, pairs: str, *, log: Log, ref=None, split=None, config=None, max_length: int | None = None
 ) -> list[Finding]:
     """Every direct check, the good ones too, with their numbers; best on the held-out pairs that the log's eval_* are of.
 
@@ -59,7 +59,7 @@ def examine_pairs(
         OSError, ValueError: as the loaders of models and pairs.
     """
     record, tokenizer = read_run(model), load_tokenizer(model)
-    table, bad = load_pairs(pairs, split=split, on_bad_rows="skip")
+    table, bad = load_pairs(pairs, split=split, config=config, on_bad_rows="skip")
     most = max_length or (record.config.max_length if record else MAX_LENGTH)
     encoded, report = encode_pairs(table, tokenizer, max_length=most, on_bad_rows="skip")
     if not encoded:
@@ -147,7 +147,7 @@ def labels(pairs: Sequence[EncodedPair]) -> Iterator[Checked]:
     signs = [(len(p.chosen_ids) > len(p.rejected_ids)) - (len(p.chosen_ids) < len(p.rejected_ids)) for p in pairs]
     longer = 0.5 + sum(signs) / len(pairs) / 2
     said = f"{mean[0]:.1f} tokens chosen, {mean[1]:.1f} rejected; the chosen is the longer one in {longer:.0%}"
-    yield "lengths", 0.35 < longer < 0.65, said
+    yield "lengths", abs(longer - 0.5) <= max(0.15, 1 / math.sqrt(len(pairs))), said  # two standard errors of a coin
 
 
 # ---- the models

@@ -154,7 +154,9 @@ def _lines(text: str) -> Iterable:
 
 
 def _table(text: str) -> Iterable:
-    for row in csv.DictReader(text.splitlines(), strict=True):
+    lines = text.splitlines()
+    delimiter = max(",;\t", key="".join(lines[:1]).count)
+    for row in csv.DictReader(lines, strict=True, delimiter=delimiter):
         yield {name: value for name, value in row.items() if name and value not in (None, "")}
 
 
@@ -242,7 +244,10 @@ def guess(log: Log) -> str:
     prefix = "" if "loss" in log else "eval_"
     _, loss, chosen, rejected = log.rows(*(prefix + name for name in ("loss", "rewards/chosen", "rewards/rejected")))
     if not len(loss):
-        return "dpo" if f"{prefix}rewards/accuracies" in log else "sft"  # all that LLaMA-Factory's log has of the pairs
+        first = log.rows(prefix + "loss")[1][
+            :1
+        ]  # all that some logs have of the pairs, and LLaMA-Factory's the accuracy
+        return "dpo" if f"{prefix}rewards/accuracies" in log or np.any(abs(first - math.log(2)) < 0.01) else "sft"
     if np.allclose(loss, -chosen, rtol=0.01):
         return "sft"
     mean, margin = (chosen + rejected) / 2, abs(chosen - rejected)

@@ -114,7 +114,7 @@ RULES = (
     Rule("stuck", "look", "The loss stays at log 2 and rewards near 0", course.stuck,
          "A reward is beta times a log-ratio: the policy is still its reference (the rate is too low, the run or its beta too "
          "small, the warm-up longer than the run), or a mean stands for a sum.",
-         RATE, "raise the learning rate tenfold, or train longer", ("loss", *REWARDS), LOGISTIC),
+         RATE, "raise the learning rate tenfold, or train longer", ("loss",), LOGISTIC),
     Rule("chosen-kl", "look", "The KL grows most on chosen responses", course.chosen_kl,
          "TDPO2 stops the gradient of the chosen KL; without that the loss pays for it (as TDPO1's does by definition).",
          f"{BREAK_IT}: Run F", "detach the chosen KL; is this TDPO2?", tuple(sides("", "kl")), ("tdpo2",)),
