@@ -209,8 +209,13 @@ def test_settings_of_another_trainer_are_refused(tmp_path):
 
 def test_columns_of_token_numbers_are_refused(tmp_path):
     table = TABLE.add_column("chosen_token_rewards", [[1.0]] * len(TABLE))
-    with pytest.raises(ValueError, match="train_dataset has chosen_token_rewards, which these trainers do not read"):
-        tdpo(tmp_path, train_dataset=table)
+    for what, given in (
+        ("train_dataset", {"train_dataset": table}),
+        ("eval_dataset", {"eval_dataset": table}),
+        ("eval_dataset films", {"eval_dataset": {"books": TABLE, "films": table}}),
+    ):
+        with pytest.raises(ValueError, match=f"^{what} has chosen_token_rewards, which these trainers do not read"):
+            tdpo(tmp_path, **given)
 
 
 def test_another_vocabulary_is_refused(tmp_path):

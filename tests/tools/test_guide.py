@@ -252,6 +252,12 @@ def test_turns_that_keep_no_rewards_are_counted(made, tmp_path, capsys):
     assert "2 responses have several turns; rewards of all but the last are left out" in capsys.readouterr().err
     told, _ = load_pairs(tmp_path / "x.jsonl")
     assert max(span["end"] for span in told[0]["chosen_token_rewards"]) == len("film")
+    line[line.index("--pairs") + 1] = str(tmp_path / "x.jsonl")
+    cli.main([*line, "--output", str(tmp_path / "y.jsonl")])
+    said = (
+        f"x.jsonl has chosen_token_rewards and rejected_token_rewards: in {tmp_path / 'y.jsonl'} are those of the model"
+    )
+    assert said in capsys.readouterr().err
 
 
 def test_pairs_of_which_none_is_left_are_named(made, tmp_path, capsys):

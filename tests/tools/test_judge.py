@@ -128,8 +128,9 @@ def test_a_judge_of_whole_texts_reads_the_question_before_the_answer(tmp_path):
     }  # what continues a text stands directly behind it
     turns = turns_of("mt-bench", tmp_path, {97: ("first?", "second?")})
     assert judge.texts_for(Full, turns, 1, "mt-bench") == ["first?\n\none", "first?\n\none\n\nsecond?\n\ntwo"]
-    with pytest.raises(ValueError, match="name --questions FILE"):
-        judge.texts_for(Full, turns_of("mt-bench", tmp_path), 0, "mt-bench")
+    for asked, turn in (((), 1), ([(97, ("first?",))], 2)):  # no --questions; of one turn less
+        with pytest.raises(ValueError, match=f"turn {turn} of question 97 stands neither in .*: name --questions FILE"):
+            judge.texts_for(Full, turns_of("mt-bench", tmp_path, asked), 0, "mt-bench")
 
 
 def test_a_reward_model_reads_a_conversation_as_its_own_template_writes_it(tmp_path):

@@ -60,6 +60,10 @@ def run(options) -> None:
             f"--model {options.model} and its reference {name} have the same weights, so that every reward would be 0; name "
             "the model that DPO has trained, or with --ref what it was trained from"
         )
+    if replaced := [name for name in (f"{side}_token_rewards" for side in SIDES) if name in table.column_names]:
+        print(
+            f"{options.pairs} has {' and '.join(replaced)}: in {options.output} are those of the model", file=sys.stderr
+        )
     made = with_rewards(table, pairs, tokenizer, beta=beta, max_tokens=options.max_tokens, progress=True, **models)
     save_pairs(made, options.output)
     without = f", {len(made) - len(pairs):,} of them without" if len(made) > len(pairs) else ""

@@ -95,8 +95,12 @@ def texts_for(scorer, turns: Sequence[Turn], side: int, form: str) -> list[str]:
     answers = [turn.answers[side] for turn in turns]
     if getattr(scorer, "scope", "response") == "response":
         return answers
-    if not all(len(turn.asked) == turn.turn for turn in turns):
-        raise ValueError(f"{scorer.name} reads questions too, and not all stand in the answers: name --questions FILE")
+    if lone := next((turn for turn in turns if len(turn.asked) < turn.turn), None):
+        place = f"turn {lone.turn} of question {chat.short(lone.id)}"
+        raise ValueError(
+            f"{scorer.name} reads questions too, and {place} stands neither in the answers nor in --questions: name --questions "
+            "FILE, the one that was answered"
+        )
     tokenizer = getattr(scorer, "tokenizer", None)
     if not getattr(tokenizer, "chat_template", None):
         spoken = [messages(turn.asked, (*turn.before[side], text)) for turn, text in zip(turns, answers, strict=True)]

@@ -59,11 +59,16 @@ class _TokenLevelTrainer(DPOTrainer):
             raise ValueError(
                 f"{given}: the loss has no term for a router of experts; set it to 0.0 to train without that term"
             )
-        if idle := [name for name in COLUMNS if name in (getattr(self.train_dataset, "column_names", None) or ())]:
-            raise ValueError(
-                f"train_dataset has {', '.join(idle)}, which these trainers do not read (python -m tpo_lib train does); leave "
-                "them out with remove_columns"
-            )
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        tables = {"train_dataset": self.train_dataset} | {
+            f"eval_dataset {name}".strip(): x for name, x in held_out.items()
+        }
+        for what, table in tables.items():
+            if idle := [name for name in COLUMNS if name in (getattr(table, "column_names", None) or ())]:
+                raise ValueError(
+                    f"{what} has {', '.join(idle)}, which these trainers do not read (python -m tpo_lib train does); leave "
+                    "them out with remove_columns"
+                )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}: {SHARDED}")
 
