@@ -45,3 +45,11 @@ def test_the_names_of_the_runs_do_not_overlap_nor_leave_the_picture(browser):
         boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert all(box.x1 <= figure.axes[0].bbox.x1 for box in boxes)
+
+
+def test_a_cell_shows_the_run_that_comes_nearest(browser):
+    for asked, shown in ((("simpo", 0.1, 2.0), ("simpo", 1.0, 0.0)), (("tdpo2", 0.08, 0.45), ("tdpo2", 0.1, 0.5))):
+        browser.show(*asked)
+        assert tuple(browser.run[name] for name in ("objective", "beta", "alpha")) == shown
+    with pytest.raises(ValueError, match="objective is 'ppo'; there are runs of dpo, "):
+        browser.show("ppo", 0.1)

@@ -35,6 +35,8 @@ class RunBrowser:
     Args:
         path: as `tpo_lib.runs.sweep.sweep` writes it; None is the one that comes with the course.
 
+    From a cell: `show(objective, beta, alpha)`.
+
     Attributes:
         objective, beta, alpha: the controls; beta and alpha step through the values that were run.
         points, curve: PNG images; facts, samples: HTML.
@@ -67,6 +69,18 @@ class RunBrowser:
 
     def _repr_mimebundle_(self, **_) -> dict:
         return bundle(self.box, "Run this cell to slide through the runs.", image=self.points.value)
+
+    def show(self, objective: str, beta: float, alpha: float = 0.0) -> None:
+        """Show the objective's run whose beta comes nearest, and of those whose alpha does: not every value was run.
+
+        Raises:
+            ValueError: there is no run of this objective.
+        """
+        if objective not in (names := [name for _, name in self.objective.options]):
+            raise ValueError(f"objective is {objective!r}; there are runs of {', '.join(names)}")
+        self.objective.value = objective
+        self.beta.value = min(self.beta.options, key=lambda value: abs(value - beta))
+        self.alpha.value = min(self.alpha.options, key=lambda value: abs(value - alpha))
 
     def _options(self) -> None:
         self._mine = [run for run in self.content["runs"] if run["objective"] == self.objective.value]
