@@ -182,6 +182,14 @@ def unlike(got: Observation, want: Observation) -> str | None:
     return None
 
 
+def as_asked(got: Observation, want: Observation) -> Observation:
+    """An answer as the list of numbers that is asked for, where it is a tensor (or array) of them."""
+    many = isinstance(want.raw, list | tuple) and all(value.dim() == 0 for value in want.values)
+    if many and len(got.values) == 1 and got.values[0].shape == (len(want.values),):
+        return dataclasses.replace(got, values=list(got.values[0]))
+    return got
+
+
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether two lists of tensors agree within rounding, nan with nan."""
     return len(a) == len(b) and all(
@@ -204,7 +212,12 @@ def difference(got: Observation, want: Observation) -> str:
         ):
             return "Your values are right, but NumPy carries no gradient: compute and return torch tensors"
         return "Your values are right, but not their gradient: look at what is detached and what is not"
-    g, w = next((g, w) for g, w in zip(got.values, want.values, strict=True) if not same([g], [w]))
+    pairs = list(zip(got.values, want.values, strict=True))
+    number, (g, w) = next((i, (g, w)) for i, (g, w) in enumerate(pairs) if not same([g], [w]))
     place = int((g.double() - w.double()).abs().nan_to_num(torch.inf).argmax())
     want_, got_ = (float(t.flatten()[place]) for t in (w, g))
-    return f"Expected {want_:.6g}, got {got_:.6g} (entry {place} of {g.numel()})"
+    which = (
+        f"entry {number} of {len(pairs)}" if all(w.dim() == 0 for _, w in pairs) else f"entry {place} of {g.numel()}"
+    )
+    which += f", of tensor {number} of {len(pairs)}" if len(pairs) > 1 and w.dim() else ""
+    return f"Expected {want_:.6g}, got {got_:.6g} ({which})"

@@ -214,7 +214,7 @@ class Exercise(Task):
     def _run(self, answer: Any, case: Case, want: checking.Observation, given: list) -> str | None:
         """Append what the answer does with a case; a sentence if it cannot be compared."""
         try:
-            seen = observe(answer, case.arguments)
+            seen = checking.as_asked(observe(answer, case.arguments), want)
         except Unlike as error:
             return f"Your function cannot be called as it is asked for. {html.escape(str(error))}."
         except Exception as error:  # the learner's code may raise anything; the verdict repeats it

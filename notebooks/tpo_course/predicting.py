@@ -149,7 +149,8 @@ class Predict(Lettered):
 
     def _said(self, answer: Any) -> str:
         if self._number:
-            return f"{float(answer):.3g}"
+            number = float(answer)
+            return f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
         return self.named(self.picked(answer)[0]).text.rstrip(".")
 
     def _compare(self, value: Any) -> None:

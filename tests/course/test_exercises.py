@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -335,3 +336,45 @@ def test_what_was_accepted_wrongly_is_refused():
         return weights.grad
 
     assert slope.judge(by_machine).mistakes == ("by_autograd",)
+
+
+def test_bounds_on_the_edge_and_losses_that_do_not_matter_are_told_apart():
+    decision = MODULES["your_own_data"].chapter.tasks["decision"]
+
+    def rule(take, worse, below):
+        return lambda low, high, matters: torch.where(
+            take(low, matters), 1, torch.where(worse(high, matters), -1, torch.where(below(high, matters), 2, 0))
+        )
+
+    edge = rule(torch.gt, lambda high, m: high < -m, torch.lt)
+    assert decision.judge(edge).mistakes == ("strict",)
+    assert decision.judge(rule(torch.ge, lambda high, m: high < 0, torch.lt)).mistakes == ("any_loss",)
+    assert decision.judge(rule(torch.ge, lambda high, m: high <= -m, torch.lt)).status == "correct"
+
+
+def test_a_softmax_in_tiles_never_makes_a_whole_row():
+    tiled = MODULES["scale"].chapter.tasks["tiled_logsumexp"]
+    for whole in (
+        lambda states, weight, columns: (states @ weight.T).logsumexp(-1),
+        lambda states, weight, columns: F.linear(states, weight).logsumexp(-1),
+        lambda states, weight, columns: torch.stack([(weight @ one).logsumexp(-1) for one in states]),
+    ):
+        assert tiled.judge(whole).mistakes == ("all_at_once",)
+
+    def running(states, weight, columns):
+        peak, total = torch.full((len(states),), -torch.inf, dtype=states.dtype), 0.0
+        for tile in weight.split(columns):
+            z = F.linear(states, tile)
+            new = torch.maximum(peak, z.amax(-1))
+            peak, total = new, total * (peak - new).exp() + (z - new[:, None]).exp().sum(-1)
+        return peak + total.log()
+
+    assert tiled.judge(running).status == "correct"
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, np.array])
+def test_a_list_of_numbers_may_be_a_tensor_and_its_entries_are_counted(form):
+    batches, right = MODULES["scale"].chapter.tasks["token_batches"], _solution(MODULES["scale"].token_batches)
+    assert batches.judge(lambda lengths, max_tokens: form(right(lengths, max_tokens))).status == "correct"
+    last = batches.judge(lambda lengths, max_tokens: form([*right(lengths, max_tokens)[:-1], 7]))
+    assert "got 7 (entry 6 of 7)" in last.message

@@ -1,15 +1,20 @@
 """Exercises of 09_open_questions.ipynb: weights of mean 1, what a state is worth, a guide that follows its policy."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tpo_course.exercise import Case, marks, normal
 from tpo_course.words import Chapter
+from tpo_lib.losses import F_FLOOR
 
 chapter = Chapter(__file__)
 
 
 # ---- softmax_weights
+
+largest_at_16 = chapter.predict("largest_at_16", "exp")
 
 
 def _lengths(mask: Tensor) -> Tensor:
@@ -22,7 +27,7 @@ def _softmax_weights(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
 
 def _weights_cases() -> tuple[Case, ...]:
     def case(words: str, size: float, alpha: float) -> Case:
-        mask = marks(".xxxx.x", "xx.....")
+        mask = marks(".xxxx.x.", "xx......")
         r_hat = torch.where(mask, size * normal(0)(*mask.shape), 0.7)  # prompt and padding hold anything
         return Case(words, r_hat=r_hat, mask=mask, alpha=alpha)
 
@@ -42,13 +47,21 @@ def _padding_counts(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
 
 
 def _over_the_batch(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
-    scores = (alpha * r_hat).masked_fill(~mask, -torch.inf)
+    scores = _scores(r_hat, mask, alpha)
     return mask.sum() * scores.flatten().softmax(-1).view_as(scores)
 
 
 def _centred(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
     middle = torch.where(mask, r_hat, 0.0).sum(-1, keepdim=True) / _lengths(mask)
     return torch.where(mask, 1 + alpha * (r_hat - middle), 0.0)
+
+
+def _scores(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    return (alpha * r_hat).masked_fill(~mask, -torch.inf)
+
+
+def _linear(r_hat: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    return torch.where(mask, (1 + alpha * r_hat).clamp_min(F_FLOOR), 0.0)
 
 
 softmax_weights = chapter.exercise(
@@ -68,8 +81,35 @@ softmax_weights = chapter.exercise(
     alpha_outside=lambda **given: given["alpha"] * _softmax_weights(**given | {"alpha": 1.0}),
     not_normalised=lambda r_hat, mask, alpha: torch.where(mask, (alpha * r_hat).exp(), 0.0),
     centred=_centred,
+    mask_inverted=lambda r_hat, mask, alpha: _lengths(mask) * _scores(r_hat, ~mask, alpha).softmax(-1),
+    zero_for_minus_infinity=lambda r_hat, mask, alpha: (
+        _lengths(mask) * torch.where(mask, alpha * r_hat, 0.0).softmax(-1)
+    ),
+    over_columns=(
+        lambda r_hat, mask, alpha: _lengths(mask) * _scores(r_hat, mask, alpha).softmax(0),
+        lambda r_hat, mask, alpha: _lengths(mask) * _scores(r_hat, mask, alpha).softmax(0).nan_to_num(),
+    ),
+    mean_length=lambda r_hat, mask, alpha: (
+        _lengths(mask).double().mean() * _softmax_weights(r_hat, mask, alpha) / _lengths(mask)
+    ),
+    all_tokens=lambda r_hat, mask, alpha: mask.sum() * _softmax_weights(r_hat, mask, alpha) / _lengths(mask),
+    divided=lambda r_hat, mask, alpha: _softmax_weights(r_hat, mask, alpha) / _lengths(mask) ** 2,
+    added_to_one=lambda r_hat, mask, alpha: torch.where(
+        mask, 1 + _softmax_weights(r_hat, mask, alpha) / _lengths(mask), 0.0
+    ),
+    logarithm=lambda r_hat, mask, alpha: _lengths(mask) * _scores(r_hat, mask, alpha).log_softmax(-1),
+    linear=(
+        _linear,
+        lambda **given: _linear(**given) * _lengths(given["mask"]) / _linear(**given).sum(-1, keepdim=True),
+    ),
     overflow=_by_exp,
 )
+
+
+# ---- both orders, and the states of the data
+
+both_orders = chapter.predict("both_orders", 24, within=0.15, none=0, half=12)
+promises = chapter.predict("promises", "+")
 
 
 # ---- state_worth
@@ -107,6 +147,10 @@ def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return -_state_worth(logits, ref_logits, torch.zeros_like(logits), 1.0)
 
 
+def _log_ratio(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1) - ref_logits.log_softmax(-1)
+
+
 state_worth = chapter.exercise(
     "state_worth",
     _state_worth,
@@ -122,6 +166,28 @@ state_worth = chapter.exercise(
         credit.gather(-1, logits.argmax(-1, keepdim=True))[:, 0] - beta * _kl(logits, ref_logits)
     ),
     mean_credit=lambda logits, ref_logits, credit, beta: credit.mean(-1) - beta * _kl(logits, ref_logits),
+    added_up=lambda logits, ref_logits, credit, beta: credit.sum(-1) - beta * _kl(logits, ref_logits),
+    mean_for_sum=lambda **given: _state_worth(**given) / given["logits"].shape[-1],
+    beta_on_both=lambda logits, ref_logits, credit, beta: beta * _state_worth(logits, ref_logits, credit, 1.0),
+    divided_by_beta=lambda **given: _state_worth(**given) / given["beta"],
+    ratio_not_weighted=lambda logits, ref_logits, credit, beta: (
+        _expected_credit(logits, credit) - beta * _log_ratio(logits, ref_logits).sum(-1)
+    ),
+    reference_averages=lambda logits, ref_logits, credit, beta: (
+        ref_logits.softmax(-1) * (credit - beta * _log_ratio(logits, ref_logits))
+    ).sum(-1),
+    no_credit=lambda logits, ref_logits, credit, beta: -beta * _kl(logits, ref_logits),
+    best_policy=lambda logits, ref_logits, credit, beta: (
+        beta * (ref_logits.log_softmax(-1) + credit / beta).logsumexp(-1)
+    ),
+    over_all_states=(
+        lambda logits, ref_logits, credit, beta: (
+            _expected_credit(logits, credit) - beta * _kl(logits, ref_logits).mean()
+        ),
+        lambda logits, ref_logits, credit, beta: (
+            _expected_credit(logits, credit) - beta * _kl(logits, ref_logits).mean() / logits.shape[-1]
+        ),
+    ),
     logits_for_logps=lambda logits, ref_logits, credit, beta: (
         logits.softmax(-1) * (credit - beta * (logits - ref_logits))
     ).sum(-1),
@@ -153,6 +219,16 @@ def _average_cases() -> tuple[Case, ...]:
     )
 
 
+def _shares(of: Callable[[float, int], tuple[float, float]]) -> Callable[..., list[Tensor]]:
+    """The guide's and the policy's shares, from the decay and the number of updates, as an answer."""
+
+    def answer(average: list[Tensor], policy: list[Tensor], decay: float, updates: int) -> list[Tensor]:
+        keep, take = of(decay, updates)
+        return [keep * mine + take * theirs for mine, theirs in zip(average, policy, strict=True)]
+
+    return answer
+
+
 averaged = chapter.exercise(
     "averaged",
     _averaged,
@@ -171,7 +247,19 @@ averaged = chapter.exercise(
         each / (1 - decay**updates) for each in _averaged(average, policy, decay, updates)
     ],
     stays=lambda average, policy, decay, updates: average,
+    follows_at_once=lambda average, policy, decay, updates: policy,
+    power_of_the_rest=_shares(lambda d, k: (1 - (1 - d) ** k, (1 - d) ** k)),
+    one_power=(
+        _shares(lambda d, k: (d**k, 1 - d)),
+        _shares(lambda d, k: (d, (1 - d) ** k)),
+        _shares(lambda d, k: (d**k, (1 - d) ** k)),
+    ),
+    rest_times_updates=_shares(lambda d, k: (1 - (1 - d) * k, (1 - d) * k)),
+    divided=_shares(lambda d, k: (d / k, 1 - d / k)),
+    one_too_many=_shares(lambda d, k: (d ** (k + 1), 1 - d ** (k + 1))),
+    one_too_few=_shares(lambda d, k: (d ** (k - 1), 1 - d ** (k - 1))),
 )
 
 
+your_variant = chapter.open_ended("your_variant")
 quiz = chapter.quiz()

@@ -1,4 +1,6 @@
-"""Exercises of 10_your_own_data.ipynb: a rule that needs no model, and what to do with an interval."""
+"""Exercises of 10_your_own_data.ipynb: a rule that needs no model, and what to do with an interval; a plan for pairs of one's own."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ shortcut = chapter.exercise(
     "shortcut",
     _longer,
     lambda: (
-        Case(chosen=torch.tensor([9, 4, 7, 7, 12, 3]), rejected=torch.tensor([5, 8, 7, 2, 12, 9])),
+        Case(chosen=torch.tensor([9, 4, 7, 7, 12, 3]), rejected=torch.tensor([5, 8, 7, 2, 12, 2])),
         Case("every pair a tie", chosen=torch.tensor([6, 6, 6]), rejected=torch.tensor([6, 6, 6])),
         Case("one pair", chosen=torch.tensor([5]), rejected=torch.tensor([9])),
     ),
@@ -31,14 +33,28 @@ shortcut = chapter.exercise(
         if (chosen != rejected).any()
         else torch.tensor(0.0).double()
     ),
-    the_shorter=lambda chosen, rejected: 1 - _longer(chosen, rejected),
+    the_shorter=(
+        lambda chosen, rejected: 1 - _longer(chosen, rejected),
+        lambda chosen, rejected: (chosen < rejected).double().mean(),
+        lambda chosen, rejected: (chosen <= rejected).double().mean(),
+    ),
+    signs=lambda chosen, rejected: torch.sign(chosen - rejected).double().mean(),
+    percent=lambda chosen, rejected: 100 * _longer(chosen, rejected),
+    ties_half_left_out=lambda chosen, rejected: (
+        (chosen > rejected).sum() / (len(chosen) - 0.5 * (chosen == rejected).sum()).double()
+    ),
+    odds=lambda chosen, rejected: (chosen > rejected).sum() / (chosen < rejected).sum().double(),
+    share_of_tokens=lambda chosen, rejected: chosen.sum() / (chosen + rejected).sum().double(),
+    better_rule=lambda chosen, rejected: 0.5 + (_longer(chosen, rejected) - 0.5).abs(),
     of_the_means=lambda chosen, rejected: _longer(chosen.double().mean()[None], rejected.double().mean()[None]),
     mean_difference=lambda chosen, rejected: (chosen - rejected).double().mean(),
     a_count=lambda chosen, rejected: _longer(chosen, rejected) * len(chosen),
 )
 
 
-# ---- 2. what an interval lets you decide
+# ---- 2. what doctor says, and what an interval lets you decide
+
+doctor_says = chapter.choose("doctor_says", "lengths", "all_learned")
 
 
 def _decision(low: Tensor, high: Tensor, matters: float) -> Tensor:
@@ -49,12 +65,15 @@ def _decision(low: Tensor, high: Tensor, matters: float) -> Tensor:
 
 def _intervals() -> tuple[Case, ...]:
     bounds = torch.tensor(
-        [[0.02, 0.05], [0.002, 0.006], [0.004, 0.03], [-0.004, 0.004], [-0.05, -0.02], [-0.03, 0.004], [-0.03, 0.03]]
-    ).double()
-    edges = torch.tensor([[0.1, 0.3], [-0.3, -0.1], [-0.3, 0.1]]).double()
+        [[0.02, 0.05], [0.002, 0.006], [0.004, 0.03], [-0.004, 0.004], [-0.05, -0.02], [-0.03, 0.004], [-0.03, 0.03]],
+        dtype=torch.float64,
+    )
+    others = torch.tensor([[-0.05, -0.02], [-0.03, -0.002], [0.004, 0.013]], dtype=torch.float64)
+    edges = torch.tensor([[0.1, 0.3], [-0.3, -0.1], [-0.3, 0.1]], dtype=torch.float64)  # in float32 .1 is above .1
     return (
-        Case(low=bounds[:, 0], high=bounds[:, 1], matters=0.01),
-        Case("bounds that stand on the edge", low=edges[:, 0], high=edges[:, 1], matters=0.1),
+        Case("intervals of gains and losses, .01 matters", low=bounds[:, 0], high=bounds[:, 1], matters=0.01),
+        Case("two losses and a small gain, .01 matters", low=others[:, 0], high=others[:, 1], matters=0.01),
+        Case("bounds that stand on the edge, .1 matters", low=edges[:, 0], high=edges[:, 1], matters=0.1),
     )
 
 
@@ -82,6 +101,34 @@ def _both_sides(low: Tensor, high: Tensor, matters: float) -> Tensor:
     return (low >= matters).long() + 2 * within - (high <= -matters).long()
 
 
+def _rule(
+    take: Callable[..., Tensor], worse: Callable[..., Tensor], no_gain: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Three conditions on (low, high, matters), asked one after the other, as an answer."""
+
+    def answer(low: Tensor, high: Tensor, matters: float) -> Tensor:
+        asked = [condition(low, high, matters) for condition in (take, worse, no_gain)]
+        return torch.where(asked[0], 1, torch.where(asked[1], -1, torch.where(asked[2], 2, 0)))
+
+    return answer
+
+
+def _take(low: Tensor, high: Tensor, matters: float) -> Tensor:
+    return low >= matters
+
+
+def _worse(low: Tensor, high: Tensor, matters: float) -> Tensor:
+    return high <= -matters
+
+
+def _below(low: Tensor, high: Tensor, matters: float) -> Tensor:
+    return high < matters
+
+
+def _losses_unnamed(low: Tensor, high: Tensor, matters: float) -> Tensor:
+    return torch.where(high < matters, 2, _decision(low, high, matters))
+
+
 decision = chapter.exercise(
     "decision",
     _decision,
@@ -91,7 +138,27 @@ decision = chapter.exercise(
     open_is_no_gain=_open_is_equal,
     no_gain_is_open=_never_two,
     both_sides=_both_sides,
+    strict=(
+        _rule(lambda a, b, m: a > m, _worse, _below),
+        _rule(_take, lambda a, b, m: b < -m, _below),
+        _rule(_take, _worse, lambda a, b, m: b <= m),
+        _rule(lambda a, b, m: a > m, lambda a, b, m: b < -m, _below),
+        _rule(lambda a, b, m: a > m, lambda a, b, m: b < -m, lambda a, b, m: b <= m),
+    ),
+    losses_unnamed=(_losses_unnamed, _rule(_take, lambda a, b, m: b < -torch.inf, _below)),
+    any_loss=_rule(_take, lambda a, b, m: b < 0, _below),
+    any_gain=_rule(lambda a, b, m: a > 0, _worse, _below),
+    best_case=_rule(lambda a, b, m: b >= m, _worse, _below),
+    worst_case=_rule(_take, lambda a, b, m: a <= -m, _below),
+    holds_zero=_rule(_take, _worse, lambda a, b, m: (a <= 0) & (b >= 0)),
+    narrow=_rule(_take, _worse, lambda a, b, m: b - a < m),
+    added_up=lambda low, high, matters: (
+        (low >= matters).long() + 2 * (high < matters).long() - (high <= -matters).long()
+    ),
+    exchanged=lambda low, high, matters: _decision(-high, -low, matters),
+    codes_exchanged=lambda low, high, matters: torch.tensor([2, 1, 0, -1])[_decision(low, high, matters).long()],
 )
 
 
+before_you_train = chapter.open_ended("before_you_train")
 quiz = chapter.quiz()
