@@ -241,6 +241,15 @@ def test_commands_of_their_own_refuse_alike(capsys, tmp_path, monkeypatch, main,
     assert sentence in refused(capsys, *line.split())
 
 
+def test_of_several_processes_train_alone_makes_use(nothing_loads, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate launch and torchrun set it
+    sentence = "ValueError: 2 processes were launched, and run is the work of one; train alone takes several"
+    assert sentence in refused(capsys, "run", "--quick")
+    with pytest.raises(AssertionError, match="it began to load"):
+        cli.main(["--traceback", *train("--pairs", "p.jsonl", "--device", "cpu")])
+
+
 def test_help_and_version_do_not_wait_for_torch():
     code = "import sys; from tpo_lib import cli\ntry: cli.main([{!r}])\nfinally: assert 'torch' not in sys.modules"
     for flag, words in (("--version", tpo_lib.__version__), ("--help", "evaluate")):

@@ -6,6 +6,7 @@ its modules imported, so that --help and --version answer at once.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import sys
 import tempfile
@@ -198,6 +199,10 @@ def _judge(options, parser: Parser) -> None:
     """Refuse what can be seen to fail from the arguments alone, before anything is loaded."""
     given = vars(options)
     command = given.get("command")
+    if command in ("run", "compare", "sweep", "study") and (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"{launched} processes were launched, and {command} is the work of one; train alone takes several"
+        )
     for name, value in given.items():
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError(f"{flag(name)} {value!r} names nothing; leave it out or name something")
