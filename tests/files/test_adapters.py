@@ -432,7 +432,7 @@ def test_an_evaluation_finds_the_guide_that_was_adapters(files):
 
 def test_without_peft_an_adapter_is_refused_with_the_way_to_get_it(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"the adapter .*sft needs peft: pip install -e '\.\[peft\]'"):
+    with pytest.raises(ImportError, match=r'the adapter .*sft needs peft: pip install "tpo-lib\[peft\]"'):
         load_model(files / "sft")
     with pytest.raises(ImportError, match=r"--lora-rank 2 needs peft"):
         adapters.add_lora(tiny.llama(), 2, seed=0)

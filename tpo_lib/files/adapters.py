@@ -29,7 +29,7 @@ def _peft(who: str):
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"{who} needs peft: pip install -e '.[peft]'") from error
+        raise ImportError(f'{who} needs peft: pip install "tpo-lib[peft]"') from error
     return peft
 
 
