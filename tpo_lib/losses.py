@@ -209,7 +209,7 @@ class Hyperparameter:
 
 def check_number(name: str, value, *, above=-math.inf, least=-math.inf, most: float = FLOAT32_MAX) -> None:
     """Raise ValueError, naming the value, where it is no number (NaN is none), or out of bounds."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
         raise ValueError(f"{name}={value!r} must be a number")
     if not value > above:
         raise ValueError(f"{name}={value!r} must be greater than {above:g}")
