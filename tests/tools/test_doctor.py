@@ -121,6 +121,20 @@ def test_a_run_with_its_own_model_reference_and_pairs(trained, capsys):
     assert "tensors differ" in found["reference"][1]
 
 
+def test_rewards_of_a_run_that_weighs_its_tokens_are_not_held_against_its_logps(trained, capsys, tmp_path):
+    weights = {"chosen_token_weights": [{"start": 0, "end": 5, "value": 6.0}]}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | weights) + "\n" for row in PAIRS))
+    mine = {"model": trained["model"], "run": str(tmp_path / "run"), "pairs": str(tmp_path / "pairs.jsonl")}
+    flags = ["--model", mine["model"], "--pairs", mine["pairs"], "--eval-pairs", mine["pairs"]]
+    more = "--batch-size 4 --epochs 12 --lr 1e-2 --warmup-steps 1 --log-every 1 --eval-every 4 --device cpu"
+    main(["train", *flags, "--output-dir", mine["run"], *more.split()])
+    code, found = checked(mine, capsys, "--ref", mine["model"], "--pairs", mine["pairs"])
+    assert (code, found["log-logps"][0]) == (0, "normal")
+    assert not {"other-beta", "swapped-sides", "log-rewards"} & found.keys()
+    assert status(mine["run"]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count("needs rewards without weights of tokens") == 2
+
+
 def test_labels_of_the_opposite_kind_and_another_reference(trained, capsys):
     code, found = checked(trained, capsys, "--ref", trained["model"], "--pairs", trained["swapped"])
     assert code == 1

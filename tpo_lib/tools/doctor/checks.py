@@ -20,6 +20,8 @@ HELD_OUT = (
     "at least three evaluations on held-out pairs with rewards/* and logps/* (they are of the same pairs every time)"
 )
 
+WEIGHTED = "rewards without weights of tokens: this run's have them, and its logps/* do not"
+
 
 class Look(str):
     """Evidence for a severity of "look" alone."""
@@ -148,7 +150,7 @@ def gap_followed(log: Log) -> tuple[float, float, float, float] | None:
     """Of held-out rows: slope and R^2 of the margin over the gap of lr (from logps/*), and how far both went."""
     prefix = "eval_"
     steps, rc, rl, lc, ll = log.rows(*sides(prefix, "rewards", "logps"))
-    if len(steps) < 3:
+    if len(steps) < 3 or "weighted" in log.settings:
         return None
     gaps, margin = [lc - ll], rc - rl - (rc - rl).mean()
     kl_steps, kc, kl = log.rows(*sides(prefix, "kl"))
@@ -166,7 +168,7 @@ def gap_followed(log: Log) -> tuple[float, float, float, float] | None:
 
 def swapped_sides(log: Log) -> str | None:
     if (held := gap_followed(log)) is None:
-        return Unseen(HELD_OUT)
+        return Unseen(WEIGHTED if "weighted" in log.settings else HELD_OUT)
     slope, r2, moved, margin = held
     if slope < 0 and r2 > 0.7 and moved > 0.3 and margin > 0.01:
         return (
@@ -177,7 +179,7 @@ def swapped_sides(log: Log) -> str | None:
 
 def other_beta(log: Log) -> str | None:
     if (held := gap_followed(log)) is None:
-        return Unseen(HELD_OUT)
+        return Unseen(WEIGHTED if "weighted" in log.settings else HELD_OUT)
     (slope, r2, moved, _), beta = held, log.settings.get("beta")
     exact = log.loss_type in ("dpo", "ipo") or ("tdpo" in log.loss_type and "eval_kl/chosen" in log)
     if moved < 0.3:

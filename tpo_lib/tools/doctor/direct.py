@@ -227,7 +227,8 @@ def against_log(log: Log, pairs: Sequence[EncodedPair], policy, reference) -> It
         return
     yield "log-logps", True, words
     beta, (_, *rewards) = log.settings.get("beta"), log.rows(*(f"eval_rewards/{side}" for side in SIDES))
-    if reference is None or beta is None or log.loss_type not in ("dpo", "ipo") or not len(rewards[0]):
+    weighted = "weighted" in log.settings or log.loss_type not in ("dpo", "ipo")  # its rewards are no plain sums
+    if reference is None or beta is None or weighted or not len(rewards[0]):
         return
     base = [float(side.mean()) for side in both_sides(reference, pairs)]
     meant, found = [beta * (a - b) for a, b in zip(mine, base, strict=True)], [float(side[-1]) for side in rewards]

@@ -230,6 +230,7 @@ def _settings(folder: Path) -> tuple[dict, tuple[str, ...]]:
         if record is None:
             return {}, ("no training.json beside it: settings are not known",)
         known = {"loss_type": record.config.loss_type, "lr": record.config.lr, **record.config.hyperparameters()}
+        known |= {"weighted": True} if "weights" in record.start.get("token values", ()) else {}
         guide = record.start.get("guide", {}).get("name")
         trained = read_run(guide) if guide else None
     except ValueError as error:
