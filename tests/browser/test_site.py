@@ -71,6 +71,19 @@ def test_no_page_is_wider_than_the_screen(show, width):
         page.context.close()
 
 
+def test_wide_pictures_move_sideways_on_a_phone(show):
+    page = show("notebooks/02_dpo.html", 390)
+    sizes = page.evaluate("""() => [...document.querySelectorAll("main figure")].map((f) => {
+        const img = f.querySelector("img"), drawn = img.getBoundingClientRect(), place = f.getBoundingClientRect();
+        return [+img.getAttribute("width"), drawn.width, place.width, f.tabIndex]; })""")
+    assert max(own for own, *_ in sizes) > 1000
+    for own, drawn, place, tab in sizes:
+        assert place <= 390
+        assert drawn >= 0.69 * own or own < 560
+        assert (drawn > place) <= (tab == 0)  # what moves can be reached by keyboard
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_barrier(show, site, scheme):
     from axe_playwright_python.sync_playwright import Axe

@@ -17,6 +17,10 @@ from tpo_course.site.source import Page, relative
 
 REPR = re.compile(r"<.*>$|(?:VBox|HBox|Box|Tab|Output|interactive)\(", re.S)  # what says nothing to a reader
 CODE_COLOUR = re.compile(r"style=[\"'][^\"']*(?:background|color)")  # made for a white page
+WIDE, LEAST = (
+    560,
+    0.7,
+)  # pixels; on a phone a picture from WIDE on moves sideways, at LEAST of its own width: labels stay readable
 
 
 @cache
@@ -75,7 +79,10 @@ class Chapter:
         self.pictures[path] = data
         width, height = struct.unpack(">II", data[16:24])
         alt = html.escape(self._words(cell, output))
-        return f'<figure><img src="{relative(self.page.target, path)}" width="{width}" height="{height}" alt="{alt}"></figure>'
+        picture = f'<img src="{relative(self.page.target, path)}" width="{width}" height="{height}" alt="{alt}">'
+        if width < WIDE:
+            return f"<figure>{picture}</figure>"
+        return f'<figure class="moves" style="--least: {round(LEAST * width)}px" tabindex="0">{picture}</figure>'
 
     def _words(self, cell: Mapping, output: Mapping) -> str:
         """A picture in words: the output's own, else those kept for its cell, else the section it stands in."""
