@@ -195,22 +195,19 @@ def test_the_command_writes_what_train_takes(made, tmp_path, capsys):
 
 
 def test_a_model_that_says_not_what_it_was_trained_from(made, tmp_path, capsys):
+    """Neither with which beta; and no flag is named that was not given."""
     folder, _ = made
-    with pytest.raises(SystemExit):
-        cli.main(
-            [
-                "guide",
-                "--model",
-                str(folder / "dpo"),
-                "--guide-beta",
-                "0.4",
-                "--pairs",
-                str(folder / "pairs.jsonl"),
-                "--output",
-                str(tmp_path / "x.jsonl"),
-            ]
-        )
-    assert "does not say what it was trained from: name it with --ref" in capsys.readouterr().err
+    line = ["guide", "--model", str(folder / "dpo"), "--pairs", str(folder / "pairs.jsonl")]
+    line += ["--output", str(tmp_path / "x.jsonl")]
+    for more, words in (
+        (["--guide-beta", "0.4"], "does not say what it was trained from: name it with --ref"),
+        ([], f"the guide {folder / 'dpo'} does not say which beta it was trained with; pass it as --guide-beta"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*line, *more])
+        said = capsys.readouterr().err
+        assert words in said
+        assert "--guide " not in said
 
 
 def test_a_guide_that_is_its_own_reference_is_refused(made, tmp_path, capsys):

@@ -108,12 +108,12 @@ def guided(config: TrainConfig, guide: str | None) -> TrainConfig:
     # only of a run against a reference is log pi_guide - log pi_ref a reward
     if record and "ref_logps" not in OBJECTIVES[record.config.loss_type].needs:
         raise ValueError(
-            f"--guide {record.folder} is a run of {record.config.loss_type}, which reads no reference, so that it holds no "
+            f"the guide {record.folder} is a run of {record.config.loss_type}, which reads no reference, so that it holds no "
             "token rewards: guide with a run of dpo, or say with --guide-beta how its log-ratio is to be read"
         )
     beta = record and record.config.hyperparameters().get("beta")
     if beta is None:
-        raise ValueError(f"--guide {guide} does not say which beta it was trained with; pass it as --guide-beta")
+        raise ValueError(f"the guide {guide} does not say which beta it was trained with; pass it as --guide-beta")
     return replace(config, guide_beta=beta)
 
 
