@@ -236,6 +236,16 @@ def test_of_many_pairs_some_are_drawn_and_keep_their_rows(place, tmp_path, capsy
     assert "row 4, column 'prompt'" in refused(capsys, line)
 
 
+@pytest.mark.filterwarnings("error:one prompt makes an interval")
+def test_of_one_prompt_there_are_means_without_an_interval(place, tmp_path, capsys):
+    rows = [ROWS[0], ROWS[0] | {"rejected": " dull"}]
+    found, html = inspected(place, tmp_path, pairs=written(tmp_path / "one.jsonl", rows))
+    mean = sum(row["loss"] for row in found["pairs"]) / 2
+    assert found["summary"]["loss"] == pytest.approx(mean, rel=1e-5)
+    assert f"<td>{mean:.3f}</td>" in html
+    assert f"loss               {mean:.3f}\n" in capsys.readouterr().out
+
+
 def test_a_run_brings_its_objective_and_its_reference(place, tmp_path, capsys):
     start = place / "start"
     shutil.copytree(place / "ref", start)

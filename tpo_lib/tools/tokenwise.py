@@ -124,11 +124,17 @@ def derivatives(objective: str, tokens: TokenStats, hyper: Mapping) -> tuple[Los
 
 
 def summarise(rows: Sequence[Mapping], prompts: Sequence[tuple]) -> dict[str, dict | float]:
-    """Means over the pairs with 95% intervals, pairs of one prompt drawn together; and the share of tokens on the floor."""
+    """Means over the pairs with 95% intervals, pairs of one prompt drawn together; and the share of tokens on the floor.
+
+    Of pairs that all have one prompt there are means alone: nothing says how others would differ.
+    """
     names = {"accuracy": "own_accuracy", "accuracy_logratio": "accuracy_logratio", "margin": "margin", "loss": "loss"}
     names |= {"seqkl_chosen": "seqkl_chosen", "seqkl_rejected": "seqkl_rejected"}
     known = {name: [row[field] for row in rows] for name, field in names.items() if field in rows[0]}
-    found = {name: bootstrap(values, seed=0, groups=prompts).as_dict() for name, values in known.items()}
+    if len(set(prompts)) > 1:
+        found = {name: bootstrap(values, seed=0, groups=prompts).as_dict() for name, values in known.items()}
+    else:
+        found = {name: float(np.mean(values)) for name, values in known.items()}
     if "floored" in rows[0]:
         found["floor_share"] = sum(row["floored"] for row in rows) / sum(row["length"] for row in rows)
     return found
