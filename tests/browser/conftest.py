@@ -53,7 +53,7 @@ def shelf(browser, lab) -> Iterator[NotebookPage]:
     labs += cells("08_scale", "widgets.memory_lab()")
     lab.write("shelf.ipynb", ["from tpo_course import widgets", *labs, STEPS, BROKEN])
     # A cell that does not fit into the window is scrolled by JupyterLab once the focus is in it, and its picture with it.
-    page = open_notebook(browser, lab, "shelf.ipynb", height=1400)
+    page = open_notebook(browser, lab, "shelf.ipynb", height=1500)
     page.run_all()
     yield page
     page.close()
