@@ -245,9 +245,8 @@ def guess(log: Log) -> str:
     prefix = "" if "loss" in log else "eval_"
     _, loss, chosen, rejected = log.rows(*(prefix + name for name in ("loss", "rewards/chosen", "rewards/rejected")))
     if not len(loss):
-        first = log.rows(prefix + "loss")[1][
-            :1
-        ]  # all that some logs have of the pairs, and LLaMA-Factory's the accuracy
+        # all that some logs have of the pairs, and LLaMA-Factory's the accuracy
+        first = log.rows(prefix + "loss")[1][:1]
         return "dpo" if f"{prefix}rewards/accuracies" in log or np.any(abs(first - math.log(2)) < 0.01) else "sft"
     if np.allclose(loss, -chosen, rtol=0.01):
         return "sft"
