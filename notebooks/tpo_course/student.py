@@ -26,7 +26,7 @@ from tpo_lib.parser import Parser, check_room
 
 PARTS = ("tpo_lib", "notebooks", "data", "docs", "studies", "configs")
 SHEETS = ("pyproject.toml", "constraints.txt", "environment.yml", "LICENSE", "CITATION.cff", ".gitignore")
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "solutions", "runs", "teach.md", "common_errors.*")
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "solutions", "teach.md", "common_errors.*")
 ANSWERS = ("Solution", "Answer", "The truth", "A full answer")  # what such folds are called (cards.answer)
 FOLDED = re.compile(rf"<details[^>]*><summary>({'|'.join(ANSWERS)})</summary>(?:(?!<details).)*?</details>", re.DOTALL)
 YOURS = "# Your turn.\n"
@@ -68,7 +68,7 @@ def make(out: Path, *, nbgrader: bool = False) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty; name a new folder")
     for part in PARTS:
-        shutil.copytree(ROOT / part, out / part, ignore=LEFT_OUT)
+        shutil.copytree(ROOT / part, out / part, ignore=_left_out)
     for name in SHEETS:
         shutil.copy(ROOT / name, out / name)
     (out / "README.md").write_text(README, encoding="utf-8")
@@ -93,6 +93,11 @@ def make(out: Path, *, nbgrader: bool = False) -> None:
             path.unlink()
             path = folder / path.name
         path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    written = {"runs"} if Path(folder) == ROOT / "notebooks" else set()  # there alone: tpo_lib/runs is a package
+    return LEFT_OUT(folder, names) | written
 
 
 def withhold(book: dict) -> None:

@@ -90,6 +90,16 @@ def test_no_solution_meets_the_eye(copy):
     )  # the search finds them
 
 
+def test_every_other_file_is_there(copy):
+    gone = {"__pycache__", "solutions", "teach.md", "common_errors.md", "common_errors.py"}
+    for part in student.PARTS:
+        ours = {path.relative_to(notebooks.ROOT) for path in (notebooks.ROOT / part).rglob("*") if path.is_file()}
+        ours = {path for path in ours if not gone.intersection(path.parts) and not any(p[0] == "." for p in path.parts)}
+        ours = {path for path in ours if path.parts[:2] != ("notebooks", "runs") and "egg-info" not in str(path)}
+        assert {path.relative_to(copy) for path in (copy / part).rglob("*") if path.is_file()} == ours
+        assert len(ours) > 2
+
+
 def test_nothing_else_tells(copy):
     assert not list(copy.rglob("solutions"))
     assert not (copy / "tests").exists()
