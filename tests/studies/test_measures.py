@@ -246,6 +246,21 @@ def test_the_value_of_a_state_summed_over_the_vocabulary_by_hand():
     data = [v for p in pairs for ids in (p.chosen_ids, p.rejected_ids) for v in values(p.prompt_ids, ids)]
     assert found["step_data"].mean() == pytest.approx(np.mean(data), abs=1e-5)
     assert (len(found["step_own"]), len(found["step_data"])) == (2, 4)
+    assert "step_gain" not in found  # pairs of other prompts than the samples'
+
+    second, first = (tokenizer(prompt)["input_ids"] for prompt in ("b c", "a"))
+    held_out = [
+        type(PAIRS[0])(i, ids, p.chosen_ids, p.rejected_ids)
+        for i, (ids, p) in enumerate(zip((second, first, second), PAIRS))
+    ]
+    given = seen(on=stage(held_out), texts=("ab cd e", "fgh a", "x", "y"), beta=0.3)
+    gain = measures.relaxation(given)["step_gain"]
+    data = [[v for p in held_out if p.prompt_ids == ids for side in (p.chosen_ids, p.rejected_ids) for v in values(ids, side)]
+            for ids in (second, first)]  # fmt: skip
+    assert gain.shape == (2,)
+    assert gain.mean() == pytest.approx(np.mean(own[0] + own[1]) - np.mean(data[0] + data[1]), abs=1e-5)
+    each = [linearised(*(np.array([f(x) for x in lists]) for f in (sum, len))) for lists in ([own[1], own[0]], data)]
+    assert gain == pytest.approx(each[0] - each[1], abs=1e-5)
 
 
 def test_what_is_unknown_or_cannot_be_measured_is_refused():

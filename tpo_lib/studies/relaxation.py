@@ -38,7 +38,8 @@ def relaxation(seen: Seen) -> dict[str, np.ndarray]:
 
     Returns:
         step_data: over the tokens of the held-out pairs, one number for each of their prompts; step_own: over those of the
-        first sample of each held-out prompt, tokenized anew from its text. The difference is D's error.
+        first sample of each held-out prompt, tokenized anew from its text. The difference is D's error: step_gain, own minus
+        data prompt by prompt, where all pairs are of held-out prompts; one number for each prompt that has pairs.
 
     Raises:
         ValueError: the reward is not additive over the model's own tokens.
@@ -50,11 +51,20 @@ def relaxation(seen: Seen) -> dict[str, np.ndarray]:
     encoded = prompt_token_ids(seen.stage.tokenizer, prompts)
     own = list(zip(encoded, seen.sample_ids[: len(prompts)], strict=True))
     groups = np.repeat(seen.prompts[: len(pairs)], 2)  # both sides of a pair side by side
-    return {"step_data": _mean(seen, data, groups), "step_own": _mean(seen, own, np.arange(len(own)))}
+    by_pair, by_sample = _sums(seen, data, groups), _sums(seen, own, np.arange(len(own)))
+    found = {"step_data": linearised(*by_pair), "step_own": linearised(*by_sample)}
+    places, of_pairs = (
+        {tuple(ids): i for i, ids in enumerate(encoded)},
+        dict.fromkeys(tuple(p.prompt_ids) for p in pairs),
+    )
+    if of_pairs.keys() <= places.keys():
+        mine = by_sample[:, [places[prompt] for prompt in of_pairs]]
+        found["step_gain"] = linearised(*mine) - found["step_data"]
+    return found
 
 
-def _mean(seen: Seen, sequences: Sequence[tuple[list[int], list[int]]], groups: np.ndarray) -> np.ndarray:
-    """Mean of g over the tokens of (prompt, response) sequences, a number a group; an empty response has none."""
+def _sums(seen: Seen, sequences: Sequence[tuple[list[int], list[int]]], groups: np.ndarray) -> np.ndarray:
+    """(2, G): sum of g over the tokens of a group's (prompt, response) sequences, and their number."""
     count, sums = groups.max() + 1, np.zeros((2, len(sequences)))
     rows = [EncodedPair(i, prompt, ids) for i, (prompt, ids) in enumerate(sequences) if ids]
     readers = [ResponseReader(model) for model in (seen.policy, seen.stage.start)]
@@ -65,7 +75,7 @@ def _mean(seen: Seen, sequences: Sequence[tuple[list[int], list[int]]], groups: 
         kl, _, _ = stats.kl_entropy_surprisal(policy, ref, batch.labels)
         value = stats.unpack(_expected(seen, policy, _previous(batch.labels, mask)), mask) - seen.beta * kl
         sums[:, batch.rows] = np.stack([value.double().sum(-1).cpu().numpy(), mask.sum(-1).cpu().numpy()])
-    return linearised(*(np.bincount(groups, each, count) for each in sums))
+    return np.array([np.bincount(groups, each, count) for each in sums])
 
 
 def _previous(labels: Tensor, mask: Tensor) -> Tensor:

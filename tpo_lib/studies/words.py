@@ -28,6 +28,9 @@ WORDS = {  # metric: (in a table, on an axis); where one begins another, the lon
     "seqkl_margin": ("SeqKL margin", AXIS["seqkl_margin"]),
     "seqkl_mean": ("SeqKL", AXIS["seqkl_chosen"]),
     "logratio_var": ("log-ratio variance", "variance of log π(y) / π_ref(y), nats²"),
+    "step_gain": ("own states minus the data's", "worth of a token, own states minus the data's,\nnats of log-odds"),
+    "step_own": ("worth in own states", "worth of a token in the policy's own states,\nnats of log-odds"),
+    "step_data": ("worth in the data's states", "worth of a token in the data's states,\nnats of log-odds"),
     "kl": ("KL", AXIS["kl"]),
     "floor": ("tokens on the floor,", "tokens on the floor (share)"),
 }
