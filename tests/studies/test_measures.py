@@ -251,7 +251,7 @@ def test_the_value_of_a_state_summed_over_the_vocabulary_by_hand():
     second, first = (tokenizer(prompt)["input_ids"] for prompt in ("b c", "a"))
     held_out = [
         type(PAIRS[0])(i, ids, p.chosen_ids, p.rejected_ids)
-        for i, (ids, p) in enumerate(zip((second, first, second), PAIRS))
+        for i, (ids, p) in enumerate(zip((second, first, second), PAIRS, strict=False))
     ]
     given = seen(on=stage(held_out), texts=("ab cd e", "fgh a", "x", "y"), beta=0.3)
     gain = measures.relaxation(given)["step_gain"]
