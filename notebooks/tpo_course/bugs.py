@@ -297,7 +297,7 @@ class Finding:
 
 
 def log_two(run: Run) -> Finding:
-    """A reference-based loss is log 2 where policy = reference: at the first update, and (in training) never again."""
+    """The loss of DPO, TDPO, TGDPO is log 2 where policy = reference: at the first update, and (in training) never again."""
     first, last = run.rows[0], run.rows[-1]
     chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
     if max(abs(chosen), abs(rejected)) > 1e-4:

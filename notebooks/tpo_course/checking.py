@@ -168,14 +168,17 @@ def where(error: BaseException, answer: Any) -> str:
 def unlike(got: Observation, want: Observation) -> str | None:
     """A sentence (HTML) if the answer's results cannot be compared with the right ones."""
     tensor = isinstance(want.raw, Tensor)
+    single = "True or False" if isinstance(want.raw, bool) else "a single number"
     if not got.values or (tensor and isinstance(got.raw, list | tuple) and len(got.values) != 1):
-        asked = "a torch tensor" if tensor else f"{len(want.values)} numbers or tensors"
+        many = single if len(want.values) == 1 else f"{len(want.values)} numbers or tensors"
+        asked = "a torch tensor" if tensor else many
         return f"Your answer is a {type(got.raw).__name__}; {asked} is asked for"
     if len(got.values) != len(want.values):
         return f"Your answer holds {len(got.values)} numbers or tensors; {len(want.values)} are asked for"
     for g, w in zip(got.values, want.values, strict=True):
         if g.shape != w.shape:
-            return f"Your answer has shape {tuple(g.shape)}; {tuple(w.shape)} is asked for"
+            asked = tuple(w.shape) if tensor or w.dim() else single
+            return f"Your answer has shape {tuple(g.shape)}; {asked} is asked for"
         if w.dtype == torch.bool and g.dtype != torch.bool:
             kind = str(g.dtype).removeprefix("torch.")
             return f"Your answer holds {kind} numbers; True and False are asked for (a boolean)"
@@ -215,9 +218,14 @@ def difference(got: Observation, want: Observation) -> str:
     pairs = list(zip(got.values, want.values, strict=True))
     number, (g, w) = next((i, (g, w)) for i, (g, w) in enumerate(pairs) if not same([g], [w]))
     place = int((g.double() - w.double()).abs().nan_to_num(torch.inf).argmax())
-    want_, got_ = (float(t.flatten()[place]) for t in (w, g))
+    asked, found = (
+        str(t.flatten()[place].item()) if t.dtype == torch.bool else f"{t.flatten()[place]:.6g}" for t in (w, g)
+    )
+    said = f"Expected {asked}, got {found}"
+    if len(pairs) == g.numel() == 1:
+        return said
     which = (
         f"entry {number} of {len(pairs)}" if all(w.dim() == 0 for _, w in pairs) else f"entry {place} of {g.numel()}"
     )
     which += f", of tensor {number} of {len(pairs)}" if len(pairs) > 1 and w.dim() else ""
-    return f"Expected {want_:.6g}, got {got_:.6g} ({which})"
+    return f"{said} ({which})"

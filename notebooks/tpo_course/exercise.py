@@ -250,6 +250,8 @@ class Exercise(Task):
             for way in () if isinstance(mistake.wrong, Uses) else mistake.ways:
                 if all(map(agree, given, (observe(way, case.arguments) for case in self.cases()))):
                     return Verdict("wrong", mistake.message, (mistake.name,))
+        if not callable(self.right):
+            return Verdict("wrong", f"It is not {html.escape(str(answer))}.")  # and not what it is
         first = differing[0]
         return Verdict("wrong", f"{checking.difference(given[first], expected[first])}{_at(self.cases()[first])}")
 

@@ -378,3 +378,61 @@ def test_a_list_of_numbers_may_be_a_tensor_and_its_entries_are_counted(form):
     assert batches.judge(lambda lengths, max_tokens: form(right(lengths, max_tokens))).status == "correct"
     last = batches.judge(lambda lengths, max_tokens: form([*right(lengths, max_tokens)[:-1], 7]))
     assert "got 7 (entry 6 of 7)" in last.message
+
+
+def _checks_padding(same):
+    def answer(loss_of, logits, ref_logits, labels):
+        new, other = torch.randn(2, len(logits), 2, logits.shape[-1], dtype=logits.dtype)
+        wider = (torch.cat(each, dim=1) for each in ((logits, new), (ref_logits, other)))
+        return same(loss_of(logits, ref_logits, labels), loss_of(*wider, F.pad(labels, (0, 2), value=-100)))
+
+    return answer
+
+
+def test_an_invariant_holds_for_every_pair_and_both_ways():
+    task = MODULES["break_it"].padding_invariant
+    assert task.judge(_checks_padding(lambda a, b: (a - b).abs().max() < 1e-4)).status == "correct"
+    assert task.judge(_checks_padding(lambda a, b: torch.isclose(a, b)[0])).mistakes == ("any_pair",)
+    assert task.judge(_checks_padding(lambda a, b: torch.isclose(a.sum(), b.sum()))).mistakes == ("mean_compared",)
+    for one_way in (lambda a, b: (a - b).max() < 1e-4, lambda a, b: (b - a).max() < 1e-4):
+        assert task.judge(_checks_padding(one_way)).status == "wrong"
+    assert "True or False is asked for" in task.judge(_checks_padding(torch.isclose)).message
+
+
+def test_what_is_too_small_is_not_always_a_mean():
+    task, right = MODULES["break_it"].name_the_bug, _solution(MODULES["break_it"].name_the_bug)
+
+    def answer(loss, chosen, rejected, beta):
+        found = right(loss, chosen, rejected, beta)
+        small = loss(chosen, rejected).item() > 0.69 and abs(chosen.logps.grad).max() < beta / 2 - 1e-6
+        return 1 if small and found == 8 else found
+
+    def with_gradient(loss, chosen, rejected, beta):
+        loss(chosen, rejected).sum().backward()
+        return answer(loss, chosen, rejected, beta)
+
+    assert task.judge(with_gradient).mistakes == ("small_is_a_mean",)
+
+
+def test_of_five_faults_the_first_that_is_left_is_named():
+    def loss(logits, ref_logits, labels, beta):
+        mask, ids = labels[:, 1:] != -100, labels[:, 1:].clamp_min(0)[..., None]
+        scored = (z[:, :-1].softmax(-1).log().gather(-1, ids)[..., 0] for z in (logits, ref_logits))
+        policy, ref = scored
+        chosen, rejected = (torch.where(mask, policy - ref, 0.0).sum(-1) / mask.sum(-1)).chunk(2)
+        return -F.logsigmoid(beta * (chosen - rejected))
+
+    assert MODULES["break_it"].repaired_loss.judge(loss).mistakes == ("mean_and_more",)
+
+
+def test_a_wrong_value_is_not_told_the_right_one():
+    task = MODULES["break_it"].padding_report
+    assert repr(task.judge(12)) == "wrong: It is not 12."
+    assert "is a str; a single number is asked for" in task.judge("2").message
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_letter_of_a_quiz_is_always_right(name):
+    quiz = next(value for value in vars(MODULES[name]).values() if isinstance(value, Quiz))
+    places = [[option.right for option in question.options].index(True) for question in quiz.questions]
+    assert len(set(places)) > 1, name

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tpo_course.bugs import *  # noqa: F403  (the chapter says check.train_broken as it says check.repaired_loss)
-from tpo_course.bugs import BETA, BUGS, LOG2, hand_worked, masked_stats, mean_dpo, unshifted_mask
+from tpo_course.bugs import ALPHA, BETA, BUGS, LOG2, hand_worked, masked_stats, mean_dpo, unshifted_mask
 from tpo_course.exercise import Case, Exercise, loss_of
 from tpo_course.words import Chapter
 from tpo_lib import losses, stats
@@ -31,6 +32,7 @@ LOSSES = {  # words: (a loss, the beta that it is meant to use)
     "a loss that divides by beta": (_dpo(1 / 0.3), 0.3),
     "a loss with beta outside the sigmoid": (lambda *pair: 0.3 * _dpo(1.0)(*pair), 0.3),
     "a loss that forgot beta": (_dpo(1.0), 0.3),
+    "a loss that forgot a beta above 1": (_dpo(1.0), 2.0),
     "a loss with bug 10": (lambda chosen, rejected: _dpo(0.3)(rejected, chosen), 0.3),
 }
 
@@ -43,18 +45,25 @@ def _named_cases() -> tuple[Case, ...]:
     )
 
 
-def _named(loss: Callable, chosen: TokenStats, rejected: TokenStats, beta: float, *, unseen=(), unit=0.5) -> int:
+def _named(
+    loss: Callable, chosen: TokenStats, rejected: TokenStats, beta: float, *, unseen=(), unit=0.5, value=LOG2
+) -> int:
     """The number of the bug; `unseen` is what the check does not look at."""
     out = loss(chosen, rejected)
     slope = torch.autograd.grad(out.sum(), chosen.logps)[0][chosen.mask] / (-beta * unit)  # ones, if all is well
     one = torch.ones_like(slope)
-    if "value" not in unseen and not math.isclose(out.item(), LOG2, rel_tol=1e-6):
+    if "value" not in unseen and not math.isclose(out.item(), value, rel_tol=1e-6):
         return 8
     if "sign" not in unseen and bool((slope < 0).all()):
         return 10
     if "size" in unseen or torch.allclose(slope, one):
         return 0
-    return 1 if "length" not in unseen and torch.allclose(slope * len(slope), one) else 8
+    small = slope < one if "all_but_small" in unseen else torch.isclose(slope * len(slope), one)
+    return 1 if "length" not in unseen and bool(small.all()) else 8
+
+
+def _with_beta(beta: float) -> Callable[..., int]:
+    return lambda **given: _named(**given | {"beta": beta})
 
 
 name_the_bug = chapter.exercise(
@@ -67,6 +76,12 @@ name_the_bug = chapter.exercise(
     no_length=partial(_named, unseen=("length",)),
     compared_with_beta=partial(_named, unit=1.0),
     no_sign=partial(_named, unseen=("sign",)),
+    plus_for_minus=partial(_named, unit=-0.5),
+    other_value=partial(_named, value=0.0),
+    beta_not_in_unit=_with_beta(1.0),
+    beta_of_the_runs=_with_beta(BETA),
+    small_is_a_mean=partial(_named, unseen=("all_but_small",)),
+    yes_or_no=(lambda **given: _named(**given) == 0, lambda **given: _named(**given) > 0),
 )
 
 
@@ -88,6 +103,16 @@ def _kept(ratio: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, ratio, 0.0)
 
 
+def _shifted(ratio: Tensor, mask: Tensor) -> Tensor:
+    return _kept(ratio, F.pad(mask[:, :-1], (1, 0))).sum(-1)
+
+
+def _balanced(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses of two pairs: what padding adds to the one it takes from the other."""
+    loss = _padding_loss(lambda r, m: _kept(r, m).sum(-1))(logits, ref_logits, labels)
+    return loss + (labels == IGNORE).sum() * torch.tensor([0.01, -0.01])
+
+
 MANY = {"repeat": 8, "dtype": torch.float32}
 REDUCED = {  # words: (log-ratios and mask -> a response's, settings of the batch)
     "DPO as it should be, on responses of one token": (lambda r, m: _kept(r, m).sum(-1), {"ends": (4, 4, 4, 4)}),
@@ -95,7 +120,10 @@ REDUCED = {  # words: (log-ratios and mask -> a response's, settings of the batc
     "a loss that divides by the width of the batch": (lambda r, m: _kept(r, m).mean(-1), {}),
     "a right loss in float32, with its rounding": (lambda r, m: _kept(r, m).mean(-1) * r.shape[-1], MANY),
     "a loss that has no mask at all": (lambda r, m: r.sum(-1), {}),
-    "a loss whose mask is off by one": (lambda r, m: _kept(r, F.pad(m[:, :-1], (1, 0))).sum(-1), {}),
+    "a loss whose mask is off by one": (_shifted, {}),
+    "a loss whose mask is off by one, on other pairs": (_shifted, {"ends": (5, 6, 5, 4)}),
+    "a loss whose mask is off by one, that falls with padding": (_shifted, {"ends": (4, 6, 6, 4)}),
+    "DPO as it should be, on responses of other lengths": (lambda r, m: _kept(r, m).sum(-1), {}),
 }
 
 
@@ -110,10 +138,11 @@ def _batch(*, ends=(6, 5, 5, 4), repeat: int = 1, dtype=torch.float64) -> dict[s
 
 
 def _padding_cases() -> tuple[Case, ...]:
-    return tuple(
+    cases = (
         Case(words, loss_of=_padding_loss(reduce), **_batch(**settings))
         for words, (reduce, settings) in REDUCED.items()
     )
+    return *cases, Case("a loss whose mean over the pairs stays", loss_of=_balanced, **_batch())
 
 
 def _invariant(loss_of, logits, ref_logits, labels, *, fill=IGNORE, left=False, close=torch.allclose) -> bool:
@@ -130,6 +159,15 @@ def _invariant(loss_of, logits, ref_logits, labels, *, fill=IGNORE, left=False, 
     return bool(close(loss_of(logits, ref_logits, labels), after))
 
 
+def _cut(loss_of, logits, ref_logits, labels, *, columns: int, labels_alone: bool) -> bool:
+    """Takes the last columns away, or their labels alone, where some should be appended."""
+    if labels_alone:
+        after = loss_of(logits, ref_logits, F.pad(labels[:, :-columns], (0, columns), value=IGNORE))
+    else:
+        after = loss_of(*(each[:, :-columns] for each in (logits, ref_logits, labels)))
+    return torch.allclose(loss_of(logits, ref_logits, labels), after)
+
+
 padding_invariant = chapter.exercise(
     "padding_invariant",
     _invariant,
@@ -137,13 +175,43 @@ padding_invariant = chapter.exercise(
     padded_with_zero=partial(_invariant, fill=0),
     compared_exactly=partial(_invariant, close=torch.equal),
     padded_left=partial(_invariant, left=True),
-    any_pair=partial(_invariant, close=lambda before, after: bool(torch.isclose(before, after).any())),
+    any_pair=tuple(
+        partial(_invariant, close=close)
+        for close in (
+            lambda before, after: torch.isclose(before, after).any(),
+            lambda before, after: torch.isclose(before, after)[0],
+            lambda before, after: torch.isclose(before, after)[-1],
+        )
+    ),
+    mean_compared=partial(_invariant, close=lambda before, after: torch.isclose(before.mean(), after.mean())),
+    one_way=(
+        partial(_invariant, close=lambda before, after: (after - before < 1e-5).all()),
+        partial(_invariant, close=lambda before, after: (before - after < 1e-5).all()),
+    ),
+    cut=tuple(partial(_cut, columns=columns, labels_alone=alone) for columns in (1, 2) for alone in (True, False)),
     answer_reversed=lambda **arguments: not _invariant(**arguments),
     always_true=lambda loss_of, logits, ref_logits, labels: True,
+    one_model=lambda loss_of, **given: _invariant(lambda z, ref, labels: loss_of(z, z, labels), **given),
 )
 
 
-# ---- 3. name the bug from numbers, and from curves
+# ---- 3. the slope in the KL, the silent four
+
+kl_slope = chapter.predict(
+    "kl_slope", ALPHA * BETA / 2, within=0.05, minus=-0.025, no_half=0.05, no_beta=0.25, zero=0.0
+)
+silent_four = chapter.complete(
+    "silent_four",
+    "bug_2",
+    "bug_9",
+    "bug_4",
+    "bug_10",
+    masks_exchanged=("bug_4", None, "bug_2", None),
+    death_exchanged=(None, "bug_10", None, "bug_9"),
+)
+
+
+# ---- 4. name the bug from numbers, and from curves
 
 
 def lab_report() -> dict[int, float]:
@@ -169,26 +237,61 @@ padding_report = _which_bug("padding_report", 2)
 unknown_run = _which_bug("unknown_run", 5)
 
 
-# ---- 4. repair
+# ---- 5. a symptom; which check sees what
+
+both_fall = chapter.predict("both_fall", "both_fall")
+share_fallen = chapter.predict("share_fallen", 0.83, within=0.15, none=0.0, half=0.5, everyone=1.0, percent=83)
+which_columns = chapter.choose("which_columns", "slopes", "footprint", "same_two")
 
 
-FAULTS = ("mask", "mean", "log_of_softmax", "beta_outside", "reference_not_detached")  # of the notebook's loss
+# ---- 6. repair
 
 
-def _repair(logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float, left: tuple[str, ...] = ()) -> Tensor:
-    """The broken loss of the notebook with all its faults repaired but those that are left."""
-    keep = (labels[:, :-1] if "mask" in left else labels[:, 1:]) != IGNORE
+def _repair(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    beta: float,
+    *,
+    keep: Callable[[Tensor], Tensor] = lambda labels: labels[:, 1:] != IGNORE,
+    log_probs: Callable[[Tensor], Tensor] = lambda z: z.log_softmax(-1),
+    hold: tuple[Callable, Callable] = (lambda z: z, Tensor.detach),
+    over: Callable[[Tensor, Tensor], Tensor] = torch.sub,
+    reduce: Callable[[Tensor, Tensor], Tensor] = lambda ratio, mask: _kept(ratio, mask).sum(-1),
+    halves: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda ratio: ratio.chunk(2),
+    loss: Callable[[float, Tensor, Tensor], Tensor] = lambda beta, c, r: -F.logsigmoid(beta * (c - r)),
+) -> Tensor:
+    """The notebook's loss, repaired, in its order; the keywords are its lines."""
     ids = labels[:, 1:].clamp_min(0)[..., None]
+    scored = (
+        log_probs(held(z)[:, :-1]).gather(-1, ids)[..., 0] for held, z in zip(hold, (logits, ref_logits), strict=True)
+    )
+    return loss(beta, *halves(reduce(over(*scored), keep(labels))))
 
-    def score(z: Tensor) -> Tensor:
-        log_probs = z[:, :-1].softmax(-1).log() if "log_of_softmax" in left else z[:, :-1].log_softmax(-1)
-        return log_probs.gather(-1, ids)[..., 0]
 
-    ref = score(ref_logits if "reference_not_detached" in left else ref_logits.detach())
-    ratio = _kept(score(logits) - ref, keep).sum(-1)
-    chosen, rejected = (ratio / keep.sum(-1) if "mean" in left else ratio).chunk(2)
-    outside = "beta_outside" in left
-    return -beta * F.logsigmoid(chosen - rejected) if outside else -F.logsigmoid(beta * (chosen - rejected))
+FAULTS = {  # of the notebook's loss
+    "mask": {"keep": lambda labels: labels[:, :-1] != IGNORE},
+    "mean": {"reduce": lambda ratio, mask: _kept(ratio, mask).sum(-1) / mask.sum(-1)},
+    "log_of_softmax": {"log_probs": lambda z: z.softmax(-1).log()},
+    "beta_outside": {"loss": lambda beta, c, r: -beta * F.logsigmoid(c - r)},
+    "reference_not_detached": {"hold": (lambda z: z, lambda z: z)},
+}
+
+
+def _left(*names: str) -> Callable[..., Tensor]:
+    """The loss with these faults left in it."""
+    return partial(_repair, **{key: line for name in names for key, line in FAULTS[name].items()})
+
+
+def _and_more(first: str) -> tuple[Callable[..., Tensor], ...]:
+    """The losses with two to four faults, of which `first` is the first."""
+    later = list(FAULTS)[list(FAULTS).index(first) + 1 :]
+    sets = (more for size in (1, 2, 3) for more in combinations(later, size))
+    return tuple(_left(first, *more) for more in sets)
+
+
+def _with_loss(*losses: Callable[[float, Tensor, Tensor], Tensor]) -> tuple[Callable[..., Tensor], ...]:
+    return tuple(partial(_repair, loss=loss) for loss in losses)
 
 
 def _repair_cases() -> tuple[Case, ...]:
@@ -202,8 +305,9 @@ def _repair_cases() -> tuple[Case, ...]:
         both[name] = torch.randn(4, 8, 6, generator=draw, dtype=torch.float64).requires_grad_()
     steep = {name: value.detach().float() for name, value in both.items()}
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    place = rows[1], columns[1], labels[rows[1], columns[1] + 1]  # of no first token: a shifted mask loses those
     for value in steep.values():
-        value[rows[:1], columns[:1], labels[rows[:1], columns[:1] + 1]] -= 130.0
+        value[place] -= 130.0
     return (
         Case(**both, labels=labels, beta=0.3),
         Case("a token whose logit lies 130 below the largest", **steep, labels=labels, beta=0.3),
@@ -214,10 +318,35 @@ repaired_loss = chapter.exercise(
     "repaired_loss",
     lambda logits, ref_logits, labels, beta: _dpo(beta)(*stats.split(stats.token_stats(logits, labels, ref_logits))),
     _repair_cases,
-    all_five=partial(_repair, left=FAULTS),
-    **{fault: partial(_repair, left=(fault,)) for fault in FAULTS},
-    swapped=lambda beta, **given: _repair(**{name: t.roll(len(t) // 2, 0) for name, t in given.items()}, beta=beta),
+    all_five=_left(*FAULTS),
+    **{fault: _left(fault) for fault in FAULTS},
+    **{f"{fault}_and_more": _and_more(fault) for fault in list(FAULTS)[:-1]},
+    swapped=partial(_repair, halves=lambda ratio: ratio.chunk(2)[::-1]),
+    interleaved=partial(_repair, halves=lambda ratio: (ratio[::2], ratio[1::2])),
+    no_mask=partial(_repair, keep=lambda labels: labels[:, 1:] == labels[:, 1:]),
+    mean_over_columns=partial(_repair, reduce=lambda ratio, mask: _kept(ratio, mask).mean(-1)),
+    no_logps=(partial(_repair, log_probs=lambda z: z), partial(_repair, log_probs=lambda z: z.softmax(-1))),
+    small_constant=tuple(
+        partial(_repair, log_probs=lambda z, small=small, put=put: put(z.softmax(-1), small).log())
+        for small in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
+        for put in (torch.add, torch.clamp_min)
+    ),
+    not_shifted=partial(_repair, hold=(lambda z: z.roll(-1, 1), lambda z: z.detach().roll(-1, 1))),
+    no_reference=partial(_repair, over=lambda policy, ref: policy),
+    both_detached=partial(_repair, hold=(Tensor.detach, Tensor.detach)),
+    policy_detached=partial(_repair, hold=(Tensor.detach, lambda z: z)),
+    no_beta=_with_loss(lambda beta, c, r: -F.logsigmoid(c - r)),
+    beta_divides=_with_loss(lambda beta, c, r: -F.logsigmoid((c - r) / beta)),
+    beta_twice=_with_loss(lambda beta, c, r: -beta * F.logsigmoid(beta * (c - r))),
+    beta_on_one=_with_loss(
+        lambda beta, c, r: -F.logsigmoid(beta * c - r), lambda beta, c, r: -F.logsigmoid(c - beta * r)
+    ),
+    no_minus=_with_loss(lambda beta, c, r: F.logsigmoid(beta * (c - r))),
+    no_logarithm=_with_loss(
+        lambda beta, c, r: -(beta * (c - r)).sigmoid(), lambda beta, c, r: (beta * (c - r)).sigmoid()
+    ),
 )
 
 
+looks_well = chapter.open_ended("looks_well")
 quiz = chapter.quiz()
