@@ -261,5 +261,6 @@ averaged = chapter.exercise(
 )
 
 
+ends_with_one_f = chapter.predict("ends_with_one_f", "nearer")
 your_variant = chapter.open_ended("your_variant")
 quiz = chapter.quiz()
