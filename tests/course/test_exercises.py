@@ -436,3 +436,35 @@ def test_no_letter_of_a_quiz_is_always_right(name):
     quiz = next(value for value in vars(MODULES[name]).values() if isinstance(value, Quiz))
     places = [[option.right for option in question.options].index(True) for question in quiz.questions]
     assert len(set(places)) > 1, name
+
+
+def _read(kl, reward, at, roots=np.sqrt, order=None, **beyond):
+    order = kl.argsort() if order is None else order
+    return np.interp(roots(at), roots(kl[order].numpy()), reward[order].numpy(), **beyond)
+
+
+def test_a_run_is_read_in_the_order_of_its_kl_and_no_further_than_it_went():
+    task, beyond = MODULES["compare"].chapter.tasks["reward_at_kl"], {"left": np.nan, "right": np.nan}
+    assert task.judge(lambda kl, reward, at: _read(kl, reward, at, **beyond)).status == "correct"
+    for answer, name in (
+        (lambda kl, reward, at: _read(kl.sort().values, reward.sort().values, at, **beyond), "sorted_apart"),
+        (lambda kl, reward, at: _read(kl.sort().values, reward, at, **beyond), "kl_sorted_alone"),
+        (lambda kl, reward, at: _read(kl, reward, at), "held"),
+        (lambda kl, reward, at: _read(kl, reward, at) if at <= kl.max() else np.nan, "one_end"),
+        (lambda kl, reward, at: _read(kl, reward, at) if kl.min() < at < kl.max() else np.nan, "ends_left_out"),
+        (lambda kl, reward, at: _read(kl, reward, at**2, **beyond), "root_on_one_side"),
+        (lambda kl, reward, at: _read(kl, reward, at, roots=np.float64, **beyond), "straight_in_nats"),
+    ):
+        assert task.judge(answer).mistakes == (name,)
+
+
+def test_an_interval_that_ends_at_zero_contains_it():
+    task = MODULES["real_model"].chapter.tasks["carries_over"]
+
+    def product(side):
+        return task.judge(lambda small, large: side(small) * side(large))
+
+    assert product(lambda x: torch.where(x[:, 0] * x[:, 1] > 0, x[:, 0].sign(), 0.0)).status == "correct"
+    assert product(lambda x: (x[:, 0] > 0).int() - (x[:, 1] < 0).int()).status == "correct"
+    assert product(lambda x: (x[:, 0] >= 0).int() - (x[:, 1] <= 0).int()).mistakes == ("bound_of_zero",)
+    assert product(lambda x: x.sign().mean(-1)).mistakes == ("bound_of_zero",)
