@@ -300,6 +300,7 @@ def _repair_cases() -> tuple[Case, ...]:
     for row, (start, end) in enumerate([(3, 8), (2, 4), (3, 6), (2, 8)]):
         labels[row, :start] = labels[row, end:] = IGNORE
     labels[0, 5] = IGNORE  # a hole: this token is not scored
+    labels[0, 6] = 0  # a token like any other
     both = {}
     for name in ("logits", "ref_logits"):
         both[name] = torch.randn(4, 8, 6, generator=draw, dtype=torch.float64).requires_grad_()
@@ -324,6 +325,7 @@ repaired_loss = chapter.exercise(
     swapped=partial(_repair, halves=lambda ratio: ratio.chunk(2)[::-1]),
     interleaved=partial(_repair, halves=lambda ratio: (ratio[::2], ratio[1::2])),
     no_mask=partial(_repair, keep=lambda labels: labels[:, 1:] == labels[:, 1:]),
+    token_0_dropped=partial(_repair, keep=lambda labels: labels[:, 1:] > 0),
     mean_over_columns=partial(_repair, reduce=lambda ratio, mask: _kept(ratio, mask).mean(-1)),
     no_logps=(partial(_repair, log_probs=lambda z: z), partial(_repair, log_probs=lambda z: z.softmax(-1))),
     small_constant=tuple(
