@@ -17,10 +17,8 @@ from tpo_course.site.source import Page, relative
 
 REPR = re.compile(r"<.*>$|(?:VBox|HBox|Box|Tab|Output|interactive)\(", re.S)  # what says nothing to a reader
 CODE_COLOUR = re.compile(r"style=[\"'][^\"']*(?:background|color)")  # made for a white page
-WIDE, LEAST = (
-    560,
-    0.7,
-)  # pixels; on a phone a picture from WIDE on moves sideways, at LEAST of its own width: labels stay readable
+WIDE = 560  # pixels: on a phone a picture from here on moves sideways,
+LEAST = 0.7  # at this share of its width, so that its labels stay readable
 
 
 @cache
