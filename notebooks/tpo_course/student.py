@@ -5,7 +5,8 @@ a learner is to fill. Checkers and hints work; their files are packed (`sealed`)
 and the derivations are what they are: a loss of `tpo_lib/losses.py` is the answer to the exercise that asks for it.
 
 With --nbgrader the chapters lie in OUT/source/CHAPTER/, their cells marked as nbgrader wants them (schema 3): `nbgrader
-generate_assignment CHAPTER` makes the release, and a test cell after every exercise is worth its difficulty.
+generate_assignment CHAPTER` makes the release, and a test cell after every exercise is worth its difficulty; nbgrader_config.py
+lets cells train.
 """
 
 import ast
@@ -40,6 +41,12 @@ the solutions. Hand in the notebooks from `work/`, and `work/.progress.json`, wh
 
 Without make: `python3 -m venv .venv`, `.venv/bin/pip install -e . jupyterlab -c constraints.txt`, `.venv/bin/python -m
 tpo_course.work`, `.venv/bin/jupyter lab --notebook-dir=work`.
+"""
+NBGRADER = """\
+c = get_config()
+c.CourseDirectory.course_id = "tpo"
+c.ExecutePreprocessor.timeout = 900  # seconds a cell: some train for two minutes, and longer on a full machine
+c.ExecutePreprocessor.iopub_timeout = 120
 """
 MAKEFILE = """\
 PYTHON ?= python3
@@ -83,6 +90,8 @@ def make(out: Path, *, nbgrader: bool = False) -> None:
         if file.name != "__init__.py":
             packed = sealed.seal(text)
             file.write_text(sealed.MODULE.format(packed) if file.suffix == ".py" else packed, encoding="utf-8")
+    if nbgrader:
+        (out / "nbgrader_config.py").write_text(NBGRADER, encoding="utf-8")
     for path in sorted((out / "notebooks").glob("*.ipynb")):
         book = json.loads(path.read_text(encoding="utf-8"))
         withhold(book)

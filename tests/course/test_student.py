@@ -182,6 +182,7 @@ def test_a_folder_that_holds_something_is_refused(copy, capsys):
 
 def test_marks_for_nbgrader(tmp_path):
     student.main([str(tmp_path / "out"), "--nbgrader"])
+    assert "timeout = 900" in (tmp_path / "out/nbgrader_config.py").read_text()
     (path,) = (tmp_path / "out/source/02_dpo").glob("*.ipynb")
     cells = json.loads(path.read_text())["cells"]
     marked = [cell for cell in cells if "nbgrader" in cell["metadata"]]
