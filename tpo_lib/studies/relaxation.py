@@ -53,10 +53,8 @@ def relaxation(seen: Seen) -> dict[str, np.ndarray]:
     groups = np.repeat(seen.prompts[: len(pairs)], 2)  # both sides of a pair side by side
     by_pair, by_sample = _sums(seen, data, groups), _sums(seen, own, np.arange(len(own)))
     found = {"step_data": linearised(*by_pair), "step_own": linearised(*by_sample)}
-    places, of_pairs = (
-        {tuple(ids): i for i, ids in enumerate(encoded)},
-        dict.fromkeys(tuple(p.prompt_ids) for p in pairs),
-    )
+    places = {tuple(ids): i for i, ids in enumerate(encoded)}
+    of_pairs = dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)  # in the order of step_data
     if of_pairs.keys() <= places.keys():
         mine = by_sample[:, [places[prompt] for prompt in of_pairs]]
         found["step_gain"] = linearised(*mine) - found["step_data"]
