@@ -61,10 +61,11 @@ def spending(**spec) -> dict:
 
 
 def test_what_a_reward_cost_in_tokens_and_seconds():
-    """.65 lies a quarter of the way from update 10 to 20: 5,500 and 21,000 tokens, 27.5 and 105 seconds of an online run."""
+    """.65 lies a quarter of the way from update 10 to 20: 5,500 and 21,000 tokens of an online run, 27.5 and 105 of the
+    232.5 seconds on its clock, in which the processor worked 60."""
     online, offline = spending(online={"updates": 30}), spending(train={"loss_type": "dpo"})
     assert endpoints.tokens_to(online, 0.65).mean() == pytest.approx(5500 + 15500 / 4)
-    assert endpoints.seconds_to(online, 0.65).mean() == pytest.approx(27.5 + 77.5 / 4)
+    assert endpoints.seconds_to(online, 0.65).mean() == pytest.approx(60 * (27.5 + 77.5 / 4) / 232.5)
     assert np.std(endpoints.tokens_to(online, 0.65)) / 1550 == pytest.approx(np.std(endpoints.steps_to(online, 0.65)))
     for level in (0.55, 0.65, 0.8):  # all sampled before: no reward costs more
         assert endpoints.tokens_to(offline, level) == pytest.approx([320, 400, 480, 400])

@@ -139,15 +139,14 @@ def tokens_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
 
 
 def seconds_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
-    """(P,): seconds until `steps_to` without evaluations, on the machine that made the run, in one thread.
+    """(P,): processor seconds until `steps_to` without evaluations, on the machine that made the run, in one thread.
 
-    An online run's hold its sampling. Those of a run on pairs are a share of its training, that of the updates: what sampling the
-    pairs took, or training a guide, is in no record and left out.
+    They are a share of those of its training: of a run on pairs, that of the updates, of an online run that of the seconds on the
+    clock, which hold its sampling. What sampling pairs took, or training a guide, is in no record and left out.
     """
-    if "online" in run["spec"]:
-        return _spent(run, level, x, _logged(run, "seconds"))
     steps = np.array([[point["step"]] for point in run["points"]])
-    return _spent(run, level, x, run["seconds"]["training"] * steps / steps[-1])
+    gone = _logged(run, "seconds") if "online" in run["spec"] else steps
+    return _spent(run, level, x, run["seconds"]["training"] * gone / gone[-1])
 
 
 def converged(run: Run, over: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ ACROSS = """Across the settings that were tried, by the area on validation promp
 settings, as if others might have been tried, and the two of a comparison are drawn independently."""
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
 whenever it comes to the reward; its seconds are those of its updates alone: what sampling the pairs took is not known. Online
-runs sample as they train, and both hold that. Seconds are of one thread of the machine that made the runs."""
+runs sample as they train, and both hold that. Seconds are the processor's, of the one thread that made a run."""
 ELSEWHERE = """The same methods by the other endpoints, each a family of its own; no claim is decided by them. A pair is left out
 where some seed never reaches the level."""
 PICTURE = re.compile(r"^!\[(.*)\]\((.*)\)$", re.MULTILINE)  # (words, file) of a page's pictures
