@@ -295,6 +295,8 @@ def test_settings_have_their_objectives_hue_a_shade_and_a_marker():
         assert {style.linestyle for style in own} == {plots.style_of(name).linestyle}
     looks = [(style.marker, str(style.linestyle)) for style in styles.values()]
     assert len(set(looks)) == len(looks)  # told apart without any colour
+    beside = ["dpo", "sft", "simpo", "tdpo2", *(f"tgdpo α{alpha}" for alpha in (0.5, 1, 2, 4))]
+    assert len({plots.style_of(name, beside).marker for name in beside}) == len(beside)  # whatever their dashes
     assert plots.style_of("tdpo2 β.05")[1:] == plots.style_of("tdpo2")[1:]  # alone, it is the objective's
     assert to_rgb(plots.style_of("tdpo2 β.05", ["tdpo2 β.05", "dpo"]).colour) == to_rgb(plots.style_of("tdpo2").colour)
     assert plots.style_of("dpo", [*SETTINGS, "dpo"]) == plots.style_of("dpo")

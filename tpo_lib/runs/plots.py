@@ -84,7 +84,7 @@ def style_of(name: str, among: Iterable[str] = ()) -> Style:
     """As its record says; without a look by its place among those that have none, any other name by its letters.
 
     A setting of an objective ("tdpo2 β.05 α.5") looks like the objective; beside `among`, the labels of a picture, it has a shade
-    of its colour, darker the later it stands, and the marker of the setting.
+    of its colour, darker the later it stands, and the marker of the setting, which is of none without a setting.
     """
     if name in OTHERS:
         return OTHERS[name]
@@ -115,7 +115,9 @@ def _setting(whole: Style, name: str, setting: str, among: Sequence[str]) -> Sty
     palest, darkest = colour + white * (1 - colour), 0.5 * colour
     if len(own) > 1:
         colour = palest + place * (darkest - palest)
-    return style._replace(colour=to_hex(colour), marker=SETTING_MARKERS[every.index(setting) % len(SETTING_MARKERS)])
+    plain = {style_of(other).marker for other, _, rest in parts if not rest}
+    free = [marker for marker in SETTING_MARKERS if marker not in plain] or SETTING_MARKERS
+    return style._replace(colour=to_hex(colour), marker=free[every.index(setting) % len(free)])
 
 
 def label(metric: str, points: Iterable[Mapping], words: str | None = None) -> str:
