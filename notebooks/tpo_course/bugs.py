@@ -261,8 +261,11 @@ def dials(
 
     Healthy runs look as everywhere; a case is black and dashed, and comes last in `runs`, so that it lies on top.
     """
-    figure = Figure(figsize=(max(4.2, 2.7 * len(names)), 2.8), dpi=85, layout="constrained", facecolor="white")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    rows = 1 + (len(names) > 3)  # four in a row cannot be read on a phone
+    beside = -(-len(names) // rows)
+    figure = Figure(figsize=(max(4.2, 2.7 * beside), 2.8 + 2.2 * (rows - 1)), dpi=85, layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, beside, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=True):
         for run in runs:
             look = {"color": "black", "marker": "x", "linestyle": "--", "linewidth": 1.5, "label": f"run {run.case}"}
             if run.case in losses.OBJECTIVES:
