@@ -1,7 +1,5 @@
 """Solutions of the exercises of 06_compare.ipynb."""
 
-import math
-
 import torch
 
 
@@ -23,7 +21,7 @@ def reward_at_kl(kl, reward, at):
         return torch.tensor(float("nan"), dtype=reward.dtype)  # never measured
     i = int(torch.searchsorted(kl, torch.tensor(at, dtype=kl.dtype)).clamp(min=1))
     roots = kl.sqrt()  # a reward is nearly straight in the root of the KL, not in the KL
-    share = (math.sqrt(at) - roots[i - 1]) / (roots[i] - roots[i - 1])
+    share = (at**0.5 - roots[i - 1]) / (roots[i] - roots[i - 1])
     return reward[i - 1] + share * (reward[i] - reward[i - 1])
 
 

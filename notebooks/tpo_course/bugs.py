@@ -263,7 +263,9 @@ def dials(
     """
     rows = 1 + (len(names) > 3)  # four in a row cannot be read on a phone
     beside = -(-len(names) // rows)
-    figure = Figure(figsize=(max(4.2, 2.7 * beside), 2.8 + 2.2 * (rows - 1)), dpi=85, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(max(4.2, 2.7 * beside), 2.8 + 2.2 * (rows - 1)), dpi=85, layout="constrained", facecolor="white"
+    )
     panels = figure.subplots(rows, beside, squeeze=False).flat
     for axes, name in zip(panels, names, strict=True):
         for run in runs:
@@ -301,7 +303,7 @@ class Finding:
 
 def log_two(run: Run) -> Finding:
     """The loss of DPO, TDPO, TGDPO is log 2 where policy = reference: at the first update, and (in training) never again."""
-    first, last = run.rows[0], run.rows[-1]
+    first, later = run.rows[0], run.rows[1:]
     chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
     if max(abs(chosen), abs(rejected)) > 1e-4:
         said = f"before the first update the rewards are {chosen:.3f} and {rejected:.3f}, not 0: policy and reference differ. "
@@ -309,8 +311,10 @@ def log_two(run: Run) -> Finding:
     if abs(first["loss"] - LOG2) > 1e-4:
         share = first["loss"] / LOG2
         return Finding(False, f"the first loss is {share:.3g} times log 2: a factor stands outside log sigma.", 8)
-    if abs(last["loss"] - LOG2) < 1e-6 and last["rewards/chosen"] == last["rewards/rejected"] == 0:
-        return Finding(False, "the loss never leaves log 2: the reference moves with the policy.", 5)
+    rests = [abs(row["loss"] - LOG2) < 1e-6 and row["rewards/chosen"] == row["rewards/rejected"] == 0 for row in later]
+    if any(rests):
+        said = "never leaves log 2" if all(rests) else f"is log 2 again at update {1 + rests.index(True)}"
+        return Finding(False, f"the loss {said}: the reference moves with the policy.", 5)
     return Finding(True, f"the first loss is {first['loss']:.4f} = log 2, both rewards are 0")
 
 

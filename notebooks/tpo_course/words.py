@@ -50,7 +50,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpo_course.cards import as_html
+from tpo_course.cards import as_html, letters
 from tpo_course.exercise import Case, Exercise, Mistake, Task, Verdict
 from tpo_course.kinds import Choice, Choose, Complete, NameTheBug, OpenEnded, Order
 from tpo_course.predicting import BreakIt, Predict
@@ -233,6 +233,11 @@ class Chapter:
         if set(known) - set(names) or (all_of_them and set(names) - set(known)) or len(names) < 2:
             raise self._error(
                 name, f"has the choices {names}, {self.file.stem}.py names {list(known)}; make them the same"
+            )
+        known_letters = set(letters(len(names)))
+        if unclear := [each for each in names if set(each) <= known_letters and len(set(each)) == len(each)]:
+            raise self._error(
+                name, f"has a choice {unclear[0]!r}, which reads like letters of its card; name it otherwise"
             )
         return tuple(found)
 

@@ -463,11 +463,11 @@ credit_notices = chapter.break_it(
     beta=0.5,
 )
 credit_trusted = chapter.open_ended("credit_trusted")
-best_start = chapter.predict("best_start", "a")
+best_start = chapter.predict("best_start", "a_first")
 value_of_a = chapter.predict("value_of_a", -0.598, plain_mean=-0.276, with_own_reward=-1.001, best_token=1.101)
 advantage_of_a = chapter.predict("advantage_of_a", "-")
 eos_between = chapter.predict("eos_between", "rises")
-written_more_often = chapter.choose("written_more_often", "EOS", "ab", "bEOS")
+written_more_often = chapter.choose("written_more_often", "EOS", "a_b", "b_EOS")
 against_the_reward = chapter.predict("against_the_reward", 0.627, perfect=1.0, nothing=0.0)
 mean_credit = chapter.predict("mean_credit", "-")
 worth_under_credits = chapter.predict("worth_under_credits", "zero")
