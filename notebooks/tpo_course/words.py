@@ -234,11 +234,12 @@ class Chapter:
             raise self._error(
                 name, f"has the choices {names}, {self.file.stem}.py names {list(known)}; make them the same"
             )
-        known_letters = set(letters(len(names)))
-        if unclear := [each for each in names if set(each) <= known_letters and len(set(each)) == len(each)]:
-            raise self._error(
-                name, f"has a choice {unclear[0]!r}, which reads like letters of its card; name it otherwise"
-            )
+        several = len(names) if len(known) > 1 else 1  # letters that an answer may hold
+        for each in names:
+            if set(each) <= set(letters(len(names))) and len(set(each)) == len(each) <= several:
+                raise self._error(
+                    name, f"has a choice {each!r}, which reads like letters of its card; name it otherwise"
+                )
         return tuple(found)
 
     def _section(self, name: str) -> dict[str, str]:

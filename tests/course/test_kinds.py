@@ -379,6 +379,13 @@ def test_words_that_do_not_fit_are_refused(chapter, make, said):
         make(chapter)
 
 
+def test_a_name_that_reads_like_letters_is_refused(tmp_path):
+    """The answer "b" would be taken for the choice of that name, whatever letter it has on the card."""
+    (tmp_path / "words.md").write_text(WORDS.replace("### choice: sum", "### choice: b"), encoding="utf-8")
+    with pytest.raises(ValueError, match="'b', which reads like letters of its card; name it otherwise"):
+        Chapter(str(tmp_path / "words.py")).choose("why_z", "cancels")
+
+
 def test_a_rubric_needs_points(tmp_path):
     (tmp_path / "words.md").write_text(WORDS.replace("- (2) says", "- says"), encoding="utf-8")
     with pytest.raises(ValueError, match="points first"):
