@@ -7,6 +7,9 @@ import re
 from tpo_course.sealed import SOLUTIONS
 
 BOX = "border:1px solid #8a8a8a;border-radius:6px;padding:.6em 1em;max-width:60em;line-height:1.5"
+ANSWERS = ("Solution", "Answer", "The truth", "A full answer")  # what the folds of answers are called (`answer`)
+FOLDED = re.compile(rf"<details[^>]*><summary>({'|'.join(ANSWERS)})</summary>(?:(?!<details).)*?</details>", re.DOTALL)
+BLOCK = r"(?:p|table|tr|ul|ol|li|pre|div|details)\b[^<>]*>"  # what begins a line, if its tag does not stand at one
 LOOKS = {  # status: sign, colour
     "correct": ("✓", "#007a55"),
     "wrong": ("✗", "#b03a00"),
@@ -34,17 +37,23 @@ def as_html(text: str) -> str:
 
 
 def plain(page: str) -> str:
-    """HTML as plain text: no tags, no entities; code in backquotes, LaTeX as it is written.
+    """HTML as plain text: no tags, no entities; code in backquotes, LaTeX as it is written. Folded answers are left out.
 
     >>> plain("<b>Not</b> <code>a &lt; b</code>: π<sub>ref</sub>, e<sup>x</sup>")
     'Not `a < b`: π_ref, e^x'
+    >>> plain("Two points.<ul><li>one</li><li>two</li></ul>" + fold("The truth", "7."))
+    'Two points.\\n- one\\n- two'
     """
+    page = FOLDED.sub("", page)
     for old, new in (
         (r"</?code>", "`"),
         ("<sub>", "_"),
         ("<sup>", "^"),
-        (r"<br>|</p>|</tr>|</pre>", "\n"),
-        (r"</td>", "  "),
+        (r"(?:<br>|</p>|</tr>|</li>|</pre>) *", "\n"),
+        (r"</t[dh]>(?=<t[dh])", "  "),
+        ("</summary>", ": "),
+        (rf"(?<![\n ]) *((?:<{BLOCK} *)+)", r"\n\1"),
+        ("<li>", "- "),
     ):
         page = re.sub(old, new, page)
     return html.unescape(re.sub(r"<[a-z/][^<>]*>", "", page)).strip()

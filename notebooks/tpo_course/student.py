@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpo_course import sealed
+from tpo_course import cards, sealed
 from tpo_course.exercise import Task
 from tpo_course.grade_one import points_of, tasks_of
 from tpo_course.notebooks import ROOT, course
@@ -28,8 +28,6 @@ from tpo_lib.parser import Parser, check_room
 PARTS = ("tpo_lib", "notebooks", "data", "docs", "studies", "configs")
 SHEETS = ("pyproject.toml", "constraints.txt", "environment.yml", "LICENSE", "CITATION.cff", ".gitignore")
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "solutions", "teach.md", "common_errors.*")
-ANSWERS = ("Solution", "Answer", "The truth", "A full answer")  # what such folds are called (cards.answer)
-FOLDED = re.compile(rf"<details[^>]*><summary>({'|'.join(ANSWERS)})</summary>(?:(?!<details).)*?</details>", re.DOTALL)
 YOURS = "# Your turn.\n"
 README = """\
 # Token-level preference optimization: the course
@@ -114,7 +112,7 @@ def withhold(book: dict) -> None:
     for cell in book["cells"]:
         tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = FOLDED.sub("", source).splitlines(keepends=True)
+            cell["source"] = cards.FOLDED.sub("", source).splitlines(keepends=True)
             continue
         names = [tag.removeprefix("exercise:") for tag in tags if tag.startswith("exercise:")]
         if "solution" in tags:
@@ -122,10 +120,13 @@ def withhold(book: dict) -> None:
         elif names:
             cell |= {"source": stub(source, names).splitlines(keepends=True), "outputs": []}
         for output in cell["outputs"]:
-            page = output.get("data", {}).get("text/html")
-            if page is not None:
-                shown = _card(book, source) or FOLDED.sub("", "".join(page))
-                output["data"]["text/html"] = shown.splitlines(keepends=True)
+            data = output.get("data", {})
+            if "text/html" in data:
+                page, card = "".join(data["text/html"]), _card(book, source)
+                shown = card or cards.FOLDED.sub("", page)
+                data["text/html"] = shown.splitlines(keepends=True)
+                if not card and shown != page:  # a card's plain text holds nothing that is folded
+                    data["text/plain"] = cards.plain(shown).splitlines(keepends=True)
 
 
 def _card(book: dict, source: str) -> str:
@@ -134,7 +135,7 @@ def _card(book: dict, source: str) -> str:
     task = _tasks(book).get(name[1]) if name else None
     if isinstance(task, Quiz):
         return f"<pre>{html.escape(repr(task), quote=False)}</pre>"
-    return FOLDED.sub("", task._repr_html_()) if task else ""
+    return cards.FOLDED.sub("", task._repr_html_()) if task else ""
 
 
 def _tasks(book: dict) -> dict[str, Task | Quiz]:

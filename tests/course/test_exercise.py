@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tpo_course import exercise, progress
-from tpo_course.cards import as_html, plain
-from tpo_course.exercise import Case, Exercise, Mistake, Uses
+from tpo_course.cards import as_html, fold, plain
+from tpo_course.exercise import Case, Exercise, Mistake, Uses, Verdict
 from tpo_course.quiz import Option, Question, Quiz
 from tpo_course.words import Chapter
 
@@ -187,6 +187,19 @@ def test_plain_text_holds_no_html():
     assert repr(exercise) == "Exercise: T (difficulty 1 of 5, about 1 minute)\na < `b`\nWhy: y_t"
     assert repr(EXERCISE(lambda x: {}["<b>"])).startswith("wrong: Your code raised KeyError: '<b>', in line")
     assert plain("<p>a</p><p>b</p>") == "a\nb"
+
+
+def test_plain_text_is_separated_and_keeps_folded_what_is_an_answer():
+    answer, rubric = (
+        fold("The truth", "<p>7. Seven.</p>"),
+        fold("Rubric", "<ul><li>1 point: a</li><li>2 points: b</li></ul>"),
+    )
+    assert repr(Verdict("not attempted", f"Nothing was predicted. {answer}")) == "not attempted: Nothing was predicted."
+    assert plain(f"Now: {rubric}{answer}Then.") == "Now:\nRubric:\n- 1 point: a\n- 2 points: b\nThen."
+    table = "<table><tr><th>change</th><th>residual</th></tr><tr><td>as it is</td><td>1e-16</td></tr></table>"
+    assert plain(f"You knew.{table}") == "You knew.\nchange  residual\nas it is  1e-16"
+    assert plain("<div><p>a</p> <p>b<br> c</p></div>") == "a\nb\nc"
+    assert plain("<pre>a\n\nb</pre>c") == "a\n\nb\nc"
 
 
 def test_an_answer_is_applied_once_it_is_right(capsys):

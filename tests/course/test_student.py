@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tpo_course import notebooks, sealed, student
+from tpo_course import cards, notebooks, sealed, student
 from tpo_course.exercise import SOLUTIONS
+from tpo_course.predicting import Predict
 
 LONG = 22  # characters: shorter expressions stand everywhere
 SHOWN = {  # what a chapter itself shows, of which a solution makes use
@@ -107,12 +108,57 @@ def test_nothing_else_tells(copy):
     assert "tpo_course.solutions" not in (copy / "pyproject.toml").read_text()
     for path in (copy / "notebooks").glob("*.ipynb"):
         text = path.read_text()
-        for summary in student.ANSWERS:
+        for summary in cards.ANSWERS:
             assert f"<summary>{summary}</summary>" not in text, path
         assert "Not quite" not in text, path
+        assert truths(json.loads(text)) == []
     whole = "".join(path.read_text() for path in notebooks.course())
     assert "<summary>Solution</summary>" in whole
     assert "Not quite" in whole
+
+
+def truths(book: dict) -> list[str]:
+    """Where an output shows the truth of a prediction of its cell: the sentence below it, in any part, in any writing."""
+    found = []
+    for cell in book["cells"]:
+        for name in re.findall(r"check\.(\w+)\.reveal\(", "".join(cell["source"])):
+            sentence = _letters(cards.plain(student._tasks(book)[name].sentence))
+            assert len(sentence) > 10, name
+            for output in cell["outputs"]:
+                for kind, part in [*output.get("data", {}).items(), ("text", output.get("text", ""))]:
+                    shown = cards.plain("".join(part).replace("<details", "<p")) if isinstance(part, list | str) else ""
+                    found += [f"{cell['id']}: {kind}"] * (sentence in _letters(shown))
+    return found
+
+
+def _letters(text: str) -> str:
+    return "".join(re.findall(r"\w", text))
+
+
+def test_the_truth_leaves_every_part_of_an_output():
+    asked, shown = 0, []
+    for path in notebooks.course():
+        book = json.loads(path.read_text(encoding="utf-8"))
+        asked += sum("".join(cell["source"]).count(".reveal(") for cell in book["cells"] if cell["cell_type"] == "code")
+        shown += truths(book)
+        student.withhold(book)
+        assert truths(book) == [], path
+    assert len([each for each in shown if each.endswith("text/html")]) == asked > 50  # the search finds them
+
+
+def test_what_is_left_of_an_output_says_so_in_every_part():
+    task = Predict("n", "T", "How many?", "w", 1, 1, (), (), 7, "Seven: EOS at once, and six more.")
+    output = {"output_type": "execute_result", "metadata": {}, "data": {}}
+    output["data"] = {
+        "text/html": [task.reveal()._repr_html_()],
+        "text/plain": ["Nothing was predicted. The truth7. Seven"],
+    }
+    table = {"text/html": ["<table><tr><td>1</td></tr></table>"], "text/plain": ["kept"]}
+    cells = [{"cell_type": "code", "metadata": {}, "source": [], "outputs": [output, {"data": table}]}]
+    student.withhold({"cells": cells})
+    assert "".join(output["data"]["text/plain"]) == "○ not attempted\nNothing was predicted."
+    assert "Seven" not in "".join(output["data"]["text/html"])
+    assert table["text/plain"] == ["kept"]
 
 
 CODE = """
@@ -135,7 +181,7 @@ print(len(check.chapter.tasks))
 @pytest.mark.parametrize("name", ["preferences", "tdpo"])
 def test_checkers_hints_and_quiz_work(copy, name):
     roots = os.pathsep.join([str(copy), str(copy / "notebooks")])
-    code = CODE.format(name=name, summaries=student.ANSWERS)
+    code = CODE.format(name=name, summaries=cards.ANSWERS)
     environment = os.environ | {"PYTHONPATH": roots}
     told = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
