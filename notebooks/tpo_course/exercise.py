@@ -264,10 +264,28 @@ class Exercise(Task):
             return None
         return answer(*arguments, **named)
 
-    def _ready(self, answer: Any, else_: str) -> bool:
+    def used(self, answer: Any) -> Any:
+        """What a cell goes on with: the answer if its checker says correct, else the course's own; says which of the two.
+
+        Example:
+            >>> half = Exercise("half", "Half", "w", "y", 1, 1, ("Divide.",), lambda x: x / 2, lambda: (Case(x=torch.ones(1)),))
+            >>> half.used(...)(3.0)
+            half is not attempted: the course's own is used. Solve it and run this cell again
+            1.5
+            >>> mine = lambda x: 0.5 * x
+            >>> half.used(mine) is mine
+            half is correct: yours is used
+            True
+        """
+        return answer if self._ready(answer, "the course's own is used", "yours is used") else self.right
+
+    def _ready(self, answer: Any, else_: str, then: str = "") -> bool:
+        """Whether the answer is right; prints what happens if not, and if so where there is something to say."""
         status = self.judge(answer).status
         if status != "correct":
             print(f"{self.name} is {status}: {else_}. Solve it and run this cell again")
+        elif then:
+            print(f"{self.name} is correct: {then}")
         return status == "correct"
 
     def trains(self, answer: Callable[..., Tensor], objective: str) -> Callable[..., LossOutput] | None:
@@ -275,9 +293,8 @@ class Exercise(Task):
 
         The answer gives the (B,) losses of an exercise; the rewards that are logged beside them are the library's.
         """
-        if not self._ready(answer, f"tpo_lib.losses.{objective} trains instead"):
+        if not self._ready(answer, f"tpo_lib.losses.{objective} trains instead", "the loss that trains is yours"):
             return None
-        print(f"{self.name} is correct: the loss that trains is yours")
         names = [name for name in self.cases()[0].arguments if name not in ("chosen", "rejected")]
 
         @functools.wraps(answer, updated=())  # a run's record names the answer

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from IPython.core.inputtransformer2 import TransformerManager
 
-from tpo_course import cards, exercises
+from tpo_course import cards, exercises, notebooks
 from tpo_course.exercise import SOLUTIONS, Exercise, solution_source
 from tpo_course.quiz import Quiz
 from tpo_lib import TrainConfig, fit
@@ -249,6 +249,25 @@ def test_the_chapters_train_every_loss_that_is_written_in_them():
         code = ["".join(cell["source"]) for cell in _notebook(module) if cell["cell_type"] == "code"]
         (taken,) = [source for source in code if f"check.{exercise.name}.trains({exercise.name}" in source]
         assert any("fit(" in source for source in code[code.index(taken) :])
+
+
+def test_a_cell_goes_on_with_the_learners_answer_once_it_is_right(capsys):
+    exercise = MODULES["preferences"].chapter.tasks["preference_nll"]
+    mine = _solution(exercise)
+    for answer, said in ((..., "not attempted"), (lambda reward_w, reward_l: reward_w.mean(), "wrong")):
+        assert exercise.used(answer) is exercise.right
+        told = f"preference_nll is {said}: the course's own is used. Solve it and run this cell again\n"
+        assert capsys.readouterr().out == told
+    assert exercise.used(mine) is mine
+    assert capsys.readouterr().out == "preference_nll is correct: yours is used\n"
+
+
+@pytest.mark.parametrize("path", notebooks.course(), ids=lambda path: path.stem)
+def test_no_chapter_needs_the_right_answer_in_plain_sight(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not re.search(r"\bcheck\w*\.\w+\.right\b", "".join(cell["source"])), (
+            f"{cell['id']}: take `.used(answer)`"
+        )
 
 
 def _spent(rewards, mask, gamma):
