@@ -25,9 +25,8 @@ ROOT = FOLDER.parent
 REPO_SLUG = "tpo-lib/tpo-lib"  # on GitHub; `python -m tpo_course.notebooks --no-execute` writes it everywhere
 PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "docs/trl.md")  # the other files that name it
 SET_UP = """\
-# Colab and Kaggle: this fetches the course, once a session. TIER is what live cells run on, if the machine can carry it.
-TIER = "pocket (CPU)"  #@param {tiers}
-KEEP_ON_DRIVE = False  #@param {{type: "boolean"}}
+# Colab and Kaggle: this fetches the course, once a session.{says}
+{tier}KEEP_ON_DRIVE = False  #@param {{type: "boolean"}}
 import os, sys
 home = "/content" if "google.colab" in sys.modules else "/kaggle/working" if os.path.isdir("/kaggle/working") else ""
 if home and not os.path.isdir(f"{{home}}/course"):
@@ -37,9 +36,12 @@ if home and not os.path.isdir(f"{{home}}/course"):
 if home:
     sys.path[:0] = [f"{{home}}/course", f"{{home}}/course/notebooks"]
     from tpo_course import hosted
-    hosted.prepare(home, keep_on_drive=KEEP_ON_DRIVE)
-from tpo_course import tiers
-PRESET = tiers.choose(TIER)"""
+    hosted.prepare(home, keep_on_drive=KEEP_ON_DRIVE){choose}"""
+TIER = {  # what the cell has besides, where a cell below it reads PRESET
+    "says": " TIER is what cells with PRESET run on, if the machine can carry it.",
+    "tier": f'TIER = "pocket (CPU)"  #@param {json.dumps(list(TIERS))}\n',
+    "choose": "\nfrom tpo_course import tiers\nPRESET = tiers.choose(TIER)",
+}
 
 
 def course() -> list[Path]:
@@ -47,9 +49,14 @@ def course() -> list[Path]:
     return sorted(path for path in FOLDER.glob("*.ipynb") if not path.name.startswith("."))
 
 
-def set_up() -> str:
-    """The cell that takes the tier, and on Colab and Kaggle fetches the version that the notebook was executed with."""
-    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, tiers=json.dumps(list(TIERS)))
+def set_up(*, tier: bool) -> str:
+    """The cell that on Colab and Kaggle fetches the version that the notebook was executed with.
+
+    Args:
+        tier: it takes a tier, too, and sets PRESET: for chapters with a cell that reads it.
+    """
+    more = TIER if tier else dict.fromkeys(TIER, "")
+    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, **more)
 
 
 def badge(name: str) -> str:
@@ -107,7 +114,8 @@ def _set_address(notebook, name: str) -> None:
             id="setup", metadata={"tags": ["setup"]}
         )  # fixed: writing it again changes nothing
         cells.insert(next(i for i, cell in enumerate(cells) if cell.cell_type == "code"), found)
-    found.source = set_up()
+    code = [cell.source for cell in cells if cell.cell_type == "code" and cell is not found]
+    found.source = set_up(tier=any(re.search(r"\bPRESET\b", source) for source in code))
 
 
 def _clean(notebook) -> None:

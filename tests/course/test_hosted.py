@@ -48,7 +48,7 @@ def _session(
     home.mkdir(exist_ok=True)
     (folder / "bin/git").write_text(GIT.format(python=python, log=str(log), broken=broken, root=str(notebooks.ROOT)))
     (folder / "bin/git").chmod(0o755)
-    cell = notebooks.set_up().replace('"/content"' if colab else '"/kaggle/working"', repr(str(home)))
+    cell = notebooks.set_up(tier=True).replace('"/content"' if colab else '"/kaggle/working"', repr(str(home)))
     cell = cell.replace("KEEP_ON_DRIVE = False", f"KEEP_ON_DRIVE = {drive}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TPO_", "PYTHONPATH"))}
     environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "IPYTHONDIR": str(folder / "ipython")}
@@ -93,7 +93,7 @@ def test_without_a_network_the_cell_says_what_to_switch_on(tmp_path):
     home.mkdir()
     (home / "git").write_text("#!/bin/sh\nexit 128\n")
     (home / "git").chmod(0o755)
-    cell = notebooks.set_up().replace('"/kaggle/working"', repr(str(tmp_path)))
+    cell = notebooks.set_up(tier=True).replace('"/kaggle/working"', repr(str(tmp_path)))
     code = f"from IPython.core.interactiveshell import InteractiveShell as S\nS.instance().run_cell({cell!r})"
     environment = os.environ | {"PATH": f"{home}:{os.environ['PATH']}", "IPYTHONDIR": str(tmp_path / "ipython")}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

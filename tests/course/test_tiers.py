@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tpo_course import notebooks, tiers
@@ -16,12 +18,17 @@ def test_every_tier_is_a_preset_and_stands_in_the_set_up_cell(capsys, monkeypatc
     assert [tiers.choose(tier) for tier in tiers.TIERS] == ["pocket", "smollm2-135m", "gpt2-imdb"]
     assert {preset for preset, _ in tiers.TIERS.values()} <= set(presets.PRESETS)
     capsys.readouterr()
-    lines = notebooks.set_up().splitlines()
+    lines = notebooks.set_up(tier=True).splitlines()
     assert len(lines) <= 15
+    drive = 'KEEP_ON_DRIVE = False  #@param {type: "boolean"}'
     assert [line for line in lines if "#@param" in line] == [
         'TIER = "pocket (CPU)"  #@param ["pocket (CPU)", "smollm2-135m (GPU)", "gpt2-imdb (GPU)"]',
-        'KEEP_ON_DRIVE = False  #@param {type: "boolean"}',
+        drive,
     ]
+    plain = notebooks.set_up(tier=False)
+    assert [line for line in plain.splitlines() if "#@param" in line] == [drive]
+    assert not re.search("tier|PRESET", plain, re.IGNORECASE)
+    assert set(plain.splitlines()[1:]) < set(lines)
 
 
 @pytest.mark.parametrize(
