@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tpo_lib
 from tpo_course import pace
+from tpo_course.site import alt
 from tpo_course.tiers import TIERS
 from tpo_lib.cli import call
 from tpo_lib.files import store
@@ -68,6 +69,8 @@ def badge(name: str) -> str:
 def refresh(path: Path, *, execute: bool = True) -> float | None:
     """Set badge and set-up cell, execute, strip what changes from run to run, set times and map (`pace`), write it back.
 
+    Every picture that is stored gets its words (`describe`).
+
     Returns:
         Seconds that the cells took (also kept in the notebook's metadata, `tpo.seconds`), None if not executed.
 
@@ -88,10 +91,23 @@ def refresh(path: Path, *, execute: bool = True) -> float | None:
         seconds = round(time.time() - began, 1)
         notebook.metadata["tpo"] = {"seconds": seconds}
     _clean(notebook)
+    describe(notebook, path.stem)
     if pace.README.is_file():
         pace.write_opening(notebook, path.name, pace.README.read_text(encoding="utf-8"))
     store.write_file(path, lambda to: nbformat.write(notebook, to))
     return seconds
+
+
+def describe(notebook, chapter: str) -> None:
+    """Write every stored picture's words (`site.alt`) beside it: `metadata["image/png"]["alt"]` of its output.
+
+    The site and nbconvert's classic template read them there (its template "lab" reads none); nbval compares no metadata.
+    """
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            words = alt.words(chapter, cell.id, output)
+            if words:
+                output.metadata.setdefault("image/png", {})["alt"] = words
 
 
 def set_address(page: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from tpo_course import notebooks
+from tpo_course.site import alt
 
 ROOT = notebooks.FOLDER.parent
 COURSE = [pytest.param(path, id=path.stem) for path in notebooks.course()]
@@ -126,6 +127,46 @@ def test_code_named_in_the_prose_exists(path):
 
     for name in set(re.findall(r"`(tpo_(?:lib|course|data)(?:\.\w+)+)", _prose(path))):
         pkgutil.resolve_name(name)  # raises where it does not
+
+
+@pytest.mark.parametrize("path", COURSE)
+def test_every_stored_picture_has_its_words_beside_it(path):
+    import nbformat
+
+    book, described = nbformat.read(path, as_version=4), set(alt.descriptions().get(path.stem, {}))
+    nbformat.validate(book)
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                words = output.metadata.get("image/png", {}).get("alt", "")
+                assert len(words) >= 10, f"{cell.id}: python -m tpo_course.notebooks --no-execute {path.name}"
+                assert words == alt.words(path.stem, cell.id, output), cell.id
+                described.discard(cell.id)
+    assert not described, "alt.toml describes cells without a picture"
+
+
+def test_words_are_written_once_where_nbconvert_reads_them():
+    import nbformat
+
+    html = pytest.importorskip("nbconvert").HTMLExporter(template_name="classic")
+    figure = {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure size 540x720 with 2 Axes>"}
+    shown = [figure, {"image/png": "iVBORw0KGgo=", "text/plain": "β < 1"}, figure, {"text/plain": "2"}]
+    cells = [
+        nbformat.v4.new_code_cell("x", id=name, outputs=[nbformat.v4.new_output("display_data", data=data)])
+        for name, data in zip(("dpo-15", "own", "nobody", "text"), shown, strict=True)
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T"), *cells])
+    notebooks.describe(book, "02_dpo")
+    nbformat.validate(book)
+    written = [cell.outputs[0].metadata for cell in book.cells[1:]]
+    tree = alt.descriptions()["02_dpo"]["dpo-15"]
+    assert written == [{"image/png": {"alt": tree}}, {"image/png": {"alt": "β < 1"}}, {}, {}]
+    page = html.from_notebook_node(book)[0]
+    assert f'alt="{tree}"' in page
+    assert 'alt="β &lt; 1"' in page
+    once = nbformat.writes(book)
+    notebooks.describe(book, "02_dpo")
+    assert nbformat.writes(book) == once
 
 
 def test_refresh_is_idempotent_and_leaves_a_failing_notebook_alone(tmp_path):

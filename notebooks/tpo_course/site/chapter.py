@@ -4,27 +4,19 @@ import base64
 import html
 import re
 import struct
-import tomllib
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import nbformat
 
+from tpo_course.site.alt import REPR, words
 from tpo_course.site.living import LABS
 from tpo_course.site.markup import Text, code
 from tpo_course.site.source import Page, relative
 
-REPR = re.compile(r"<.*>$|(?:VBox|HBox|Box|Tab|Output|interactive)\(", re.S)  # what says nothing to a reader
 CODE_COLOUR = re.compile(r"style=[\"'][^\"']*(?:background|color)")  # made for a white page
 WIDE = 560  # pixels: on a phone a picture from here on moves sideways,
 LEAST = 0.7  # at this share of its width, so that its labels stay readable
-
-
-@cache
-def descriptions() -> dict[str, dict[str, str]]:
-    """{chapter: {cell id: its picture in words}}, from `alt.toml` beside this file."""
-    return tomllib.loads(Path(__file__).with_name("alt.toml").read_text(encoding="utf-8"))
 
 
 class Chapter:
@@ -34,8 +26,6 @@ class Chapter:
         self.page, self.text = page, text
         self.pictures: dict[str, bytes] = {}
         self.undescribed: list[str] = []  # ids of cells with a picture that nobody put in words
-        stem = PurePosixPath(page.source).stem
-        self.said = descriptions().get(stem, {})
         self.body = "".join(self._cell(cell) for cell in nbformat.read(page.path, as_version=4).cells)
 
     def _cell(self, cell: Mapping) -> str:
@@ -83,11 +73,10 @@ class Chapter:
         return f'<figure class="moves" style="--least: {round(LEAST * width)}px" tabindex="0">{picture}</figure>'
 
     def _words(self, cell: Mapping, output: Mapping) -> str:
-        """A picture in words: the output's own, else those kept for its cell, else the section it stands in."""
-        own = output.get("metadata", {}).get("image/png", {}).get("alt") or self.said.get(cell.id)
-        plain = output.data.get("text/plain", "")
-        if own or not REPR.match(plain):
-            return own or plain
+        """A picture in words: those stored beside it, else those kept for its cell, else the section it stands in."""
+        stored = output.get("metadata", {}).get("image/png", {}).get("alt")
+        if said := stored or words(self.page.path.stem, cell.id, output):
+            return said
         self.undescribed.append(cell.id)
         section = re.sub(r"<[^>]+>", "", self.text.headings[-1][2]) if self.text.headings else self.page.name
         return f"Figure of the section “{section}”; the text beside it says what to see in it."
