@@ -1,8 +1,16 @@
-"""The frontier lab of chapter 2 in a real JupyterLab."""
+"""The frontier lab of chapters 2 and 4 in a real JupyterLab."""
 
 from __future__ import annotations
 
+import pytest
+
 from browser.chapters import cells, imports
+from browser.harness import at_once
+from tpo_course.frontier import Setting
+from tpo_course.frontier_grid import place
+from tpo_course.widgets.frontier_controls import CHOICES, settings
+
+PICTURES = "svg[role=img]"  # front, tree and credit; the last two are drawn anew only when the run is trained
 
 OVERLAPS = """scope => {
   const tree = document.querySelector(`${scope} svg[aria-label^="Token tree"]`);
@@ -41,3 +49,20 @@ def test_a_pinned_state_stands_beside_the_next_and_collides_with_nothing(noteboo
     page.idle()
     assert "pinned" not in page.text
     page.assert_clean()
+
+
+@pytest.mark.parametrize(("chapter", "objectives"), [("02_dpo", ["dpo"]), ("04_tdpo", ["dpo", "tdpo1", "tdpo2"])])
+def test_frontier_lab_trains_and_draws_at_once(notebook, chapter, objectives):
+    """From a key to the pictures of what was trained: with 5% of the labels swapped no state is stored."""
+    page = notebook(f"live_{chapter}.ipynb", [imports(chapter), *cells(chapter, "widgets.frontier_lab(")], height=1500)
+    page.run_all()
+    states = [Setting(beta=beta, noise=0.05) for beta in CHOICES["beta"][:8]]
+    assert not any(map(place, states))
+    page.press("labels swapped", "ArrowRight")
+    page.wait_for_text(settings(Setting(noise=0.05), objectives))
+    page.key_latency("β", "Home", settings(states[0], objectives), PICTURES)
+    said = [settings(state, objectives) for state in states[1:]]
+    seconds = [page.key_latency("β", "ArrowRight", each, PICTURES) for each in said]
+    assert "training" not in page.text
+    page.assert_clean()
+    at_once(f"frontier lab of {chapter}, β", seconds)
