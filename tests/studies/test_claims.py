@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 from tpo_lib.files import store
 from tpo_lib.runs.verdicts import VERDICTS
-from tpo_lib.studies import claims
+from tpo_lib.studies import claims, study
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "studies"
+MEASURED = tomllib.loads((STUDIES / "claims" / "measured.toml").read_text(encoding="utf-8"))["claim"]
 EXACT = tomllib.loads((STUDIES / "claims" / "exact.toml").read_text(encoding="utf-8"))["claim"]
 
 
@@ -25,6 +27,48 @@ def test_what_is_decided_exactly_is_printed_by_its_chapter(claim):
     assert [figure for figure in claim["shown"] if figure not in printed] == []
     said = re.findall(r"\d+\.\d+", claim["here"])
     assert [number for number in said if number not in "".join(claim["shown"])] == []
+
+
+@pytest.mark.parametrize("claim", MEASURED, ids=[each["claim"] for each in MEASURED])
+def test_what_other_figures_decide_stands_where_it_says(claim):
+    files = [ROOT / claim[key].partition("#")[0] for key in ("where", "also") if key in claim]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    assert [figure for figure in claim["shown"] if figure not in text] == []
+    said = re.findall(r"(?<![\d.])\d+\.\d+", claim["here"])
+    assert [number for number in said if number not in "".join(claim["shown"])] == []
+
+
+def test_dpo_spreads_as_little_as_tgdpo_at_the_same_settings():
+    grid = [(name, setting, area) for name, setting, area in study.read(STUDIES, "frontier")["grid"]]
+    of = {name: [each for each in grid if each[0] == name] for name in ("dpo", "tgdpo")}
+    tried = {(setting["beta"], setting["lr"]) for _, setting, _ in of["tgdpo"]}
+    same = [area for _, setting, area in of["dpo"] if (setting["beta"], setting["lr"]) in tried]
+    theirs = [area for *_, area in of["tgdpo"]]
+    assert (len(same), len(theirs)) == (4, 16)
+    said = f"(.{1000 * (max(same) - min(same)):03.0f} against .{1000 * (max(theirs) - min(theirs)):03.0f})"
+    assert any(said in claim["here"] for claim in MEASURED)
+
+
+def test_every_caveat_is_printed_at_the_verdict_that_it_was_written_for():
+    every = claims.claims(STUDIES)
+    caveats = [claim for plan, _ in claims.finished(STUDIES) for claim in plan.claims if "verdict" in claim]
+    assert len(caveats) > 5
+    assert [each for each in caveats if f"{each['verdict']} ({each['caveat']})" not in every] == []
+
+
+def test_what_has_not_run_is_said(tmp_path):
+    shutil.copytree(STUDIES, tmp_path / "studies", ignore=shutil.ignore_patterns("*.md", "*.png", "*.py"))
+    place, known = tmp_path / "studies", len(claims.plans(STUDIES))
+    there = claims.waiting(place)
+    missing = known - len(claims.finished(place))
+    assert there.startswith(f"Of the plan's {known} studies {missing} have no result yet (") if missing else there == ""
+    (place / "results" / "guides.json").unlink()
+    assert f" {missing + 1} have no result yet (" in claims.waiting(place)
+    assert "Guides" in claims.waiting(place)
+    for path in place.glob("*.toml"):
+        if not (place / "results" / f"{path.stem}.json").is_file():
+            path.unlink()
+    assert claims.waiting(place) == ""
 
 
 @pytest.mark.parametrize("name", ["README.md", "studies/README.md"])

@@ -50,6 +50,24 @@ ratio = { gamma = [0.25, "beta"] }
 """
 
 
+CLAIM = """
+[[hypothesis]]
+claim = "TGDPO above DPO"
+paper = ".9"
+pairs = [["tgdpo", "dpo"]]
+"""
+AFTER = """
+by_the_clock = ["small", "other"]
+[[claim]]
+study = "other"
+claim = "not of this one"
+words = "x"
+[[claim]]
+study = "small"
+claim = "TGDPO above DPO"
+"""
+
+
 @pytest.fixture
 def written(tmp_path):
     def write(text: str) -> Path:
@@ -154,3 +172,30 @@ def test_the_studies_of_the_repository_ask_for_runs_that_can_be_made(path, monke
         for a, b in claim["pairs"]:
             assert a in names, claim
             assert b in names or float(b) >= 0, claim
+
+
+def test_what_was_said_afterwards_is_no_part_of_what_was_asked(written, tmp_path):
+    before = Study.read(written(SMALL + CLAIM))
+    (tmp_path / "claims").mkdir()
+    place = tmp_path / "claims" / "after.toml"
+    place.write_text(AFTER + 'words = "TGDPO is higher"\npaper = ".8"\n')
+    later = Study.read(written(SMALL + CLAIM))
+    assert later.digest == before.digest
+    assert later.hypotheses == before.hypotheses == before.claims
+    (claim,) = later.claims
+    assert (claim["claim"], claim["paper"], claim["pairs"]) == ("TGDPO is higher", ".8", [["tgdpo", "dpo"]])
+    assert later.after["by_the_clock"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (AFTER.replace("TGDPO above", "TGDPO over") + 'words = "x"', "words of 'TGDPO over DPO'"),
+        (AFTER + "matters = 0.1", "matters of 'TGDPO above DPO'"),  # it would decide
+    ],
+)
+def test_afterwards_nothing_is_said_of_no_claim_and_nothing_decided(written, tmp_path, text, said):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "after.toml").write_text(text)
+    with pytest.raises(ValueError, match=f"claims/after.toml has {said}; name one of its claims"):
+        Study.read(written(SMALL + CLAIM))

@@ -182,6 +182,45 @@ def test_a_claim_of_equality_holds_within_what_matters_alone(plan):
         assert analysis.verdict(plan, found, claim, analysis.comparisons(plan, found))[0] == verdict
 
 
+@pytest.mark.parametrize(
+    ("gain", "below", "endpoint", "verdict"),
+    [
+        (0.107, False, "area reward", analysis.NO_WORSE),  # .01 and more above, and not surely
+        (0.093, False, "area reward", analysis.OPEN),
+        (0.107, True, "area reward", analysis.OPEN),  # where less is better
+        (0.093, True, "area reward", analysis.NO_WORSE),
+        (0.107, False, "updates to reward 0.6", analysis.OPEN),  # no score
+    ],
+)
+def test_a_claim_of_equality_may_be_no_worse(plan, gain, below, endpoint, verdict):
+    claim = {"claim": "the same", "pairs": [["tdpo2", "dpo"]], "equal": True, "below": below, "endpoint": endpoint}
+    found = result(plan, tdpo2=(gain,), dpo=(0.1,))
+    for run, shift in zip(found["runs"]["tdpo2"], (-0.004, 0.004, 0.002, -0.002, 0), strict=True):
+        run["endpoints"][endpoint] = [value + shift for value in run["endpoints"][endpoint]]
+    one = type(plan)(**vars(plan) | {"hypotheses": (claim,)})
+    said, (row,) = analysis.verdict(one, found, claim, analysis.comparisons(one, found))
+    assert said == verdict, (row["low"], row["high"])
+
+
+def test_what_was_said_afterwards_is_on_the_page(plan):
+    found = result(plan, tdpo2=(0.15,), dpo=(0.1,), simpo=(0.12,))
+    plan = type(plan)(**vars(plan) | {"methods": (*plan.methods, type(plan.methods[0])("simpo", "simpo"))})
+    row = {"words": "Twice", "source": "ours", "paper": ".9", "beside": [["tdpo2", "simpo"]], "caveat": "by a hair"}
+    for written_for, printed in ((analysis.HOLDS, True), (analysis.SMALL, False)):
+        row["verdict"] = written_for
+        after = {"by_the_clock": True, "caption": "Dashed: a bound.", "claims": {"TDPO2 above DPO": row}}
+        later = type(plan)(**vars(plan) | {"after": after})
+        ((*said, here, words),) = page.claim_rows(later, found)
+        assert said == ["Twice", "ours", ".9"]
+        assert words == (f"{analysis.HOLDS} (by a hair)" if printed else analysis.HOLDS)
+        (beside,) = analysis.secondary(later, found)["area reward"]
+        assert here.endswith(f". Beside it: {page.difference(beside, 'area reward')}")
+    assert "2.0 hours by the clocks of the runs" in page.page(later, found)
+    assert "*A curve.*\n\nDashed: a bound.\n\n![B" in page.page(
+        later, found, [("a.png", "A curve. Up"), ("b.png", "B")]
+    )
+
+
 def test_a_claim_about_one_method_is_compared_with_a_number(plan):
     found = result(plan, tdpo2=(0.1,), dpo=(0.1,))
     for number, below, verdict in (

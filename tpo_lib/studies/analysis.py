@@ -20,6 +20,7 @@ SEED = 0  # of the bootstrap
 SCORERS = ("reward", "judge", "second_judge")
 HOLDS, NOT, PARTLY, OPEN = "holds", "does not hold here", "partly", "not decided"
 REVERSED, SMALL = f"{NOT}: the reverse does", f"{NOT}: no gain that matters"
+NO_WORSE = f"{OPEN}: no worse"  # of a claim that two do the same: whether better, is not told
 
 
 def table(result: Mapping, label: str, key: str) -> np.ndarray | None:
@@ -54,7 +55,7 @@ def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:
     first, data = comparisons(study, result), {method.name: method.data for method in study.methods}
     data = {label: data[name] for label, (name, _) in result["chosen"].items()}
     pairs = dict.fromkeys(pair for claim in study.hypotheses for pair in named(result, claim))
-    pairs |= dict.fromkeys(tuple(pair) for claim in study.hypotheses for pair in claim.get("beside", ()))
+    pairs |= dict.fromkeys(tuple(pair) for claim in study.claims for pair in claim.get("beside", ()))
     family, found = [(a, b) for a, b in pairs if b in result["runs"] and data[a] == data[b]], {}
     for key, *_ in keys(study):
         known = {(row["a"], row["b"]) for row in first.get(key, ())}
@@ -105,20 +106,30 @@ def verdict(
     pairs, said = named(result, claim), []
     for pair in pairs:
         rows = [_row(compared[each], pair) for each in (key, *confirming)]
-        said.append(_one(rows, sign, matters, equal=claim.get("equal", False)))
+        said.append(_same(rows[0], sign, matters, key) if claim.get("equal") else _one(rows, sign, matters))
     against = all(each.startswith(NOT) for each in said)
     words = said[0] if len(set(said)) == 1 else NOT if against else PARTLY if {HOLDS, PARTLY} & {*said} else OPEN
     return words, [_row(compared[key], pair) for pair in pairs]
 
 
-def _one(rows: Sequence[Mapping], sign: int, matters: float, *, equal: bool) -> str:
+def _same(row: Mapping, sign: int, matters: float, key: str) -> str:
+    """The verdict of one comparison of a claim that the two do not differ by more than matters: the interval alone decides."""
+    if row["mean"] is None:
+        return OPEN
+    low, high = sorted((sign * row["low"], sign * row["high"]))
+    if low > matters or high < -matters:
+        return NOT
+    if low <= -matters or high >= matters:
+        return NO_WORSE if low > -matters and {*SCORERS} & {*key.split()} else OPEN
+    return HOLDS
+
+
+def _one(rows: Sequence[Mapping], sign: int, matters: float) -> str:
     """The verdict of one comparison; the first row is the deciding one's, the others are the judges'."""
     first, *judges = rows
     if first["mean"] is None:
         return OPEN
-    low, high = sorted((sign * first["low"], sign * first["high"]))
-    if equal:  # the claim is that they do not differ by more than matters
-        return HOLDS if -matters < low and high < matters else NOT if low > matters or high < -matters else OPEN
+    high = max(sign * first["low"], sign * first["high"])
 
     def told(way: int) -> bool:
         """Whether the difference goes this way, told from 0, and a judge agrees, where there is one."""

@@ -15,6 +15,7 @@ from tpo_lib.studies.spec import Study
 
 PAPERS = ("DPO", "TDPO", "TGDPO")  # how the sources of their claims begin
 MARKS = "<!-- claims: written by `python -m tpo_lib study` -->", "<!-- end of claims -->"
+WAIT = "<!-- what has not run: written by the same command -->", "<!-- end of what has not run -->"
 INDEX = """# Studies
 
 Every claim of the two papers that this bench can decide, over several seeds; where objectives are ranked, with settings
@@ -35,7 +36,16 @@ def index(folder: Path) -> str:
         verdicts = Counter(words for *_, words in page.claim_rows(plan, done[plan.name]))
         said = "; ".join(f"{words} ({count})" for words, count in verdicts.items())
         rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
-    return f"{INDEX}\n\n{page.table(['study', 'question', 'verdicts'], rows)}\n\n## Claims\n\n{claims(folder)}\n"
+    parts = [INDEX, waiting(folder), page.table(["study", "question", "verdicts"], rows), "## Claims", claims(folder)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def waiting(folder: Path) -> str:
+    """A sentence on the studies of the plan that have no result; "" where all have one."""
+    known, done = plans(folder), {plan.name for plan, _ in finished(folder)}
+    missing = [plan.title for plan in known if plan.name not in done]
+    which = f"({'; '.join(missing)}): their claims have no row."
+    return f"Of the plan's {len(known)} studies {len(missing)} have no result yet {which}" if missing else ""
 
 
 def plans(folder: Path) -> list[Study]:
@@ -51,7 +61,7 @@ def finished(folder: Path) -> list[tuple[Study, dict]]:
 
 
 def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -> str:
-    """One table of all claims: those that studies decide, those that are decided exactly, those that nothing here can test.
+    """One table of all claims: those that studies decide, exact ones, those of other figures, those that nothing here can test.
 
     Args:
         folder: of the studies.
@@ -70,6 +80,9 @@ def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -
     for each in _told(folder, "exact"):
         where = link(each["verdict"], folder.parent / "notebooks" / f"{each['chapter']}.ipynb")
         rows.append([each["claim"], each["source"], "-", f"exact world: {each['here']}", where])
+    for each in _told(folder, "measured"):
+        where = link(each["verdict"], folder.parent / each["where"])
+        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["here"], where])
     for each in _told(folder, "untestable"):
         rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], "cannot be tested here"])
     return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
@@ -93,7 +106,8 @@ def _told(folder: Path, name: str) -> list[dict]:
 
 
 def show(text: str, folder: Path) -> str:
-    """The text of the repository's README with the papers' claims between its marks."""
-    first, last = map(re.escape, MARKS)
-    said = f"{MARKS[0]}\n{claims(folder, folder.parent, of=PAPERS)}\n{MARKS[1]}"
-    return re.sub(f"{first}.*?{last}", lambda _: said, text, flags=re.DOTALL)
+    """The text of the repository's README with the papers' claims, and what has not run, between its marks."""
+    for (first, last), said in ((MARKS, claims(folder, folder.parent, of=PAPERS)), (WAIT, waiting(folder))):
+        between = f"{re.escape(first)}.*?{re.escape(last)}"
+        text = re.sub(between, lambda _, new=f"{first}\n{said}\n{last}": new, text, flags=re.DOTALL)
+    return text

@@ -17,8 +17,10 @@ HOW = """Differences are paired by seed and prompt, with 95% intervals over both
 .05 after Holm's correction over all comparisons of the study with that endpoint, and of rewards a judge that agrees. Intervals
 are of one comparison, without that correction: one may exclude 0 where p is not below .05. *No gain that matters*: the whole
 interval lies below the smallest gain that the plan calls one (.01 of a reward); a loss may be larger. *Not decided* is neither.
-Detectable is the smallest true difference that one comparison, before the correction, would tell from 0 in 8 of 10
-repetitions."""
+A claim that two do the same, to within a margin, holds where the whole interval lies inside the margin; no correction, no judge
+and no p has a part in that. *No worse*: not so, but the interval lies above the margin's lower end. p is of a difference from 0.
+It stands where it is not below .05, and with it what is detectable: the smallest true difference that one comparison, before the
+correction, would tell from 0 in 8 of 10 repetitions."""
 ACROSS = """Across the settings that were tried, by the area on validation prompts, one seed: exploratory. Intervals are over
 settings, as if others might have been tried, and the two of a comparison are drawn independently."""
 COST = """Sampled tokens of a run on pairs are all completions that its pairs were chosen from, at the start's mean length,
@@ -47,6 +49,8 @@ def page(plan: Study, result: Mapping, pictures: Sequence[tuple[str, str]] = ())
     compared = analysis.comparisons(plan, result)
     parts = [f"# {plan.title}: {plan.question}", _made(plan, result)]
     parts += [f"![{words}]({file})\n\n*{words.split('. ')[0]}.*" for file, words in pictures]
+    if pictures and (more := plan.after.get("caption")):
+        parts.insert(3, more)
     if plan.hypotheses:
         parts += ["## Claims", table(CLAIMS, claim_rows(plan, result)), HOW]
     parts += ["## Figures", endpoints_table(plan, result)]
@@ -123,17 +127,18 @@ def methods(result: Mapping) -> dict[str, list[dict]]:
 def claim_rows(plan: Study, result: Mapping) -> list[list[str]]:
     """A row a claim: who makes it, the paper's number, ours with interval, the verdict.
 
-    Beside what decides it stands, where the claim names such pairs, what they give where all methods come (`equal_area`).
+    Beside what decides it stands, where the claim names such pairs, what they give where all methods come (`equal_area`; without
+    that, by the endpoint that decides); and a caveat, at the verdict that it was written for: *holds*, where it says no other.
     """
     compared, others, rows = analysis.comparisons(plan, result), analysis.secondary(plan, result), []
     even = next((key for key, kind, _ in study.keys(plan) if kind == "equal_area"), None)
-    for claim in plan.hypotheses:
+    for claim in plan.claims:
         words, found = analysis.verdict(plan, result, claim, compared)
         ours = "; ".join(difference(row, analysis.read(plan, result, claim)[0]) for row in found)
-        wanted = [tuple(pair) for pair in claim.get("beside", ())]
-        if beside := [difference(row, even) for row in others.get(even, ()) if (row["a"], row["b"]) in wanted]:
-            ours += f". At equal KL ({heading(even)}): {'; '.join(beside)}"
-        words += f" ({claim['caveat']})" if "caveat" in claim and words == analysis.HOLDS else ""
+        wanted, by = [tuple(pair) for pair in claim.get("beside", ())], even or analysis.read(plan, result, claim)[0]
+        if beside := [difference(row, by) for row in others.get(by, ()) if (row["a"], row["b"]) in wanted]:
+            ours += f". {f'At equal KL ({heading(even)})' if even else 'Beside it'}: {'; '.join(beside)}"
+        words += f" ({claim['caveat']})" if "caveat" in claim and words == claim.get("verdict", analysis.HOLDS) else ""
         rows.append([claim["claim"], claim.get("source", "ours"), claim.get("paper", "-"), ours, words])
     return rows
 
@@ -259,8 +264,9 @@ def _digits(key: str) -> int:
 def _made(plan: Study, result: Mapping) -> str:
     runs, hours = sum(map(len, result["runs"].values())), result["core_seconds"] / 3600
     grids = f", chosen from {len(result['grid'])} settings on validation prompts" if result["grid"] else ""
+    whose = "by the clocks of the runs" if plan.after.get("by_the_clock") else "of a core"
     return (
-        f"{runs} runs of {len(result['runs'])} methods over {len(plan.report['seeds'])} seeds{grids}; {hours:.1f} hours of a "
-        f"core. [The plan](../PLAN.md) says what was to count, and what was changed when. "
+        f"{runs} runs of {len(result['runs'])} methods over {len(plan.report['seeds'])} seeds{grids}; {hours:.1f} hours {whose}. "
+        f"[The plan](../PLAN.md) says what was to count, and what was changed when. "
         f"`python -m tpo_lib study {plan.name}` makes them again."
     )

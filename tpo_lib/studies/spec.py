@@ -10,6 +10,9 @@ title, question, primary
            was chosen for another method, tuned = "STUDY: LABEL" what another study chose for it;
            guide = {settings} are those in which its guide's run differs; data = {fields} those of its own pairs
 [[endpoint]], [[hypothesis]]  see `analysis`
+
+What was said of a study after its results had been read stands in claims/after.toml beside it. It decides nothing, and no digest
+has it, so that a result stays the answer to the file that asked for it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from tpo_lib.studies.bench import Data
 FOLDER = Path("studies")
 AS_IT_IS = ("guide_data", "guided_by", "match", "kl")  # of a run's spec
 ONLINE = ("ppo", "rloo")  # their settings are those of PPOConfig, and none of [train]
+SAID_AFTER = {"words", "paper", "source", "caveat", "verdict", "beside"}  # of a claim, in claims/after.toml
 OF_METHOD = {"name", "loss_type", "grid", "each", "ratio", "like", "tuned", "guide", "data", "also"}
 
 
@@ -81,6 +85,9 @@ class Study:
     methods: tuple[Method, ...]
     endpoints: tuple[dict, ...]
     hypotheses: tuple[dict, ...]
+    after: dict = field(
+        default_factory=dict
+    )  # "by_the_clock", "caption" of the first picture, "claims" {claim: {of SAID_AFTER}}
 
     @classmethod
     def read(cls, path: Path) -> Study:
@@ -99,6 +106,7 @@ class Study:
                 f"{plural}": tuple(found.pop(one, ()))
                 for one, plural in (("endpoint", "endpoints"), ("hypothesis", "hypotheses"))
             }
+            more["after"] = _after(path)
             study = cls(path.stem, methods=methods, **more, **{"data": {}, "train": {}, "tune": {}} | found)
         except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
             raise ValueError(
@@ -129,6 +137,10 @@ class Study:
             if method.loss_type and method.loss_type not in known and not is_own(method.loss_type):
                 what = f"{method.name!r} has loss_type {method.loss_type!r}"
                 raise ValueError(f"{path}: {what}; choose one of {', '.join(known)}, or FILE.py:NAME")
+        for claim, row in self.after.get("claims", {}).items():
+            if claim not in {each["claim"] for each in self.hypotheses} or not {*row} <= SAID_AFTER:
+                what = f"claims/after.toml has {', '.join(row)} of {claim!r}"
+                raise ValueError(f"{path}: {what}; name one of its claims, and of it {', '.join(sorted(SAID_AFTER))}")
         steps = self.train.get("max_steps")
         for part in ("tune", "report"):
             at = getattr(self, part).get("at", [steps])
@@ -139,8 +151,15 @@ class Study:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that decides the runs and what is read off them."""
-        return store.content_key(asdict(self))
+        """Of all that the file asks: the runs, what is read off them, what is claimed."""
+        return store.content_key({name: value for name, value in asdict(self).items() if name != "after"})
+
+    @property
+    def claims(self) -> tuple[dict, ...]:
+        """The hypotheses as tables show them: with what was said of them after their results had been read."""
+        later = self.after.get("claims", {})
+        found = [claim | later.get(claim["claim"], {}) for claim in self.hypotheses]
+        return tuple(claim | {"claim": claim.get("words", claim["claim"])} for claim in found)
 
     def tuning(self) -> list[tuple[Method, dict, dict]]:
         """(method, setting, spec) of every run of the grids."""
@@ -195,3 +214,14 @@ class Study:
             beta = train.get("guide_beta") or method.also["match"]["guide_beta"]
             made["guide"] = shared | {"loss_type": "dpo", "beta": beta} | method.guide
         return made | method.also
+
+
+def _after(path: Path) -> dict:
+    place = path.parent / "claims" / "after.toml"
+    if not place.is_file():
+        return {}
+    found = tomllib.loads(place.read_text(encoding="utf-8"))
+    rows = [dict(row) for row in found.get("claim", ())]
+    claims = {row.pop("claim"): row for row in rows if row.pop("study") == path.stem}
+    caption = found.get("caption", {}).get(path.stem, "")
+    return {"by_the_clock": path.stem in found.get("by_the_clock", ()), "caption": caption, "claims": claims}
