@@ -27,7 +27,7 @@ def reward_at_kl(kl, reward, at):
 
 def holm(p):
     values, order = p.sort()
-    factors = torch.arange(len(p), 0, -1, dtype=p.dtype)  # m for the smallest, 1 for the largest
+    factors = torch.arange(len(p), 0, -1, dtype=p.dtype)  # n for the smallest, 1 for the largest
     corrected = (values * factors).cummax(0).values.clamp(max=1)
     answer = torch.empty_like(p)
     answer[order] = corrected

@@ -1,4 +1,4 @@
-"""Every symbol of the derivations stands once in the table of notation, and every chapter leads there."""
+"""Every symbol of the derivations, chapters and tasks stands once in the table of notation; every chapter leads there."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tpo_lib.types import LossOutput, TokenStats
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 TABLE = NOTEBOOKS / "notation.md"
 CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
+TASKS = sorted((NOTEBOOKS / "tpo_course" / "exercises").glob("*.md"))
 STEPS = {f"{name}.{step.key}": step for name, derivation in DERIVATIONS.items() for step in derivation.steps}
 
 GREEK = [
@@ -161,7 +162,7 @@ def test_the_equation_map_links_the_table():
     assert TABLE.is_file()
 
 
-# --- the chapters' own formulas -------------------------------------------------------------------------------------
+# --- the formulas of chapters and of their tasks ---------------------------------------------------------------------
 
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
 
@@ -177,11 +178,23 @@ def letters() -> dict[str, set[str]]:
     return found
 
 
+def texts(path: Path) -> list[tuple[str, str]]:
+    """(id of the cell, or name of the task, its words) of a chapter, or of the Markdown of its tasks."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return [section.split("\n", 1) for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]]
+    return [(c["id"], "".join(c["source"])) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"]
+
+
 def formulas(path: Path) -> list[tuple[str, str]]:
-    """(id of the cell, formula) of all formulas in a chapter's text."""
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
-    texts = [(cell["id"], re.sub(r"`[^`]*`", " ", "".join(cell["source"]))) for cell in cells]
-    return [(cell, display or inline) for cell, text in texts for display, inline in FORMULA.findall(text)]
+    """(where, formula) of all formulas in these words, code left out."""
+    plain = [(where, re.sub(r"```.*?```|`[^`]*`", " ", words, flags=re.DOTALL)) for where, words in texts(path)]
+    return [(where, display or inline) for where, words in plain for display, inline in FORMULA.findall(words)]
+
+
+def of_chapter(path: Path) -> str:
+    """The number of the chapter that these words belong to."""
+    return glossary.number(next(NOTEBOOKS.glob(f"*_{path.stem}.ipynb"), path).name)
 
 
 def unknown(formula: str, allowed: set[str]) -> set[str]:
@@ -196,9 +209,9 @@ def unknown(formula: str, allowed: set[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_every_symbol_of_a_chapter_stands_in_a_table(path):
-    allowed = known() | letters().get(glossary.number(path.name), set())
+@pytest.mark.parametrize("path", CHAPTERS + TASKS, ids=lambda path: path.name)
+def test_every_symbol_of_a_chapter_and_of_its_tasks_stands_in_a_table(path):
+    allowed = known() | letters().get(of_chapter(path), set())
     found = [
         (cell, sorted(missing), formula) for cell, formula in formulas(path) if (missing := unknown(formula, allowed))
     ]
@@ -229,6 +242,13 @@ COLLISIONS = {
     ),
     "the target margin as a discount": (r"-\s*\\gamma\s*\\bigr?\)", r"\gamma is the discount", r"\gamma_m"),
     "DPO's f(x)": (r"(?<![\w\\])f\(x", "f is TGDPO's weight", "b(x)"),
+    "the optimum for the one-step policy": (
+        r"\A(?=.*[QVA]_\{\\mathrm\{ref\}\}).*\\pi\^\*(?!_)",
+        r"\pi^* is the optimum of J",
+        r"\pi^*_{\mathrm{one}}",
+    ),
+    "a token for a share": (r"1\s*-\s*a\b", "a is a token", "the number itself"),
+    "the margin for a number": (r"\)\^m\b", "m is the margin", "n"),
 }
 
 
@@ -236,9 +256,9 @@ def collisions(formula: str) -> set[str]:
     return {name for name, (where, _, _) in COLLISIONS.items() if re.search(where, formula)}
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_no_symbol_has_a_second_meaning_in_a_chapter(path):
-    found = {(path.stem, name): (cell, formula) for cell, formula in formulas(path) for name in collisions(formula)}
+@pytest.mark.parametrize("path", CHAPTERS + TASKS, ids=lambda path: path.name)
+def test_no_symbol_has_a_second_meaning_in_a_chapter_or_its_tasks(path):
+    found = {(path.name, name): (cell, formula) for cell, formula in formulas(path) for name in collisions(formula)}
     said = {key: (*place, *COLLISIONS[key[1]][1:]) for key, place in found.items()}
     assert not said, "a symbol means what the table says, everywhere"
 
@@ -263,6 +283,9 @@ def test_no_symbol_has_a_second_meaning_in_a_step(name):
         (r"\hat r_t", "a place as an index of the token reward"),
         (r"f(x) + 1", "DPO's f(x)"),
         (r"(m - \gamma\bigr)", "the target margin as a discount"),
+        (r"Q_{\mathrm{ref}} = \beta \log \pi^* / \pi_{\mathrm{ref}}", "the optimum for the one-step policy"),
+        (r"1 - a", "a token for a share"),
+        (r"1 - (1 - p)^m", "the margin for a number"),
     ],
 )
 def test_a_second_meaning_is_found(formula, name):
@@ -277,6 +300,7 @@ def test_a_second_meaning_is_found(formula, name):
         r"\delta = \beta \operatorname{SeqKL}",
         r"f(\hat r(s,a))",
         r"A_t = \sum_j",
+        r"A_{\mathrm{ref}}(s,a) = \beta \log(\pi^*_{\mathrm{one}} / \pi_{\mathrm{ref}})",
     ],
 )
 def test_a_first_meaning_passes(formula):
