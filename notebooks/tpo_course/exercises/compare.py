@@ -386,6 +386,22 @@ holm = chapter.exercise(
 
 
 after_holm = chapter.predict("after_holm", 4, within=0.05, none_lost=6, one_too_many=5, one_too_few=3)
+to_a_verdict = chapter.order(
+    "to_a_verdict",
+    "setting",
+    "number",
+    "subtract",
+    "average",
+    "p_value",
+    "holm",
+    "verdict",
+    setting_afterwards=("number", "setting"),
+    subtracted_curves=("subtract", "number"),
+    averaged_first=("average", "subtract"),
+    p_from_nowhere=("p_value", "average"),
+    corrected_too_soon=("holm", "p_value"),
+    judged_uncorrected=("verdict", "holm"),
+)
 
 
 # ---- 5. what a term does, and what may be said

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tpo_course.exercise import Case, marks, normal
 from tpo_course.words import Chapter
+from tpo_course.world import TokenWorld
 from tpo_lib.losses import F_FLOOR
 
 chapter = Chapter(__file__)
@@ -106,7 +107,24 @@ softmax_weights = chapter.exercise(
 )
 
 
-# ---- both orders, and the states of the data
+# ---- one f, both orders, and the states of the data
+
+F_CHANGES = {
+    "other_sign": ("h.beta * f * (pi", "h.beta * (2 - f) * (pi"),
+    "any_table": ("= shaping(w, h)", "= w.random_policy(7).exp() + 0.1"),
+    "start_value": (" - soft.v[w.responses.prompt]", ""),
+    "exponential": ("= shaping(w, h)", "= (h.alpha * token_reward(w, h)).exp()"),
+    "best_policy": ("optimum_without_delta(w, h.beta * f)", "w.soft_optimum(h.beta)"),
+}
+
+
+def _world() -> TokenWorld:
+    return TokenWorld(vocab_size=4, horizon=3, seed=0, num_prompts=2)
+
+
+one_f_notices = chapter.break_it(
+    "one_f_notices", "tgdpo.telescopes_without_delta", _world, F_CHANGES, beta=0.5, alpha=0.2, guide_beta=1.0
+)
 
 both_orders = chapter.predict("both_orders", 24, within=0.15, none=0, half=12)
 promises = chapter.predict("promises", "+")

@@ -52,6 +52,19 @@ vocabulary_bytes = chapter.exercise(
 
 # ---- 2. dL/dz from g and k
 
+by_vector = chapter.complete(
+    "by_vector",
+    "plus_g",
+    "difference",
+    "minus_k",
+    score_alone=("plus_g", "minus_g", "minus_k"),
+    kl_alone=("plus_g", "plus_k", "minus_k"),
+    added=("plus_g", "both", None),
+    kl_turned=("plus_g", None, "plus_k"),
+    score_turned=("minus_g", None, "minus_k"),
+    all_turned=("minus_g", None, "plus_k"),
+)
+
 
 def _gradient_cases() -> tuple[Case, ...]:
     def case(rows: int, vocab: int, seed: int, words: str = "", with_kl: bool = True) -> Case:

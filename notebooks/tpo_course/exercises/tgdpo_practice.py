@@ -123,6 +123,7 @@ predict = chapter.answer
 one_sign = chapter.predict("one_sign", 60, within=0.12, chance=50, nearly_all=95, as_share=0.6)
 travels_further = chapter.predict("travels_further", "+")
 further_or_better = chapter.choose("further_or_better", "equal_kl", "guide_counts")
+train_a_guide = chapter.open_ended("train_a_guide")
 
 
 quiz = chapter.quiz()
