@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from tpo_lib.losses import OBJECTIVES, Objective
 from tpo_lib.runs import plots
 
-DRAWN = (*OBJECTIVES, "start", "ppo")  # "ref" is the start model
+DRAWN = (*OBJECTIVES, "start", "ppo", "rloo")  # "ref" is the start model
 METRICS = ("reward", "judge", "kl", "entropy", "distinct_2", "repetition", "length", "accuracy_logratio")
 METRICS += ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
 

@@ -43,6 +43,7 @@ OTHERS = {  # what is drawn beside the objectives
     "start": Style("start", "#000000", "*", (0, (1, 1))),
     "ref": Style("reference", "#000000", "*", (0, (1, 1))),  # the same model
     "ppo": Style("PPO", "#56B4E9", "X", (0, (8, 2))),
+    "rloo": Style("RLOO", "#661100", "H", (0, (6, 1, 1, 1, 1, 1))),
     "best of n": Style("best of n", "#777777", ".", (0, (2, 3))),
 }
 # For objectives whose record has no look: Tol's dark colours, and markers that nobody else has.
