@@ -49,7 +49,7 @@ display(button)
 def shelf(browser, lab) -> Iterator[NotebookPage]:
     """One notebook of widgets that train nothing: in cells 1 and 2 the loss labs of chapters 4 and 5, on TDPO1 and TGDPO; in
     cell 3 the memory lab; in cell 4 the steps of DPO; in cell 5 a button whose callback fails."""
-    labs = [*cells("04_tdpo", "widgets.loss_lab()"), *cells("05_tgdpo", "widgets.loss_lab()")]
+    labs = [*cells("04_tdpo", "lab = widgets.loss_lab()"), *cells("05_tgdpo", "lab = widgets.loss_lab()")]
     labs += cells("08_scale", "widgets.memory_lab()")
     lab.write("shelf.ipynb", ["from tpo_course import widgets", *labs, STEPS, BROKEN])
     # A cell that does not fit into the window is scrolled by JupyterLab once the focus is in it, and its picture with it.
