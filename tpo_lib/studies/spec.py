@@ -85,9 +85,7 @@ class Study:
     methods: tuple[Method, ...]
     endpoints: tuple[dict, ...]
     hypotheses: tuple[dict, ...]
-    after: dict = field(
-        default_factory=dict
-    )  # "by_the_clock", "caption" of the first picture, "claims" {claim: {of SAID_AFTER}}
+    after: dict = field(default_factory=dict)  # "by_the_clock", "caption", "claims" {claim: {of SAID_AFTER}}
 
     @classmethod
     def read(cls, path: Path) -> Study:
