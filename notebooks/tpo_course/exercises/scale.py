@@ -62,7 +62,7 @@ by_vector = chapter.complete(
     added=("plus_g", "both", None),
     kl_turned=("plus_g", None, "plus_k"),
     score_turned=("minus_g", None, "minus_k"),
-    all_turned=("minus_g", None, "plus_k"),
+    all_turned=("minus_g", "reversed", "plus_k"),
 )
 
 
