@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,12 +85,13 @@ LOGGED = {  # names of metrics.jsonl -> axis label
 def style_of(name: str, among: Iterable[str] = ()) -> Style:
     """As its record says; without a look by its place among those that have none, any other name by its letters.
 
-    A setting of an objective ("tdpo2 β.05 α.5") looks like the objective; beside `among`, the labels of a picture, it has a shade
-    of its colour, darker the later it stands, and the marker of the setting, which is of none without a setting.
+    A setting of an objective ("tdpo2 β.05 α.5", "dpo, 50 pairs") looks like the objective; beside `among`, the labels of a
+    picture, it has a shade of its colour, darker the later it stands, and the marker of the setting, which is of none without
+    a setting.
     """
     if name in OTHERS:
         return OTHERS[name]
-    objective, _, setting = name.partition(" ")
+    objective, setting = parted(name)
     if setting and objective in OBJECTIVES:
         return _setting(style_of(objective), name, setting, list(among))
     entry = OBJECTIVES.get(name)
@@ -102,21 +104,32 @@ def style_of(name: str, among: Iterable[str] = ()) -> Style:
     return Style(label, colour, marker, (0, (2 + number % 5, 2, 1, 2)))
 
 
+def parted(name: str) -> tuple[str, str]:
+    """What stands before the first blank or comma of a label, and the rest from there: the objective and its setting.
+
+    Example:
+        >>> parted("tdpo2 α0.5"), parted("dpo, 50 pairs"), parted("dpo")
+        (('tdpo2', ' α0.5'), ('dpo', ', 50 pairs'), ('dpo', ''))
+    """
+    objective = re.split("[ ,]", name, maxsplit=1)[0]
+    return objective, name.removeprefix(objective)
+
+
 def _setting(whole: Style, name: str, setting: str, among: Sequence[str]) -> Style:
     """An objective's look in the shade of one of its settings."""
-    style = whole._replace(label=f"{whole.label} {setting}")
-    parts = [other.partition(" ") for other in among]
-    own = [rest for objective, _, rest in parts if rest and objective == name.partition(" ")[0]]
+    style = whole._replace(label=f"{whole.label}{setting}")
+    parts = [parted(other) for other in among]
+    own = [rest for objective, rest in parts if rest and objective == parted(name)[0]]
     if setting not in own:
         return style
-    every = list(dict.fromkeys(rest for _, _, rest in parts if rest))
+    every = list(dict.fromkeys(rest for _, rest in parts if rest))
     colour, place = np.array(to_rgb(whole.colour)), own.index(setting) / max(1, len(own) - 1)  # 0 to 1
     light = float(colour @ (0.2126, 0.7152, 0.0722))
     white = max(0.0, min(0.4, (0.72 - light) / (1 - light)))  # a lighter one would be lost on white
     palest, darkest = colour + white * (1 - colour), 0.5 * colour
     if len(own) > 1:
         colour = palest + place * (darkest - palest)
-    plain = {style_of(other).marker for other, _, rest in parts if not rest}
+    plain = {style_of(other).marker for other, rest in parts if not rest}
     free = [marker for marker in SETTING_MARKERS if marker not in plain] or SETTING_MARKERS
     return style._replace(colour=to_hex(colour), marker=free[every.index(setting) % len(free)])
 
@@ -474,7 +487,7 @@ def legend(fig: Figure, curves: Mapping[str, Sequence], *, start: bool = False) 
     handles = [Line2D([], [], linewidth=2, markersize=7, **_line(style_of(name, curves))) for name in curves]
     star = [Line2D([], [], **_STAR)] * start
     inches = max(1.5, 0.95 + 0.092 * max(len(handle.get_label()) for handle in handles))  # of an entry
-    groups = Counter(name.partition(" ")[0] for name in curves)
+    groups = Counter(parted(name)[0] for name in curves)
     if len(groups) < len(curves) and len(set(groups.values())) == 1:  # a column an objective
         columns, lines = len(groups), len(curves) // len(groups)
         blank = Line2D([], [], linestyle="none", label=" ")

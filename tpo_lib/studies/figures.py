@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.runs import plots
+from tpo_lib.studies.conditions import by_condition
 from tpo_lib.studies.endpoints import Run, best_of_n_kl
-from tpo_lib.studies.words import axis
+from tpo_lib.studies.words import axis, versus
 
 SCORES = ("reward", "judge", "second_judge")
 SEQKL = ("seqkl_chosen", "seqkl_rejected", "seqkl_margin")
@@ -114,14 +115,18 @@ def differences(panels: Mapping[str, Sequence[Mapping]]) -> Figure:
         raise ValueError(
             "the panels of a forest plot share their rows: need the same pairs (a, b) in one order in each"
         )
-    names = [" − ".join(plots.style_of(name).label for name in pair) for pair in pairs]
+    names = [versus(*pair, "−") for pair in pairs]
+    methods = [name for pair in pairs for name in pair]
+    if by_condition(methods):  # which the names say: one look an objective
+        methods = [name.partition(", ")[0] for name in methods]
+    looks = [plots.style_of(name, methods) for name in methods[::2]]
     left = max(2.2, 0.092 * max(map(len, names)))  # inches
     fig, axes = plots.panels(len(panels), width=left + 3.8 * len(panels), height=1.6 + 0.42 * len(rows))
     for ax, (words, each) in zip(axes, panels.items(), strict=True):
         ax.axvline(0, color="#555555", linewidth=1)
         ax.use_sticky_edges = False  # else a band would end at the frame
-        for y, row in enumerate(each):
-            _interval(ax, y, row, plots.style_of(row["a"], [name for pair in pairs for name in pair]))
+        for y, (row, look) in enumerate(zip(each, looks, strict=True)):
+            _interval(ax, y, row, look)
         ax.set(xlabel=words, ylim=(len(each) - 0.4, -0.6), yticks=range(len(each)))
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_yticklabels(names if ax is axes[0] else [])
@@ -268,11 +273,10 @@ def present(methods: Methods, metrics: Sequence[str]) -> list[str]:
 
 
 def _sentence(row: Mapping) -> str:
-    a, b = (plots.style_of(row[side]).label for side in "ab")
     if row["mean"] is None:
-        return f"{a} and {b} do not both reach the level"
+        return f"{versus(row['a'], row['b'], 'and')} do not both reach the level"
     told = "told apart" if row["holm"] < 0.05 else f"not told apart, {row['detectable']:.3f} could be"
-    return f"{a} minus {b} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], {told}"
+    return f"{versus(row['a'], row['b'], 'minus')} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], {told}"
 
 
 def _span(numbers: Sequence[int]) -> str:

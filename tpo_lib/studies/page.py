@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tpo_lib.files import store
 from tpo_lib.runs.plots import style_of
-from tpo_lib.studies import across, analysis, figures, study
+from tpo_lib.studies import across, analysis, conditions, figures, study
 from tpo_lib.studies.spec import Study
-from tpo_lib.studies.words import heading
+from tpo_lib.studies.words import heading, versus
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. *Holds*, and *the reverse does*, take a p below
 .05 after Holm's correction over all comparisons of the study with that endpoint, and of rewards a judge that agrees. Intervals
@@ -74,8 +74,13 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
         store.write_file(folder / file, lambda path: figure.savefig(path, dpi=110))
         drawn.append((file, words))
 
-    for name in plan.report.get("pictures", ["frontier"]):
-        if name == "frontier":
+    usual = ["conditions" if conditions.by_condition(runs) else "frontier"]
+    for name in plan.report.get("pictures", usual):
+        if name == "conditions":
+            wanted = [key for key, *_ in study.keys(plan) if key in {plan.primary} | analysis.read_first(plan)]
+            read = {heading(key): analysis.summaries(result, key) for key in wanted}
+            keep(name, conditions.figure(read), conditions.alt(read))
+        elif name == "frontier":
             for part, each in frontiers(plan, result, runs).items():
                 best_of_n = result.get("best_of_n", ()) if part == name else ()
                 keep(part, figures.frontier(each, best_of_n=best_of_n), figures.frontier_alt(each))
@@ -145,7 +150,7 @@ def claim_rows(plan: Study, result: Mapping) -> list[list[str]]:
 
 def difference(row: Mapping, key: str) -> str:
     """A paired difference in words, with its interval; where it is not told from 0, its p and what would have been told."""
-    names = f"{label(row['a'])} - {label(row['b'])}"
+    names = versus(row["a"], row["b"])
     if row["mean"] is None:
         return f"{names}: one does not come there"
     digits = _digits(key)
@@ -190,16 +195,14 @@ def comparisons_table(compared: Mapping[str, Sequence[Mapping]]) -> str:
         for row in family:
             digits = _digits(key) + 1
             if row["mean"] is None:
-                rows.append([heading(key), f"{label(row['a'])} - {label(row['b'])}", *["-"] * 5])
+                rows.append([heading(key), versus(row["a"], row["b"]), *["-"] * 5])
                 continue
             interval = f"{row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
             apart = [
                 f"{value:.{digits}f}" if value is not None else "-"
                 for value in (row["detectable"], row["seed_sd"], row["evaluation"])
             ]
-            rows.append(
-                [heading(key), f"{label(row['a'])} - {label(row['b'])}", interval, p_words(row["holm"]), *apart]
-            )
+            rows.append([heading(key), versus(row["a"], row["b"]), interval, p_words(row["holm"]), *apart])
     return table(
         [
             "endpoint",

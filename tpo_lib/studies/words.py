@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpo_lib.runs.plots import AXIS
+from tpo_lib.runs.plots import AXIS, style_of
 
 CREDIT = "rank correlation with the true credit"  # of the token reward
 MOVED = "change of log π of a token, nats: "
@@ -52,3 +52,16 @@ def heading(key: str) -> str:
         if name in key.split():
             return " ".join(words if word == name else word for word in key.split())
     return key.replace("_", " ")
+
+
+def versus(a: str, b: str, sign: str = "-") -> str:
+    """What two methods differ in; a condition that both have, after a comma, is said once.
+
+    Example:
+        >>> versus("tdpo2 α0.5", "dpo"), versus("tdpo2, 50 pairs", "dpo, 50 pairs")
+        ('TDPO2 α0.5 - DPO', 'TDPO2 - DPO, 50 pairs')
+    """
+    (first, _, mine), (second, _, other) = (style_of(name).label.partition(", ") for name in (a, b))
+    if mine == other:
+        return f"{first} {sign} {second}" + (f", {other}" if other else "")
+    return f"{style_of(a).label} {sign} {style_of(b).label}"
