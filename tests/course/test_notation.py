@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ SYMBOL = re.compile(
 SPECIFIES = re.compile(r"[VQ]\^\*|(?:[VQADLJ]|\\ell)(?:\^\*)?_.*")
 
 
+@cache
 def symbols(latex: str) -> set[str]:
     """The letters of a formula with the star or index that belongs to their name."""
     plain = latex.replace(r"\mathbb{E}", "E").replace(r"\hat\beta", r"\hat \beta").replace(r"\hat\pi", r"\hat \pi")
@@ -310,3 +312,93 @@ def test_a_first_meaning_passes(formula):
 
 def test_an_unknown_symbol_is_found():
     assert unknown(r"\zeta + \pi_\theta + m_{\mathrm{DPO}}", known()) == {r"\zeta"}
+
+
+# --- where a symbol first stands -------------------------------------------------------------------------------------
+
+
+def groups() -> list[tuple[str, list[str], str]]:
+    """(anchor of its group, the symbols of its first cell, its chapter) of every row of the tables of symbols."""
+    found = []
+    for part in re.split(r"^## ", TABLE.read_text(encoding="utf-8").partition("| letter |")[0], flags=re.MULTILINE)[1:]:
+        heading, _, body = part.partition("\n")
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for line in re.findall(r"^\| (?!symbol).*", body, re.MULTILINE):
+            symbol, _, _, chapter = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+            found.append((anchor, symbol.strip("$").split(", "), chapter))
+    return found
+
+
+def stands(symbol: str, formula: str) -> bool:
+    """Whether a formula has it: a letter by itself or, where the table writes more than `symbols` can tell, all of it."""
+    if re.fullmatch(r"\([A-Z0-9, -]+\)", formula):
+        return False
+    if symbols(symbol) == {symbol.replace(" ", "")}:
+        return symbol.replace(" ", "") in symbols(formula.replace(r"\pi_{\text{", r"\pi_{\mathrm{"))
+    return bool(re.search(rf"(?<![A-Za-z\\]){re.escape(symbol)}(?![A-Za-z])", formula))
+
+
+@cache
+def sections(path: Path) -> list[tuple[str, str, list[str]]]:
+    """(heading, words, formulas) of a chapter's sections; the first is its opening."""
+    words = re.sub(r"```.*?```|`[^`]*`", " ", "\n\n".join(words for _, words in texts(path)), flags=re.DOTALL)
+    parts = re.split(r"^## ", words, flags=re.MULTILINE)
+    return [(part.partition("\n")[0], part, [a or b for a, b in FORMULA.findall(part)]) for part in parts]
+
+
+@cache
+def first(symbol: str, path: Path) -> int | None:
+    """The number of the section in which a symbol first stands in a formula of a chapter."""
+    parts = enumerate(sections(path))
+    return next((place for place, (*_, found) in parts if any(stands(symbol, formula) for formula in found)), None)
+
+
+@pytest.mark.parametrize(("names", "chapter"), [pytest.param(*row[1:], id=", ".join(row[1])) for row in groups()])
+def test_a_row_names_the_chapter_in_which_its_symbol_first_stands(names, chapter):
+    having = (of_chapter(path) for path in CHAPTERS if any(first(name, path) is not None for name in names))
+    assert chapter == next(having, None)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_table_is_linked_where_a_symbol_first_stands(path):
+    """In the section, once; a chapter's opening has the link of its head."""
+    parts = sections(path)
+    lacking = [
+        (name, parts[place][0], f"notation.md#{anchor}")
+        for anchor, names, chapter in groups()
+        for name in names
+        if chapter == of_chapter(path)
+        and (place := first(name, path))
+        and f"](notation.md#{anchor})" not in parts[place][1]
+    ]
+    assert not lacking
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_section_links_a_group_of_symbols_twice(path):
+    for heading, words, _ in sections(path):
+        links = re.findall(r"\]\((notation\.md#[^)]*)\)", words)
+        assert len(links) == len(set(links)), heading
+
+
+@pytest.mark.parametrize(
+    ("symbol", "formula", "there"),
+    [
+        ("r'", "r'(x,y) = r(x,y) + b(x)", True),
+        ("r'", "r(x,y')", False),
+        (r"\pi_{\mathrm{old}}", r"\rho_t = \pi(y^t|s_t) / \pi_{\text{old}}(y^t|s_t)", True),
+        (r"\pi", r"\pi_{\text{old}} + \pi^*", False),
+        ("KL", r"\operatorname{SeqKL}(x, y)", False),
+        ("sg", r"\mathrm{sg}[\beta]", True),
+        (r"\hat r", r"\alpha\hat r(s,a)", True),
+        ("T", "(R, T)", False),
+    ],
+)
+def test_a_symbol_is_told_from_what_looks_like_it(symbol, formula, there):
+    assert stands(symbol, formula) is there
+
+
+def test_where_a_symbol_first_stands_is_found():
+    tdpo = NOTEBOOKS / "04_tdpo.ipynb"
+    assert sections(tdpo)[first(r"\delta_2", tdpo)][0] == "7. TDPO2"
+    assert first(r"\delta_2", NOTEBOOKS / "02_dpo.ipynb") is None
