@@ -1,4 +1,4 @@
-"""The runs of the frontier lab that are stored: a grid of settings, trained on `tpo_course.frontier`'s bench.
+"""The runs of the frontier lab that are stored: a grid of settings and its presets, trained on `tpo_course.frontier`'s bench.
 
     python -m tpo_course.frontier_grid       # makes the grid again, some minutes: frontier.json beside this file
 
@@ -18,6 +18,8 @@ The grid is one JSON object, small enough to be read by a web page, whole number
     reads       {objective: the axes it has, in the order of its keys}: {"dpo": ["beta", "data"], ...}
     runs        {objective: {key: run}}, key = the places on those axes, counted from 0, with commas: "2,0"
     optima      {objective: {key: [kl, return]}}, in the units of the front, where there is one in closed form
+    presets     [{"objective", "setting", "optimum", and what a run has}, ...]: the runs of `frontier_presets` that are not on the
+                grid, each once; setting: the fields in which it differs from `Setting()`; optimum: left out where there is none
 
 A run is
     kl, return  its path, in the units of the front, one number per entry of `updates`
@@ -33,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -40,6 +43,7 @@ from pathlib import Path
 import torch
 
 from tpo_course.frontier import FIELDS, NAMES, READS, UPDATES, WORLD, Bench, Run, Setting, needed
+from tpo_course.frontier_presets import PRESETS
 from tpo_course.world import TokenWorld
 from tpo_course.world_plots import token_names
 
@@ -63,18 +67,23 @@ def places() -> Iterator[tuple[str, str, Setting]]:
             yield name, ",".join(map(str, at)), Setting(**values)
 
 
-def place(setting: Setting) -> dict[str, int] | None:
-    """{axis: the place of its value} of a setting, counted from 0; None where the grid does not have it.
+def on_axes(setting: Setting) -> dict[str, float | dict]:
+    """{axis: its value as the grid names it} of a setting, on the grid or off it; the guide's says `run_beta` where it is true.
 
     Example:
-        >>> place(Setting(beta=5.0)), place(Setting(beta=0.05))
-        ({'beta': 5, 'alpha': 2, 'guide': 1, 'data': 0}, None)
+        >>> on_axes(Setting(beta=0.05))["beta"], on_axes(Setting(pairs=10))["data"]
+        (0.05, {'pairs': 10, 'noise': 0.0})
     """
     given = {axis: tuple(getattr(setting, name) for name in FIELDS[axis]) for axis in AXES}
-    wanted = {axis: values if len(values) > 1 else values[0] for axis, values in given.items()}
-    if setting.run_beta or any(value not in AXES[axis] for axis, value in wanted.items()):
-        return None
-    return {axis: AXES[axis].index(value) for axis, value in wanted.items()}
+    values = {axis: _named(axis, value if len(value) > 1 else value[0]) for axis, value in given.items()}
+    return values | {"guide": values["guide"] | {"run_beta": True}} if setting.run_beta else values
+
+
+def off_grid() -> list[tuple[str, Setting]]:
+    """(objective, `needed` setting) of every run of the presets that the grid does not have, each once."""
+    there = {needed(name, setting) for name, _, setting in places()}
+    wanted = dict.fromkeys(needed(name, preset.setting) for preset in PRESETS.values() for name in NAMES)
+    return [each for each in wanted if each not in there]
 
 
 def stored(run: Run) -> dict:
@@ -97,6 +106,17 @@ def restored(kept: dict) -> Run:
 
 def _whole(values: list[float], digits: int) -> list[int]:
     return [round(value * 10**digits) for value in values]
+
+
+def preset_runs(bench: Bench) -> list[dict]:
+    """The part "presets", trained anew."""
+    kept = []
+    for name, setting in off_grid():
+        changed = {field: value for field, value in asdict(setting).items() if value != getattr(Setting(), field)}
+        best = bench.optimum(name, setting)
+        kept.append({"objective": name, "setting": changed} | ({"optimum": _whole(list(best), 3)} if best else {}))
+        kept[-1] |= stored(bench.train(name, setting))
+    return kept
 
 
 def build(progress: Callable[[str], None] = lambda words: None) -> dict:
@@ -126,6 +146,7 @@ def build(progress: Callable[[str], None] = lambda words: None) -> dict:
         "reads": READS,
         "runs": runs,
         "optima": {name: found for name, found in optima.items() if found},
+        "presets": preset_runs(bench),
     }
 
 
@@ -153,7 +174,8 @@ def state_names(world: TokenWorld) -> list[str]:
 def grid() -> dict[tuple[str, Setting], Run]:
     """What is stored: {needed(objective, setting): run}."""
     kept = json.loads(GRID.read_text(encoding="utf-8"))
-    return {needed(name, setting): restored(kept["runs"][name][key]) for name, key, setting in places()}
+    runs = {needed(name, setting): restored(kept["runs"][name][key]) for name, key, setting in places()}
+    return runs | {needed(run["objective"], Setting(**run["setting"])): restored(run) for run in kept["presets"]}
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from browser.chapters import cells, imports
 from browser.harness import at_once
-from tpo_course.frontier import Setting
-from tpo_course.frontier_grid import place
+from tpo_course.frontier import Setting, needed
+from tpo_course.frontier_grid import grid
 from tpo_course.widgets.frontier_controls import CHOICES, settings
 
 PICTURES = "svg[role=img]"  # front, tree and credit; the last two are drawn anew only when the run is trained
@@ -44,7 +44,7 @@ def test_a_pinned_state_stands_beside_the_next_and_collides_with_nothing(noteboo
     page.screenshot(tmp_path / "narrow.png")
     page.page.set_viewport_size({"width": 1100, "height": 1500})
     page.choose("preset", "too few pairs")
-    page.wait_for_text("0.007", 120)  # the loss: it is trained
+    page.wait_for_text("0.007", 120)  # the loss
     page.click("Unpin")
     page.idle()
     assert "pinned" not in page.text
@@ -57,7 +57,7 @@ def test_frontier_lab_trains_and_draws_at_once(notebook, chapter, objectives):
     page = notebook(f"live_{chapter}.ipynb", [imports(chapter), *cells(chapter, "widgets.frontier_lab(")], height=1500)
     page.run_all()
     states = [Setting(beta=beta, noise=0.05) for beta in CHOICES["beta"][:8]]
-    assert not any(map(place, states))
+    assert not any(needed(name, state) in grid() for name in objectives for state in states)
     page.press("labels swapped", "ArrowRight")
     page.wait_for_text(settings(Setting(noise=0.05), objectives))
     page.key_latency("β", "Home", settings(states[0], objectives), PICTURES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from functools import cache
 
@@ -12,17 +13,19 @@ import torch
 from browser.harness import START_SECONDS
 from tpo_course import frontier_grid
 from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
-from tpo_course.frontier import Setting, needed
+from tpo_course.frontier import WORLD, Bench, Setting, needed
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.site.living import LABS, pair, runs
 from tpo_course.site.source import pages
 from tpo_course.widgets.loss_lab import _reach, loss_lab
 from tpo_course.widgets.parts import interval
+from tpo_course.world import TokenWorld
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs.plots import style_of
 
 KINDS = ("notebooks/00_start_here.html", "notebooks/notation.html", "docs/results.html", *(lab.target for lab in LABS))
 GUIDE_BETA = 0.1
+KEPT = json.loads(frontier_grid.GRID.read_text(encoding="utf-8"))
 known_pair = cache(pair)  # making the widget once is enough
 
 
@@ -248,24 +251,44 @@ def test_the_frontier_lab_reads_the_grid_as_python_does(show):
     assert "TGDPO ends at a return of " in facts.inner_text()
 
 
+SLIDERS = """Object.fromEntries(Object.keys(data.axes).map((axis) => { const { each, shown } = lab.controls.made[axis];
+    return [axis, [data.axes[axis][lab.controls.value(axis)], shown.textContent, each.stops.length]]; }))"""
+
+
 def test_the_frontier_labs_presets_and_pin(show):
-    page, grid = show("labs/frontier.html"), frontier_grid.grid()
-    says, row = page.locator(".facts").first, page.locator("table tr.now").first
-    there = {name: preset for name, preset in PRESETS.items() if needed(preset.show, preset.setting) in grid}
-    assert len(there) > 1
-    ends = "Object.fromEntries(Object.keys(data.reads).map((name) => [name, lab.run(name, lab.controls.values()).key]))"
-    keys = {(name, key): setting for name, key, setting in frontier_grid.places()}
+    page, grid, bench = show("labs/frontier.html"), frontier_grid.grid(), Bench(TokenWorld(**WORLD))
+    (says, facts), row = page.locator(".facts").all(), page.locator("tr.now").first
+    chosen = page.get_by_label("what goes wrong")
+    ends = "Object.fromEntries(Object.keys(data.reads).map((name) => [name, lab.run(name, lab.controls.values())]))"
     page.get_by_role("button", name="Pin this state").click()
-    for name, preset in there.items():
-        page.get_by_label("what goes wrong").select_option(name)
+    for name, preset in PRESETS.items():
+        chosen.select_option(name)
         assert says.inner_text() == preset.words
         assert page.get_by_label("look closer at").input_value() == preset.show
-        for objective, key in page.evaluate(ends).items():
-            assert needed(objective, keys[objective, key]) == needed(objective, preset.setting)
-        old, new = (grid[needed(preset.show, setting)].end[0] for setting in (Setting(), preset.setting))
-        assert f"{new:.2f} ({new - old:+.2f})" in row.inner_text()
-    page.get_by_label("beta").press("ArrowRight")
-    assert page.get_by_label("what goes wrong").input_value() == ""
-    assert says.inner_text().startswith("All settings are where")
+        for objective, found in page.evaluate(ends).items():
+            run, best = grid[needed(objective, preset.setting)], bench.optimum(objective, preset.setting)
+            assert (found["kl"], found["reward"]) == (run.kl, run.returns)
+            assert (found["loss"], found["floor"]) == (run.loss, run.floor)
+            assert found["logratio"] == run.logratio.flatten().tolist()
+            assert found["optimum"] == (best and pytest.approx(best, abs=6e-4))
+        old, run = (grid[needed(preset.show, setting)] for setting in (Setting(), preset.setting))
+        assert f"{run.end[0]:.2f} ({run.end[0] - old.end[0]:+.2f})" in row.inner_text()
+        assert f"ends at a return of {run.end[1]:.2f} and a KL of {run.end[0]:.2f} nats" in facts.inner_text()
+        assert ("r̂ with the run's β" in facts.inner_text()) == preset.setting.run_beta
+        after = frontier_grid.on_axes(preset.setting)
+        for axis, (value, words, stops) in page.evaluate(SLIDERS).items():
+            off = value not in KEPT["axes"][axis]
+            assert (value, words.endswith(" (preset)"), stops) == (after[axis], off, len(KEPT["axes"][axis]) + off)
+            assert f"{axis} {words.removesuffix(' (preset)')}" in facts.inner_text()
+            after |= {axis: frontier_grid.on_axes(Setting())[axis]} if off else {}
+        page.get_by_label("beta").press("ArrowRight")  # leaves the preset, and is on the grid again
+        assert chosen.input_value() == ""
+        assert says.inner_text().startswith("All settings are where")
+        after["beta"] = min(beta for beta in KEPT["axes"]["beta"] if beta > preset.setting.beta)
+        for axis, (value, words, stops) in page.evaluate(SLIDERS).items():
+            assert (value, "preset" in words, stops) == (after[axis], False, len(KEPT["axes"][axis]))
+    for name in ("too few pairs", ""):
+        chosen.select_option(name)
+    assert page.evaluate(SLIDERS)["data"][0] == KEPT["axes"]["data"][0]
     page.get_by_role("button", name="Unpin").click()
     assert "(" not in row.inner_text()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tpo_course import frontier_grid
-from tpo_course.frontier import UPDATES, WORLD, Bench, needed
+from tpo_course.frontier import NAMES, UPDATES, WORLD, Bench, Setting, needed
 from tpo_course.frontier_grid import AXES, GRID
+from tpo_course.frontier_presets import PRESETS
 from tpo_course.world import TokenWorld
 from tpo_course.world_plots import below_front, kl_and_return
 
@@ -61,21 +62,39 @@ def test_nothing_in_it_lies_above_the_front(bench):
 )
 def test_points_of_the_grid_are_made_again(bench, place):
     name, key, setting = place
-    kept, run = KEPT["runs"][name][key], bench.train(name, setting)
+    kept = KEPT["runs"][name][key]
+    made_again(bench, name, setting, kept, KEPT["optima"].get(name, {}).get(key))
+
+
+def made_again(bench, name, setting, kept, optimum):
+    run, best = bench.train(name, setting), bench.optimum(name, setting)
     assert [x / 1e3 for x in kept["kl"]] == pytest.approx(run.kl, abs=2e-3)
     assert [x / 1e3 for x in kept["return"]] == pytest.approx(run.returns, abs=2e-3)
     assert [x / 1e2 for x in kept["logratio"]] == pytest.approx(run.logratio.flatten().tolist(), abs=0.02)
     assert kept["loss"] == pytest.approx(run.loss, abs=2e-3)
     assert kept.get("floor") == (None if run.floor is None else pytest.approx(run.floor, abs=1e-3))
-    best = bench.optimum(name, setting)
-    stored = KEPT["optima"].get(name, {}).get(key)
-    assert stored == (None if best is None else [pytest.approx(1e3 * value, abs=1) for value in best])
+    assert optimum == (None if best is None else [pytest.approx(1e3 * value, abs=1) for value in best])
     assert frontier_grid.grid()[needed(name, setting)].end == (kept["kl"][-1] / 1e3, kept["return"][-1] / 1e3)
+
+
+@pytest.mark.parametrize("kept", KEPT["presets"], ids=lambda kept: f"{kept['objective']} {kept['setting']}")
+def test_runs_of_the_presets_are_made_again(bench, kept):
+    made_again(bench, kept["objective"], Setting(**kept["setting"]), kept, kept.get("optimum"))
+
+
+def test_every_preset_is_stored_and_nothing_twice():
+    kept = [needed(run["objective"], Setting(**run["setting"])) for run in KEPT["presets"]]
+    on = {needed(name, setting) for name, _, setting in frontier_grid.places()}
+    assert kept == frontier_grid.off_grid()
+    assert len(frontier_grid.grid()) == len(on) + len(kept)
+    assert all(needed(name, preset.setting) in frontier_grid.grid() for name in NAMES for preset in PRESETS.values())
 
 
 def test_the_builder_writes_the_same_for_a_smaller_grid(bench, tmp_path, monkeypatch, capsys):
     for axis, values in {"beta": [0.5], "alpha": [0.5], "guide": [(1.0, None)], "data": [(None, 0.0)]}.items():
         monkeypatch.setitem(AXES, axis, values)
+    few = {name: PRESETS[name] for name in ("tiny β, the one-step policy", "the guide's β taken for the run's")}
+    monkeypatch.setattr(frontier_grid, "PRESETS", few)
     monkeypatch.setattr("sys.argv", ["frontier_grid", "--out", str(tmp_path / "small.json")])
     frontier_grid.main()
     small = json.loads((tmp_path / "small.json").read_text())
@@ -86,6 +105,10 @@ def test_the_builder_writes_the_same_for_a_smaller_grid(bench, tmp_path, monkeyp
     assert small["runs"]["dpo"]["0,0"] == whole["dpo"][f"{beta},0"]
     assert small["runs"]["tgdpo"]["0,0,0,0"] == whole["tgdpo"][f"{beta},0,{alpha},{guide}"]
     assert small["optima"]["tdpo1"] == {"0,0": KEPT["optima"]["tdpo1"][f"{beta},0"]}
+    assert [run for run in small["presets"] if run in KEPT["presets"]] == [
+        run for run in KEPT["presets"] if "beta" in run["setting"]
+    ]
+    assert len(small["presets"]) == 5 + 5  # beta = 2 is not on the smaller grid
     assert {key: small[key] for key in ("world", "tokens", "states", "ref", "front")} == {
         key: KEPT[key] for key in ("world", "tokens", "states", "ref", "front")
     }

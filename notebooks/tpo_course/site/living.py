@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tpo_course import frontier_grid
+from tpo_course.frontier import Setting, needed
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets.loss_lab import SITUATIONS, loss_lab
 from tpo_course.widgets.loss_picture import CHOSEN, REF_LOGP, REJECTED
@@ -88,14 +89,23 @@ def control(made) -> dict:
 
 
 def exact() -> dict:
-    """The grid of the frontier lab, and those of its presets that lie on the grid."""
+    """The grid of the frontier lab and its presets: what they have off the grid stands behind the `stops` of the axes."""
     grid = json.loads(frontier_grid.GRID.read_text(encoding="utf-8"))
-    presets = {
-        name: {"at": at, "show": preset.show, "words": preset.words}
-        for name, preset in PRESETS.items()
-        if (at := frontier_grid.place(preset.setting)) is not None
-    }
-    return grid | {"look": look(list(grid["reads"])), "presets": presets}
+    axes, presets = grid["axes"], {}
+    more = {needed(run["objective"], Setting(**run["setting"])): run for run in grid["presets"]}
+    stops = {axis: len(values) for axis, values in axes.items()}
+    for title, preset in PRESETS.items():
+        values = frontier_grid.on_axes(preset.setting)
+        for axis, value in values.items():
+            axes[axis] += [value] * (value not in axes[axis])
+        at = {axis: axes[axis].index(value) for axis, value in values.items()}
+        presets[title] = {"at": at, "show": preset.show, "words": preset.words}
+        for name, reads in grid["reads"].items():
+            if run := more.get(needed(name, preset.setting)):
+                key = ",".join(str(at[axis]) for axis in reads)
+                grid["runs"][name][key] = run
+                grid["optima"].get(name, {}).update({key: run["optimum"]} if "optimum" in run else {})
+    return grid | {"look": look(list(grid["reads"])), "presets": presets, "stops": stops}
 
 
 LABS = (

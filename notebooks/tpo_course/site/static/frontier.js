@@ -1,7 +1,7 @@
 // The frontier lab: where every objective ends in the exact world, from the stored grid.
 "use strict";
 const MILLI = 1000;
-const AXES = { beta: short, alpha: short, guide: ({ beta, updates }) => `β̂ ${short(beta)}, ${updates ? `${updates} updates` : "optimum"}`, data: ({ pairs, noise }) => `${pairs ? `${pairs} pairs` : "all pairs"}${noise ? `, ${short(100 * noise)}% swapped` : ""}` };
+const AXES = { beta: short, alpha: short, guide: ({ beta, updates, run_beta }) => `β̂ ${short(beta)}, ${updates ? `${updates} updates` : "optimum"}${run_beta ? ", r̂ with the run's β" : ""}`, data: ({ pairs, noise }) => `${pairs ? `${pairs} pairs` : "all pairs"}${noise ? `, ${short(100 * noise)}% swapped` : ""}` };
 
 // The stored run of an objective at the places of the sliders, in nats and units of reward.
 function run(name, at) {
@@ -79,23 +79,31 @@ function creditPlot(found, beta) {
   return plot.figure;
 }
 
-const stops = (axis) => data.axes[axis].map((value, at) => ({ value: at, words: AXES[axis](value) }));
+// The grid's stops of a slider, and the one off the grid that a preset stands at.
+const START = { beta: 2, alpha: 2, guide: 1, data: 0 };
+const onGrid = (axis, at) => at < data.stops[axis];
+const stops = (axis, now) => data.axes[axis].map((value, at) => ({ value: at, size: value, words: `${AXES[axis](value)}${onGrid(axis, at) ? "" : " (preset)"}` })).filter(({ value }) => onGrid(axis, value) || value === now).sort((a, b) => a.size - b.size || 0);
 const controls = new Controls({
   preset: { label: "what goes wrong", value: "", options: [["nothing chosen", ""], ...Object.keys(data.presets).map((name) => [name, name])] },
   objective: { label: "look closer at", value: names[0], options: names.map((name) => [label(name), name]) },
-  ...Object.fromEntries(Object.keys(data.axes).map((axis) => [axis, { label: axis, value: Math.min(2, data.axes[axis].length - 1), stops: stops(axis) }])),
+  ...Object.fromEntries(Object.keys(data.axes).map((axis) => [axis, { label: axis, value: START[axis], stops: stops(axis) }])),
 }, follow);
-controls.put("guide", 1);
-controls.put("data", 0);
 const [says, text, plots, all, leaves] = [facts(), facts(), make("div", { class: "plots" }), make("div"), make("div")];
 const ends = () => names.map((name) => run(name, controls.values()));
 const pinned = pin(ends, draw);
 place(controls.box, pinned.box, says, text, legend(data.look, [{ label: "reference", marker: "*", colour: "currentColor" }]), make("p", { class: "note" }, "Thick grey: the front, which no policy lies above. Hollow: the optimum where there is one in closed form. Dashed: what was pinned. What an objective does not read leaves it where it is."), plots, make("h2", {}, "Where each ends"), all, make("h2", {}, "Its tree of tokens"), leaves);
 
-function follow(moved) {
-  const preset = data.presets[controls.value("preset")];
-  if (moved === "preset" && preset) for (const [name, value] of Object.entries({ ...preset.at, objective: preset.show })) controls.put(name, value);
-  else if (moved in data.axes) controls.put("preset", "");
+function follow(moved) { // a preset puts every slider; a slider that moves leaves it, and one off the grid goes back to the start
+  if (moved !== "objective") {
+    const preset = moved === "preset" ? data.presets[controls.value("preset")] : undefined;
+    controls.put(...(preset ? ["objective", preset.show] : ["preset", ""]));
+    const before = controls.values();
+    for (const axis of Object.keys(data.axes)) {
+      const at = preset ? preset.at[axis] : onGrid(axis, before[axis]) ? before[axis] : START[axis];
+      controls.stops(axis, stops(axis, at));
+      controls.put(axis, at);
+    }
+  }
   draw();
 }
 
