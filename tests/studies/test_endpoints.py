@@ -51,9 +51,9 @@ def test_at_a_reward_the_axis_is_straight():
 
 
 def spending(**spec) -> dict:
-    """`by_hand` with what it sampled and how long it took: 40 completions of 10 tokens, or 100 tokens and half a second more an
-    update."""
-    training = [{"step": i, "tokens": 50 * i * (i + 1), "seconds": i * (i + 1) / 4} for i in range(1, 31)]
+    """`by_hand` with what it sampled and how long it took: 40 completions of 10 tokens, or 100 tokens more an update, of which
+    one stood still for 900 seconds of the clock."""
+    training = [{"step": i, "tokens": 50 * i * (i + 1), "seconds": i + 900 * (i > 4)} for i in range(1, 31)]
     run = by_hand() | {"spec": {"data": {"seed": 1, "train_prompts": 10}} | spec, "seconds": {"training": 60.0}}
     for i, point in enumerate(run["points"]):
         point["by_prompt"]["length"] = [8.0 + i, 10.0 + i, 12.0 + i, 10.0 + i]
@@ -61,11 +61,11 @@ def spending(**spec) -> dict:
 
 
 def test_what_a_reward_cost_in_tokens_and_seconds():
-    """.65 lies a quarter of the way from update 10 to 20: 5,500 and 21,000 tokens of an online run, 27.5 and 105 of the
-    232.5 seconds on its clock, in which the processor worked 60."""
+    """.65 lies a quarter of the way from update 10 to 20: 5,500 and 21,000 of the 46,500 tokens of an online run, in which the
+    processor worked 60 seconds."""
     online, offline = spending(online={"updates": 30}), spending(train={"loss_type": "dpo"})
     assert endpoints.tokens_to(online, 0.65).mean() == pytest.approx(5500 + 15500 / 4)
-    assert endpoints.seconds_to(online, 0.65).mean() == pytest.approx(60 * (27.5 + 77.5 / 4) / 232.5)
+    assert endpoints.seconds_to(online, 0.65).mean() == pytest.approx(60 * (5500 + 15500 / 4) / 46500)
     assert np.std(endpoints.tokens_to(online, 0.65)) / 1550 == pytest.approx(np.std(endpoints.steps_to(online, 0.65)))
     for level in (0.55, 0.65, 0.8):  # all sampled before: no reward costs more
         assert endpoints.tokens_to(offline, level) == pytest.approx([320, 400, 480, 400])

@@ -54,15 +54,6 @@ def improvement(x: Scores, y: Scores, *, seed: int) -> Metric:
     return _metric(chance, mine + _tables(y), seed)
 
 
-def profile(scores: Scores, levels: Sequence[float], *, seed: int) -> list[Metric]:
-    """The performance profile: at every level, the mean over settings of the share of runs that are above it."""
-
-    def above(level: float) -> Callable:
-        return lambda drawn: np.mean([(each > level).mean(-1) for each in drawn], axis=0)
-
-    return [_metric(above(level), _tables(scores), seed) for level in levels]
-
-
 def _tables(scores: Scores) -> list[np.ndarray]:
     tables = [np.asarray(values, dtype=np.float64) for values in scores.values()]
     for name, table in zip(scores, tables, strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tpo_lib.runs.seeds import SHARES, holm
 from tpo_lib.studies import tables
 from tpo_lib.studies.spec import Study
 from tpo_lib.studies.study import keys
@@ -30,21 +31,31 @@ def table(result: Mapping, label: str, key: str) -> np.ndarray | None:
 
 
 def summaries(result: Mapping, key: str) -> dict[str, dict]:
-    """{label: mean with interval, seeds, ...} of one endpoint, see `tables.summary`."""
-    return {label: tables.summary(table(result, label, key), seed=SEED) for label in result["runs"]}
+    """{label: mean with interval, seeds, ...} of one endpoint, see `tables.summary`; a share's ends in 0 to 1, as in `seeds`."""
+    found = {label: tables.summary(table(result, label, key), seed=SEED) for label in result["runs"]}
+    name, *how = key.removeprefix("area ").split()
+    for metric in found.values():
+        if name in {*SHARES, *SCORERS} and "drop" not in how and metric["mean"] is not None:
+            metric["low"], metric["high"] = min(metric["mean"], max(0.0, metric["low"])), min(1.0, metric["high"])
+    return found
 
 
 def comparisons(study: Study, result: Mapping) -> dict[str, list[dict]]:
     """{endpoint: [a row a comparison]} of all that the study's claims compare, each endpoint with Holm's correction for itself.
 
-    A claim on the primary endpoint is read with the judges' scores too, where the result has them.
+    A claim on the primary endpoint is read with the judges' scores too, where the result has them. Rows of endpoints that decide
+    have "whole", p with Holm's correction for all such of the study together, which decides nothing.
     """
     pairs: dict[str, list[tuple[str, str]]] = {}
     for claim in study.hypotheses:
         for key in read(study, result, claim):
             known = pairs.setdefault(key, [])
             known += [pair for pair in named(result, claim) if pair not in known]
-    return {key: _family(result, key, family) for key, family in pairs.items()}
+    found = {key: _family(result, key, family) for key, family in pairs.items()}
+    deciding = [row for key in read_first(study) for row in found[key]]
+    for row, p in zip(deciding, holm([row["p"] for row in deciding]), strict=True):
+        row["whole"] = p
+    return found
 
 
 def secondary(study: Study, result: Mapping) -> dict[str, list[dict]]:

@@ -27,7 +27,7 @@ This page is written by that command."""
 
 
 def index(folder: Path) -> str:
-    """What studies/README.md says: every study's question, verdicts and page, and the table of all claims."""
+    """What studies/README.md says: every study's question, verdicts and page, the table of all claims, a picture of each study."""
     done, rows = {plan.name: result for plan, result in finished(folder)}, []
     for plan in plans(folder):
         if plan.name not in done:
@@ -37,7 +37,19 @@ def index(folder: Path) -> str:
         said = "; ".join(f"{words} ({count})" for words, count in verdicts.items())
         rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
     parts = [INDEX, waiting(folder), page.table(["study", "question", "verdicts"], rows), "## Claims", claims(folder)]
+    parts += ["## Pictures", *pictures(folder)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def pictures(folder: Path) -> list[str]:
+    """Of every study that has a result its title and the first picture of its page."""
+    found = []
+    for plan, _ in finished(folder):
+        at = f"results/{plan.name}.md"
+        drawn = page.PICTURE.search((folder / at).read_text(encoding="utf-8"))
+        if drawn:
+            found.append(f"[{plan.title}]({at}): {plan.question}\n\n![{drawn[1]}](results/{drawn[2]})")
+    return found
 
 
 def waiting(folder: Path) -> str:

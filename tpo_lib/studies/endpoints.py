@@ -116,6 +116,14 @@ def best_step(run: Run, metric: str) -> int:
     return run["points"][int(curve(run, metric).mean(1).argmax())]["step"]
 
 
+def at_best(run: Run, best: str, metric: str = "kl") -> np.ndarray:
+    """(1,): the mean of a metric at the evaluation where that of `best` is highest: where a run turns, unless that is its end.
+
+    One number a run, whose spread is that of the seeds; between two evaluations nothing is known.
+    """
+    return end(run, metric, best_step(run, best)).mean(keepdims=True)
+
+
 def steps_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
     """(P,): the updates after which the mean of `x` first comes to a level, straight between evaluations; None if it never does.
 
@@ -141,11 +149,12 @@ def tokens_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
 def seconds_to(run: Run, level: float, x: str = "reward") -> np.ndarray | None:
     """(P,): processor seconds until `steps_to` without evaluations, on the machine that made the run, in one thread.
 
-    They are a share of those of its training: of a run on pairs, that of the updates, of an online run that of the seconds on the
-    clock, which hold its sampling. What sampling pairs took, or training a guide, is in no record and left out.
+    They are a share of those of its training: of a run on pairs, that of the updates, of an online run that of the tokens it has
+    sampled and learnt from (the clock also counts what ran beside it). What sampling pairs took, or training a guide, is in no
+    record and left out.
     """
     steps = np.array([[point["step"]] for point in run["points"]])
-    gone = _logged(run, "seconds") if "online" in run["spec"] else steps
+    gone = _logged(run, "tokens") if "online" in run["spec"] else steps
     return _spent(run, level, x, run["seconds"]["training"] * gone / gone[-1])
 
 
@@ -226,7 +235,7 @@ def best_of_n_kl(n: int) -> float:
 ENDPOINTS: dict[str, Callable] = {
     each.__name__: each
     for each in (
-        *(end, at_level, budget, area, equal_area, drop, steps_to, tokens_to, seconds_to),
+        *(end, at_level, budget, area, equal_area, drop, at_best, steps_to, tokens_to, seconds_to),
         *(converged, at_convergence, floored, per_token, exponent),
     )
 }

@@ -14,7 +14,8 @@ from tpo_lib.studies.spec import Study
 from tpo_lib.studies.words import heading, versus
 
 HOW = """Differences are paired by seed and prompt, with 95% intervals over both. *Holds*, and *the reverse does*, take a p below
-.05 after Holm's correction over all comparisons of the study with that endpoint, and of rewards a judge that agrees. Intervals
+.05 after Holm's correction over all comparisons of the study with that endpoint, and of rewards a judge that agrees. Where the
+same correction over all that decide a claim of the study would not leave p below .05, that p stands beside. Intervals
 are of one comparison, without that correction: one may exclude 0 where p is not below .05. *No gain that matters*: the whole
 interval lies below the smallest gain that the plan calls one (.01 of a reward); a loss may be larger. *Not decided* is neither.
 A claim that two do the same, to within a margin, holds where the whole interval lies inside the margin; no correction, no judge
@@ -156,7 +157,11 @@ def difference(row: Mapping, key: str) -> str:
     digits = _digits(key)
     said = f"{names} {row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
     if row["holm"] < analysis.LEVEL:
-        return said
+        return (
+            said
+            if row.get("whole", 0) < analysis.LEVEL
+            else f"{said} (over all of the study p {p_words(row['whole'])})"
+        )
     return f"{said} (p {p_words(row['holm'])}, detectable {row['detectable']:.{digits}f})"
 
 
@@ -195,20 +200,22 @@ def comparisons_table(compared: Mapping[str, Sequence[Mapping]]) -> str:
         for row in family:
             digits = _digits(key) + 1
             if row["mean"] is None:
-                rows.append([heading(key), versus(row["a"], row["b"]), *["-"] * 5])
+                rows.append([heading(key), versus(row["a"], row["b"]), *["-"] * 6])
                 continue
             interval = f"{row['mean']:+z.{digits}f} [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
             apart = [
                 f"{value:.{digits}f}" if value is not None else "-"
                 for value in (row["detectable"], row["seed_sd"], row["evaluation"])
             ]
-            rows.append([heading(key), versus(row["a"], row["b"]), interval, p_words(row["holm"]), *apart])
+            ps = [p_words(row[name]) if name in row else "-" for name in ("holm", "whole")]
+            rows.append([heading(key), versus(row["a"], row["b"]), interval, *ps, *apart])
     return table(
         [
             "endpoint",
             "difference",
             "mean [95%]",
             "p (Holm)",
+            "p (all that decide)",
             "detectable",
             "sd of seeds",
             "error of the evaluation (half its interval)",

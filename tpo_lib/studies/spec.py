@@ -209,7 +209,7 @@ class Study:
         if method.guide or "guide_beta" in train or "match" in method.also:
             # an objective of its own says what it takes; a guide takes what every run does
             shared = {name: value for name, value in train.items() if name in run_settings()}
-            beta = train.get("guide_beta") or method.also["match"]["guide_beta"]
+            beta = train.get("guide_beta") or method.also.get("match", {}).get("guide_beta")
             made["guide"] = shared | {"loss_type": "dpo", "beta": beta} | method.guide
         return made | method.also
 

@@ -143,6 +143,8 @@ def keys(study: Study) -> Iterator[tuple[str, str, tuple]]:
             elif kind in SPENT:
                 for level in each["levels"]:
                     yield f"{SPENT[kind]} to {metric} {level:g}", kind, (level, metric)
+            elif kind == "at_best":
+                yield f"kl at best {metric}", kind, (metric,)
             elif kind == "converged":
                 yield "updates to convergence", kind, (each["over"],)
             elif kind == "floored":

@@ -45,13 +45,10 @@ def heading(key: str) -> str:
     """An endpoint's key, as `study.keys` makes it, in words.
 
     Example:
-        >>> heading("area second_judge"), heading("credit_rho_rare at 5 nats")
-        ('area second judge', 'credit ρ, rare tokens at 5 nats')
+        >>> heading("kl at best second_judge"), heading("credit_rho_rare at 5 nats")
+        ('KL at best second judge', 'credit ρ, rare tokens at 5 nats')
     """
-    for name, (words, _) in WORDS.items():
-        if name in key.split():
-            return " ".join(words if word == name else word for word in key.split())
-    return key.replace("_", " ")
+    return " ".join(WORDS[word][0] if word in WORDS else word.replace("_", " ") for word in key.split())
 
 
 def versus(a: str, b: str, sign: str = "-") -> str:
