@@ -36,6 +36,11 @@ def compared(name: str) -> dict[str, list[dict]]:
 
 
 @cache
+def summaries(name: str, key: str) -> dict[str, dict]:
+    return analysis.summaries(stored(name)[1], key)
+
+
+@cache
 def text(name: str) -> str:
     """What a file says to a reader, white space as one space: of a notebook its Markdown cells."""
     said = (ROOT / name).read_text(encoding="utf-8")
@@ -53,7 +58,7 @@ def readings(name: str, by: str | None) -> dict:
         return [row["mean"], row["low"], row["high"]]
 
     def mean(label, key=by):
-        return figure(tables.summary(analysis.table(result, label, key), seed=analysis.SEED))
+        return figure(summaries(name, key)[label])
 
     def pair(a, b, key=by):
         both = {each: analysis.table(result, each, key) for each in (a, b)}
@@ -69,8 +74,8 @@ def readings(name: str, by: str | None) -> dict:
         """The comparisons of an endpoint, with their corrected p."""
         return compared(name)[key]
 
-    def holm(a, b, key=by):
-        return next(row["holm"] for row in rows(key) if {row["a"], row["b"]} == {a, b})
+    def p(a, b, key=by, of="holm"):
+        return next(row[of] for row in rows(key) if {row["a"], row["b"]} == {a, b})
 
     def seeds(label, key=by):
         """A mean a seed."""
@@ -104,7 +109,7 @@ def up(x: float) -> float:
     return math.ceil(1000 * x) / 1000
 
 
-PLAIN = {each.__name__: each for each in (abs, len, max, min, sorted, stdev, sum, up)}  # beside `readings`
+PLAIN = {each.__name__: each for each in (abs, len, math.log, max, min, sorted, stdev, sum, up)}  # beside `readings`
 
 
 def stands(written: str, value: float) -> bool:
