@@ -20,7 +20,7 @@ SAID = tomllib.loads((Path(__file__).parent / "said.toml").read_text(encoding="u
 MARKED = re.compile(r"\{([^{}]+)\}")  # a number in a row's words, with its interval where it has one
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d+)|[a-z]+")
 INTERVAL = re.compile(r"\[[-+]?[\d,]*\.?\d+, [-+]?[\d,]*\.?\d+\]")
-WORDS = {"three": 3, "fourth": 4, "five": 5, "six": 6, "eight": 8, "eighth": 8, "ninth": 9, "ten": 10, "fifteen": 15}
+WORDS = {"three": 3, "five": 5, "six": 6, "eight": 8, "eighth": 8, "ninth": 9, "ten": 10, "fifteen": 15}
 WORDS |= {"third": 3, "fifth": 5}
 
 
