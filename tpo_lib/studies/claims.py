@@ -27,7 +27,7 @@ This page is written by that command."""
 
 
 def index(folder: Path) -> str:
-    """What studies/README.md says: every study's question, verdicts and page, the table of all claims, a picture of each study."""
+    """What studies/README.md says: every study's question, verdicts, page and picture, and the table of all claims."""
     done, rows = {plan.name: result for plan, result in finished(folder)}, []
     for plan in plans(folder):
         if plan.name not in done:
