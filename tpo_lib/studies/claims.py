@@ -61,7 +61,7 @@ def finished(folder: Path) -> list[tuple[Study, dict]]:
 
 
 def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -> str:
-    """One table of all claims: those that studies decide, exact ones, those of other figures, those that nothing here can test.
+    """One table of all claims: those that studies decide, exact ones, those of other figures, those that nobody tested here.
 
     Args:
         folder: of the studies.
@@ -84,7 +84,8 @@ def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -
         where = link(each["verdict"], folder.parent / each["where"])
         rows.append([each["claim"], each["source"], each.get("paper", "-"), each["here"], where])
     for each in _told(folder, "untestable"):
-        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], "cannot be tested here"])
+        said = each.get("verdict", "cannot be tested here")
+        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], said])
     return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
 
 
