@@ -56,7 +56,7 @@ class PPOConfig:
     value_coef: float = setting(0.1, "weight of the critic's loss, which trains the policy's layers, too")
     gamma: float = setting(1.0, "discount a token", above=0, most=1)
     lam: float = setting(0.95, "lambda of GAE: 1 trusts returns alone, 0 the critic", most=1)
-    whiten_rewards: bool = setting(False, "divide token rewards by their standard deviation, keep the mean")
+    whiten_rewards: bool = setting(False, "give token rewards variance 1, keep the mean")  # departs: the original does
     missing_eos_penalty: float = setting(0.0, "taken from the score of a response that was cut")
     max_new_tokens: int = setting(40, "longest response", above=0)
     temperature: float = setting(1.0, "of sampling, and of all models wherever they are read", above=0)

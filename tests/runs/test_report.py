@@ -471,3 +471,33 @@ def test_a_run_of_the_bundled_model_is_told_what_several_seeds_say_of_its_object
     facts["config"]["model"] = "gpt2"
     report.write_report(tmp_path, facts, {name: curves()[name] for name in ("dpo", "tdpo2")}, {})
     assert "several seeds say" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_finding_is_held_against_the_study_of_the_same_pair_and_no_other(tmp_path, unillustrated):
+    kept = {"n": 64, "low": 0.01, "high": 0.05, "mean": 0.03}
+    pairs = [("tgdpo", "dpo"), ("dpo", "simpo"), ("tdpo1", "simpo"), ("tdpo1", "dpo")]
+    entries = [{"a": a, "b": b} | kept for a, b in pairs[:3]] + [{"a": "tdpo1", "b": "dpo"} | kept | {"low": -0.01}]
+    facts = summary() | {"differences": {"judge": entries}}
+    facts["config"] |= {"model": str(POCKET), "objectives": [{"loss_type": "tgdpo", "alpha": 1.0}]}
+    reverse, same, nothing, open_ = report.findings(facts, "judge")
+    assert "; study 1 (5 seeds, TGDPO α1): -0.009 [-0.015, -0.003] by the area, the reverse; -0.002 [" in reverse
+    assert reverse.endswith(" at equal KL, not told apart.")
+    assert "; study 1 (5 seeds): 0.021 [0.012, 0.029] by the area, confirmed; 0.015 [" in same
+    assert nothing == "TDPO1 lies above SimPO by 0.030 [0.010, 0.050]."  # the study has no such comparison
+    assert "TDPO1 and DPO (difference 0.030 [-0.010, 0.050]; study 1 (5 seeds): -0.010 [-0.021, 0.001] by the" in open_
+    facts["config"]["objectives"] = [{"loss_type": "tgdpo", "alpha": 0.5}]
+    assert (
+        "TGDPO α0.5): -0.003 [-0.009, 0.003] by the area, 0.004 [-0.007, 0.014]" in report.findings(facts, "judge")[0]
+    )
+    facts["config"]["objectives"] = [{"loss_type": "tgdpo", "alpha": 0.7}]  # none of the study's: the one that it chose
+    assert "(5 seeds, TGDPO α1)" in report.findings(facts, "judge")[0]
+    entries[0] |= {"a": "dpo", "b": "tgdpo"}  # as found there
+    assert "TGDPO α1): 0.009 [0.003, 0.015] by the area, confirmed" in report.findings(facts, "judge")[0]
+    entries[0] |= {"b": "tgdpo α.7"}  # a setting among others
+    assert "study" not in report.findings(facts, "judge")[0]
+    report.write_report(tmp_path, facts, curves(), {})
+    assert "Study 1 compared these objectives over 5 seeds" in (tmp_path / "report.md").read_text()
+    facts["config"]["model"] = "gpt2"
+    assert "study" not in "".join(report.findings(facts, "judge"))
+    report.write_report(tmp_path, facts, curves(), {})
+    assert "Study 1" not in (tmp_path / "report.md").read_text()

@@ -10,7 +10,8 @@ import pytest
 
 from tpo_lib.files import store
 from tpo_lib.runs.verdicts import VERDICTS
-from tpo_lib.studies import claims, study
+from tpo_lib.studies import claims, page, study
+from tpo_lib.studies.spec import Study
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "studies"
@@ -91,3 +92,40 @@ def test_the_readme_of_the_repository_has_the_papers_claims_alone():
 
 def test_reports_of_runs_say_what_the_results_say():
     assert store.read_json(VERDICTS, "") == json.loads(json.dumps(claims.verdicts(STUDIES)))
+
+
+def test_what_reports_say_of_pairs_stands_on_the_page_of_the_frontier():
+    found = claims.verdicts(STUDIES)["frontier"]
+    page_of = (STUDIES / "results" / "frontier.md").read_text(encoding="utf-8")
+    low, high = found["between"]["equal_area"]
+    headings = {"area": "area {}", "equal_area": f"{{}} over {low:g} to {high:g} nats"}
+    assert {tuple(sorted((row["a"].split()[0], row["b"].split()[0]))) for row in found["pairs"]} == {
+        ("dpo", "tdpo1"), ("dpo", "tdpo2"), ("tdpo1", "tdpo2"), ("dpo", "tgdpo"), ("simpo", "tgdpo"), ("dpo", "simpo"),
+    }  # fmt: skip
+    for row in found["pairs"]:
+        heading = headings[row["kind"]].format(row["metric"].replace("_", " "))
+        figures = f"{row['mean']:+z.4f} [{row['low']:+z.4f}, {row['high']:+z.4f}]"
+        line = f"| {heading} | {page.label(row['a'])} - {page.label(row['b'])} | {figures} | "
+        assert line in page_of
+        p = page_of.partition(line)[2].partition(" |")[0]
+        assert row["told"] == (p == "< .001" or float(p) < 0.05)
+
+
+def test_reports_of_the_bundled_model_say_nothing_of_another(tmp_path):
+    shutil.copytree(STUDIES / "claims", tmp_path / "claims")
+    (tmp_path / "results").mkdir()
+    text = (STUDIES / "frontier.toml").read_text(encoding="utf-8")
+    (tmp_path / "frontier.toml").write_text(
+        text.replace('preset = "pocket"', 'preset = "smollm2-135m"'), encoding="utf-8"
+    )
+    result = study.read(STUDIES, "frontier") | {"digest": Study.read(tmp_path / "frontier.toml").digest}
+    study.write(tmp_path / "results" / "frontier.json", result)
+    assert len(claims.finished(tmp_path)) == 1
+    assert claims.verdicts(tmp_path) == {"claims": [], "frontier": None}
+
+
+def test_a_claim_that_could_be_tested_and_was_not_is_not_called_untestable():
+    (row,) = [
+        row for row in claims.claims(STUDIES).splitlines() if row.startswith("| Dense token rewards make PPO better")
+    ]
+    assert row.endswith("| not tested |")

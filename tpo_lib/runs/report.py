@@ -146,6 +146,7 @@ def _content(summary: Mapping, curves: Mapping, samples: Mapping) -> dict:
         "results": _results(summary),
         "equal": [(title, *found) for x, y, title in EQUAL if {x, y} <= known and (found := _equal(curves, x, y))],
         "found": {COLUMNS[metric][0]: findings(summary, metric) for metric in COMPARED},
+        "frontier": verdicts.frontier(summary["config"]),
         "studies": verdicts.of(summary["config"].get("model"), [name.split()[0] for name in summary["objectives"]]),
         "study_columns": verdicts.COLUMNS,
         "optimised": {COLUMNS[judge][0]: sentences(curves, judge, seed=summary["seed"]) for judge in JUDGES},
@@ -163,14 +164,17 @@ def findings(summary: Mapping, metric: str = "reward") -> list[str]:
     Up to `MANY` comparisons are told one by one, more of them setting by setting.
     """
     differences, digits = summary.get("differences", {}).get(metric), COLUMNS[metric][1] + 1
+    beside = partial(verdicts.beside, summary.get("config", {}), metric)
     told, not_told = [], []  # (above, below, by how much), (a, b, the difference)
     for entry in differences or []:
         sign = 1 if entry["mean"] >= 0 else -1
         low, high = sorted((sign * entry["low"], sign * entry["high"]))
         size = f"{abs(entry['mean']):.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
-        pair = [_label(entry[side]) for side in "ab"][::sign]
+        pair = [entry[side] for side in "ab"][::sign]
         mark = NOT_AFTER if entry.get("holm", 0.0) >= 0.05 else ""
-        (told if low > 0 else not_told).append((*pair, f" by {size}{mark}" if low > 0 else f" (difference {size})"))
+        more = beside(*pair, told=low > 0) if len(differences) <= MANY else ""
+        words = f" by {size}{mark}{more}" if low > 0 else f" (difference {size}{more})"
+        (told if low > 0 else not_told).append((*map(_label, pair), words))
     if differences is None:
         results = {name: row[metric] for name, row in summary["objectives"].items() if metric in row}
         for a, b in itertools.combinations(sorted(results, key=lambda name: -results[name]["mean"]), 2):

@@ -6,13 +6,15 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.studies import page, study
+from tpo_lib.studies import analysis, page, study
 from tpo_lib.studies.spec import Study
 
+FRONTIER, KINDS = "frontier", ("area", "equal_area")  # the study that ranks the objectives, and by what
+PLAIN = re.compile(rf"({'|'.join(OBJECTIVES)})( α[\d.]+)?")  # the label of an objective as it is
 PAPERS = ("DPO", "TDPO", "TGDPO")  # how the sources of their claims begin
 MARKS = "<!-- claims: written by `python -m tpo_lib study` -->", "<!-- end of claims -->"
 WAIT = "<!-- what has not run: written by the same command -->", "<!-- end of what has not run -->"
@@ -73,7 +75,7 @@ def finished(folder: Path) -> list[tuple[Study, dict]]:
 
 
 def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -> str:
-    """One table of all claims: those that studies decide, exact ones, those of other figures, those that nothing here can test.
+    """One table of all claims: those that studies decide, exact ones, those of other figures, those that nobody tested here.
 
     Args:
         folder: of the studies.
@@ -96,21 +98,55 @@ def claims(folder: Path, at: Path | None = None, *, of: Sequence[str] = ("",)) -
         where = link(each["verdict"], folder.parent / each["where"])
         rows.append([each["claim"], each["source"], each.get("paper", "-"), each["here"], where])
     for each in _told(folder, "untestable"):
-        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], "cannot be tested here"])
+        said = each.get("verdict", "cannot be tested here")
+        rows.append([each["claim"], each["source"], each.get("paper", "-"), each["why"], said])
     return page.table(page.CLAIMS, [row for row in rows if row[1].startswith(tuple(of))])
 
 
 def verdicts(folder: Path) -> dict:
-    """{"claims": [{"claim", "objectives", "here", "verdict", "study"}]} of the papers' claims, for a run's report."""
-    said = []
+    """What the studies of the bundled model say, for a run's report.
+
+    Returns:
+        claims: [{"claim", "objectives", "here", "verdict", "study"}] of the papers' claims; frontier: see `_frontier`, None where
+        that study has no result.
+    """
+    said, frontier = [], None
     for plan, result in finished(folder):
+        if plan.data["preset"] != "pocket":
+            continue
+        frontier = _frontier(plan, result) if plan.name == FRONTIER else frontier
         for claim, (words, source, _, here, verdict) in zip(
             plan.hypotheses, page.claim_rows(plan, result), strict=True
         ):
             names = {side.split()[0] for pair in claim["pairs"] for side in pair if side.split()[0] in OBJECTIVES}
             row = {"claim": words, "objectives": sorted(names), "here": here, "verdict": verdict, "study": plan.title}
             said += [row] if source.startswith(PAPERS) else []
-    return {"claims": said}
+    return {"claims": said, "frontier": frontier}
+
+
+def _frontier(plan: Study, result: Mapping) -> dict:
+    """What ranks the objectives: {"number", "seeds", "chosen": {objective: label}, "between": {kind: nats}, "pairs"}.
+
+    A pair is {"a", "b", "metric", "kind" of KINDS, "told": by p after Holm's correction, "mean", "low", "high"} of a - b, two
+    objectives as they are.
+    """
+    kinds = {key: (kind, given[0]) for key, kind, given in study.keys(plan) if kind in KINDS}
+    of = {label: found[1] for label in result["runs"] if (found := PLAIN.fullmatch(label))}
+    found = [
+        (kinds[key], row)
+        for compared in (analysis.comparisons(plan, result), analysis.secondary(plan, result))
+        for key in (each for each in kinds if each in compared)
+        for row in compared[key]
+        if {row["a"], row["b"]} <= of.keys() and of[row["a"]] != of[row["b"]] and row["mean"] is not None
+    ]
+    pairs = [
+        {"a": row["a"], "b": row["b"], "metric": metric, "kind": kind, "told": row["holm"] < analysis.LEVEL}
+        | {name: round(row[name], 9) for name in ("mean", "low", "high")}
+        for (kind, metric), row in found
+    ]
+    between = {each["kind"]: each["between"] for each in plan.endpoints if each["kind"] in KINDS}
+    seeds = len(plan.report["seeds"])
+    return {"number": plan.number, "seeds": seeds, "chosen": result["best"], "between": between, "pairs": pairs}
 
 
 def _told(folder: Path, name: str) -> list[dict]:
