@@ -387,3 +387,17 @@ def test_equation_map_on_disk_is_current_and_its_links_lead_somewhere():
     links = set(re.findall(r"\]\(([^)]+)\)", text))
     assert "../tpo_lib/losses.py" in links
     assert all((notebooks / link).is_file() for link in links)
+
+
+def test_a_correlation_counts_a_token_as_often_as_the_reference_writes_it():
+    world = TokenWorld(3, 3, seed=1, num_prompts=2)
+    x, y = world.reward, world.soft_optimum(0.5)[0].a
+    rows = world.responses
+    written = world.prompt_probs[rows.prompt] * world.sequence_logps(world.ref_logps).exp()  # (R,)
+    often = written[:, None].expand_as(rows.mask)
+    told = [world.tokenwise(table)[rows.mask] for table in (x, y)]  # token by token of every response
+    weight = often[rows.mask] / often[rows.mask].sum()
+    a, b = (each - (weight * each).sum() for each in told)
+    by_hand = (weight * a * b).sum() / ((weight * a * a).sum() * (weight * b * b).sum()).sqrt()
+    assert tools.correlation(world, x, y) == pytest.approx(float(by_hand), abs=1e-12)
+    assert tools.correlation(world, x, 1 - 2 * x) == pytest.approx(-1)

@@ -157,3 +157,10 @@ def objective(world: TokenWorld, logps: Tensor, beta: float) -> Tensor:
 def mean_seq_kl(world: TokenWorld, p: Tensor, q: Tensor) -> Tensor:
     """E_{y~p} SeqKL(y; p || q) = KL between the two distributions of whole responses, in nats."""
     return (world.visits(p) * world.kl(p, q)).sum()
+
+
+def correlation(world: TokenWorld, x: Tensor, y: Tensor) -> float:
+    """Of two (S, V) tables, over the tokens that pi_ref writes: each counts as often as it does."""
+    written = world.visits(world.ref_logps)[:, None] * world.ref_logps.exp()
+    covariance = torch.stack([x.flatten(), y.flatten()]).cov(aweights=written.flatten(), correction=0)
+    return float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
