@@ -78,7 +78,12 @@ def pictures(plan: Study, result: Mapping, folder: Path) -> list[tuple[str, str]
     usual = ["conditions" if conditions.by_condition(runs) else "frontier"]
     for name in plan.report.get("pictures", usual):
         if name == "conditions":
-            wanted = [key for key, *_ in study.keys(plan) if key in {plan.primary} | analysis.read_first(plan)]
+            first = {plan.primary, *analysis.read_first(plan)}  # and the reward where all of them come
+            wanted = [
+                key
+                for key, *how in study.keys(plan)
+                if key in first or (how[0] == "equal_area" and how[1][0] == "reward")
+            ]
             read = {heading(key): analysis.summaries(result, key) for key in wanted}
             keep(name, conditions.figure(read), conditions.alt(read))
         elif name == "frontier":
