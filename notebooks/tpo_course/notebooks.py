@@ -87,7 +87,7 @@ def refresh(path: Path, *, execute: bool = True) -> float | None:
         began = time.time()
         where = {"metadata": {"path": str(path.parent)}}
         alone = os.environ | {"TPO_PROGRESS": "off"}  # what somebody predicted here is no output of the course
-        NotebookClient(notebook, timeout=600, resources=where).execute(env=alone)
+        NotebookClient(notebook, timeout=600, resources=where, coalesce_streams=True).execute(env=alone)
         seconds = round(time.time() - began, 1)
         notebook.metadata["tpo"] = {"seconds": seconds}
     _clean(notebook)
