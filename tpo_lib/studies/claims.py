@@ -25,7 +25,7 @@ chosen on other prompts.
 [The plan](PLAN.md) says what was to count, and was written first. `python -m tpo_lib study NAME` makes a study again, `--all` all
 of them; what was run is kept in runs/studies, and an interrupted study goes on where it was.
 
-This page is written by that command."""
+This page is written by that command. A verdict with a star has a caveat, which stands in its row of the claims."""
 
 
 def index(folder: Path) -> str:
@@ -35,7 +35,8 @@ def index(folder: Path) -> str:
         if plan.name not in done:
             rows.append([plan.title, plan.question, "not run yet, or changed since"])
             continue
-        verdicts = Counter(words for *_, words in page.claim_rows(plan, done[plan.name]))
+        rows_of = page.claim_rows(plan, done[plan.name])
+        verdicts = Counter(re.sub(r" \(.*\)$", "\\*", words) for *_, words in rows_of)
         said = "; ".join(f"{words} ({count})" for words, count in verdicts.items())
         rows.append([f"[{plan.title}](results/{plan.name}.md)", plan.question, said or "-"])
     parts = [INDEX, waiting(folder), page.table(["study", "question", "verdicts"], rows), "## Claims", claims(folder)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tpo_lib.runs import plots
 
@@ -47,6 +48,7 @@ def figure(read: Mapping[str, Mapping[str, Mapping]]) -> Figure:
                 ax.plot([found[name]["low"], found[name]["high"]], [at, at], color=style.colour, linewidth=2)
                 ax.plot([found[name]["mean"]], [at], color=style.colour, marker=style.marker, markersize=7)
         ax.set(xlabel=words, ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_yticklabels(rows if ax is axes[0] else [])
     plots.legend(fig, dict.fromkeys(objectives, ()))
     return fig
