@@ -32,6 +32,13 @@ def test_ends_and_steps_are_the_rows_of_the_record():
     assert endpoints.best_step(run, "reward") == 20
 
 
+def test_where_a_run_turns_is_the_kl_of_its_best_evaluation():
+    turning = by_hand([0.0, 1.0, 4.0, 9.0], [0.5, 0.6, 0.8, 0.7])
+    assert endpoints.at_best(turning, "reward").tolist() == pytest.approx([4.0])
+    rising = by_hand([0.0, 1.0, 4.0, 9.0], [0.5, 0.6, 0.7, 0.8])
+    assert endpoints.at_best(rising, "reward").tolist() == pytest.approx([9.0])
+
+
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0, 2.25, 6.0, 9.0, 9.1])
 def test_the_mean_at_a_level_is_what_the_frontier_shows_there(level):
     found, expected = endpoints.at_level(by_hand(), "reward", level), plots.at_level(*ONE, level, root=True)

@@ -11,6 +11,7 @@ from statistics import stdev
 import numpy as np
 import pytest
 
+from tpo_lib.runs import seeds
 from tpo_lib.studies import analysis, figures, page, study, tables
 from tpo_lib.studies.spec import Study
 
@@ -147,3 +148,13 @@ def test_no_number_of_a_study_is_left_out(name):
         left = re.search("In short: (.*?)<details>", left)[1]
         assert re.findall(r"(?<![\d.])\.\d{2,}(?! of a reward)", left) == []
     assert INTERVAL.findall(left) == []
+
+
+def test_p_over_a_whole_study_corrects_for_all_that_decides():
+    plan, _ = stored("convergence")
+    found = compared("convergence")
+    rows = [row for key in analysis.read_first(plan) for row in found[key]]
+    assert len(rows) > max(len(found[key]) for key in analysis.read_first(plan))
+    assert [row["whole"] for row in rows] == seeds.holm([row["p"] for row in rows])
+    assert all(row["whole"] >= row["holm"] for row in rows)
+    assert all("whole" not in row for key in ("second_judge drop", "kl end") if key in found for row in found[key])
