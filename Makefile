@@ -32,13 +32,13 @@ test: setup  ## every test, no network
 	$(BIN)/pytest $(ALONE)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE) $(ALONE:%=--ignore %)
 
-floor: setup  ## widgets and chapters (CHAPTERS=0[01458]_*: some of them) once more, with the oldest ipywidgets and IPython that Colab has
+floor: setup  ## widgets and chapters (CHAPTERS=0[01458]_*: some of them) once more, with the oldest ipywidgets and IPython that Colab has; PYTHON=python3.13 in a fresh clone is Colab's Python too
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install -q "ipywidgets==7.7.1" "ipython>=8,<9" ipykernel nbval pytest pytest-xdist
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/course.pth
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest $(TWICE) notebooks/$(or $(CHAPTERS),*).ipynb \
-	  $(filter-out $(ALONE),$(wildcard tests/course/test_widgets_*.py)) tests/runs/test_lab.py
+	  $(filter-out $(ALONE),$(wildcard tests/course/test_widgets_*.py)) tests/course/test_hosted.py tests/runs/test_lab.py
 	$(FLOOR)/bin/python -m pytest $(filter tests/course/%,$(ALONE))
 
 lint: setup

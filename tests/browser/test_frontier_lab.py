@@ -51,7 +51,10 @@ def test_a_pinned_state_stands_beside_the_next_and_collides_with_nothing(noteboo
     page.assert_clean()
 
 
-@pytest.mark.parametrize(("chapter", "objectives"), [("02_dpo", ["dpo"]), ("04_tdpo", ["dpo", "tdpo1", "tdpo2"])])
+@pytest.mark.parametrize(
+    ("chapter", "objectives"),
+    [("02_dpo", ["dpo"]), ("04_tdpo", ["dpo", "tdpo1", "tdpo2"]), ("05_tgdpo", ["dpo", "tgdpo"])],
+)
 def test_frontier_lab_trains_and_draws_at_once(notebook, chapter, objectives):
     """From a key to the pictures of what was trained: with 5% of the labels swapped no state is stored."""
     page = notebook(f"live_{chapter}.ipynb", [imports(chapter), *cells(chapter, "widgets.frontier_lab(")], height=1500)

@@ -117,6 +117,27 @@ def test_the_notebook_shows_card_stub_and_check(module, exercise):
     assert exercise(namespace[exercise.name]).status == "not attempted"
 
 
+@pytest.mark.parametrize(("module", "exercise"), EXERCISES)
+def test_only_its_checker_calls_an_answer(module, exercise):
+    """So that Run All survives an answer that is missing, or half done."""
+    cells, _ = _cells(module, exercise)
+    others = ("".join(c["source"]) for c in cells if f"exercise:{exercise.name}" not in c["metadata"].get("tags", []))
+    assert [source for source in others if re.search(rf"(?<![\w.]){exercise.name}\(", source)] == []
+
+
+@pytest.mark.parametrize(
+    "chapter", ["01_preferences", "02_dpo", "03_token_mdp", "04_tdpo", "05_tgdpo", "05b_tgdpo_practice"]
+)
+def test_every_section_has_something_to_do(chapter):
+    """A task, a widget, an equation to break, a prediction, or a question in words."""
+    cells = json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text())["cells"]
+    head, *sections = re.split(r"^## ", "\n".join("".join(cell["source"]) for cell in cells), flags=re.MULTILINE)
+    asks = re.compile(r"\bcheck\.\w|\bwidgets\.\w|\.ask\(|\*Predict|\w\?")
+    idle = [section.splitlines()[0] for section in sections if not asks.search(section)]
+    assert idle in (["Recap"], [])
+    assert len(sections) > 5
+
+
 @pytest.mark.parametrize(("module", "task"), OTHERS)
 def test_the_notebook_shows_the_other_kinds(module, task):
     _, code = _cells(module, task)

@@ -244,7 +244,8 @@ class FrontierLab:
 
     def _alt(self, runs: Mapping[str, Run]) -> str:
         said = "; ".join(
-            f"{style_of(name).label} ends at KL {run.end[0]:.2f} nats, reward {run.end[1]:.2f}, {self.below(run):.2f} below it"
+            f"{style_of(name).label} ends at KL {run.end[0]:.2f} nats, reward {run.end[1]:.2f}, "
+            f"{abs(self.below(run)):.2f} below it"
             for name, run in runs.items()
         )
         where = settings(self.state.setting, self.objectives)
