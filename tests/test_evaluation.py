@@ -192,6 +192,23 @@ def test_sequence_kl_does_not_depend_on_batches_or_padding(pair_of_models, token
     torch.testing.assert_close(whole.entropy, single.entropy, rtol=1e-10, atol=0)
 
 
+def test_no_more_logits_are_made_at_a_time_than_there_is_room_for(pair_of_models, tokenizer, monkeypatch):
+    policy, ref = (model.double() for model in pair_of_models)
+    whole, sizes = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions()), []
+    longest, vocab = max(len(each.steps) for each in completions()), len(policy.get_input_embeddings().weight)
+    for room, batches in ((2 * vocab * longest, [2, 2]), (vocab, [1, 1, 1, 1])):
+        monkeypatch.setattr(ev, "LOGITS", room)
+        with monkeypatch.context() as inner:
+            collate = ev.collate
+            inner.setattr(
+                ev, "collate", lambda pairs, *given, to=collate: (sizes.append(len(pairs)), to(pairs, *given))[1]
+            )
+            few = ev.sequence_kl(policy, ref, tokenizer, PROMPTS, completions())
+        assert sizes == batches
+        sizes.clear()
+        torch.testing.assert_close(few.kl, whole.kl, rtol=1e-10, atol=0)
+
+
 # ---- held-out pairs
 
 

@@ -128,6 +128,17 @@ def test_frozen_copy_is_a_copy():
     assert copy.model.norm.weight.abs().sum() > 0
 
 
+def test_a_mac_computes_on_its_cpu_unless_told_otherwise(monkeypatch):
+    """Nothing was tried on MPS, which has no float64."""
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for cuda, found in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert models.choose_device().type == found
+    with pytest.raises(ValueError, match=r"device 'mps' is not here; choose cpu or cuda"):
+        models.choose_device("mps")
+
+
 def test_precision_is_chosen_from_the_device(monkeypatch):
     assert models.choose_precision(torch.device("cpu")) == "no"
     assert models.choose_precision(torch.device("cpu"), "bf16") == "bf16"

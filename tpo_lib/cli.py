@@ -293,8 +293,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OutOfMemory):
         return f"out of memory: {text}"
     if ran_out(error):
-        lower = "--batch-size, --max-tokens, --max-length, --num-prompts or --max-new-tokens"
-        return f"out of memory: {text}; lower {lower}"
+        lower = "--batch-size, --max-tokens, --max-length, --num-prompts or --max-new-tokens, whichever the command has"
+        return f"out of memory: {text}; lower {lower}; run has --set stage.max_new_tokens=N"
     known = isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError)
     if known and (isinstance(error, OSError) or frames[-1] == ours[-1]):
         return f"{type(error).__name__}: {text}"
@@ -403,7 +403,7 @@ FLAGS = {  # those of one command stand behind its name
         "metavar": "FILE.py:NAME",
         "help": "FILE.py:NAME of the objective of your own that the run was trained with",
     },
-    "--device": {"help": "cpu, cuda or mps (default: the best there is)"},
+    "--device": {"help": "cpu, cuda or mps (default: cuda where there is one, else cpu; nothing was tried on mps)"},
     "--seed": {"default": 0, "help": "of prompts and samples"},
     "run --seed": {"default": 0, "help": "of prompts, samples and the order of the pairs"},
     "pairs --output": {"required": True, "help": "file to write: .jsonl or .parquet; the histogram goes beside it"},

@@ -53,7 +53,7 @@ class TrainConfig:
         "no (float32), bf16 or fp16 autocast; None chooses by the device, auto measures on a CPU, too",
         choices=("no", "bf16", "fp16", "auto"),
     )
-    device: str | None = setting(None, "cpu, cuda or mps; None chooses")
+    device: str | None = setting(None, "cpu, cuda or mps; None takes cuda where there is one, else the cpu")
     lora_rank: int = setting(0, "0 trains all weights, otherwise low-rank adapters of that rank (extra `peft`)")
     lora_alpha: float | None = setting(None, "scales the adapters, over the rank; None is twice the rank", above=0)
     lora_targets: str = setting("all-linear", "the adapted layers, as q_proj,v_proj; all-linear is all but the head")

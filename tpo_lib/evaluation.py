@@ -29,6 +29,7 @@ from tpo_lib.rewards import probe
 from tpo_lib.sampling import Completion
 from tpo_lib.types import TokenStats
 
+LOGITS = 2**29  # of a model, in memory at a time: 2 GB
 RARE = 1e-4  # a token of less probability than this under the reference is one that it would hardly write
 
 
@@ -194,7 +195,7 @@ def sequence_kl(
 
     Args:
         prompts, completions: S texts, and what the policy sampled behind each at temperature 1; its own ids are scored.
-        batch_size: sequences whose logits are alive at a time.
+        batch_size: sequences whose logits are alive at a time; fewer where these would be more than LOGITS.
 
     Raises:
         ValueError: a KL, an entropy or a surprisal is not finite.
@@ -204,14 +205,14 @@ def sequence_kl(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]) + len(responses[i]))  # little padding
     models = [ResponseReader(model) for model in (policy, reference)]
     sums = SampleStats(*(torch.zeros(len(order), dtype=torch.float64) for _ in range(5)))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows]).to(policy.device)
+    batch_size = max(1, min(batch_size, LOGITS // (models[0].vocab * max(map(len, responses)))))
+    for rows in torch.tensor(order).split(batch_size):
+        batch = collate([EncodedPair(i, encoded[i], responses[i]) for i in rows.tolist()]).to(policy.device)
         # the policy first: the samples are its own, so its expectation is the one they estimate
         said = stats.kl_entropy_surprisal(*(model(batch).logits() for model in models), batch.labels)
         said = (*said, said[2] > -math.log(RARE), stats.response_mask(batch.labels))  # (N, T-1) each
         for name, values in zip(vars(sums), said, strict=True):
-            getattr(sums, name)[rows] = values.double().sum(-1).cpu()
+            getattr(sums, name)[rows] = values.cpu().double().sum(-1)
     for i in (~(sums.kl + sums.entropy + sums.surprisal).isfinite()).nonzero().flatten().tolist():
         raise ValueError(
             f"sample {i} has KL(policy || reference) = {sums.kl[i]:.4g} and an entropy of {sums.entropy[i]:.4g}: the reference "
@@ -308,9 +309,8 @@ def pair_stats(
             a response token each) and not computed again for pairs seen before.
     """
     _check_ranking(pairs, None, None, guide)
-    frozen = {"ref": reference, "guide": guide}
-    frozen = {name: ResponseReader(model) for name, model in frozen.items() if model is not None}
-    reader, parts = ResponseReader(policy), []
+    known, reader, parts = (("ref", reference), ("guide", guide)), ResponseReader(policy), []
+    frozen = {name: ResponseReader(model) for name, model in known if model is not None}
     for start in range(0, len(pairs), batch_size):
         batch = collate(list(pairs[start : start + batch_size]), pad_token_id).to(policy.device)
         kept = {} if cache is None else cache

@@ -29,7 +29,7 @@ SET_UP = """\
 # Colab and Kaggle: this fetches the course, once a session.{says}
 {tier}KEEP_ON_DRIVE = False  #@param {{type: "boolean"}}
 import os, sys
-home = "/content" if "google.colab" in sys.modules else "/kaggle/working" if os.path.isdir("/kaggle/working") else ""
+{device}home = "/content" if "google.colab" in sys.modules else "/kaggle/working" if os.path.isdir("/kaggle/working") else ""
 if home and not os.path.isdir(f"{{home}}/course"):
     repository, version = "https://github.com/{slug}", "v{version}"  # while there is no such tag, the newest
     !git clone -q --depth 1 -b $version $repository $home/course || git clone -q --depth 1 $repository $home/course
@@ -41,7 +41,11 @@ if home:
 TIER = {  # what the cell has besides, where a cell below it reads PRESET
     "says": " TIER is what cells with PRESET run on, if the machine can carry it.",
     "tier": f'TIER = "pocket (CPU)"  #@param {json.dumps(list(TIERS))}\n',
+    "device": "",
     "choose": "\nfrom tpo_course import tiers\nPRESET = tiers.choose(TIER)",
+}
+PLAIN = dict.fromkeys(TIER, "") | {
+    "device": 'os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the cells below are written for a CPU\n'
 }
 
 
@@ -56,8 +60,7 @@ def set_up(*, tier: bool) -> str:
     Args:
         tier: it takes a tier, too, and sets PRESET: for chapters with a cell that reads it.
     """
-    more = TIER if tier else dict.fromkeys(TIER, "")
-    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, **more)
+    return SET_UP.format(slug=REPO_SLUG, version=tpo_lib.__version__, **(TIER if tier else PLAIN))
 
 
 def badge(name: str) -> str:

@@ -115,6 +115,15 @@ def test_one_address(path):
 
 
 @pytest.mark.parametrize("path", COURSE)
+def test_what_no_tier_was_chosen_for_stays_on_the_cpu(path):
+    """Its cells mix tensors of their own with the models': on a machine with a GPU they would meet on two devices."""
+    setup, *cells = ("".join(cell["source"]) for cell in _code(path))
+    hidden = 'os.environ["CUDA_VISIBLE_DEVICES"] = ""' in setup
+    assert hidden != any(re.search(r"\bPRESET\b", source) for source in cells)
+    assert setup.index("import os") < setup.find("CUDA_VISIBLE_DEVICES") < setup.index("home =") or not hidden
+
+
+@pytest.mark.parametrize("path", COURSE)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", _prose(path)):
         if not target.startswith(("http://", "https://")):

@@ -278,15 +278,26 @@ def test_a_mixture_of_experts_is_trained_without_the_term_of_its_router(tmp_path
         ("_is_vlm", "processing_class is a processor: models that read images cannot be read; give a tokenizer"),
         ("is_fsdp_enabled", "FSDP: weights cut over processes cannot be read; DDP .* can be used"),
         ("is_deepspeed_enabled", "DeepSpeed: weights cut over processes cannot be read; DDP .* can be used"),
+        (
+            "model.hf_device_map",
+            "the model lies on several GPUs, where it cannot be read; launch with accelerate launch",
+        ),
     ],
 )
 def test_what_the_launcher_or_a_processor_brings_is_refused(name, sentence, tmp_path, monkeypatch):
     """TRL sets these when it makes a trainer; here they are set after it."""
     made = trl.DPOTrainer.__init__
+
+    def brought(trainer) -> None:
+        if name.startswith("model."):
+            trainer.model.hf_device_map = {"model.layers.0": 0, "lm_head": 1}
+        else:
+            setattr(trainer, name, True)
+
     monkeypatch.setattr(
         trl.DPOTrainer,
         "__init__",
-        lambda self, *given, **named: (made(self, *given, **named), setattr(self, name, True))[0],
+        lambda self, *given, **named: (made(self, *given, **named), brought(self))[0],
     )
     with pytest.raises(ValueError, match=f"^{sentence}"):
         tdpo(tmp_path)

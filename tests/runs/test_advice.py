@@ -89,7 +89,9 @@ def test_what_is_in_use_is_not_advised(monkeypatch):
 
 def test_adapters_are_advised_where_the_model_is_wider_than_they():
     now = advice.update_of(CONFIG, FastPath(), PAIRS, "no")
-    narrow, wide = (advice.remedies_of(CONFIG, FastPath(), now, width) for width in (advice.RANK, advice.RANK + 1))
+    narrow, wide = (
+        advice.remedies_of(CONFIG, FastPath(), now, width, "bf16") for width in (advice.RANK, advice.RANK + 1)
+    )
     assert wide.keys() - narrow.keys() == {"--lora-rank 16"}
 
 
@@ -126,6 +128,14 @@ def test_a_run_that_finds_no_memory_says_what_takes_less(error, tmp_path, capsys
     assert caught.value.__cause__ is error
     assert store.newest(tmp_path / "run/checkpoints").name == "step-00000001"  # what was done is kept
     assert cli._sentence(caught.value) == f"out of memory: {text}"
+
+
+def test_half_as_long_numbers_are_those_that_the_device_has(monkeypatch):
+    monkeypatch.setattr(advice, "room_of", lambda device: 0.0)
+    for half in ("fp16", "bf16"):
+        monkeypatch.setattr(advice, "choose_precision", lambda device, half=half: half)
+        text = advice.advice(CONFIG, FastPath(), tiny.llama().config, tiny.pairs(2), precision="no", device="cuda")
+        assert f"--precision {half}" in text
 
 
 def test_other_errors_stay_what_they_are():

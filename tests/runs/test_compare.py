@@ -9,11 +9,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tpo_lib import losses
 from tpo_lib.cli import main
 from tpo_lib.files import store
 from tpo_lib.runs import compare, heatmap, presets, stage
+from tpo_lib.runs.advice import OutOfMemory
 from tpo_lib.runs.presets import PRESETS
 
 OBJECTIVES = {name for name, entry in losses.OBJECTIVES.items() if entry.paired}
@@ -53,6 +55,19 @@ def finished(tmp_path_factory):
     finally:
         stage.evaluate = real
     return config, folder, summary
+
+
+def test_an_evaluation_that_finds_no_memory_says_what_takes_less(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+
+    def give_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stage, "evaluate", give_out)
+    with pytest.raises(
+        OutOfMemory, match=r"^CUDA out of memory\.; an evaluation does not fit; .* --set stage\.sampled_together=N"
+    ):
+        compare.run(config, tmp_path / "one", progress=False)
 
 
 def test_rewards_rise_and_figures_are_finite(finished):

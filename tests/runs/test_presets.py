@@ -1,10 +1,12 @@
 """Presets: what each comes to, where its values come from, and that single fields of a comparison can be changed."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from tpo_lib import losses
+from tpo_lib.fast.memory import SHAPES, ModelShape, step_memory
 from tpo_lib.runs import presets
 from tpo_lib.runs.presets import PRESETS
 from tpo_lib.runs.settings import schedule
@@ -35,6 +37,45 @@ def test_the_pocket_comparison_is_the_stage_of_the_notebooks():
     assert sum(step <= 6 for step in steps) >= 4  # after six updates the fastest objective has moved by 7 nats
     tdpo2 = next(run for run in full.objectives if run.loss_type == "tdpo2")
     assert tdpo2.hyperparameters() == {"beta": 0.1, "alpha": 0.2}
+
+
+SMOLLM2_360M = ModelShape("llama", 32, 960, 2560, 320, 49152)
+PYTHIA = ModelShape("gpt2", 32, 2560, 10240, 2560, 50304)
+LLAMA_3B = ModelShape("llama", 28, 3072, 8192, 1024, 128256)
+GEMMA_2B = ModelShape("llama", 26, 2304, 9216, 1024, 256000)
+LARGE = {  # what a preset that was never run takes: its shape, the tokens of its longest pair where they are fewer, and processes
+    "smollm2-360m": (SMOLLM2_360M, 56, 1),
+    "gpt2-imdb": (SHAPES["GPT-2 small"], 56, 1),
+    "gpt2-large-imdb": (SHAPES["GPT-2 large"], 56, 1),
+    "imdb-ready-pairs": (SHAPES["GPT-2 large"], 256, 1),
+    "llama-3.2-1b-lora": (SHAPES["Llama-3.2-1B"], 1024, 1),
+    "pythia-2.8b-hh": (PYTHIA, 512, 1),
+    "llama3-8b-uf-pairrm": (SHAPES["Llama-3.1-8B"], 2048, 8),
+    "llama3-8b-uf-armorm": (SHAPES["Llama-3.1-8B"], 2048, 8),
+    "llama3.2-3b-uf-armorm": (LLAMA_3B, 2048, 1),
+    "gemma2-2b-uf-armorm": (GEMMA_2B, 2048, 1),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("pocket", "smollm2-135m")])
+def test_what_a_preset_needs_is_what_an_update_takes(name):
+    """By the memory model, with a twentieth to spare; two frozen models, since its comparison trains TGDPO."""
+    (shape, length, shards), needs = LARGE[name], PRESETS[name].needs
+    train = next(run for run in presets.comparison(name).objectives if run.loss_type == "tgdpo")
+    assert train.batch_size * train.accumulation * shards in (32, 64, 128)
+    how = {
+        "length": length,
+        "pairs": train.batch_size,
+        "objective": "tgdpo",
+        "optimizer": train.optimizer,
+        "scored": 0.85,
+    }
+    how |= {"lora_rank": train.lora_rank, "precision": "fp16" if "T4" in needs else "bf16", "shards": shards}
+    offers = re.findall(r"(\d+) GB( with --checkpointing)?", needs.replace("T4", "15 GB"))
+    assert offers
+    for size, again in offers:
+        takes = step_memory(shape, checkpointing=bool(again), **how).total
+        assert takes < 0.95 * int(size) * 10**9, f"{size} GB{again}: {takes / 1e9:.1f}"
 
 
 @pytest.mark.parametrize("name", IMDB_PAPERS)

@@ -143,6 +143,13 @@ def test_another_precision_of_the_device_is_refused_and_its_name_is_not(half, tm
     fit(tmp_path / "run", resume=True, changes={"precision": "no"})
 
 
+def test_a_device_that_only_imitates_bf16_is_told_of(tmp_path, monkeypatch, capsys):
+    for real, told in (("bf16", False), ("fp16", True)):
+        monkeypatch.setattr(run, "choose_precision", lambda device, real=real: real)
+        fit(tmp_path / real, changes={"precision": "bf16"})
+        assert ("only imitates bf16, which is slow: --precision fp16" in capsys.readouterr().err) == told
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     one, other = tiny.tokenizer(tmp_path / "one"), tiny.tokenizer(tmp_path / "other")
     fit(tmp_path / "run", tokenizer=one)

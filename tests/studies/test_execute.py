@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tpo_lib.files import store
 from tpo_lib.runs.run import shared_prompts
 from tpo_lib.studies import bench, execute
 
@@ -76,6 +77,17 @@ def test_seeds_share_test_prompts_and_nothing_else(folder):
     assert one.stage.held_out_pairs == other.stage.held_out_pairs
     assert set(one.training) != set(other.training)
     assert one.on("validation", 2).held_out_prompts == one.validation
+
+
+def test_what_a_gpu_makes_lies_apart(monkeypatch):
+    here = execute.key({"data": DATA})
+    assert here == store.content_key({"format": execute.FORMAT, "spec": {"data": DATA}, "own": []})[:24]
+    found = {here}
+    for device, precision in (("cuda", "bf16"), ("cuda", "fp16"), ("mps", "no")):
+        monkeypatch.setattr(execute, "choose_device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(execute, "choose_precision", lambda device, precision=precision: precision)
+        found.add(execute.key({"data": DATA}))
+    assert len(found) == 4
 
 
 def test_a_guide_is_trained_once_and_kept(folder, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from scipy.stats import spearmanr
+from test_device import both, on_the_device
 from test_guides import additive
 
 from tpo_lib.config import TrainConfig
@@ -288,3 +289,16 @@ def test_everything_on_the_bundled_model(small_stage):
         "seqkl_var_at_16",
         "self_bleu",
     } <= found.keys()
+
+
+def everything() -> None:
+    def said(device: str) -> list[float]:
+        on = stage(start=tiny.llama(0).to(device))
+        found = measure(list(measures.MEASURES), seen(tiny.llama(1).to(device), on=on))
+        return [number for values in found.values() for number in values]
+
+    both(said)
+
+
+def test_all_of_them_are_measured_on_the_device_of_the_models():
+    on_the_device(everything)

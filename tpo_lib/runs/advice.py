@@ -14,6 +14,7 @@ from tpo_lib.config import TrainConfig
 from tpo_lib.data import EncodedPair
 from tpo_lib.fast import FastPath
 from tpo_lib.fast.memory import from_config, step_memory
+from tpo_lib.models import choose_precision
 
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # Linux: what this process and those beside it in a container may take
 RANK = 16  # of the adapters that are advised
@@ -48,7 +49,8 @@ def advice(
 ) -> str:
     """What an update takes, of what there is, and what it would take with each remedy that is not in use, the least first."""
     now = update_of(config, fast, pairs, precision) | {"shards": shards}
-    remedies = remedies_of(config, fast, now, model_config.get_text_config().hidden_size)
+    short = "fp16" if choose_precision(torch.device(device)) == "fp16" else "bf16"
+    remedies = remedies_of(config, fast, now, model_config.get_text_config().hidden_size, short)
     if len(remedies) > 1:
         remedies["all of these"] = {name: value for change in remedies.values() for name, value in change.items()}
     begin = "" if not config.output_dir else " (of these --checkpointing and --cache-dir go with --resume)"
@@ -77,8 +79,11 @@ def update_of(config: TrainConfig, fast: FastPath, pairs: Sequence[EncodedPair],
     return told | {"fused": fast.fused, "cached": fast.cache_dir is not None, "checkpointing": fast.checkpointing}
 
 
-def remedies_of(config: TrainConfig, fast: FastPath, now: dict, width: int) -> dict[str, dict]:
-    """{flags: what they change of `update_of`, which is `now`}, of the remedies that a model of this width has left."""
+def remedies_of(config: TrainConfig, fast: FastPath, now: dict, width: int, short: str) -> dict[str, dict]:
+    """{flags: what they change of `update_of`, which is `now`}, of the remedies that a model of this width has left.
+
+    `short` is the 16-bit type that the device has.
+    """
     found: dict[str, dict] = {}
     if config.max_tokens and now["pairs"] > 1:
         found[f"--max-tokens {config.max_tokens // 2}"] = {"pairs": now["pairs"] // 2}
@@ -93,7 +98,7 @@ def remedies_of(config: TrainConfig, fast: FastPath, now: dict, width: int) -> d
     if not config.lora_rank and width > RANK:
         found[f"--lora-rank {RANK}"] = {"lora_rank": RANK}
     if now["precision"] == "no":
-        found["--precision bf16"] = {"precision": "bf16"}
+        found[f"--precision {short}"] = {"precision": short}
     if not fast.fused:
         found["--fused"] = {"fused": True}
     if now["length"] > 16:

@@ -22,7 +22,7 @@ from tpo_lib.files import adapters, folders, smollm2, store
 from tpo_lib.files.load import load_model, load_tokenizer
 from tpo_lib.files.pairs import load_pairs, save_pairs
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import choose_device
+from tpo_lib.models import choose_device, choose_precision
 from tpo_lib.runs import compare, given, named, own, plots, presets, report, runs
 from tpo_lib.runs.accelerated import PATIENCE
 from tpo_lib.runs.interrupts import Terminated
@@ -193,6 +193,8 @@ def _sampled_pairs(options, output: Path | None = None) -> Path:
     _say({"model": name, "reward": _scorer_words(reward, scorer), "judge": NO_JUDGE, "prompts": prompts.words})
     names = ("samples_per_prompt", "max_new_tokens", "temperature", "rule", "min_gap")
     settings = {name: getattr(options, name) for name in names} | {"seed": seed, "cache_dir": folder}
+    stage = PRESETS[options.preset].stage
+    settings |= {"batch_size": stage.sampled_together, "precision": choose_precision(device, stage.precision)}
     table, made = pairing.build_pairs(model, tokenizer, reward, prompts=prompts.texts, **settings)
     print(made)
     if output is None:  # named by its content: another run may sample into the same folder

@@ -24,6 +24,7 @@ from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.models import fingerprint
 from tpo_lib.runs import configs, costs, heatmap, plots, report, runs, seeds, work
+from tpo_lib.runs.advice import OutOfMemory, ran_out
 from tpo_lib.runs.settings import CompareConfig, Run, schedule
 from tpo_lib.runs.stage import Stage, build_stage, prompts_of
 from tpo_lib.runs.trackers import check_tracker
@@ -32,6 +33,9 @@ from tpo_lib.train import planned_steps
 FIX = "restore it, or pass --fresh to make the comparison anew"
 OTHER = "pass --fresh to replace the comparison there, or name another folder (run: --name; compare: --output-dir)"
 LATEST = "latest"  # the link to the last comparison
+EVALUATION = (
+    "an evaluation does not fit; it takes less with --set stage.sampled_together=N or stage.max_new_tokens=N (run)"
+)
 FORMAT = 2  # of a folder: before, evaluations were evenly spaced, on prompts of which training had seen some
 ROWS = 20  # of training metrics in a run, at least, where nothing is said of log_every: one makes no curve
 SAVED = 4  # checkpoints of a run: a kill costs a quarter of its updates at most
@@ -135,7 +139,13 @@ class _Comparison:
         if path.exists():
             return store.read_json(path, FIX)
         clock = time.monotonic()
-        result = self.stage.evaluate(policy, train, guide=guide)
+        try:
+            result = self.stage.evaluate(policy, train, guide=guide)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            text = " ".join(str(error).split())[:200]
+            raise OutOfMemory(f"{text}; {EVALUATION}") from error
         self.evaluation_s += time.monotonic() - clock
         said = result.record()
         row = {"step": step, "pairs_seen": step * train.batch_size * train.accumulation if train else 0} | said[

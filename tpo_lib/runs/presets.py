@@ -102,19 +102,25 @@ def _ready(model: str, pairs: str, length: int, **more) -> StageConfig:
     )
 
 
-def _ultrafeedback(model: str, pairs: str, needs: str) -> Preset:
+EIGHT = "eight GPUs of 80 GB with --checkpointing, in shards by `accelerate launch ... train`, not by run (estimated)"
+
+
+def _ultrafeedback(model: str, pairs: str, needs: str, processes: int = 1) -> Preset:
+    """An update is 128 pairs in all its processes."""
+    each = 64 // processes
     return Preset(
-        words=f"TGDPO's setting: {model} on UltraFeedback pairs",
+        words=f"TGDPO's setting: {model} on UltraFeedback pairs; gated: accept its licence on the hub first",
         needs=needs,
         source={
             "model, pairs": "the TGDPO paper",
             "alpha .5, lr 7e-7 cosine, warm-up .1, 1 epoch, batch 128, cutoff 2048, bf16": "the TGDPO authors' example settings",
+            f"2 x {each} pairs a process, 128 in an update of {processes}": OURS,
             "beta .1": "the TGDPO authors' example settings; the paper says .01",
             "guide_beta": "ours: the beta of the DPO run that guides",
         },
         stage=_ready(model, f"mk1111/{pairs}", 2048),
         train=TrainConfig(
-            beta=0.1, lr=7e-7, schedule="cosine", warmup_steps=46, batch_size=2, accumulation=64, max_length=2048
+            beta=0.1, lr=7e-7, schedule="cosine", warmup_steps=46, batch_size=2, accumulation=each, max_length=2048
         ),
         objectives={"tdpo2": {"alpha": 0.5}, "tgdpo": {"alpha": 0.5}},
         quick=_READY_QUICK,
@@ -151,7 +157,7 @@ PRESETS = {
     ),
     "smollm2-360m": Preset(
         words="the same with SmolLM2-360M-Instruct",
-        needs="one GPU of 16 GB (estimated)",
+        needs="one GPU of 24 GB, or of 16 GB with --checkpointing (estimated)",
         source={"everything": f"{OURS}: as smollm2-135m"},
         stage=replace(_SMOL, model="HuggingFaceTB/SmolLM2-360M-Instruct"),
         train=TrainConfig(beta=0.1, lr=5e-5, precision="auto"),
@@ -199,7 +205,7 @@ PRESETS = {
     ),
     "imdb-ready-pairs": Preset(
         words="IMDb pairs that others sampled from a fine-tuned gpt2-large, ready to train on",
-        needs="one GPU of 24 GB, a few hours (estimated)",
+        needs="one GPU of 48 GB, or of 24 GB with --checkpointing, a few hours (estimated)",
         source={
             "pairs, model": "insub's sets on the hub",
             "beta, optimizer, lr, warmup_steps": "the TDPO authors' code",
@@ -218,7 +224,7 @@ PRESETS = {
     ),
     "llama-3.2-1b-lora": Preset(
         words="Llama-3.2-1B-Instruct with adapters on UltraFeedback; gated: accept its licence on the hub first",
-        needs="one GPU of 24 GB (estimated)",
+        needs="one GPU of 40 GB, or of 24 GB with --checkpointing (estimated)",
         source={"everything": f"{OURS}, sized for one consumer GPU"},
         stage=_ready("meta-llama/Llama-3.2-1B-Instruct", "trl-lib/ultrafeedback_binarized", 1024),
         train=TrainConfig(
@@ -229,7 +235,7 @@ PRESETS = {
     ),
     "pythia-2.8b-hh": Preset(
         words="TDPO's dialogue setting: Pythia-2.8B on Anthropic/hh-rlhf",
-        needs="one GPU of 80 GB (estimated)",
+        needs="one GPU of 141 GB, or of 80 GB with --checkpointing (estimated)",
         source={
             "model, pairs, beta, alpha, optimizer, warmup_steps, batch, lengths": "the TDPO authors' settings",
             "start without SFT, batch as 8 x 8": f"{OURS}: the authors fine-tune on the chosen responses first (--loss-type sft)",
@@ -242,18 +248,21 @@ PRESETS = {
         evaluations=1,
     ),
     "llama3-8b-uf-pairrm": _ultrafeedback(
-        "meta-llama/Meta-Llama-3-8B-Instruct", "llama3-8b-instruct-ultrafeedback", "eight GPUs of 80 GB (estimated)"
+        "meta-llama/Meta-Llama-3-8B-Instruct", "llama3-8b-instruct-ultrafeedback", EIGHT, processes=8
     ),
     "llama3-8b-uf-armorm": _ultrafeedback(
         "meta-llama/Meta-Llama-3-8B-Instruct",
         "llama3-8b-instruct-ultrafeedback-armorm",
-        "eight GPUs of 80 GB (estimated)",
+        EIGHT,
+        processes=8,
     ),
     "llama3.2-3b-uf-armorm": _ultrafeedback(
-        "meta-llama/Llama-3.2-3B-Instruct", "llama3.2-3b-instruct-ultrafeedback-armorm", "one GPU of 141 GB (estimated)"
+        "meta-llama/Llama-3.2-3B-Instruct",
+        "llama3.2-3b-instruct-ultrafeedback-armorm",
+        "one GPU of 141 GB with --checkpointing (estimated)",
     ),
     "gemma2-2b-uf-armorm": _ultrafeedback(
-        "google/gemma-2-2b-it", "gemma2-2b-it-ultrafeedback-armorm", "one GPU of 80 GB (estimated)"
+        "google/gemma-2-2b-it", "gemma2-2b-it-ultrafeedback-armorm", "one GPU of 141 GB (estimated)"
     ),
 }
 

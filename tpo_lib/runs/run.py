@@ -36,7 +36,7 @@ from tpo_lib.fast.table import EncodedTable, rows_of
 from tpo_lib.files import adapters, store
 from tpo_lib.files.load import same_weights
 from tpo_lib.losses import OBJECTIVES
-from tpo_lib.models import ResponseReader, check_pairs, fingerprint, tokenizer_content
+from tpo_lib.models import ResponseReader, check_pairs, choose_precision, fingerprint, tokenizer_content
 from tpo_lib.runs import own
 from tpo_lib.runs.accelerated import accelerated
 from tpo_lib.runs.advice import advised
@@ -123,6 +123,8 @@ def fit(
     ):
         if accelerator.sharded:
             check_shards(config, fast, callbacks)
+        if accelerator.mixed_precision == "bf16" and choose_precision(accelerator.device) == "fp16":
+            tell("this GPU only imitates bf16, which is slow: --precision fp16 is what it has", file=sys.stderr)
         run = Run(config, tokenizer, pairs, eval_pairs, accelerator)
         if loss is not None and run.folder is not None:
             run.start["objective"] = own.described(loss)

@@ -126,6 +126,7 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result, and the machine."""
     names = ("tpo-lib", "torch", "transformers", "accelerate", "datasets", "numpy")
     here = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    here |= {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return here | {name: importlib.metadata.version(name) for name in names}
 
 

@@ -35,7 +35,7 @@ from tpo_lib.fast import FastPath
 from tpo_lib.files import store
 from tpo_lib.files.own_code import is_own
 from tpo_lib.intervals import bootstrap
-from tpo_lib.models import frozen_copy
+from tpo_lib.models import choose_device, choose_precision, frozen_copy
 from tpo_lib.pairing import score_samples
 from tpo_lib.runs import own, runs
 from tpo_lib.sampling import generate
@@ -50,10 +50,15 @@ DIGITS = 6  # significant ones kept of a figure
 
 
 def key(spec: dict) -> str:
-    """What a run's folder is called: 24 digits of the content of its spec, and of the objective's own file where it has one."""
+    """What a run's folder is called: 24 digits of the content of its spec, and of the objective's own file where it has one.
+
+    A GPU draws other samples than a CPU, so where one makes the run its kind and what it computes in count, too.
+    """
     sources = [each["loss_type"] for each in (spec.get("train"), spec.get("guide")) if each]
     own_code = [store.sha256_file(name.rpartition(":")[0]) for name in sources if is_own(name)]
-    return store.content_key({"format": FORMAT, "spec": spec, "own": own_code})[:24]
+    device = choose_device()
+    made = {"device": device.type, "precision": choose_precision(device)} if device.type != "cpu" else {}
+    return store.content_key({"format": FORMAT, "spec": spec, "own": own_code} | made)[:24]
 
 
 def record_path(spec: dict, folder: Path) -> Path:

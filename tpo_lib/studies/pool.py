@@ -18,6 +18,7 @@ from threading import Thread
 from tqdm.auto import tqdm
 
 from tpo_lib.files import store
+from tpo_lib.models import choose_device
 from tpo_lib.studies.execute import execute, read, record_path
 
 ENGINES = ("pool", "ray")
@@ -40,7 +41,8 @@ def make_all(
 
     Args:
         engine: "pool", processes of this machine; "ray", the cluster that RAY_ADDRESS names, or one on this machine.
-        workers: runs side by side; None takes as many as there are cores, or of Ray as many as its cluster has room for.
+        workers: runs side by side; None takes one on a GPU, else as many as there are cores, or of Ray as many as its cluster
+            has room for.
 
     Raises:
         ValueError: the engine is unknown, or what a run raises, with its spec named.
@@ -64,10 +66,10 @@ def cores() -> int:
 
 def _pool(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict]:
     """Make the runs, and yield each when it is done; a pool that a killed worker broke is begun anew with what is left."""
-    tries = 0
+    tries, workers = 0, workers or (cores() if choose_device().type == "cpu" else 1)
     while specs:
         how = {"mp_context": get_context("spawn"), "initializer": _die_with_parent}
-        with ProcessPoolExecutor(workers or cores(), **how) as pool:
+        with ProcessPoolExecutor(workers, **how) as pool:
             futures = {pool.submit(execute, spec, folder): spec for spec in specs}
             try:
                 for future in _as_completed(futures):

@@ -72,7 +72,7 @@ def _sums(seen: Seen, sequences: Sequence[tuple[list[int], list[int]]], groups: 
         mask = stats.response_mask(batch.labels)  # (n, T-1)
         kl, _, _ = stats.kl_entropy_surprisal(policy, ref, batch.labels)
         value = stats.unpack(_expected(seen, policy, _previous(batch.labels, mask)), mask) - seen.beta * kl
-        sums[:, batch.rows] = np.stack([value.double().sum(-1).cpu().numpy(), mask.sum(-1).cpu().numpy()])
+        sums[:, batch.rows.cpu()] = np.stack([value.double().sum(-1).cpu().numpy(), mask.sum(-1).cpu().numpy()])
     return np.array([np.bincount(groups, each, count) for each in sums])
 
 

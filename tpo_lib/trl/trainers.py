@@ -69,6 +69,13 @@ class _TokenLevelTrainer(DPOTrainer):
                     f"{what} has {', '.join(idle)}, which these trainers do not read (python -m tpo_lib train does); leave "
                     "them out with remove_columns"
                 )
+        if (
+            len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        ):  # TRL's own way with a model's name
+            raise ValueError(
+                "the model lies on several GPUs, where it cannot be read; launch with accelerate launch, a whole copy on each, "
+                "or set CUDA_VISIBLE_DEVICES=0"
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}: {SHARDED}")
 
