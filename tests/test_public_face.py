@@ -103,3 +103,11 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     cli.main([*line.split(), *small.split()])
     record = json.loads((tmp_path / "runs/hinge/final/training.json").read_text())
     assert (record["loss_type"], record["delta"]) == ("my_file.py:hinge", 2)
+
+
+def test_windows_is_told_what_to_use_in_its_place():
+    script = "import sys; sys.platform = 'win32'; import tpo_lib"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert said.stderr.splitlines()[-1].startswith(
+        "ImportError: tpo_lib needs Linux or macOS: on Windows install WSL 2"
+    )

@@ -8,7 +8,13 @@ you need for it, in that order; nothing is imported before it is used.
 {'beta': 0.1, 'alpha': 0.5}
 """
 
+import sys
 from importlib import import_module
+
+if sys.platform == "win32":
+    raise ImportError(
+        "tpo_lib needs Linux or macOS: on Windows install WSL 2 and clone the repository there (docs/commands.md)"
+    )
 
 __version__ = "0.2.0"
 
@@ -23,18 +29,7 @@ _HOME = {  # module: what it gives
     "data": ("encode_pairs", "collate"),
     "types": ("PairBatch", "TokenStats", "LossOutput"),
     "stats": ("token_stats", "split"),
-    "losses": (
-        "sft",
-        "dpo",
-        "tdpo1",
-        "tdpo2",
-        "tgdpo",
-        "simpo",
-        "ipo",
-        "OBJECTIVES",
-        "Objective",
-        "Hyperparameter",
-    ),
+    "losses": ("sft", "dpo", "tdpo1", "tdpo2", "tgdpo", "simpo", "ipo", "OBJECTIVES", "Objective", "Hyperparameter"),
     "runs.own": ("register",),
     "fast.fused": ("pair_loss",),
     "config": ("TrainConfig",),

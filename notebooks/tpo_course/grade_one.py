@@ -127,7 +127,7 @@ def _limit(memory: float) -> None:
     socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
     try:
         import resource
-    except ImportError:  # Windows: time is limited, memory is not
+    except ImportError:  # time is limited, memory is not
         return
     resource.setrlimit(resource.RLIMIT_FSIZE, (GIB, GIB))
     pages = Path("/proc/self/statm")

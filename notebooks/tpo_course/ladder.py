@@ -324,7 +324,7 @@ def peak_bytes(cases: Sequence[Mapping]) -> list[int]:
 
 
 def _measure(case: Mapping) -> int:
-    """Run in a forked child, whose high-water mark begins at what its parent holds at the fork."""
+    """Run in a child, whose high-water mark begins at what its parent holds at the fork."""
     _update({**case, "scene": {**case["scene"], "vocab": 50, "length": 16, "pairs": 1, "layers": 1, "hidden": 32}})
     before = _high_water()  # the libraries have been loaded, and the models above were small
     _update(case)
@@ -356,5 +356,6 @@ def _high_water() -> int:
 if __name__ == "__main__":
     from transformers import GPT2LMHeadModel  # noqa: F401  once, so that the children need not
 
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    # elsewhere a fork is not safe: the threads of a Mac's matrix products do not survive it
+    with get_context("fork" if sys.platform == "linux" else "spawn").Pool(1, maxtasksperchild=1) as pool:
         print(json.dumps(pool.map(_measure, json.load(sys.stdin), chunksize=1)))

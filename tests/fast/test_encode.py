@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def seven_rows_a_part(monkeypatch):
     monkeypatch.setattr(encode, "PART", 7)
-    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def encoded(table, tokenizer, folder: Path, **settings):
 @pytest.mark.parametrize("kind", MADE)
 def test_a_table_in_parts_is_encoded_as_at_once(tmp_path, monkeypatch, capsys, tokenizer, kind, workers):
     tokenizer.chat_template = TEMPLATE
-    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: set(range(workers)))
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: set(range(workers)), raising=False)
     monkeypatch.setattr(encode, "PART", 25 if kind == "messages" else 7)  # every part begins a process for its template
     table = table_of(kind)
     expected, report = encode_pairs(table, tokenizer, max_length=64, on_bad_rows="skip")
@@ -141,7 +142,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def test_what_is_there_is_not_encoded_again(tmp_path, monkeypatch, capsys, tokenizer):
-    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _: {0}, raising=False)
     first, report = encoded(table_of("bad rows"), tokenizer, tmp_path)
     assert f"9 parts of encoded pairs, 0.0 MB, are kept in {tmp_path}" in capsys.readouterr().err
     assert len(parts(tmp_path)) == 9
@@ -233,6 +234,7 @@ def dies(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere parts are made in this process")
 def test_a_killed_worker_is_an_error_that_says_so(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(encode.encoding, "encode_rows", dies)
     with pytest.raises(
@@ -282,6 +284,7 @@ def begun(folder: Path) -> None:
     (folder / "told").write_text(f"{len(pairs)} {peak() - before}")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux' /proc")
 def test_a_long_table_takes_next_to_no_memory_until_the_first_update(tmp_path):
     with open(tmp_path / "p.jsonl", "w") as file:
         for i in range(LONG):

@@ -142,6 +142,7 @@ def test_tiles_of_the_fused_step(objective, precision):
     assert predicted < 0.5 * 3 * 24 * 48 * vocab * 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what was freed may still count")
 def test_predicted_is_what_a_process_takes():
     """Resident memory on the CPU, to 12%: libraries, alignment and a layer's scratch space are not in the arithmetic."""
     scene = {"vocab": 8192, "pairs": 4, "length": 64, "layers": 2, "hidden": 128, "ragged": False}
@@ -161,6 +162,7 @@ def test_predicted_is_what_a_process_takes():
         assert measured == pytest.approx(predicted.total, rel=0.12), (step, objective, predicted.parts)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what was freed may still count")
 @pytest.mark.parametrize("objective", ["dpo", "tgdpo"])
 def test_predicted_is_what_a_process_takes_with_adapters_and_checkpointing(objective):
     """To 12%, on a body of 8 layers; either alone, and both."""

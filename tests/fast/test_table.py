@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_a_table_holds_the_pairs_of_its_list(both):
     assert (len(empty), list(empty), empty.lengths.tolist(), empty.prompts.tolist()) == (0, [], [], [])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux' /proc")
 def test_the_files_of_a_table_are_mapped_and_not_held_open(tmp_path):
     table = saved(tiny.pairs(40), tmp_path, part=4)
     held = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.exists()]
@@ -71,6 +73,7 @@ def test_the_files_of_a_table_are_mapped_and_not_held_open(tmp_path):
     assert list(table) == tiny.pairs(40)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux' /proc")
 def test_what_was_read_of_a_table_is_given_back(tmp_path):
     pairs = [replace(pair, chosen_ids=pair.chosen_ids * 400) for pair in tiny.pairs(900)]
     table = saved(pairs, tmp_path, part=300)

@@ -568,6 +568,7 @@ def read_and_tell_the_peak(path: Path) -> None:
     print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux' /proc")
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet_that_unpacks_to_gigabytes_is_refused_in_little_memory(tmp_path, nested):
     import pyarrow

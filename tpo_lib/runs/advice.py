@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +109,7 @@ def room_of(device: torch.device) -> float:
     """Bytes of memory that a device has, whoever uses it; infinite where nobody says."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or sys.platform == "win32":
+    if device.type != "cpu":
         return float("inf")
     here, bound = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), CONTAINER
     told = bound.read_text().strip() if bound.is_file() else ""

@@ -320,7 +320,7 @@ def _beside(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[dict]:
 
 def run_folder(runs: str | Path, name: str) -> Path:
     """The folder of the comparison `name`; ValueError if that names no single folder below `runs`, or is the link's."""
-    if name in ("", ".", "..", LATEST) or "/" in name or "\\" in name:
+    if name.lower() in ("", ".", "..", LATEST) or "/" in name or "\\" in name:
         raise ValueError(
             f"--name {name!r} must be a name of one folder below {runs}, and not {LATEST!r}; move with --runs"
         )

@@ -5,6 +5,7 @@ python -m tpo_lib run --preset smollm2-135m --dry-run
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +47,9 @@ def plan(config: CompareConfig, folder: Path, fast: FastPath | None = None) -> s
     width = max(12, *(len(name) for name, *_ in rows))
     lines = [f"{name:{width}} {what:62} {_duration(seconds):>9}" for name, what, seconds in rows]
     lines += [f"{'in all':{width}} {'':62} {_duration(total):>9}", ""]
+    memory = "memory not measured, which Linux alone tells," if math.isnan(peak) else f"memory about {peak:.1f} GB"
     lines += [
-        f"memory about {peak:.1f} GB on {device} in {precision}, disk about {disk / 1e9:.1f} GB in {folder} "
+        f"{memory} on {device} in {precision}, disk about {disk / 1e9:.1f} GB in {folder} "
         f"({shutil.disk_usage(_there(folder)).free / 1e9:.0f} GB free)"
     ]
     return "\n".join(lines)
