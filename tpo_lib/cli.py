@@ -100,7 +100,7 @@ COMMANDS = {
     "study": Command(
         "run a study: its grids, its seeds, and what they say of its claims",
         "tpo_lib.studies.commands.run",
-        "study_name --all --engine --workers --runs",
+        "study_name --all --engine --workers --num-gpus --runs",
     ),
     "derive": Command(
         "check every step of the derivations in small worlds, with numbers", "tpo_lib.cli._derive", "name --map"
@@ -554,7 +554,14 @@ FLAGS = {  # those of one command stand behind its name
         "default": "pool",
         "help": "processes of this machine, or a Ray cluster: that of RAY_ADDRESS, else one here (extra `ray`)",
     },
-    "--workers": {"type": COUNT, "help": "runs side by side, each in one thread (default: as many as there are cores)"},
+    "--workers": {
+        "type": COUNT,
+        "help": "runs side by side, each in one thread (default: one on a GPU, else as many as cores)",
+    },
+    "--num-gpus": {
+        "type": float,
+        "help": "what a run takes of a GPU, or how many, of a Ray cluster that has some (default 0.25)",
+    },
     "notebooks": {"nargs": "+", "metavar": "NOTEBOOK", "help": "what was handed in: notebooks, or folders of them"},
     "grade --json": {
         "metavar": "FILE",

@@ -104,6 +104,21 @@ def test_an_unknown_engine_is_refused(tmp_path):
         pool.make_all([], tmp_path, engine="slurm")
 
 
+def test_what_a_run_takes_of_a_gpu_is_asked_of_a_cluster_alone(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"num_gpus=0\.5 is what a run takes of a cluster: engine ray knows it, pool does not"
+    ):
+        pool.make_all([], tmp_path, num_gpus=0.5)
+
+
+def test_a_host_with_another_device_makes_no_run(tmp_path, monkeypatch):
+    (spec,) = specs(1)
+    monkeypatch.setattr(pool, "key", lambda spec: "made elsewhere")
+    with pytest.raises(ValueError, match="this host would make it on cpu, the one that asks for it would not"):
+        pool._record(workers.made, spec, str(tmp_path), pool.record_path(spec, tmp_path).parent.name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ray_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install tpo-lib\[ray\]"):
@@ -111,7 +126,8 @@ def test_ray_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_ray_makes_the_same_files_and_repeats_a_killed_run(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(workers)  # Ray's workers do not find what lies beside a test
     monkeypatch.setattr(pool, "execute", workers.made)
     one, *others = specs(3)
     one["die"] = 1

@@ -25,7 +25,7 @@ def run(options) -> None:
     """Run studies, write their results, pictures and pages, and the README beside them."""
     for path in study_paths(options.study_name, options.all):
         plan = Study.read(path)
-        how = {"engine": options.engine, "workers": options.workers}
+        how = {"engine": options.engine, "workers": options.workers, "num_gpus": options.num_gpus}
         result = study.run(path, runs=Path(options.runs) / "studies", **how)
         place = path.parent / "results" / f"{path.stem}.md"
         store.write_file(place, page.page(plan, result, page.pictures(plan, result, place.parent)))

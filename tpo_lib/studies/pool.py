@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tpo_lib.files import store
 from tpo_lib.models import choose_device
-from tpo_lib.studies.execute import execute, read, record_path
+from tpo_lib.studies.execute import execute, key, read, record_path
 
 ENGINES = ("pool", "ray")
 TRIES = 3  # of a run whose worker died
@@ -35,7 +35,13 @@ def work(spec: dict) -> float:
 
 
 def make_all(
-    specs: Sequence[dict], folder: Path, *, engine: str = "pool", workers: int | None = None, progress: bool = True
+    specs: Sequence[dict],
+    folder: Path,
+    *,
+    engine: str = "pool",
+    workers: int | None = None,
+    num_gpus: float | None = None,
+    progress: bool = True,
 ) -> None:
     """Make every run that is not there, with a bar of the work that is left.
 
@@ -43,17 +49,23 @@ def make_all(
         engine: "pool", processes of this machine; "ray", the cluster that RAY_ADDRESS names, or one on this machine.
         workers: runs side by side; None takes one on a GPU, else as many as there are cores, or of Ray as many as its cluster
             has room for.
+        num_gpus: of a Ray cluster that has GPUs, what a run takes of one, or how many; None takes GPU_SHARE.
 
     Raises:
-        ValueError: the engine is unknown, or what a run raises, with its spec named.
+        ValueError: the engine is unknown, or knows no num_gpus; a host computes on another kind of device than this one; or
+            what a run raises, with its spec named.
         RuntimeError: a run killed its worker three times.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    if num_gpus is not None and engine != "ray":
+        raise ValueError(
+            f"num_gpus={num_gpus} is what a run takes of a cluster: engine ray knows it, {engine} does not"
+        )
     todo = {str(record_path(spec, folder)): spec for spec in specs if not record_path(spec, folder).exists()}
     total, done = sum(map(work, specs)), sum(map(work, specs)) - sum(map(work, todo.values()))
     shown = {"desc": "runs", "unit": "core-s", "unit_scale": True, "disable": not progress}
-    run = _pool if engine == "pool" else _ray
+    run = _pool if engine == "pool" else partial(_ray, num_gpus=num_gpus)
     with tqdm(total=round(total), initial=round(done), **shown) as bar:
         for spec in run(list(todo.values()), folder, workers):
             bar.update(round(work(spec)))
@@ -114,7 +126,7 @@ def _told(result: Callable, spec: dict):
         raise ValueError(f"the run {spec} failed: {type(error).__name__}: {error}") from error
 
 
-def _ray(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict]:
+def _ray(specs: list[dict], folder: Path, workers: int | None, num_gpus: float | None) -> Iterator[dict]:
     """The same on a Ray cluster; a host that shares no folder with this one sends its records here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -125,9 +137,10 @@ def _ray(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict]
     cluster = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
     ray.init(**cluster, log_to_driver=False, logging_level="ERROR")
     try:
-        gpus = GPU_SHARE if ray.cluster_resources().get("GPU") else 0
+        share = GPU_SHARE if num_gpus is None else num_gpus
+        gpus = share if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES)(_record)
-        pending = {remote.remote(spec, str(folder.absolute())): spec for spec in specs}
+        pending = {remote.remote(execute, spec, str(folder.absolute()), key(spec)): spec for spec in specs}
         while pending:
             (ready,), _ = ray.wait(list(pending))
             spec = pending.pop(ready)
@@ -139,6 +152,11 @@ def _ray(specs: list[dict], folder: Path, workers: int | None) -> Iterator[dict]
         ray.shutdown()
 
 
-def _record(spec: dict, folder: str) -> dict:
-    execute(spec, Path(folder))
+def _record(make: Callable, spec: dict, folder: str, called: str) -> dict:
+    if key(spec) != called:  # its name, which says so where a GPU makes it
+        raise ValueError(
+            f"this host would make it on {choose_device().type}, the one that asks for it would not, and their samples "
+            "differ: set CUDA_VISIBLE_DEVICES alike on both"
+        )
+    make(spec, Path(folder))
     return read(spec, Path(folder))

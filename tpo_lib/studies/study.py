@@ -33,7 +33,7 @@ def run(path: Path, *, runs: Path, **how) -> dict:
     Args:
         path: of its file.
         runs: where runs are kept.
-        how: of `pool.make_all`: engine, workers, progress.
+        how: of `pool.make_all`: engine, workers, num_gpus, progress.
 
     Raises:
         FileNotFoundError, ValueError: as `Study.read`, and where a run fails.
