@@ -220,6 +220,7 @@ def test_without_a_reference_it_is_what_the_policy_was_loaded_from(tmp_path, mon
     assert all(rows[0][name] == pytest.approx(0, abs=1e-5) for name in (*KL, "rewards/margins"))
     assert rows[-1]["kl/chosen"] > 1e-4
     monkeypatch.setattr(TDPOConfig, "_validate_args", lambda self: None)  # the default of bf16 on a CPU
+    monkeypatch.chdir(tmp_path)  # it makes its output_dir here
     default = TDPOTrainer(trainer.model, trainer.ref_model, train_dataset=table, processing_class=TOKENIZER).args
     assert (default.loss_type, default.alpha, default.output_dir) == (["tdpo2"], 0.5, "model-TDPO")
 
