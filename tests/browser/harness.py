@@ -227,9 +227,12 @@ class NotebookPage:
         return self.locator(", ".join([f"button:text-is({_quoted(name)}):visible", *places])).nth(nth)
 
     def click(self, name: str, nth: int = 0) -> None:
+        self.idle()  # ipywidgets holds a control's new value back while the kernel is busy, but no click
         self.control(name, nth).click()
 
     def press(self, name: str, key: str, times: int = 1, nth: int = 0) -> None:
+        if key in ("Enter", "Space"):
+            self.idle()  # as in click
         self.control(name, nth).focus()
         for _ in range(times):
             self.page.keyboard.press(key)

@@ -301,10 +301,7 @@ def test_before_after(reading, tmp_path):
     def sampled(then) -> str:
         before = page.text
         then()
-        page.idle()
-        page.page.wait_for_timeout(200)
-        assert page.text != before
-        return page.text
+        return page.wait_for_change(before)
 
     page.wait_for_text("Seed 0: 4 samples of at most 16 tokens each.")
     assert "start: mean reward 0." in page.text
@@ -319,7 +316,6 @@ def test_before_after(reading, tmp_path):
     assert len(columns) == 2
     assert columns[0] == columns[1]  # the same policy, the same random numbers
     page.press("seed", "ArrowRight", 3)
-    page.idle()  # ipywidgets holds values back while the kernel is busy, but no clicks
     sampled(lambda: page.click("Sample"))
     page.wait_for_text("Seed 3: ")
     assert shown.all_inner_texts()[0] != columns[0]
