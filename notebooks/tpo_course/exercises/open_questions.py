@@ -127,6 +127,7 @@ one_f_notices = chapter.break_it(
 )
 
 both_orders = chapter.predict("both_orders", 24, within=0.15, none=0, half=12)
+random_splits = chapter.predict("random_splits", "none")
 promises = chapter.predict("promises", "+")
 
 
@@ -279,6 +280,7 @@ averaged = chapter.exercise(
 )
 
 
+held_end = chapter.predict("held_end", "larger")
 ends_with_one_f = chapter.predict("ends_with_one_f", "nearer")
 your_variant = chapter.open_ended("your_variant")
 quiz = chapter.quiz()
