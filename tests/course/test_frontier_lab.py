@@ -264,10 +264,11 @@ def test_bad_input_is_named(given, error, said):
 
 
 def test_the_last_request_wins_and_stale_failures_are_dropped():
-    gate, seen, failed = threading.Event(), [], []
+    begun, gate, seen, failed = threading.Event(), threading.Event(), [], []
 
     def work(request, stale):
         if request == "slow":
+            begun.set()
             gate.wait(30)
             raise ValueError("stale")
         if request == "bad":
@@ -276,6 +277,7 @@ def test_the_last_request_wins_and_stale_failures_are_dropped():
 
     latest = Latest(work, seen.append, failed.append)
     latest.ask("slow")
+    assert begun.wait(30)  # else the thread could begin with any of those below
     for number in range(5):
         latest.ask(number)
     gate.set()

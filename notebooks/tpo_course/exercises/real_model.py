@@ -1,4 +1,4 @@
-"""Exercises of 06b_real_model.ipynb: a KL that two models share, what carries over, and how far two rankings agree."""
+"""Exercises of 06b_real_model.ipynb: a KL that two models share, what carries over, how far two rankings agree, and what seeds tell."""
 
 from collections.abc import Callable
 
@@ -216,6 +216,7 @@ rank_agreement = chapter.exercise(
 )
 
 rare_tau = chapter.predict("rare_tau", 11 / 15, within=0.04, not_yet=0.6, rarer_than_asked=13 / 15, confidence=0.95)
+turns_again = chapter.predict("turns_again", "none")
 side_by_side = chapter.choose("side_by_side", "sign", "order")
 what_carries = chapter.open_ended("what_carries")
 
