@@ -53,7 +53,11 @@ def test_a_pinned_state_stands_beside_the_next_and_collides_with_nothing(noteboo
 
 @pytest.mark.parametrize(
     ("chapter", "objectives"),
-    [("02_dpo", ["dpo"]), ("04_tdpo", ["dpo", "tdpo1", "tdpo2"]), ("05_tgdpo", ["dpo", "tgdpo"])],
+    [
+        ("02_dpo", ["dpo"]),
+        ("04_tdpo", ["dpo", "tdpo1", "tdpo2"]),
+        ("05_tgdpo", ["dpo", "tdpo1", "tdpo2", "tgdpo"]),
+    ],
 )
 def test_frontier_lab_trains_and_draws_at_once(notebook, chapter, objectives):
     """From a key to the pictures of what was trained: with 5% of the labels swapped no state is stored."""

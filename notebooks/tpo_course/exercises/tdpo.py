@@ -300,6 +300,23 @@ forgotten_token = chapter.predict("forgotten_token", "forward")
 gap_by_beta = chapter.predict("gap_by_beta", "large")
 rejected_on_reviews = chapter.predict("rejected_on_reviews", "+")
 at_equal_reward = chapter.predict("at_equal_reward", "nothing")
+states_here = chapter.predict(
+    "states_here", 26, within=0.01, eos_goes_on=42, one_too_deep=80, one_prompt=13, all_strings=128
+)
+how_far_to_lean = chapter.predict("how_far_to_lean", "none")
+left_of_the_gradient = chapter.complete(
+    "left_of_the_gradient",
+    "weight",
+    "nothing",
+    "minus",
+    not_stopped=(None, "plus", "minus"),
+    rejected_stopped=(None, "plus", "nothing"),
+    both_stopped=(None, "nothing", "nothing"),
+    paid_on_rejected=(None, "nothing", "plus"),
+    value_gone=("weight_without", "nothing", "minus"),
+    wrong_weight=("confidence", "nothing", "minus"),
+)
+undecided_on_reviews = chapter.predict("undecided_on_reviews", "sides")
 
 
 quiz = chapter.quiz()

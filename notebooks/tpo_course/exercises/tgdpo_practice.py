@@ -122,6 +122,9 @@ line_of_tgdpo = chapter.name_the_bug("line_of_tgdpo", "bug_11")
 predict = chapter.answer
 one_sign = chapter.predict("one_sign", 60, within=0.12, chance=50, nearly_all=95, as_share=0.6)
 travels_further = chapter.predict("travels_further", "+")
+longer_guide = chapter.predict("longer_guide", "+")
+what_the_control_says = chapter.choose("what_the_control_says", "together", "onward")
+alpha_that_hides = chapter.predict("alpha_that_hides", 5, within=0.1, unchanged=0.5, other_way=0.05, squared=50)
 further_or_better = chapter.choose("further_or_better", "equal_kl", "guide_counts")
 train_a_guide = chapter.open_ended("train_a_guide")
 
