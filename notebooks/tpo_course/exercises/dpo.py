@@ -278,11 +278,20 @@ Z_CHANGES = {
 }
 
 predict = chapter.answer
+stops_after_b = chapter.predict(
+    "stops_after_b", 0.0907, within=0.05, no_eos=0.5593, last_alone=0.1622, added=0.7215, averaged=0.3608
+)
 one_state = chapter.predict("one_state", 0.2, within=0.02, unweighted=0.5, half=0.25, divided=1.25)
 beta_at_the_end = chapter.predict("beta_at_the_end", "-")
 beta_at_the_start = chapter.predict("beta_at_the_start", "+")
 first_loss = chapter.predict("first_loss", math.log(2), within=0.02, zero=0.0, half=0.5, one=1.0, minus=-math.log(2))
 chosen_reward = chapter.predict("chosen_reward", "-")
+two_lengths = chapter.predict("two_lengths", "equal")
+preferred = chapter.predict("preferred", "night")
+after_training = chapter.predict("after_training", "spread")
+one_update = chapter.predict("one_update", 1.0, within=0.1, gradient=10.0, squared=100.0, as_at_the_end=0.1)
+ten_updates = chapter.predict("ten_updates", "-")
+best_rate = chapter.predict("best_rate", "+")
 dpo_in_steps = chapter.order(
     "dpo_in_steps",
     "objective",

@@ -463,6 +463,9 @@ credit_notices = chapter.break_it(
     beta=0.5,
 )
 credit_trusted = chapter.open_ended("credit_trusted")
+responses_of_world = chapter.predict(
+    "responses_of_world", 80, within=0.02, after_eos=128, one_prompt=40, full_length=72, no_eos=54
+)
 best_start = chapter.predict("best_start", "a_first")
 value_of_a = chapter.predict("value_of_a", -0.598, plain_mean=-0.276, with_own_reward=-1.001, best_token=1.101)
 advantage_of_a = chapter.predict("advantage_of_a", "-")
