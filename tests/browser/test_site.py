@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from functools import cache
+from html import unescape
 
 import pytest
 import torch
@@ -187,6 +188,63 @@ def test_the_loss_lab_keeps_a_pinned_state(show):
     page.get_by_role("button", name="Unpin").click()
     assert "was" not in row.inner_text()
     assert "pinned" not in facts.inner_text()
+
+
+def cells_of_python(html: str) -> list[list[str]]:
+    """The cells of the table that the notebook's widget shows, as text without white space."""
+    rows = re.findall("<tr>(.*?)</tr>", html, re.DOTALL)
+    cells = [re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[re.sub(r"\s", "", unescape(re.sub("<[^>]+>", "", cell))) for cell in row] for row in cells]
+
+
+PUT = (
+    "(moves) => Object.entries(moves).forEach(([name, value]) => { lab.controls.put(name, value); lab.follow(name); })"
+)
+ROWS = """() => [...document.querySelectorAll(".columns tr")].map((row) =>
+    [...row.cells].flatMap((cell) => [cell.textContent.replace(/\\s/g, ""), ...Array(cell.colSpan - 1).fill("")]))"""
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_the_loss_labs_columns_are_those_of_the_notebook(show, pinned):
+    page, python = show("labs/loss.html"), loss_lab()
+    names = list(known_pair()["objectives"])
+    page.get_by_label("show").select_option("all, side by side")
+    python.controls["show"].value = "all, side by side"
+    assert page.get_by_label("objective", exact=True).is_disabled()
+    assert not any(
+        page.locator(f"#control-{name}").is_disabled() for name in known_pair()["controls"] if name != "objective"
+    )
+    assert not page.get_by_text("All objectives on this pair").is_visible()
+    hyper = {"beta": 10**-0.5, "alpha": 0.7, "gamma": 0.4, "guide": 3.5}
+    for number, name in enumerate(known_pair()["situations"]):
+        if number == 1 and pinned:
+            page.get_by_role("button", name="Pin this state").click()
+            python.pin_button.click()
+        moves = {"situation": name} | (hyper | {"shaping": ("linear", "exp")[number % 2]} if number > 1 else {})
+        page.evaluate(PUT, moves)
+        for control, value in moves.items():
+            python.controls[control].value = value
+        found, asked = page.evaluate(ROWS), cells_of_python(python.text.value)
+        assert len(asked) == 1 + 3 + 2 + len(known_pair()["chosen"]) + len(known_pair()["rejected"])
+        assert {len(row) for row in asked} == {1 + len(names)}
+        assert found == asked, name
+        assert page.evaluate("lab.text()") == python.alt.replace(". Within", ".Within").replace(". Out", ".Out")
+    page.get_by_label("show").select_option("one objective")
+    assert not page.locator(".columns").is_visible()
+    assert page.get_by_text("All objectives on this pair").is_visible()
+
+
+def test_the_loss_labs_columns_stay_where_they_were_moved_to(show):
+    page = show("labs/loss.html", 390)
+    page.get_by_label("show").select_option("all, side by side")
+    room = page.locator(".scroll:has(.columns)")
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    assert room.evaluate("e => e.scrollWidth - e.clientWidth") > 100
+    room.evaluate("e => { e.scrollLeft = 150; }")
+    page.get_by_label("log-ratio rejected").press("ArrowLeft")
+    assert room.evaluate("e => e.scrollLeft") == 150
+    left = "e => e.getBoundingClientRect().left - e.closest('.scroll').getBoundingClientRect().left"
+    assert abs(page.locator(".columns tbody th").first.evaluate(left)) < 1  # names of rows stay in sight
 
 
 def test_the_loss_lab_answers(show):
