@@ -355,11 +355,17 @@ REAL = [  # (task, what somebody wrote, what it is called)
     ("tgdpo.largest_alpha", lambda r, m: 0.99 / (r * m).abs().max(), "times_mask"),
     ("preferences.preferred_pairs", lambda s, g: _pairs(s.logit(), g), "gaps_in_logits"),
     ("preferences.preferred_pairs", lambda s, g: _pairs((100 * s).round() / 100, g), "rounded"),
+    ("preferences.preferred_pairs", lambda s, g: _pairs((1000 * s).round() / 1000, g), "rounded"),
+    ("preferences.preferred_pairs", lambda s, g: _pairs(s.double().round(decimals=4), g), "rounded"),
 ]
 
 
+def _gap(scores):
+    return scores.unsqueeze(2) - scores.unsqueeze(1)
+
+
 def _pairs(scores, min_gap):
-    gap = scores.unsqueeze(2) - scores.unsqueeze(1)
+    gap = _gap(scores)
     return (gap > 0) & (gap >= min_gap)
 
 
@@ -379,6 +385,24 @@ def test_what_was_accepted_wrongly_is_refused():
         return weights.grad
 
     assert slope.judge(by_machine).mistakes == ("by_autograd",)
+
+
+def test_no_rounding_of_scores_is_judged_correct_and_no_right_answer_is_refused():
+    pairs = MODULES["preferences"].chapter.tasks["preferred_pairs"]
+    for size in (10**digits for digits in range(1, 7)):
+        for to in (torch.round, torch.floor, torch.ceil):
+            assert pairs.judge(lambda s, g, n=size, to=to: _pairs(to(n * s) / n, g)).status == "wrong", (size, to)
+        late = lambda s, g, n=size: _pairs(s, 0.0) & ((n * _gap(s)).round() / n >= g)  # noqa: E731 - min_gap's side alone
+        assert size > 10**5 or pairs.judge(late).status == "wrong", size
+    by_name = {
+        "float32": lambda s, g: _pairs(s.float(), g),
+        "float64": lambda s, g: _pairs(s.double(), g),
+        "moved over": lambda s, g: (s[:, :, None] > s[:, None, :]) & (s[:, :, None] >= s[:, None, :] + g),
+        "near min_gap": lambda s, g: _pairs(s, 0.0) & (_gap(s) >= g - 1e-6),
+        "near each other": lambda s, g: _pairs(s, g) & ~torch.isclose(s[:, :, None], s[:, None, :]),
+    }
+    for name, answer in by_name.items():
+        assert pairs.judge(answer).status == "correct", name
 
 
 def test_bounds_on_the_edge_and_losses_that_do_not_matter_are_told_apart():

@@ -162,6 +162,29 @@ def test_every_hyperparameter_reaches_the_step(knob):
         assert "residual 1.2e+00: does NOT hold" in walk.verdict.value
 
 
+def test_beta_and_alpha_follow_the_drag_where_a_residual_comes_at_once(monkeypatch):
+    clock = [0.0]
+
+    def taking(seconds):
+        def sides(world, hyper):
+            clock[0] += seconds
+            return torch.zeros(1), torch.zeros(1)
+
+        return dataclasses.replace(STEPS["dpo.loss"], sides=sides)
+
+    monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
+    walk = widgets.step_through(derivation_of(taking(0.001), taking(0.09), taking(0.14)))
+    for index, live in enumerate((True, True, False)):
+        walk.jump.value = index
+        for slider in (walk.beta, walk.alpha):
+            slider.value = slider.value / 2 + 0.1 * index
+            assert (walk.beta.continuous_update, walk.alpha.continuous_update) == (live, live), index
+    walk.jump.value = 0
+    assert walk.beta.continuous_update
+    assert not walk.v.continuous_update
+    assert not walk.t.continuous_update
+
+
 def test_another_world_is_the_next_seed(walk):
     before = walk.world
     walk.another.click()
@@ -273,7 +296,7 @@ def test_it_displays_controls_and_table_as_two_outputs(walk, monkeypatch):
     assert len(repr(box)) <= 110, "a longer text is cut off where there is no kernel"
 
 
-def test_every_control_is_described_and_waits_for_the_release(walk):
+def test_every_control_is_described_and_a_new_world_waits_for_the_release(walk):
     def inside(widget):
         yield widget
         for child in getattr(widget, "children", ()):
@@ -285,7 +308,8 @@ def test_every_control_is_described_and_waits_for_the_release(walk):
     named = (walk.previous_button, walk.next_button, walk.jump, walk.v, walk.t, walk.beta, walk.alpha)
     assert set(controls) == {*named, walk.another, walk.measure_button}
     assert all(control.description for control in controls)
-    assert not any(getattr(control, "continuous_update", False) for control in controls)
+    waits = {control for control in controls if not getattr(control, "continuous_update", True)}
+    assert waits - {walk.beta, walk.alpha} == {walk.v, walk.t}
     assert any("Keyboard" in part.value for part in inside(walk.box) if isinstance(part, ipywidgets.HTML))
 
 

@@ -133,6 +133,8 @@ def _scores() -> tuple[Case, ...]:
         Case("three completions of one prompt", scores=torch.tensor([[0.9, 0.1, 0.4]]), min_gap=0.45),
         Case("scores that differ by a thousandth", scores=torch.tensor([[0.501, 0.5, 0.101]]), min_gap=0.0),
         Case("a gap of a thousandth, min_gap = 0.2", scores=torch.tensor([[0.501, 0.5, 0.2505]]), min_gap=0.2),
+        Case("scores that differ by less than a millionth", scores=torch.tensor([[0.0100004, 0.0100001]]), min_gap=0.0),
+        Case("a gap just below min_gap", scores=torch.tensor([[0.75, 0.500004]]), min_gap=0.25),
     )
 
 
@@ -146,6 +148,18 @@ def _right_pairs(scores: Tensor, min_gap: float) -> Tensor:
 
 def _on_logits(scores: Tensor, min_gap: float) -> Tensor:
     return _right_pairs(scores.logit(), min_gap)
+
+
+def _scores_rounded(digits: int) -> Callable[[Tensor, float], Tensor]:
+    return lambda scores, min_gap: _right_pairs(scores.round(decimals=digits), min_gap)
+
+
+def _gaps_rounded(digits: int) -> Callable[[Tensor, float], Tensor]:
+    def wrong(scores: Tensor, min_gap: float) -> Tensor:
+        gaps = _gaps(scores).round(decimals=digits)
+        return (gaps > 0) & (gaps >= min_gap)
+
+    return wrong
 
 
 def _best_worst(scores: Tensor, min_gap: float) -> Tensor:
@@ -162,9 +176,7 @@ preferred_pairs = chapter.exercise(
     ties=lambda scores, min_gap: _gaps(scores) >= min_gap,
     gap_equal_to_min_gap=lambda scores, min_gap: _gaps(scores) > min_gap,
     gaps_in_logits=_on_logits,
-    rounded=tuple(
-        lambda scores, min_gap, digits=digits: _right_pairs(scores.round(decimals=digits), min_gap) for digits in (1, 2)
-    ),
+    rounded=tuple(way(digits) for digits in range(1, 7) for way in (_scores_rounded, _gaps_rounded)),
     no_min_gap=lambda scores, min_gap: _gaps(scores) > 0,
     order_of_sampling=lambda scores, min_gap: _right_pairs(scores, min_gap).triu(),
     best_against_worst=_best_worst,

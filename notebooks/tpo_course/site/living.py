@@ -62,7 +62,7 @@ def pair() -> dict:
     reads = {
         name: {
             "needs": OBJECTIVES[name].needs,
-            "hyper": list(OBJECTIVES[name].hyperparameters),
+            "hyper": {n: record.symbol for n, record in OBJECTIVES[name].hyperparameters.items()},
             "words": OBJECTIVES[name].words,
         }
         for name in names
@@ -73,7 +73,7 @@ def pair() -> dict:
         "situations": SITUATIONS,
         "ref_logp": REF_LOGP,
         "floor": F_FLOOR,
-        "controls": {name: control(made) for name, made in lab.controls.items() if name != "show"},
+        "controls": {name: control(made) for name, made in lab.controls.items()},
         "objectives": reads,
         "look": look(names),
     }
@@ -122,7 +122,7 @@ LABS = (
         "loss_lab",
         "Loss lab",
         "One preference pair under your hand: say how far the policy has moved on it, and see what every objective makes of "
-        "that. Which tokens does training raise, which does it lower, and how hard?",
+        "that, one at a time or all side by side. Which tokens does training raise, which does it lower, and how hard?",
         pair,
     ),
     Lab(

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import ipywidgets as w
 from IPython.display import Markdown, display
@@ -22,6 +23,7 @@ from tpo_course.world import TokenWorld
 COLOUR = "#D55E00"  # of the changed term; its frame says the same without colour
 NEXT_CLAIM = r", \quad "  # in an equation, what separates two claims: here each gets a line
 SLOW_PAIRS = 10_000  # from here on a residual may take longer than a glance
+AT_ONCE = 0.1  # seconds; what is answered sooner follows a slider while it is dragged
 HELP = (
     "Keyboard: Tab moves from control to control, Enter or Space presses a button, "
     "the arrow keys move a slider. Space opens the list, the arrow keys and Enter choose in it."
@@ -37,6 +39,9 @@ class StepThrough:
         derivation: a value of `tpo_course.derivations.DERIVATIONS`.
         world: the world to start in; None is V = 3, T = 3, two prompts, seed 0. The sliders keep its other settings.
         hyper: start values of `derivations.Hyper`: beta and alpha have sliders, guide_beta and margin stay as given.
+
+    beta and alpha follow the drag where the step's last residual took less than AT_ONCE, else they wait for the release;
+    V and T always wait: each makes a new world.
 
     Attributes:
         previous_button, next_button, jump: the step, a number from 0 in `jump.value`.
@@ -155,7 +160,10 @@ class StepThrough:
         place = f"Step {self.jump.value + 1} of {len(self.derivation.steps)}"
         if self.world is not None and len(self.world.pairs.prob) > SLOW_PAIRS:
             self.verdict.value = f"<b>{place}: computing ...</b>"
-        self.verdict.value = f"<b>{place}: {_text(self._residual_text(self.step))}</b>"
+        began = perf_counter()
+        residual = self._residual_text(self.step)
+        self.beta.continuous_update = self.alpha.continuous_update = perf_counter() - began < AT_ONCE
+        self.verdict.value = f"<b>{place}: {_text(residual)}</b>"
         self.world_text.value = _set(_text(self._settings()))
         more = self.step.numbers is not None or self.step.symbolic is not None
         self.measure_button.disabled = not more or not self._runs(self.step)

@@ -143,15 +143,75 @@ function weightPlot(found) {
   return plot.figure;
 }
 
+// All objectives side by side, as `tpo_course.widgets.loss_columns` has them: a column each, and above it where they stand.
+
+const [REACH, TOP] = [6, 6.2]; // nats of margin and of loss that the curve shows
+const names = Object.keys(data.objectives);
+
+function curvePlot(states, before) {
+  const plot = new Plot({ title: "One curve for all but IPO, whose loss is a square", words: `The loss over the margin, and on it ${names.filter((name) => name !== "ipo").map(label).join(", ")}.`, x: [-REACH, REACH], y: [-0.2, TOP], width: 760, height: 260, xlabel: "margin (SimPO: less its γₘ), nats", ylabel: "loss, nats" });
+  plot.figure.classList.add("wide");
+  const xs = [...Array(121).keys()].map((i) => -REACH + (i * REACH) / 60);
+  plot.curve(xs, xs.map((x) => bradleyTerry(x)[0]), { stroke: "currentColor" });
+  for (const [shown, given] of [[before, { fill: "none", stroke: "currentColor", "stroke-dasharray": "2 2" }], [states, { stroke: "currentColor" }]]) {
+    for (const { found, now } of shown.filter((each) => each.found.name !== "ipo")) {
+      const x = found.margin - ("gamma" in data.objectives[found.name].hyper ? now.gamma : 0);
+      plot.point(Math.max(-REACH, Math.min(REACH, x)), Math.min(found.loss, TOP), data.look[found.name], 6, given); // beyond, at the edge
+    }
+  }
+  plot.figure.append(legend(Object.fromEntries(names.filter((name) => name !== "ipo").map((name) => [name, data.look[name]]))));
+  return plot.figure;
+}
+
+// A number over its colour: orange and dashed below 0, blue and solid above, full at `largest`.
+function push(words, value, largest) {
+  const share = largest ? Math.min(1, Math.abs(value) / largest) : 0;
+  return make("span", { class: value >= 0 ? "push" : "push down", style: `--share: ${share.toFixed(2)}` }, words);
+}
+
+function tokenCell({ found }, old, i) {
+  const largest = (numbers) => Math.max(...numbers.map(Math.abs));
+  const parts = [push(signed(found.logps[i], 4), found.logps[i], largest(found.logps))];
+  const small = (...words) => parts.push(" ", make("small", {}, ...words));
+  const [held, pulls] = [found.kl && found.kl.slice(0, count), found.kl && found.kl.slice(count)].map((side) => side && side.some((k) => k !== 0));
+  if (found.kl) small(`KL ${i < count && pulls && !held ? "held" : signed(found.kl[i], 4)}`);
+  if (found.weights) small(push(`f ${found.weights[i].toFixed(2)}${found.weights[i] <= data.floor ? "▼" : ""}`, found.weights[i] - 1, largest(found.weights.map((f) => f - 1))));
+  if (old) parts.push(" ", make("small", { class: "was" }, `was ${signed(old.found.logps[i], 4)}`));
+  return parts;
+}
+
+function columns(states, before) {
+  const line = (words, cells) => make("tr", {}, make("th", { scope: "row" }, words), ...cells.map((parts) => make("td", {}, ...parts)));
+  const used = ({ found, now }) => Object.entries(data.objectives[found.name].hyper).filter(([name]) => typeof now[name] === "number").map(([name, symbol]) => `${symbol} ${short(now[name])}`);
+  const heads = states.map((each) => make("th", { scope: "col" }, make("span", { style: `border-bottom: 3px solid ${data.look[each.found.name].colour}` }, label(each.found.name)), make("br"), make("small", {}, used(each).join(", "))));
+  const change = (value) => (value < 0 ? "" : "+") + short(value, 2);
+  const number = (of) => states.map(({ found }, i) => [short(found[of], 4), ...(before.length ? [" ", make("small", { class: "was" }, `was ${short(before[i].found[of])}, ${change(found[of] - before[i].found[of])}`)] : [])]);
+  const numbers = [["loss, nats", "loss"], ["margin, nats", "margin"], ["d loss / d margin", "slope"]].map(([words, of]) => line(words, number(of)));
+  const part = (side, from, to) => make("tbody", {}, make("tr", {}, make("th", { scope: "rowgroup" }, make("b", {}, side), ": d loss / d log π"), make("td", { colspan: states.length })), ...tokens.slice(from, to).map((word, i) => line(word, states.map((each, n) => tokenCell(each, before[n], from + i)))));
+  return make("table", { class: "columns" }, make("thead", {}, make("tr", {}, make("td", {}), ...heads)), make("tbody", {}, ...numbers), part("chosen", 0, count), part("rejected", count, tokens.length));
+}
+
+const NOTE = "Below 0 (orange, dashed): training raises it; above 0 (blue, solid): it lowers it; full colour is a column's largest. KL: the coefficient on the token's KL. f: TGDPO's weight, coloured from 1. One β for all; SimPO's multiplies a mean.";
+
+// The numbers in sentences, without what is said of single tokens.
+function sideBySide(states, before) {
+  const said = states.map(({ found }, i) => `${label(found.name)} loss ${short(found.loss, 4)}${before.length ? ` (${signed(found.loss - before[i].found.loss, 3)} since the pinned state)` : ""}, margin ${signed(found.margin, 3)}, slope ${short(found.slope)}`);
+  return `${said.join("; ")}.`;
+}
+
 // The page.
 
+const ALL = data.controls.show.options.at(-1)[1];
 const PAIR = ["chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl"];
 const settings = {};
 for (const [name, each] of Object.entries(data.controls)) settings[name] = each;
 const controls = new Controls(settings, follow);
 const [text, plots, all] = [facts(), make("div", { class: "plots" }), make("div")];
+const summary = make("section", {}, make("h2", {}, "All objectives on this pair"), all);
+const wide = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "table" }); // stays where it was moved to
+const note = make("p", { class: "note" }, NOTE);
 const pinned = pin(() => controls.values(), () => draw(controls.value("objective")));
-place(controls.box, pinned.box, text, plots, make("h2", {}, "All objectives on this pair"), all);
+place(controls.box, pinned.box, text, plots, wide, note, summary);
 
 // What an objective is computed with: the sliders are of TDPO2 and TGDPO both where they share a name.
 function setting(name, now = controls.values()) {
@@ -164,12 +224,29 @@ function follow(moved) {
   draw(controls.value("objective"));
 }
 
-function draw(name) {
+function read(name) { // the controls that an objective reads
   const { needs, hyper } = data.objectives[name];
-  const read = new Set(["objective", "situation", ...PAIR.slice(0, 2), ...hyper]);
-  if (needs.includes("kl")) PAIR.slice(2).forEach((each) => read.add(each));
-  if (needs.includes("guide_logps")) read.add("guide");
-  controls.enable(read);
+  return ["show", "objective", "situation", ...PAIR.slice(0, 2), ...Object.keys(hyper), ...(needs.includes("kl") ? PAIR.slice(2) : []), ...(needs.includes("guide_logps") ? ["guide"] : [])];
+}
+
+function draw(name) {
+  const every = controls.value("show") === ALL;
+  for (const [part, shown] of [[wide, every], [note, every], [summary, !every]]) part.hidden = !shown;
+  if (every) drawAll();
+  else drawOne(name);
+}
+
+function drawAll() {
+  controls.enable(new Set(names.flatMap(read).filter((each) => each !== "objective")));
+  const at = (values) => names.map((each) => { const now = setting(each, values); return { now, found: compute(each, now) }; });
+  const [states, before] = [at(), pinned.state ? at(pinned.state) : []];
+  text.replaceChildren(make("div", {}, sideBySide(states, before)), make("div", {}, reach(states[0].now)));
+  plots.replaceChildren(curvePlot(states, before));
+  wide.replaceChildren(columns(states, before));
+}
+
+function drawOne(name) {
+  controls.enable(new Set(read(name)));
   const now = setting(name);
   const found = compute(name, now);
   const was = (each) => pinned.state && compute(each, setting(each, pinned.state));
@@ -183,7 +260,6 @@ function draw(name) {
   if (before) lines.push(`Since the pinned state: ${["loss", "margin", "slope"].map((each) => `${each} ${signed(found[each] - before[each], 3)}`).join(", ")}.`);
   text.replaceChildren(...lines.map((line) => make("div", {}, line)));
   plots.replaceChildren(lossPlot(found, now, before), termsPlot(found), tokenPlot(found), ...(found.weights ? [weightPlot(found)] : []));
-  const names = Object.keys(data.objectives);
   const rows = names.map((each) => {
     const [one, old] = [compute(each, setting(each)), was(each)];
     const beside = (say, of) => say(one[of]) + (old ? ` (was ${say(old[of])})` : "");
