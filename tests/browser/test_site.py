@@ -114,12 +114,11 @@ def test_no_barrier_on_any_page(show, site):
     targets = sorted(str(path.relative_to(site.out)) for path in site.out.rglob("*.html"))
     assert len(targets) >= len(pages()) + len(LABS)
     quick, grave = {"rules": {"color-contrast": {"enabled": False}}}, {}
+    page = show("docs/reading.html")  # one for all: axe-core is compiled once
     for target in targets:
-        page = show(target)
+        page.goto((site.out / target).as_uri())
         grave[target] = barriers(page, **quick)
-        page.context.close()
     assert not {target: found for target, found in grave.items() if found}
-    page = show("docs/reading.html")
     page.evaluate("document.querySelector('main').append(document.createElement('img'))")
     assert [rule for rule, _ in barriers(page, **quick)] == ["image-alt"]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import IPython
 import pytest
 
 from tpo_course import hosted, notebooks
@@ -23,6 +25,7 @@ for name in ("tpo_lib", "notebooks", "data"):
 """
 RUN = """
 import json, os, sys, types
+sys.path += {lent!r}
 if {colab}:
     google, colab, drive = (types.ModuleType(name) for name in ("google", "google.colab", "google.colab.drive"))
     drive.mount = lambda place: (os.makedirs(place + "/MyDrive", exist_ok=True), print("mounted", place))
@@ -37,6 +40,33 @@ print(json.dumps({{name: os.environ.get(name) for name in ("TPO_CACHE", "TPO_PRO
 import tpo_course
 print(tpo_course.__file__)
 """
+TORCH = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+COLAB = "python3.13"  # newer than what the other tests run on
+
+
+def _colabs_python() -> str:
+    """The Python that is on Colab, from TPO_COLAB_PYTHON or the PATH; the test is skipped where there is none that starts."""
+    if named := os.environ.get("TPO_COLAB_PYTHON"):
+        return named
+    if not (found := shutil.which(COLAB)):
+        pytest.skip(f"there is no {COLAB} on the PATH: name one in TPO_COLAB_PYTHON")
+    chosen = os.environ | {
+        "PYENV_VERSION": COLAB.removeprefix("python")
+    }  # pyenv's shims start nothing else; others ignore it
+    told = subprocess.run(
+        [found, "-c", "import sys; print(sys.executable)"], env=chosen, capture_output=True, text=True
+    )
+    if told.returncode:
+        pytest.skip(f"{found} does not start: {told.stderr.strip()}")
+    return told.stdout.strip()
+
+
+def _lent(folder: Path) -> list[str]:
+    """Folders with what a bare Python lacks: stand-ins of what the course needs, and IPython, which is pure Python."""
+    for name in hosted.NEEDED:
+        (folder / "lent" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "lent" / name / "__init__.py").write_text(TORCH if name == "torch" else "")
+    return [str(folder / "lent"), str(Path(IPython.__file__).parents[1])]
 
 
 def _session(
@@ -51,17 +81,18 @@ def _session(
     cell = notebooks.set_up(tier=True).replace('"/content"' if colab else '"/kaggle/working"', repr(str(home)))
     cell = cell.replace("KEEP_ON_DRIVE = False", f"KEEP_ON_DRIVE = {drive}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TPO_", "PYTHONPATH"))}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}  # of another version, into folders that are not its own
     environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "IPYTHONDIR": str(folder / "ipython")}
-    told = subprocess.run(
-        [python, "-c", RUN.format(colab=colab, cell=cell)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    code = RUN.format(colab=colab, cell=cell, lent=_lent(folder))
+    told = subprocess.run([python, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
     return lines[:-2], json.loads(lines[-2]), log.read_text().splitlines(), lines[-1], home
 
 
-@pytest.mark.parametrize("python", [sys.executable, *filter(None, [os.environ.get("TPO_COLAB_PYTHON")])])
-def test_colab_fetches_once_and_advises_once(tmp_path, python):
+@pytest.mark.parametrize("version", ["this Python", "Colab's"])
+def test_colab_fetches_once_and_advises_once(tmp_path, version):
+    python = sys.executable if version == "this Python" else _colabs_python()
     said, environment, calls, file, home = _session(tmp_path, python=python)
     assert [call.split()[0] for call in calls] == ["clone", "clone"]  # the tag, which is missing, and the newest
     assert f"v{notebooks.tpo_lib.__version__}" in calls[0]
