@@ -28,7 +28,7 @@ CHAPTERS = (
 )
 WALKS = {  # by derivation: its chapter, what its cell needs after the imports, and the cell
     "preferences": ("01_preferences", ("world = TokenWorld(",), 'step_through(DERIVATIONS["preferences"]'),
-    "token_mdp": ("03_token_mdp", (), "step_through("),
+    "token_mdp": ("03_token_mdp", ("tiny = TokenWorld(",), "step_through("),
     "tdpo": ("04_tdpo", ("derivation, holds = ",), "step_through("),
     "tgdpo": ("05_tgdpo", (), 'step_through(DERIVATIONS["tgdpo"]'),
     "one_form": ("05_tgdpo", (), 'step_through(DERIVATIONS["one_form"]'),
