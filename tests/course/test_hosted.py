@@ -50,12 +50,9 @@ def _colabs_python() -> str:
         return named
     if not (found := shutil.which(COLAB)):
         pytest.skip(f"there is no {COLAB} on the PATH: name one in TPO_COLAB_PYTHON")
-    chosen = os.environ | {
-        "PYENV_VERSION": COLAB.removeprefix("python")
-    }  # pyenv's shims start nothing else; others ignore it
-    told = subprocess.run(
-        [found, "-c", "import sys; print(sys.executable)"], env=chosen, capture_output=True, text=True
-    )
+    chosen = os.environ | {"PYENV_VERSION": COLAB.removeprefix("python")}  # for pyenv's shims; others ignore it
+    ask = [found, "-c", "import sys; print(sys.executable)"]
+    told = subprocess.run(ask, env=chosen, capture_output=True, text=True)
     if told.returncode:
         pytest.skip(f"{found} does not start: {told.stderr.strip()}")
     return told.stdout.strip()
