@@ -134,6 +134,10 @@ def test_build_survives_interruptions_and_reports_what_it_made(imdb, tmp_path, m
     whole, log = pocket.pretrain(stream, valid, CONFIG, tmp_path / "whole", compile=False, every=5)
     assert models.fingerprint(resumed) == models.fingerprint(whole)
     assert log[-1]["valid_loss"] > 0
+    halved, other = pocket.pretrain(stream, valid, CONFIG, tmp_path / "halved", compile=False, bf16=True, every=5)
+    assert {p.dtype for p in halved.parameters()} == {torch.float32}
+    assert models.fingerprint(halved) != models.fingerprint(whole)
+    assert other[-1]["valid_loss"] == pytest.approx(log[-1]["valid_loss"], rel=0.02)
 
     pocket.build(*arguments, compile=False)
     store.prove(tmp_path / "out")

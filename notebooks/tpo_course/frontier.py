@@ -23,6 +23,8 @@ WORLD = {"vocab_size": 3, "horizon": 3, "seed": 0, "num_prompts": 2}  # where `w
 NAMES = ("dpo", "tdpo1", "tdpo2", "tgdpo", "ipo")  # SimPO's beta is of another scale, and it has no reference
 UPDATES = (0, 1, 2, 3, 5, 8, 12, 18, 25, 35, 50, 70, 100, 140, 200)
 LR = 0.1
+SETTLING = (0.1, 0.03, 0.01, 0.003)  # learning rates of `rest`, 400 updates each
+RESTS = 1e-3  # nats and units of reward: what the last of them may still move
 MOST_PAIRS = 10_000
 FRONT = [100 * 0.9**i for i in range(90)]  # betas, from nearly pi_ref to nearly the best return there is
 FIELDS = {"beta": ("beta",), "alpha": ("alpha",), "guide": ("guide_beta", "guide_updates"), "data": ("pairs", "noise")}
@@ -176,6 +178,22 @@ class Bench:
             return kl_and_return(self.world, self.world.one_step_optimum(setting.beta))
         return self._ipo_optimum(setting) if objective == "ipo" else None
 
+    def rest(self, objective: str, setting: Setting) -> tuple[float, float] | None:
+        """KL and return of where training comes to rest, going on from its end in ever smaller steps: a second or two.
+
+        None where that still moves, and of pairs that are drawn: where a policy can tell them apart they have no optimum.
+        """
+        if setting.pairs is not None:
+            return None
+        chosen, rejected, weight = self.data(setting.pairs, setting.noise)
+        losses = [self._loss(*needed(objective, setting), chosen, rejected)]
+        logps, ends = self._descend(losses, weight, UPDATES[-1]), []
+        for lr in SETTLING:
+            logps = self._descend(losses, weight, 400, start=logps, lr=lr)
+            ends.append(kl_and_return(self.world, logps[0]))
+        moved = max(abs(now - before) for now, before in zip(*ends[-2:], strict=True))
+        return ends[-1] if moved < RESTS else None
+
     def _ipo_optimum(self, setting: Setting) -> tuple[float, float] | None:
         """Of sum_pairs weight (h_w - h_l - 1/(2 beta))^2, h = log(pi/pi_ref) of a response; None if pairs leave h open."""
         chosen, rejected, weight = self.data(setting.pairs, setting.noise)
@@ -215,15 +233,17 @@ class Bench:
         chosen, rejected, weight = self.data(pairs, noise)
         return self._descend([self._loss("dpo", Setting(beta=beta), chosen, rejected)], weight, updates)[0]
 
-    def _descend(self, losses: Sequence[Callable], weight: Tensor, updates: int, note=None) -> Tensor:
-        """(K, S, V) log-probabilities of K losses' policies after so many updates from pi_ref."""
+    def _descend(
+        self, losses: Sequence[Callable], weight: Tensor, updates: int, note=None, *, start=None, lr: float = LR
+    ) -> Tensor:
+        """(K, S, V) log-probabilities of K losses' policies after so many updates from pi_ref, or from `start`."""
 
         def mean(logits: Tensor) -> Tensor:
             tables = logits.log_softmax(-1).unbind()  # K of (S, V)
             return sum((weight * loss(logps).loss).sum() for loss, logps in zip(losses, tables, strict=True))
 
-        start = self.world.ref_logps.expand(len(losses), -1, -1)
-        return minimise(mean, start, optimizer="adam", lr=LR, steps=updates, callback=note).policy.logps()
+        start = self.world.ref_logps.expand(len(losses), -1, -1) if start is None else start
+        return minimise(mean, start, optimizer="adam", lr=lr, steps=updates, callback=note).policy.logps()
 
     def _loss(
         self, objective: str, setting: Setting, chosen: Tensor, rejected: Tensor

@@ -17,7 +17,8 @@ The grid is one JSON object, small enough to be read by a web page, whole number
                 updates null: the guide is pi*_beta itself; pairs null: all pairs, exactly; noise: share of labels swapped
     reads       {objective: the axes it has, in the order of its keys}: {"dpo": ["beta", "data"], ...}
     runs        {objective: {key: run}}, key = the places on those axes, counted from 0, with commas: "2,0"
-    optima      {objective: {key: [kl, return]}}, in the units of the front, where there is one in closed form
+    optima      {objective: {key: [kl, return]}}, in the units of the front: in closed form where there is one, else where
+                training comes to rest (`Bench.rest`), if it does
     presets     [{"objective", "setting", "optimum", and what a run has}, ...]: the runs of `frontier_presets` that are not on the
                 grid, each once; setting: the fields in which it differs from `Setting()`; optimum: left out where there is none
 
@@ -113,7 +114,7 @@ def preset_runs(bench: Bench) -> list[dict]:
     kept = []
     for name, setting in off_grid():
         changed = {field: value for field, value in asdict(setting).items() if value != getattr(Setting(), field)}
-        best = bench.optimum(name, setting)
+        best = bench.optimum(name, setting) or bench.rest(name, setting)
         kept.append({"objective": name, "setting": changed} | ({"optimum": _whole(list(best), 3)} if best else {}))
         kept[-1] |= stored(bench.train(name, setting))
     return kept
@@ -127,7 +128,7 @@ def build(progress: Callable[[str], None] = lambda words: None) -> dict:
     optima: dict[str, dict] = {name: {} for name in NAMES}
     for count, (name, key, setting) in enumerate(places()):
         runs[name][key] = stored(bench.train(name, setting))
-        if best := bench.optimum(name, setting):
+        if best := bench.optimum(name, setting) or bench.rest(name, setting):
             optima[name][key] = _whole(list(best), 3)
         if count % 100 == 99:
             progress(f"{count + 1} runs")
@@ -176,6 +177,21 @@ def grid() -> dict[tuple[str, Setting], Run]:
     kept = json.loads(GRID.read_text(encoding="utf-8"))
     runs = {needed(name, setting): restored(kept["runs"][name][key]) for name, key, setting in places()}
     return runs | {needed(run["objective"], Setting(**run["setting"])): restored(run) for run in kept["presets"]}
+
+
+@cache
+def optima() -> dict[tuple[str, Setting], tuple[float, float]]:
+    """What is stored: {needed(objective, setting): KL in nats and return of its optimum}."""
+    kept = json.loads(GRID.read_text(encoding="utf-8"))
+    found = {
+        needed(name, s): kept["optima"][name][key] for name, key, s in places() if key in kept["optima"].get(name, ())
+    }
+    off = {
+        needed(run["objective"], Setting(**run["setting"])): run["optimum"]
+        for run in kept["presets"]
+        if "optimum" in run
+    }
+    return {key: (kl / 1000, earned / 1000) for key, (kl, earned) in (found | off).items()}
 
 
 def main() -> None:

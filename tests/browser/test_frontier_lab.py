@@ -36,7 +36,7 @@ def test_a_pinned_state_stands_beside_the_next_and_collides_with_nothing(noteboo
     count, colliding = page.page.evaluate(OVERLAPS, page.scope)
     assert count > 20
     assert not colliding
-    heights = page.locator("table:has(th:text-is('closed form')) td").evaluate_all(HEIGHTS)
+    heights = page.locator("table:has(th:text-is('optimum')) td").evaluate_all(HEIGHTS)
     assert heights
     assert max(heights) < 30, "a cell of the table wraps"
     page.page.set_viewport_size({"width": 390, "height": 1500})

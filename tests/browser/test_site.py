@@ -14,13 +14,12 @@ import torch
 from browser.harness import START_SECONDS
 from tpo_course import frontier_grid
 from tpo_course.coefficients import coefficients, loss_at, margin_terms, spread
-from tpo_course.frontier import WORLD, Bench, Setting, needed
+from tpo_course.frontier import Setting, needed
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.site.living import LABS, pair, runs
 from tpo_course.site.source import pages
 from tpo_course.widgets.loss_lab import _reach, loss_lab
 from tpo_course.widgets.parts import interval
-from tpo_course.world import TokenWorld
 from tpo_lib.losses import F_FLOOR, OBJECTIVES
 from tpo_lib.runs.plots import style_of
 
@@ -335,7 +334,7 @@ SLIDERS = """Object.fromEntries(Object.keys(data.axes).map((axis) => { const { e
 
 
 def test_the_frontier_labs_presets_and_pin(show):
-    page, grid, bench = show("labs/frontier.html"), frontier_grid.grid(), Bench(TokenWorld(**WORLD))
+    page, grid, optima = show("labs/frontier.html"), frontier_grid.grid(), frontier_grid.optima()
     (says, facts), row = page.locator(".facts").all(), page.locator("tr.now").first
     chosen = page.get_by_label("what goes wrong")
     ends = "Object.fromEntries(Object.keys(data.reads).map((name) => [name, lab.run(name, lab.controls.values())]))"
@@ -345,11 +344,11 @@ def test_the_frontier_labs_presets_and_pin(show):
         assert says.inner_text() == preset.words
         assert page.get_by_label("look closer at").input_value() == preset.show
         for objective, found in page.evaluate(ends).items():
-            run, best = grid[needed(objective, preset.setting)], bench.optimum(objective, preset.setting)
+            run, best = grid[needed(objective, preset.setting)], optima.get(needed(objective, preset.setting))
             assert (found["kl"], found["reward"]) == (run.kl, run.returns)
             assert (found["loss"], found["floor"]) == (run.loss, run.floor)
             assert found["logratio"] == run.logratio.flatten().tolist()
-            assert found["optimum"] == (best and pytest.approx(best, abs=6e-4))
+            assert found["optimum"] == (best and pytest.approx(best))
         old, run = (grid[needed(preset.show, setting)] for setting in (Setting(), preset.setting))
         assert f"{run.end[0]:.2f} ({run.end[0] - old.end[0]:+.2f})" in row.inner_text()
         assert f"ends at a return of {run.end[1]:.2f} and a KL of {run.end[0]:.2f} nats" in facts.inner_text()

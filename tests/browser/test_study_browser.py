@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from toy_study import write
 
+from browser.chapters import cells, imports
 from browser.harness import at_once
 
 PICTURE = ".widget-html-content img"
@@ -51,3 +52,19 @@ def test_study_browser(notebook, tmp_path):
     page.screenshot(tmp_path / "scores.png")
     page.assert_clean()
     at_once("study browser", seconds)
+
+
+def test_the_shelf_of_chapter_6_opens_another_study(notebook, tmp_path):
+    page = notebook("shelf_06.ipynb", [imports("06_compare"), *cells("06_compare", "widgets.study_shelf(")])
+    page.run_all()
+    page.wait_for_text("reward within 10 nats")
+    page.choose("study", "Guides")
+    page.wait_for_text("Is it the guidance, or only the changed scale?")
+    page.wait_for_text("TGDPO poor guide")
+    page.idle()
+    page.screenshot(tmp_path / "guides.png")
+    page.choose("study", "Data")
+    page.wait_for_text("a fifth of the labels swapped")
+    page.idle()
+    page.screenshot(tmp_path / "data.png")
+    page.assert_clean()

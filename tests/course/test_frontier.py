@@ -49,6 +49,34 @@ def test_elsewhere_no_closed_form_is_claimed(bench, name, setting):
     assert bench.optimum(name, setting) is None
 
 
+@pytest.mark.parametrize(("name", "setting"), [
+    ("dpo", Setting(beta=0.2)), ("tdpo1", Setting()), ("ipo", Setting(noise=0.3)),
+])  # fmt: skip
+def test_going_on_comes_to_rest_at_the_optimum_in_closed_form(bench, name, setting):
+    assert bench.rest(name, setting) == pytest.approx(bench.optimum(name, setting), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tdpo2", "tgdpo"])
+def test_where_tdpo2_and_tgdpo_rest_no_gradient_is_left(bench, name, monkeypatch):
+    chosen, rejected, weight = bench.data(None, 0.0)
+    seen = []
+
+    def watched(world, logps):
+        seen.append(logps)
+        return kl_and_return(world, logps)
+
+    monkeypatch.setattr("tpo_course.frontier.kl_and_return", watched)
+    rest = bench.rest(name, Setting())
+    logits = seen[-1].clone().requires_grad_()
+    (weight * bench._loss(name, Setting(), chosen, rejected)(logits.log_softmax(-1)).loss).sum().backward()
+    assert float(logits.grad.abs().max()) < 1e-5
+    assert rest == pytest.approx(bench.train(name, Setting()).end, abs=0.02)
+
+
+def test_drawn_pairs_have_no_optimum(bench):
+    assert bench.rest("dpo", Setting(pairs=30)) is None
+
+
 def test_a_path_begins_at_the_reference_and_ends_at_its_policy(bench):
     run = bench.train("tdpo2", Setting())
     assert len(run.kl) == len(run.returns) == len(UPDATES)

@@ -15,7 +15,7 @@ from scipy.stats import t
 from toy_study import GAINS, runs, write
 
 from tpo_course.widgets import study_browser as exported
-from tpo_course.widgets.study_browser import BUDGETS, STUDIES, grid_figure, study_browser
+from tpo_course.widgets.study_browser import BUDGETS, STUDIES, grid_figure, study_browser, study_shelf
 from tpo_lib.studies import study
 
 
@@ -220,3 +220,30 @@ def test_the_result_of_study_1_is_shown():
         assert browser.rows[name]["mean"] == pytest.approx(np.mean([np.mean(each) for each in values]), abs=2e-3)
     browser.controls["show"].value = "dpo"
     assert f"{sum(name == 'dpo' for name, *_ in known['grid'])} settings of DPO" in browser.alt
+
+
+def test_a_shelf_opens_a_study_at_a_time_and_leaves_it_as_it_was(folder):
+    shelf = study_shelf({"toy": ["dpo", "simpo"]}, folder)
+    assert list(shelf.browser.runs) == ["dpo", "simpo"]
+    assert shelf.which.options == (("Toy", "toy"),)
+    assert shelf.box.children == (shelf.which, shelf.browser.box)
+    assert shelf._repr_mimebundle_()["text/plain"] == shelf.browser.alt
+
+
+@pytest.mark.skipif(not (STUDIES / "results" / "guides.json").is_file(), reason="study 5 has no result yet")
+def test_the_studies_of_a_shelf_are_those_of_the_course():
+    shelf = study_shelf({"frontier": None, "guides": None})
+    first = shelf.browser
+    assert list(first.rows) == ["dpo", "tdpo1", "tdpo2 α0.1", "tgdpo α1", "tgdpo equal updates", "simpo", "sft"]
+    first.controls["budget"].value = 5
+    shelf.which.value = "guides"
+    assert len(shelf.browser.rows) == 7  # of ten: no more are shown at the start
+    assert "guide" in shelf.browser.plan.question.lower() or "guidance" in shelf.browser.plan.question
+    shelf.which.value = "frontier"
+    assert shelf.browser is first
+    assert shelf.browser.controls["budget"].value == 5
+
+
+def test_a_method_that_a_study_lacks_is_named(folder):
+    with pytest.raises(ValueError, match=r"offered: study 'toy' has no method 'ipo'; it has dpo, tdpo2 α0\.1"):
+        study_browser("toy", folder, offered=["dpo", "ipo"])

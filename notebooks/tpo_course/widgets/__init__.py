@@ -10,7 +10,7 @@ from tpo_course.widgets.preference_explorer import preference_explorer
 from tpo_course.widgets.run_browser import run_browser
 from tpo_course.widgets.split_lab import split_lab
 from tpo_course.widgets.step_through import step_through
-from tpo_course.widgets.study_browser import study_browser
+from tpo_course.widgets.study_browser import study_browser, study_shelf
 from tpo_course.widgets.training_lab import training_lab
 from tpo_course.widgets.two_models import two_models
 
@@ -25,6 +25,7 @@ __all__ = [
     "split_lab",
     "step_through",
     "study_browser",
+    "study_shelf",
     "token_microscope",
     "training_lab",
     "two_models",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tpo_course.frontier import NAMES, WORLD, Bench, Run, Setting, needed
-from tpo_course.frontier_grid import grid
+from tpo_course.frontier_grid import grid, optima
 from tpo_course.frontier_presets import PRESETS
 from tpo_course.widgets import frontier_pictures as pictures
 from tpo_course.widgets.frontier_controls import controls, read, settings, unread
@@ -72,7 +72,7 @@ class FrontierLab:
         if not objectives:
             raise ValueError(f"objectives is empty; name some of {', '.join(NAMES)}")
         self.objectives, self.bench = tuple(objectives), Bench(world or TokenWorld(**WORLD))
-        self._known = dict(grid()) if world is None else {}
+        self._known, self._rests = (dict(grid()), optima()) if world is None else ({}, {})
         self._rows = sorted(((kl, earned, beta) for beta, kl, earned in self.bench.front))
         self.pinned: State | None = None
         self._error: Exception | None = None
@@ -159,8 +159,8 @@ class FrontierLab:
         setting = self.setting
         guided = setting.guide_beta is not None
         self.controls["guide_updates"].disabled = self.controls["run_beta"].disabled = not guided
-        optima = {name: self.bench.optimum(name, setting) for name in self.objectives}
         keys = {name: needed(name, setting) for name in self.objectives}
+        optima = {name: self.bench.optimum(name, setting) or self._rests.get(key) for name, key in keys.items()}
         runs = {name: self._known[key] for name, key in keys.items() if key in self._known}
         self.state = State(setting, runs, {name: at for name, at in optima.items() if at is not None})
         self._error = None
@@ -252,7 +252,7 @@ class FrontierLab:
         return f"Expected reward against KL, the exact front and the ways of training. {where}. {said}."
 
     def _words(self, runs: Mapping[str, Run], before: Mapping[str, Run], missing: Sequence[str]) -> str:
-        heads = ["", "KL, nats", "reward", "below the front", "loss", "closed form"]
+        heads = ["", "KL, nats", "reward", "below the front", "loss", "optimum"]
         lines = []
         for name, run in runs.items():
             best, old = self.state.optima.get(name), before.get(name)

@@ -92,7 +92,7 @@ def frontier(
     pinned: Mapping[str, Run],
     alt: str,
 ) -> str:
-    """Reward against KL: the front, where its optimum for this beta is, every run's way, end and closed form; pinned ones grey.
+    """Reward against KL: the front, where its optimum for this beta is, every run's way, end and optimum; pinned ones grey.
 
     Args:
         front: (beta, KL, return), the KL rising.
@@ -147,7 +147,7 @@ def _legend(names: Sequence[str], pinned: bool) -> list[str]:
             _text((x + 11, 427), style.label, "start", dark(style.colour)),
         ]
         x += 34 + 9 * len(style.label)
-    words = "ring: optimum in closed form" + ("; grey: pinned" if pinned else "")
+    words = "ring: optimum" + ("; grey: pinned" if pinned else "")
     return [*parts, _halo((494, 364), words, "end")]
 
 

@@ -7,7 +7,7 @@ import ipywidgets as w
 from matplotlib.figure import Figure
 
 import tpo_lib
-from tpo_course.widgets.parts import BEHIND, Lab, look, table
+from tpo_course.widgets.parts import BEHIND, Lab, bundle, look, table
 from tpo_course.widgets.parts import page as as_page
 from tpo_lib.runs.plots import AXIS, FONT, curve, legend, panels, style_of
 from tpo_lib.studies.words import heading
@@ -16,6 +16,7 @@ STUDIES = Path(tpo_lib.__file__).parents[1] / "studies"  # of the repository; a 
 # Nats, about evenly spaced in their root.
 BUDGETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 30, 35, 40)
 FIRST = 10  # the budget at the start
+AT_FIRST = 7  # methods that are shown at the start
 SIZE = (9.0, 5.3)  # inches, of the room for the picture
 NOTE = """Means over seeds. One that is not there, since it ends below the budget, counts with its end. Intervals are Student's,
 over the seeds alone; those of studies/results/{name}.md cover seeds and prompts, and its p values the number of comparisons.
@@ -29,6 +30,7 @@ class StudyBrowser(Lab):
 
     Args:
         name: of the study, one of those in `folder` that have a result.
+        offered: the methods to choose from, by their labels; None are all. Those of a study's frontier are shown at first.
         folder: with NAME.toml and results/NAME.json; None is `studies` of the repository.
 
     Attributes:
@@ -40,9 +42,12 @@ class StudyBrowser(Lab):
 
     Raises:
         FileNotFoundError: the study or its result is not there; the message says how to make it.
+        ValueError: the study has no method of that label.
     """
 
-    def __init__(self, name: str = "frontier", folder: str | Path | None = None) -> None:
+    def __init__(
+        self, name: str = "frontier", folder: str | Path | None = None, *, offered: Sequence[str] | None = None
+    ) -> None:
         # Here and in the methods below: studies bring what trains and evaluates, which other widgets need not.
         from tpo_lib.studies import page, study
         from tpo_lib.studies.spec import Study
@@ -50,9 +55,12 @@ class StudyBrowser(Lab):
         folder = Path(folder or STUDIES)
         self.result, self.plan = study.read(folder, name), Study.read(folder / f"{name}.toml")
         self.runs = page.methods(self.result)
+        if unknown := [label for label in offered or () if label not in self.runs]:
+            raise ValueError(f"offered: study {name!r} has no method {unknown[0]!r}; it has {', '.join(self.runs)}")
+        self.runs = {label: self.runs[label] for label in offered or self.runs}
         self._drawn = None  # which methods and score the figure shows
         self._far = max(point["kl"] for runs in self.result["runs"].values() for run in runs for point in run["points"])
-        shown = page.frontiers(self.plan, self.result, self.runs)["frontier"]
+        shown = list(page.frontiers(self.plan, self.result, self.runs)["frontier"])[:AT_FIRST]
         names, half = list(self.runs), -(-len(self.runs) // 2)
         # Not one list: JupyterLab takes the keys that would select several of it.
         layout = {"indent": False, "layout": w.Layout(width="210px")}
@@ -219,4 +227,38 @@ def _signed(row: Mapping | None) -> str:
     return f"<b>{said} *</b>" if row["low"] > 0 or row["high"] < 0 else said
 
 
-study_browser = StudyBrowser  # as the chapters call it
+class StudyShelf:
+    """Several studies, one at a time.
+
+    Args:
+        studies: {name: the methods offered, None all}, as `StudyBrowser` takes them; the first is open.
+
+    Attributes:
+        which: the control that chooses. browser: the StudyBrowser that is open; those opened before stay as they were left.
+
+    Raises:
+        FileNotFoundError, ValueError: as `StudyBrowser`, once that study is opened.
+    """
+
+    def __init__(self, studies: Mapping[str, Sequence[str] | None], folder: str | Path | None = None) -> None:
+        from tpo_lib.studies.spec import Study
+
+        self._studies, self._folder, self._opened = dict(studies), Path(folder or STUDIES), {}
+        titles = [(Study.read(self._folder / f"{name}.toml").title, name) for name in studies]
+        self.which = w.Dropdown(options=titles, description="study", **look("110px", "400px"))
+        self.box = w.VBox()
+        self.which.observe(lambda _: self._open(), "value")
+        self._open()
+
+    def _open(self) -> None:
+        name = self.which.value
+        if name not in self._opened:
+            self._opened[name] = StudyBrowser(name, self._folder, offered=self._studies[name])
+        self.browser = self._opened[name]
+        self.box.children = (self.which, self.browser.box)
+
+    def _repr_mimebundle_(self, **_) -> dict:
+        return bundle(self.box, self.browser.alt, image=self.browser._png)
+
+
+study_browser, study_shelf = StudyBrowser, StudyShelf  # as the chapters call them

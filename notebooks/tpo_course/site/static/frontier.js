@@ -91,7 +91,7 @@ const controls = new Controls({
 const [says, text, plots, all, leaves] = [facts(), facts(), make("div", { class: "plots" }), make("div"), make("div")];
 const ends = () => names.map((name) => run(name, controls.values()));
 const pinned = pin(ends, draw);
-place(controls.box, pinned.box, says, text, legend(data.look, [{ label: "reference", marker: "*", colour: "currentColor" }]), make("p", { class: "note" }, "Thick grey: the front, which no policy lies above. Hollow: the optimum where there is one in closed form. Dashed: what was pinned. What an objective does not read leaves it where it is."), plots, make("h2", {}, "Where each ends"), all, make("h2", {}, "Its tree of tokens"), leaves);
+place(controls.box, pinned.box, says, text, legend(data.look, [{ label: "reference", marker: "*", colour: "currentColor" }]), make("p", { class: "note" }, "Thick grey: the front, which no policy lies above. Hollow: the optimum, where it is known. Dashed: what was pinned. What an objective does not read leaves it where it is."), plots, make("h2", {}, "Where each ends"), all, make("h2", {}, "Its tree of tokens"), leaves);
 
 function follow(moved) { // a preset puts every slider; a slider that moves leaves it, and one off the grid goes back to the start
   if (moved !== "objective") {
