@@ -131,6 +131,25 @@ logit_gradient = chapter.exercise(
 )
 
 
+larger_than_the_room = chapter.order(
+    "larger_than_the_room",
+    "make",
+    "keep",
+    "margin",
+    "again",
+    "rows",
+    "outer",
+    "body",
+    numbers_from_nothing=("keep", "make"),
+    gradient_at_first_sight=("rows", "margin"),
+    waiting_logits=("again", "margin"),
+    margin_from_nothing=("margin", "keep"),
+    row_from_nothing=("rows", "again"),
+    products_first=("outer", "rows"),
+    transformer_first=("body", "outer"),
+)
+
+
 # ---- 3. log-sum-exp over tiles of the vocabulary
 
 

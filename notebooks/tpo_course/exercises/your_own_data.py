@@ -1,4 +1,4 @@
-"""Exercises of 10_your_own_data.ipynb: a rule that needs no model, and what to do with an interval; a plan for pairs of one's own."""
+"""Exercises of 10_your_own_data.ipynb: what to hold out, a rule that needs no model, what to do with an interval; a plan."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,18 @@ from tpo_course.exercise import Case
 from tpo_course.words import Chapter
 
 chapter = Chapter(__file__)
+
+
+# ---- 0. what holding out by rows lets through
+
+seen_before = chapter.complete(
+    "seen_before",
+    "held_out",
+    "three",
+    one_held_out=("kept", "three"),
+    itself_counted=("held_out", "four"),
+    any_of_four=("kept", "four"),
+)
 
 
 # ---- 1. how far a silly rule gets
@@ -157,6 +169,27 @@ decision = chapter.exercise(
     ),
     exchanged=lambda low, high, matters: _decision(-high, -low, matters),
     codes_exchanged=lambda low, high, matters: torch.tensor([2, 1, 0, -1])[_decision(low, high, matters).long()],
+)
+
+
+# ---- 3. what comes before what
+
+to_a_decision = chapter.order(
+    "to_a_decision",
+    "group",
+    "hold_out",
+    "rules",
+    "settings",
+    "scores",
+    "interval",
+    "decide",
+    trained_on_all=("settings", "hold_out"),
+    split_through_questions=("hold_out", "group"),
+    looked_first=("rules", "hold_out"),
+    shortcut_learned=("settings", "rules"),
+    chosen_on_the_test=("scores", "settings"),
+    nothing_to_subtract=("interval", "scores"),
+    decided_by_the_mean=("decide", "interval"),
 )
 
 
