@@ -107,7 +107,7 @@ softmax_weights = chapter.exercise(
 )
 
 
-# ---- one f, both orders, and the states of the data
+# ---- one f, both orders, the natural split, and the states of the data
 
 F_CHANGES = {
     "other_sign": ("h.beta * f * (pi", "h.beta * (2 - f) * (pi"),
@@ -126,8 +126,34 @@ one_f_notices = chapter.break_it(
     "one_f_notices", "tgdpo.telescopes_without_delta", _world, F_CHANGES, beta=0.5, alpha=0.2, guide_beta=1.0
 )
 
+turned_round = chapter.complete(
+    "turned_round",
+    "plus",
+    "turned",
+    "outweighs",
+    sides_subtract=("minus", None, None),
+    all_turns=(None, "all_turns", None),
+    pull_turns=(None, "pull_turns", None),
+    nothing_turns=(None, "nothing_turns", None),
+    only_positive=(None, None, "positive"),
+    labels_lead=(None, None, "labels_lead"),
+)
 both_orders = chapter.predict("both_orders", 24, within=0.15, none=0, half=12)
 random_splits = chapter.predict("random_splits", "none")
+natural_in_steps = chapter.order(
+    "natural_in_steps",
+    "pay",
+    "ratio",
+    "exponent",
+    "z_is_one",
+    "state",
+    "everywhere",
+    ratio_first=("ratio", "pay"),
+    exponent_first=("exponent", "ratio"),
+    z_by_itself=("z_is_one", "exponent"),
+    zero_by_itself=("state", "z_is_one"),
+    all_states_first=("everywhere", "state"),
+)
 promises = chapter.predict("promises", "+")
 
 
