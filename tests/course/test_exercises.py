@@ -226,8 +226,7 @@ ANSWERS = {
 def test_every_chapter_asks_for_more_than_functions(name):
     kinds = [task.kind for task in MODULES[name].chapter.tasks.values()]
     structured = sum(kind in ("choose", "order", "complete", "break_it") for kind in kinds)
-    several = ("preferences", "dpo", "token_mdp", "tdpo", "tgdpo", "tgdpo_practice", "scale", "open_questions", "your_own_data")
-    assert structured >= (2 if name in several else 1)
+    assert structured >= 2
     assert "open_ended" in kinds
     assert "predict" in kinds or name == "your_own_data"
 

@@ -1,4 +1,4 @@
-"""Exercises of 06_compare.ipynb: an interval, a paired difference, reward at equal KL, and a correction for many questions."""
+"""Exercises of 06_compare.ipynb: an interval, a paired difference, its error, reward at equal KL, a correction for many questions."""
 
 from collections.abc import Callable
 
@@ -313,7 +313,21 @@ reward_at_kl = chapter.exercise(
 )
 
 
-# ---- 4. a correction for many questions
+# ---- 4. what pairing takes off, and a correction for many questions
+
+paired_error = chapter.complete(
+    "paired_error",
+    "inverse",
+    "one",
+    "minus_two",
+    unpaired=(None, "one", "nothing"),
+    variances_subtracted=(None, "minus_one", None),
+    shared_added=(None, "one", "plus_two"),
+    product_once=(None, "one", "minus_one"),
+    root=("inverse_root", "one", "minus_two"),
+    answers_counted=("of_answers", "one", "minus_two"),
+    single_prompt=("one", "one", "minus_two"),
+)
 
 
 def _weighted(ranked: Tensor) -> Tensor:

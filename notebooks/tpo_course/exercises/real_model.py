@@ -217,6 +217,19 @@ rank_agreement = chapter.exercise(
 
 rare_tau = chapter.predict("rare_tau", 11 / 15, within=0.04, not_yet=0.6, rarer_than_asked=13 / 15, confidence=0.95)
 turns_again = chapter.predict("turns_again", "none")
+two_errors = chapter.complete(
+    "two_errors",
+    "seeds",
+    "three",
+    "prompts",
+    "many",
+    by_what_was_averaged=("seeds", "many", "prompts", "three"),
+    exchanged=("prompts", "many", "seeds", "three"),
+    by_the_heap=("seeds", "heap", "prompts", "heap"),
+    one_heap=("everything", "heap", None, None),
+    one_seed=("seeds", "single", "prompts", "many"),
+    unpaired=("apart", "three", None, None),
+)
 side_by_side = chapter.choose("side_by_side", "sign", "order")
 what_carries = chapter.open_ended("what_carries")
 
