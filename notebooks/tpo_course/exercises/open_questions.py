@@ -308,5 +308,7 @@ averaged = chapter.exercise(
 
 held_end = chapter.predict("held_end", "larger")
 ends_with_one_f = chapter.predict("ends_with_one_f", "nearer")
+farther_with_size = chapter.predict("farther_with_size", "farther")
+across_sizes = chapter.choose("across_sizes", "within", "share")
 your_variant = chapter.open_ended("your_variant")
 quiz = chapter.quiz()
