@@ -63,7 +63,8 @@ class StudyBrowser(Lab):
         shown = list(page.frontiers(self.plan, self.result, self.runs)["frontier"])[:AT_FIRST]
         names, half = list(self.runs), -(-len(self.runs) // 2)
         # Not one list: JupyterLab takes the keys that would select several of it.
-        layout = {"indent": False, "layout": w.Layout(width="210px")}
+        longest = max(len(style_of(name).label) for name in names)
+        layout = {"indent": False, "layout": w.Layout(width=f"{max(210, 44 + 7 * longest)}px")}
         boxes = {name: w.Checkbox(name in shown, description=style_of(name).label, **layout) for name in names}
         columns = (("show", "score", "reference", "budget"), names[:half], names[half:])
         super().__init__(self._made() | boxes, columns, Figure(SIZE), 260)
