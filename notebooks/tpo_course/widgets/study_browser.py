@@ -30,8 +30,9 @@ class StudyBrowser(Lab):
 
     Args:
         name: of the study, one of those in `folder` that have a result.
-        offered: the methods to choose from, by their labels; None are all. Those of a study's frontier are shown at first.
         folder: with NAME.toml and results/NAME.json; None is `studies` of the repository.
+        offered: the methods to choose from, by their labels; None are all. The first of those in the study's frontier picture
+            are shown at the start, at most AT_FIRST.
 
     Attributes:
         controls: {name: control}: show, score, reference, budget; and of every method, by its label, whether it is shown.
@@ -233,6 +234,7 @@ class StudyShelf:
 
     Args:
         studies: {name: the methods offered, None all}, as `StudyBrowser` takes them; the first is open.
+        folder: as for `StudyBrowser`.
 
     Attributes:
         which: the control that chooses. browser: the StudyBrowser that is open; those opened before stay as they were left.
